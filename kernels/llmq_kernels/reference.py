@@ -1,0 +1,50 @@
+"""The arithmetic in plain torch: the specification, the last fallback and the oracle of every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expand_groups(per_group: Tensor, k: int, group_size: int, g_idx: Tensor | None = None) -> Tensor:
+    """Spread values per group `[N or 1, G]` over the columns: `[N or 1, k]`, or `[N or 1, 1]` when there is one group.
+
+    group_size: columns per group; the last group may be shorter. g_idx: int32 `[k]`, the group of each column, where the groups are not consecutive (act-order).
+    """
+    if g_idx is not None:
+        return per_group[:, g_idx.long()]
+    if per_group.shape[1] == 1:
+        return per_group
+    return per_group.repeat_interleave(group_size, dim=1)[:, :k]
+
+
+def dequantize_codes(codes: Tensor, scale: Tensor, zero: Tensor | float, group_size: int, g_idx: Tensor | None = None) -> Tensor:
+    """`scale * (code - zero)` in float32 `[N, K]`.
+
+    codes: uint8 `[N, K]`; scale: float `[N or 1, G]`; zero: `[N or 1, G]`, or one number for all. The product of an integer of at most 9 bits and a float16 or
+    bfloat16 scale fits into the 24 bits of a float32: nothing is rounded here.
+    """
+    k = codes.shape[1]
+    shift = expand_groups(zero.float(), k, group_size, g_idx) if isinstance(zero, Tensor) else zero
+    weight = codes.to(torch.float32)
+    weight -= shift
+    weight *= expand_groups(scale.float(), k, group_size, g_idx)
+    return weight
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` for x `[..., K]` and a dequantized float32 weight `[N, K]`, computed and returned in x's dtype."""
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 activations with one scale per token: u8 codes `[M, K]` around 128 and float32 scales `[M, 1]`, x = scale * (code - 128), from the token's largest magnitude."""
+    values = x.float()
+    scale = values.abs().amax(dim=1, keepdim=True).div_(127).clamp_min_(1e-8)
+    return (values / scale).round_().add_(128).to(torch.uint8), scale
+
+
+def fake_quantize_tokens(x: Tensor) -> Tensor:
+    """x as `quantize_tokens` would store it, float32."""
+    codes, scale = quantize_tokens(x)
+    return (codes.float() - 128) * scale

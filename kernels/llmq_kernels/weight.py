@@ -1,0 +1,32 @@
+"""A packed weight as the kernels see it: the canonical tensors and what their integers mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmq_kernels.codes import Code
+from llmq_kernels.packing import unpack
+from llmq_kernels.reference import dequantize_codes
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """`[N, K]` weight. packed: int32 words `[N, packed_width(K, bits)]`. scale: float `[N, G]` or `[1, 1]`. zero: uint8, shaped like scale, or None for `code.offset`.
+    g_idx: int32 `[K]`, the group of each column, or None for consecutive groups of `group_size` columns.
+    activations: "none", or "int8-token" when x is quantized per token before an integer product."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    g_idx: Tensor | None
+    code: Code
+    group_size: int
+    shape: tuple[int, int]
+    activations: str = "none"
+
+    def dequantize(self) -> Tensor:
+        """float32 `[N, K]`."""
+        zero = self.code.offset if self.zero is None else self.zero
+        return dequantize_codes(unpack(self.packed, self.code.bits, self.shape[1]), self.scale, zero, self.group_size, self.g_idx)

@@ -1,0 +1,56 @@
+"""llmq: quantize Hugging Face causal language models after training or while fine-tuning, with proof of what was lost.
+
+    import llmq
+    llmq.quantize(model, llmq.Recipe.uniform("w4g128"), tokens)
+    llmq.save(model, "out", tokenizer=tokenizer)
+    model = llmq.load("out")
+
+Importing this package costs nothing: the names below load what they need when they are first used, and the transformers quantizer that lets
+`AutoModelForCausalLM.from_pretrained` read llmq folders is registered when transformers itself is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from llmq.errors import LlmqError, VerificationError
+    from llmq.evaluation.divergence import compare
+    from llmq.evaluation.perplexity import perplexity
+    from llmq.formats.load import load
+    from llmq.formats.save import save
+    from llmq.ptq.run import quantize
+    from llmq.qtensor import QuantizedTensor
+    from llmq.recipe import Recipe, Rule
+    from llmq.spec import QuantSpec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LlmqError": "llmq.errors",
+    "VerificationError": "llmq.errors",
+    "QuantSpec": "llmq.spec",
+    "QuantizedTensor": "llmq.qtensor",
+    "Recipe": "llmq.recipe",
+    "Rule": "llmq.recipe",
+    "compare": "llmq.evaluation.divergence",
+    "load": "llmq.formats.load",
+    "perplexity": "llmq.evaluation.perplexity",
+    "quantize": "llmq.ptq.run",
+    "save": "llmq.formats.save",
+}
+__all__ = ["LlmqError", "QuantSpec", "QuantizedTensor", "Recipe", "Rule", "VerificationError", "__version__", "compare", "load", "perplexity", "quantize", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+@wrapt.when_imported("transformers.quantizers")
+def _register_quantizer(module: Any) -> None:
+    importlib.import_module("llmq.formats.hf_quantizer")

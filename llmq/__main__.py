@@ -1,0 +1,7 @@
+"""`python -m llmq`."""
+
+import sys
+
+from llmq.cli import main
+
+sys.exit(main())

@@ -1,0 +1,150 @@
+"""Options that several commands share, progress on stderr, and tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmq.evaluation.windows import Windows
+    from llmq.recipe import Recipe
+
+MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Text, windows, BOS policy, dtype and device of an evaluation."""
+    parser.add_argument("--data", default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
+    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per window (default: 2048, or what the model has positions for)")
+    parser.add_argument("--bos", default="auto", help="auto, every-window, start or none (default: auto)")
+    parser.add_argument("--max-windows", type=int, metavar="N", help="evaluate the first N windows only")
+    parser.add_argument("--dtype", default="float32", help="auto, float32, bfloat16 or float16 (default: float32, free of kernel rounding)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--revision", help="revision of a Hub model")
+
+
+def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `plan` and `quantize` have in common: everything that makes a recipe."""
+    parser.add_argument("--method", choices=("rtn", "gptq"), default=None, help="default: gptq")
+    parser.add_argument("--bits", choices=("2", "3", "4", "8", "ternary"), default=None, help="default: 4")
+    parser.add_argument("--group-size", type=int, metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: -1)")
+    parser.add_argument("--asymmetric", action="store_true", help="store a zero point per group")
+    parser.add_argument("--act-order", action="store_true", help="true activation order with a stored g_idx; slower to run")
+    parser.add_argument("--order", choices=("group", "static", "none"), default=None, help="column order of GPTQ (default: group)")
+    parser.add_argument("--damping", type=float, help="share of the mean Hessian diagonal that is added to it (default: 0.01)")
+    parser.add_argument("--no-search", action="store_true", help="choose scales by range, not by Hessian-weighted error")
+    parser.add_argument("--inputs", choices=("quantized", "full-precision"), default=None, help="the inputs that Hessians are measured on (default: quantized)")
+    parser.add_argument("--activations", choices=("none", "int8-token"), default=None, help="quantize layer inputs per token and multiply integers (with --bits 8; default: none)")
+    parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="other treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; the first match wins")
+    parser.add_argument("--recipe", metavar="FILE", help="a recipe as JSON (the 'recipe' of a report.json); other options override it")
+    parser.add_argument("--calibration", default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
+    parser.add_argument("--samples", type=int, metavar="N", help="calibration windows (default: 128)")
+    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per calibration window (default: 2048, or what the model has positions for)")
+    parser.add_argument("--seed", type=int, help="seed of the calibration windows (default: 0)")
+    parser.add_argument("--format", default="auto", help="auto, gptq, gptq_v2 or llmq (default: auto)")
+    parser.add_argument("--strict", action="store_true", help="refuse any deviation from what was asked: other group sizes, kept layers, fallbacks")
+    parser.add_argument("--revision", help="revision of a Hub model")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda to run block by block on the GPU")
+    parser.add_argument("--max-ram", type=float, metavar="GB", help="refuse a run whose planned peak memory is above this")
+
+
+def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
+    """The recipe of the options. max_length: tokens the model has positions for, the cap of the default window."""
+    import json
+    from dataclasses import replace
+    from pathlib import Path
+
+    from llmq.errors import LlmqError
+    from llmq.recipe import Recipe, Rule
+    from llmq.spec import ActSpec
+
+    base = Recipe(sequence_length=min(2048, max_length))
+    if args.recipe:
+        try:
+            base = Recipe.from_json(json.loads(Path(args.recipe).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise LlmqError(f"--recipe {args.recipe}: not a recipe ({error}); expected the JSON that report.json holds under 'recipe'") from None
+    if args.act_order and args.order:
+        raise LlmqError("--act-order and --order contradict each other; give one of them")
+    options = {
+        "method": args.method, "order": "act" if args.act_order else args.order, "damping": args.damping, "search": False if args.no_search else None, "inputs": args.inputs,
+        "samples": args.samples, "sequence_length": args.sequence_length, "seed": args.seed,
+    }  # fmt: skip
+    if args.activations:
+        base = replace(base, activations=ActSpec(args.activations))
+    recipe = replace(base, **{key: value for key, value in options.items() if value is not None})
+    rules = tuple(Rule.parse(text) for text in args.rule)
+    gives_spec = not args.recipe or args.bits or args.group_size is not None or args.asymmetric
+    return replace(recipe, rules=rules + ((Rule("*", _spec(args)),) if gives_spec else recipe.rules))
+
+
+def _spec(args: argparse.Namespace) -> Any:
+    from llmq.spec import PER_ROW, QuantSpec
+
+    bits = args.bits or "4"
+    group_size = args.group_size if args.group_size is not None else PER_ROW if bits == "8" else 128
+    return QuantSpec("ternary" if bits == "ternary" else f"int{bits}", group_size, not args.asymmetric)
+
+
+def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) -> Windows:
+    """The windows that `eval` and `compare` score."""
+    from dataclasses import replace
+
+    from llmq.data import load_documents
+    from llmq.evaluation.windows import cut_windows
+    from llmq.models.load import load_tokenizer
+
+    length = args.sequence_length or min(2048, max_positions(config))
+    windows = cut_windows(load_documents(args.data, "eval"), load_tokenizer(model_dir), config, length, args.bos)
+    return replace(windows, tokens=windows.tokens[: args.max_windows]) if args.max_windows else windows
+
+
+def max_positions(config: Any) -> int:
+    """Tokens that a model has positions for; models without a limit get 2048."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+
+
+def check_device(device: str) -> None:
+    """Raise for a device that is not there."""
+    from llmq.errors import LlmqError
+
+    if device == "cpu":
+        return
+    import torch
+
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise LlmqError(f"--device {device}: not available here; use --device cpu ('llmq doctor' lists the devices)")
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on a terminal, plain lines elsewhere. Call with (done, total, remark); the first call's `done` counts as done before, for the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total, remark="": print(f"{title} {done}/{total} {remark}".rstrip(), file=sys.stderr, flush=True)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[remark]}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None, remark="")
+        yield lambda done, total, remark="": bar.update(task, completed=done, total=total, remark=remark)
+
+
+def render(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """A plain text table, numbers to the right."""
+    table = [list(header), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    numeric = [all(row[i][:1].isdigit() or row[i][:1] in "-+" for row in table[1:]) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)).rstrip() for row in table]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def render_pairs(pairs: dict[str, object]) -> str:
+    """Names and values, one per line."""
+    width = max(map(len, pairs))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs.items())

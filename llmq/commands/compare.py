@@ -1,0 +1,54 @@
+"""`llmq compare BASE QUANT`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llmq.commands import common
+
+HELP = "How far a quantized model is from its base: perplexity ratio with a paired interval, KL divergence, top-1 agreement, size."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", help=common.MODEL_HELP)
+    parser.add_argument("quant", help="the quantized model: a folder or Hub id")
+    common.add_evaluation_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from llmq.evaluation.divergence import compare
+    from llmq.formats.load import load
+    from llmq.models.load import load_config, resolve
+
+    common.check_device(args.device)
+    base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
+    windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
+    base, quant = (load(model_dir, dtype=args.dtype, device=args.device) for model_dir in (base_dir, quant_dir))
+    with common.progress("windows") as show:
+        result = compare(base, quant, windows, lambda done, total: show(done, total, ""))
+    sizes = {"base_bytes": _weight_bytes(base_dir), "quant_bytes": _weight_bytes(quant_dir)}
+    summary = {"base": args.base, "quant": args.quant, "data": args.data, **result, **sizes, "dtype": args.dtype, **windows.identity()}
+    return summary, _text(summary)
+
+
+def _weight_bytes(model_dir: Path) -> int:
+    from llmq.models.load import ShardReader
+
+    return sum(path.stat().st_size for path in set(ShardReader(model_dir).names.values()))
+
+
+def _text(summary: dict[str, Any]) -> str:
+    low, high = summary["perplexity_ratio_ci95"]
+    kl_low, kl_high = summary["kl_mean_ci95"]
+    return common.render_pairs(
+        {
+            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, ratio {summary['perplexity_ratio']:.5f} (95% interval {low:.5f} to {high:.5f})",
+            "KL divergence": f"mean {summary['kl_mean']:.3e} (95% interval {kl_low:.3e} to {kl_high:.3e}), p99 {summary['kl_p99']:.3e}, max {summary['kl_max']:.3e} nats",
+            "top-1 agreement": f"{summary['top1_agreement']:.2%}",
+            "RMS change of the target's probability": f"{summary['rms_probability_change']:.2%}",
+            "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> {summary['quant_bytes'] / 1e6:.1f} MB",
+            "measured on": f"{summary['tokens']} tokens of {summary['data']}, protocol {summary['protocol']} at {summary['sequence_length']}, BOS {summary['bos']}, {summary['dtype']}",
+        }
+    )

@@ -1,0 +1,70 @@
+"""`llmq doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from llmq.commands import common
+
+HELP = "Print versions, devices, the backends that work here, and what is missing."
+
+REQUIRED = ("torch", "transformers", "datasets", "accelerate", "safetensors", "huggingface-hub", "rich", "wrapt")
+OPTIONAL = {"triton": "GPU kernels", "lm-eval": "llmq[eval]: task evaluation", "gguf": "llmq[gguf]: GGUF export", "matplotlib": "llmq[plots]: plots"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No options of its own."""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    import torch
+    from llmq_kernels import CODES, PackedWeight, pack
+    from llmq_kernels.dispatch import BACKENDS
+
+    from llmq import __version__
+
+    devices = [f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    codes, scale = torch.zeros(64, 128, dtype=torch.uint8), torch.ones(64, 1, dtype=torch.float16)
+    backends = {}
+    for backend in BACKENDS:
+        reasons = [
+            backend.refusal(PackedWeight(pack(codes, code.bits), scale, None, None, code, 128, (64, 128)), dtype, torch.device("cpu")) for code in CODES.values() for dtype in (torch.bfloat16, torch.float32)
+        ]
+        backends[backend.name] = None if None in reasons else reasons[0]
+    packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    result = {
+        "llmq": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "devices": devices,
+        "backends": {name: reason or "works here" for name, reason in backends.items()},
+        "backend_override": os.environ.get("LLMQ_BACKEND"),
+        "missing": [name for name in REQUIRED if packages[name] is None],
+        "missing_optional": {name: purpose for name, purpose in OPTIONAL.items() if packages[name] is None},
+    }
+    return result, _text(result)
+
+
+def _text(result: dict[str, Any]) -> str:
+    pairs: dict[str, object] = {"llmq": result["llmq"], "python": f"{result['python']} on {result['platform']}"}
+    pairs |= {name: number or "-" for name, number in result["packages"].items()}
+    pairs |= {"devices": ", ".join(result["devices"])}
+    pairs |= {f"backend {name}": state for name, state in result["backends"].items()}
+    if result["missing"]:
+        pairs["missing"] = f"{', '.join(result['missing'])}: pip install llmq brings them"
+    for name, purpose in result["missing_optional"].items():
+        pairs[f"optional {name}"] = f"not installed ({purpose})"
+    return common.render_pairs(pairs)

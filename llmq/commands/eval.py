@@ -1,0 +1,32 @@
+"""`llmq eval MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from llmq.commands import common
+
+HELP = "Perplexity of a model, quantized or not, with a 95 percent interval and what identifies the figure."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=common.MODEL_HELP)
+    parser.add_argument("--protocol", choices=("gptq",), default="gptq", help="gptq: disjoint windows, all but the first token of each scored")
+    common.add_evaluation_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from llmq.evaluation.perplexity import evaluate
+    from llmq.formats.load import load
+    from llmq.models.load import load_config, resolve
+
+    common.check_device(args.device)
+    model_dir = resolve(args.model, args.revision)
+    windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
+    model = load(model_dir, dtype=args.dtype, device=args.device)
+    with common.progress("windows") as show:
+        result = evaluate(model, windows, lambda done, total: show(done, total, ""))
+    summary = {"model": args.model, "data": args.data, **result.to_json()}
+    text = f"perplexity {result.value:.4f}  (95% interval {result.ci95[0]:.4f} to {result.ci95[1]:.4f}; {windows.n_targets} tokens, protocol gptq at {windows.tokens.shape[1]}, BOS {windows.bos}, {result.dtype})"
+    return summary, text

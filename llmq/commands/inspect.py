@@ -1,0 +1,63 @@
+"""`llmq inspect CHECKPOINT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from math import prod
+from typing import Any
+
+from llmq.commands import common
+
+HELP = "Show what is stored in a model folder: format, layers, dtypes, sizes, and how it was made."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=common.MODEL_HELP)
+    parser.add_argument("--revision", help="revision of a Hub model")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from llmq.formats.load import quantization_settings
+    from llmq.models.load import ShardReader, load_config, read_header, resolve
+
+    model_dir = resolve(args.model, args.revision)
+    config = load_config(model_dir)
+    settings = quantization_settings(config)
+    paths = sorted(set(ShardReader(model_dir).names.values()))
+    headers = {name: entry for path in paths for name, entry in read_header(path).items()}
+    suffixes = Counter(name.rpartition(".")[2] for name in headers)
+    report_path = model_dir / "report.json"
+    report = json.loads(report_path.read_text()) if report_path.is_file() else None
+    result = {
+        "model": str(model_dir),
+        "model_type": config.model_type,
+        "quantization": settings,
+        "files": {path.name: path.stat().st_size for path in paths},
+        "bytes": sum(path.stat().st_size for path in paths),
+        "tensors": len(headers),
+        "tensor_kinds": dict(suffixes),
+        "dtypes": dict(Counter(entry["dtype"] for entry in headers.values())),
+        "elements": sum(prod(entry["shape"]) for entry in headers.values()),
+        "specs": dict(Counter(layer["spec"] for layer in report["layers"])) if report else None,
+        "report": {key: value for key, value in report.items() if key != "layers"} if report else None,
+    }
+    return result, _text(result)
+
+
+def _text(result: dict[str, Any]) -> str:
+    settings = result["quantization"]
+    pairs: dict[str, object] = {
+        "model": f"{result['model']} ({result['model_type']})",
+        "format": "full precision" if settings is None else settings.get("format", "llmq"),
+        "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, {result['tensors']} tensors",
+        "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
+    }
+    if result["specs"]:
+        pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
+    if report := result["report"]:
+        calibration = report["calibration"]
+        pairs["made by"] = f"{report['method']} in {report['seconds']:.0f} s, llmq {report['versions']['llmq']}, {len(report['fallbacks'])} fallbacks, {len(report['notes'])} notes"
+        pairs["calibration"] = f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}" if calibration else "none"
+    return common.render_pairs(pairs)

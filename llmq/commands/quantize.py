@@ -1,0 +1,75 @@
+"""`llmq quantize MODEL OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmq.commands import common
+
+if TYPE_CHECKING:
+    from llmq.ptq.engine import BlockReport
+
+HELP = "Quantize a model into a folder. An interrupted run continues when the same command is given again."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=common.MODEL_HELP)
+    parser.add_argument("out", help="the folder to write")
+    common.add_quantization_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that llmq wrote earlier")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from llmq.commands.plan import prepare_job
+    from llmq.errors import VerificationError
+    from llmq.formats.files import check_output
+    from llmq.ptq.run import quantize_folder
+
+    check_output(Path(args.out), args.overwrite)
+    common.check_device(args.device)
+    job = prepare_job(args)
+    for name, note in job.notes.items():
+        print(f"note: {name}: {note}", file=sys.stderr)
+    with common.progress("blocks") as show:
+        done = total = 0
+
+        def on_start(finished: int, n_blocks: int) -> None:
+            nonlocal done, total
+            done, total = finished, n_blocks
+            show(done, total, f"resuming after block {done - 1}" if done else "")
+
+        def on_block(report: BlockReport) -> None:
+            nonlocal done
+            done += 1
+            show(done, total, _remark(report, total - done))
+
+        report = quantize_folder(job, Path(args.out), device=args.device, overwrite=args.overwrite, on_start=on_start, on_block=on_block)
+    if args.strict and report["fallbacks"]:
+        raise VerificationError(f"--strict: {args.out} was written, but {len(report['fallbacks'])} layers fell back to plain rounding, the first being {report['fallbacks'][0]}")
+    return {"out": args.out, **report}, _summary(args.out, report)
+
+
+def _remark(report: BlockReport, n_left: int) -> str:
+    errors = "  ".join(f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in report.layers if layer.error is not None)
+    return f"{report.seconds:.1f} s/block, about {report.seconds * n_left:.0f} s left  {errors}"
+
+
+def _summary(out: str, report: dict[str, Any]) -> str:
+    errors = [(layer["error"], layer["rtn_error"]) for layer in report["layers"] if layer["error"] is not None]
+    pairs: dict[str, object] = {
+        "written": f"{out} ({report['format']} format), verified block by block",
+        "layers": f"{report['n_quantized_layers']} quantized, {len(report['kept_layers'])} kept in full precision",
+        "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> {report['stored_bytes'] / 1e6:.1f} MB, {report['bits_per_quantized_weight']:.2f} bits per quantized weight",
+        "seconds": f"{report['seconds']:.1f}",
+    }
+    if errors:
+        ours, rounded = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+        pairs["output error"] = f"{ours:.2e} of the layers' output on average; plain rounding: {rounded:.2e}"
+    if report["fallbacks"]:
+        pairs["fallbacks"] = f"{len(report['fallbacks'])} layers fell back to plain rounding: {', '.join(report['fallbacks'][:3])}"
+    if report["n_dead_columns"] or report["n_dropped_rows"]:
+        pairs["calibration"] = f"{report['n_dead_columns']} input channels were always zero, {report['n_dropped_rows']} rows with NaN or infinity were left out"
+    return common.render_pairs(pairs)

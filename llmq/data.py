@@ -1,0 +1,137 @@
+"""Calibration and evaluation text: the bundled text, local files, folders, or data sets of the Hub, as tokens with a fingerprint.
+
+    bundled                        sources of the standard library (see `llmq.corpus`); the default
+    notes.txt, rows.jsonl, x.parquet, or a folder of them; jsonl and parquet hold a column `text`
+    Salesforce/wikitext:wikitext-2-raw-v1:train    a Hub data set, with configuration and split
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmq.corpus import standard_library_documents
+from llmq.errors import LlmqError
+
+BUNDLED = "bundled"
+MAX_HUB_DOCUMENTS = 20_000
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_documents(source: str, split: Literal["calibration", "eval"], revision: str | None = None) -> list[str]:
+    """The non-empty documents of a source. split: which part of the bundled text. Raises `LlmqError` for what cannot be found or read."""
+    if source == BUNDLED:
+        return standard_library_documents(split)
+    path = Path(source)
+    if path.is_dir():
+        paths = sorted(p for p in path.iterdir() if p.suffix in {".txt", *_READERS})
+        if not paths:
+            raise LlmqError(f"{source}: no .txt, .jsonl or .parquet file in this folder")
+        documents = [document for p in paths for document in _read_file(p)]
+    elif path.is_file():
+        documents = _read_file(path)
+    elif path.suffix in {".txt", *_READERS} or path.is_absolute() or source.startswith("."):
+        raise LlmqError(f"{source}: no such file; give a .txt, .jsonl or .parquet file, a folder of them, a Hub data set (name:config:split) or '{BUNDLED}'")
+    else:
+        documents = _read_hub(source, revision)
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise LlmqError(f"{source}: holds no text")
+    return documents
+
+
+def _read_file(path: Path) -> list[str]:
+    if path.suffix not in _READERS:
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise LlmqError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or give a .jsonl or .parquet file") from None
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", streaming=True)
+        return _texts(rows, str(path))
+    except (ValueError, OSError, DatasetGenerationError) as error:
+        raise LlmqError(f"{path}: not readable as {path.suffix} ({str(error).splitlines()[0]})") from None
+
+
+def _texts(rows: Iterable[dict[str, object]], where: str) -> list[str]:
+    texts = []
+    for row in islice(rows, MAX_HUB_DOCUMENTS):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise LlmqError(f"{where}: expected a column 'text' with strings, found columns {', '.join(row)}")
+        texts.append(text)
+    return texts
+
+
+def _read_hub(source: str, revision: str | None) -> list[str]:
+    from datasets import load_dataset
+
+    name, config, split = (source.split(":") + ["", ""])[:3]
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True, revision=revision)
+        return _texts(rows, source)
+    except LlmqError:
+        raise
+    except Exception as error:  # datasets raises whatever its file systems raise; every one of them means that the data cannot be had.
+        raise LlmqError(f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}); expected name:config:split") from None
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Token windows int64 `[n, length]`, where they came from and a hash that two equal sets share."""
+
+    tokens: Tensor
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        return token_hash(self.tokens)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.tokens.numel()
+
+
+def token_hash(tokens: Tensor) -> str:
+    """sha256 over shape and little-endian int64 values."""
+    header = "x".join(map(str, tokens.shape)).encode()
+    return hashlib.sha256(header + tokens.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False) -> Tensor:
+    """The documents joined by blank lines as one row of tokens, int64 `[n]`."""
+    ids = tokenizer("\n\n".join(documents), add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
+    """Raise `LlmqError` when a token id lies beyond the model's embeddings."""
+    largest = int(tokens.max()) if tokens.numel() else 0
+    if largest >= vocab_size:
+        raise LlmqError(f"{source}: token id {largest} is beyond the model's vocabulary of {vocab_size}; the tokenizer does not belong to this model")
+
+
+def calibration_windows(tokens: Tensor, n_samples: int, length: int, seed: int, source: str, bos: int | None = None) -> TokenSet:
+    """`n_samples` windows at seeded random offsets of a row of tokens. bos: a token that takes the first place in every window, for models that need it.
+
+    Raises `LlmqError` when the text is shorter than one window.
+    """
+    if len(tokens) < length:
+        raise LlmqError(f"calibration text {source}: {len(tokens)} tokens, but one sequence needs {length}; give more text or a smaller --sequence-length")
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randint(len(tokens) - length + 1, (n_samples,), generator=generator)
+    windows = tokens[offsets[:, None] + torch.arange(length)]
+    if bos is not None:
+        windows[:, 0] = bos
+    return TokenSet(windows, source)

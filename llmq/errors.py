@@ -1,0 +1,15 @@
+"""Errors that a user can act on. The command line prints them as one line and leaves with the exit code they carry."""
+
+from __future__ import annotations
+
+
+class LlmqError(Exception):
+    """Bad usage or input: the message says what, where, what was expected, what came, and what to do next. Exit code 2."""
+
+    exit_code = 2
+
+
+class VerificationError(LlmqError):
+    """A result failed its own check, or too much of it fell back to a weaker method. Exit code 1."""
+
+    exit_code = 1

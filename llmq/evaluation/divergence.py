@@ -1,0 +1,82 @@
+"""How far a quantized model is from its base: both run over the same windows, side by side, and no logits are stored.
+
+Perplexities of two models on the same text move together, so their ratio is known ten times better than either; the interval here is paired. The Kullback-Leibler
+divergence sees what perplexity averages away: its 99th percentile and maximum are the tokens where the quantized model would say something else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmq.data import check_vocabulary
+from llmq.errors import LlmqError
+from llmq.evaluation.bootstrap import mean_interval
+from llmq.evaluation.windows import Windows
+
+TOKENS_PER_BATCH = 2048
+
+
+def _window_statistics(base_logits: Tensor, quant_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Per-token statistics in float32 for logits `[T, V]` and targets `[T]`."""
+    base = torch.log_softmax(base_logits.float(), dim=-1)
+    quant = torch.log_softmax(quant_logits.float(), dim=-1)
+    base_target = base.gather(1, targets[:, None])[:, 0]
+    quant_target = quant.gather(1, targets[:, None])[:, 0]
+    return {
+        "base_nll": -base_target,
+        "quant_nll": -quant_target,
+        "probability_change": quant_target.exp() - base_target.exp(),
+        "agree": (base.argmax(-1) == quant.argmax(-1)).float(),
+        # Rounding can leave a divergence of zero at -1e-8; the true one is never negative.
+        "kl": torch.linalg.vecdot(base.exp(), base - quant).clamp_min(0),
+    }
+
+
+@torch.no_grad()
+def compare(base: PreTrainedModel, quant: PreTrainedModel, windows: Windows, on_batch: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+    """Perplexity ratio with a paired 95% interval, KL(base || quant) in nats, top-1 agreement and RMS change of the target's probability.
+
+    Raises `LlmqError` when the models have different vocabularies or their logits are not finite.
+    """
+    sizes = [model.config.get_text_config().vocab_size for model in (base, quant)]
+    if sizes[0] != sizes[1]:
+        raise LlmqError(f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; compare a quantized model with the model it was made from")
+    check_vocabulary(windows.tokens, sizes[0], "evaluation text")
+    rows: dict[str, list[Tensor]] = {}
+    done = 0
+    for batch in windows.tokens.split(max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])):
+        base_logits, quant_logits = (model(input_ids=batch.to(model.device), use_cache=False).logits for model in (base, quant))
+        for base_row, quant_row, ids in zip(base_logits, quant_logits, batch, strict=True):
+            statistics = _window_statistics(base_row[:-1].cpu(), quant_row[:-1].cpu(), ids[1:])
+            for name, values in statistics.items():
+                rows.setdefault(name, []).append(values)
+        done += len(batch)
+        on_batch(done, len(windows.tokens))
+    table = {name: torch.stack(values).double() for name, values in rows.items()}
+    if not all(bool(torch.isfinite(values).all()) for values in table.values()):
+        raise LlmqError("a model's logits are NaN or infinite; try --dtype float32")
+    return _summary(table)
+
+
+def _summary(table: dict[str, Tensor]) -> dict[str, Any]:
+    log_ratio = (table["quant_nll"] - table["base_nll"]).mean(dim=1)
+    kl = table["kl"]
+    return {
+        "base_perplexity": math.exp(table["base_nll"].mean()),
+        "quant_perplexity": math.exp(table["quant_nll"].mean()),
+        "perplexity_ratio": math.exp(log_ratio.mean()),
+        "perplexity_ratio_ci95": [math.exp(bound) for bound in mean_interval(log_ratio)],
+        "kl_mean": float(kl.mean()),
+        "kl_mean_ci95": list(mean_interval(kl.mean(dim=1))),
+        # kthvalue, not quantile: torch.quantile refuses more than 16M values.
+        "kl_p99": float(kl.flatten().kthvalue(max(1, math.ceil(0.99 * kl.numel()))).values),
+        "kl_max": float(kl.max()),
+        "top1_agreement": float(table["agree"].mean()),
+        "rms_probability_change": float(table["probability_change"].square().mean().sqrt()),
+    }

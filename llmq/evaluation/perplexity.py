@@ -1,0 +1,62 @@
+"""Perplexity by a named protocol, with an interval and everything that identifies the figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmq.data import check_vocabulary
+from llmq.errors import LlmqError
+from llmq.evaluation.bootstrap import mean_interval
+from llmq.evaluation.windows import Bos, Windows, cut_windows
+
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """value and 95% interval; window_nll: mean negative log-likelihood of each window, float64 `[n]`, in nats per token."""
+
+    value: float
+    ci95: tuple[float, float]
+    window_nll: Tensor
+    windows: Windows
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"perplexity": self.value, "ci95": list(self.ci95), "dtype": self.dtype, **self.windows.identity()}
+
+
+def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log-likelihood in float32 of each target, `[B, T - 1]`, from logits `[B, T, V]`. One window at a time: the float32 copy is what costs memory."""
+    losses = [torch.nn.functional.cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in zip(logits, tokens, strict=True)]
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, windows: Windows, on_batch: Callable[[int, int], None] = lambda done, total: None) -> Perplexity:
+    """Score the windows. on_batch: told how many windows are done, of how many. Raises `LlmqError` for token ids beyond the vocabulary and for NaN logits."""
+    check_vocabulary(windows.tokens, model.config.get_text_config().vocab_size, "evaluation text")
+    losses = []
+    batch_size = max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
+    for batch in windows.tokens.split(batch_size):
+        batch = batch.to(model.device)
+        loss = token_nll(model(input_ids=batch, use_cache=False).logits, batch)
+        if not bool(torch.isfinite(loss).all()):
+            raise LlmqError(f"window {len(losses) * batch_size}: the model's logits are NaN or infinite in {model.dtype}; try --dtype float32")
+        losses.append(loss.double().mean(dim=1).cpu())
+        on_batch(min(len(losses) * batch_size, len(windows.tokens)), len(windows.tokens))
+    nll = torch.cat(losses)
+    low, high = mean_interval(nll)
+    return Perplexity(math.exp(nll.mean()), (math.exp(low), math.exp(high)), nll, windows, str(model.dtype).removeprefix("torch."))
+
+
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, sequence_length: int = 2048, bos: Bos = "auto") -> Perplexity:
+    """Perplexity of a model on a text by protocol `gptq`: disjoint windows of `sequence_length` tokens, all but the first token of each scored."""
+    return evaluate(model, cut_windows([text], tokenizer, model.config, sequence_length, bos))

@@ -1,0 +1,31 @@
+"""The on-disk formats by name, and the choice among them."""
+
+from __future__ import annotations
+
+from llmq.errors import LlmqError
+from llmq.formats.base import Format, Specs
+from llmq.formats.gptq import GPTQ_V1, GPTQ_V2, engines_load
+from llmq.formats.native import NATIVE
+from llmq.recipe import LayerPlan
+from llmq.spec import ActSpec
+
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (GPTQ_V1, GPTQ_V2, NATIVE)}
+
+__all__ = ["FORMATS", "Format", "Specs", "choose_format"]
+
+
+def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec = ActSpec()) -> Format:
+    """The format by name; "auto" takes `gptq` when it holds every layer exactly and other engines load it, else `llmq`. Raises `LlmqError` when the named one cannot hold a layer."""
+    quantized = [(plan.layer, plan.spec) for plan in plans if plan.spec is not None]
+    if activations.kind != "none" and name not in ("auto", "llmq"):
+        raise LlmqError(f"format {name} cannot say that activations are quantized ({activations.kind}). Use --format llmq, which holds everything")
+    if name == "auto":
+        fits = activations.kind == "none" and all(GPTQ_V1.refusal(spec, layer.shape) is None and engines_load(spec) for layer, spec in quantized)
+        return GPTQ_V1 if fits else NATIVE
+    if name not in FORMATS:
+        raise LlmqError(f"format {name!r}: expected auto or one of {', '.join(FORMATS)}")
+    fmt = FORMATS[name]
+    for layer, spec in quantized:
+        if reason := fmt.refusal(spec, layer.shape):
+            raise LlmqError(f"format {name} cannot hold {layer.name} ({spec}): {reason}. Use --format llmq, which holds everything")
+    return fmt

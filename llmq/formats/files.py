@@ -1,0 +1,97 @@
+"""Writing folders so that they are there as a whole or not at all: fsync, rename, manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmq.errors import LlmqError
+
+MANIFEST = "llmq-manifest.json"
+# Everything beside the weights that a runtime or a reader of the model needs.
+_COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
+
+
+def sync(path: Path) -> None:
+    """Make a file or a directory entry durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file and make it durable."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    sync(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON under a temporary name, make it durable, rename."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(data, indent=2) + "\n")
+    sync(partial)
+    partial.replace(path)
+
+
+def copy_companions(source_dir: Path, target_dir: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licence files."""
+    for pattern in _COPIED:
+        for path in source_dir.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target_dir / path.name)
+
+
+def write_index(target_dir: Path, shards: dict[str, Iterable[str]], total_size: int) -> None:
+    """Write `model.safetensors.index.json` for tensor names by shard file."""
+    weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+    write_json(target_dir / "model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def write_manifest(target_dir: Path) -> None:
+    """The last file: sha256 and size of every other one. A folder with it was written by llmq and is complete."""
+    entries = {}
+    for path in sorted(target_dir.iterdir()):
+        with path.open("rb") as file:
+            entries[path.name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+        sync(path)
+    write_json(target_dir / MANIFEST, {"files": entries})
+    sync(target_dir)
+
+
+def check_output(out_dir: Path, overwrite: bool) -> None:
+    """Refuse an output that exists, or that cannot be written. Only folders that llmq wrote can be overwritten."""
+    if out_dir.exists() or out_dir.is_symlink():
+        if not overwrite:
+            raise LlmqError(f"{out_dir}: exists already; choose another output, or give --overwrite to replace it")
+        if not (out_dir / MANIFEST).is_file():
+            raise LlmqError(f"{out_dir}: was not written by llmq (it has no {MANIFEST}), so --overwrite leaves it alone; remove it yourself or choose another output")
+    parent = out_dir.absolute().parent
+    existing = next(p for p in (parent, *parent.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise LlmqError(f"{out_dir}: {existing} is not a folder that can be written; choose another output")
+
+
+def publish(finished_dir: Path, out_dir: Path) -> None:
+    """Put a finished folder in its place by renaming; an earlier output is moved aside first and removed after."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    aside = out_dir.with_name(f".{out_dir.name}.replaced")
+    if out_dir.exists():
+        if aside.exists():
+            shutil.rmtree(aside)
+        out_dir.rename(aside)
+    finished_dir.replace(out_dir)
+    with contextlib.suppress(OSError):  # some file systems cannot sync directories
+        sync(out_dir.parent)
+    if aside.exists():
+        shutil.rmtree(aside)

@@ -1,0 +1,61 @@
+"""Load a quantized folder, whoever wrote it, or a full-precision one, and check that nothing in it was made up."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from llmq.errors import LlmqError
+from llmq.formats import hf_quantizer
+from llmq.models.load import ShardReader, load_config, resolve
+
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def quantization_settings(config: Any) -> dict[str, Any] | None:
+    """The `quantization_config` as llmq reads it, or None for a full-precision model. Raises `LlmqError` for a method that llmq cannot read."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    settings = dict(settings if isinstance(settings, dict) else settings.to_dict())
+    method = settings.get("quant_method")
+    if method == "auto-round" and "gptq" in str(settings.get("packing_format", "")):
+        method = "gptq"  # AutoRound's GPTQ packing under its own name
+    if method == "gptq":
+        fmt = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        if fmt not in ("gptq", "gptq_v2"):
+            raise LlmqError(f"GPTQ checkpoint format {fmt!r}: expected gptq or gptq_v2; quantize the original model with llmq instead")
+        return {**settings, "quant_method": hf_quantizer.METHOD, "format": fmt, "checkpoint_format": fmt}
+    if method != hf_quantizer.METHOD:
+        raise LlmqError(f"quantization method {method!r}: llmq loads llmq and gptq folders; quantize the original model with llmq instead")
+    return settings
+
+
+def load(model: str | os.PathLike[str], *, revision: str | None = None, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """A causal LM from a folder, a Hub id or "tiny": quantized in `llmq` or `gptq` format (also GPTQModel's and AutoRound's), or in full precision.
+
+    dtype: of activations and unquantized weights: "auto" (as stored), "float32", "bfloat16", "float16". Raises `LlmqError` when anything is missing, left over or damaged.
+    """
+    if dtype not in _DTYPES:
+        raise LlmqError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    model_dir = resolve(model, revision)
+    config = load_config(model_dir)
+    settings = quantization_settings(config)
+    ShardReader(model_dir)  # every shard is there and readable
+    if settings is not None:
+        config.quantization_config = settings
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(model_dir, config=config, dtype=_DTYPES[dtype], output_loading_info=True, trust_remote_code=False)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise LlmqError(f"{model_dir}: {len(info[kind])} {kind.replace('_', ' ')}, the first being {sorted(map(str, info[kind]))[0]}; the checkpoint is incomplete")
+    quantized: PreTrainedModel = loaded.to(device).eval()
+    return quantized

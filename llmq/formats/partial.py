@@ -1,0 +1,98 @@
+"""A checkpoint that grows block by block and survives being killed.
+
+    .OUT.llmq-partial/
+        state.json            what is being made, from what: a run resumes only what it would have made itself
+        lock                  held while a run works on it
+        inputs-*.f32          the inputs of the next block
+        blocks/00003.json     the report of a finished block
+        checkpoint/           the folder that will be renamed to OUT; one shard per block, under its final name
+
+A block is finished when its shard has its name: the shard is renamed last, after inputs and report are durable. Nothing in `checkpoint/` can be loaded before the config is written, at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.formats import files
+
+
+class PartialCheckpoint:
+    """out_dir: where the finished folder goes. identity: everything that decides the bytes of the result, JSON-able. n_shards: shards of the finished checkpoint."""
+
+    def __init__(self, out_dir: Path, identity: dict[str, Any], n_shards: int) -> None:
+        self.out_dir = out_dir.absolute()
+        self.work_dir = self.out_dir.with_name(f".{self.out_dir.name}.llmq-partial")
+        self.checkpoint_dir = self.work_dir / "checkpoint"
+        self.n_shards = n_shards
+        self._open(identity)
+
+    def _open(self, identity: dict[str, Any]) -> None:
+        state_path = self.work_dir / "state.json"
+        if self.work_dir.exists() and not (self.checkpoint_dir.is_dir() and state_path.is_file()):
+            shutil.rmtree(self.work_dir)  # killed before the first or after the last step: nothing in it is needed
+        if state_path.is_file():
+            stored = json.loads(state_path.read_text())
+            differing = sorted(key for key in identity.keys() | stored.keys() if identity.get(key) != stored.get(key))
+            if differing:
+                raise LlmqError(
+                    f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)}; repeat its command to finish it, or remove that folder to start over"
+                )
+        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        (self.work_dir / "blocks").mkdir(exist_ok=True)
+        self._lock = (self.work_dir / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LlmqError(f"{self.work_dir}: another llmq is working on this output; wait for it or choose another output") from None
+        files.write_json(state_path, identity)
+
+    def shard_path(self, index: int) -> Path:
+        return self.checkpoint_dir / f"model-{index + 1:05d}-of-{self.n_shards:05d}.safetensors"
+
+    def n_finished(self) -> int:
+        """Blocks that need not be done again."""
+        return next(i for i in range(self.n_shards + 1) if i == self.n_shards or not self.shard_path(i).is_file())
+
+    def write_shard(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write a shard under a temporary name and return what was written, read back from the file."""
+        path = self.shard_path(index).with_suffix(".tmp")
+        files.write_tensors(path, tensors)
+        return load_file(path)
+
+    def finish_shard(self, index: int, report: dict[str, Any] | None = None) -> None:
+        """Give the shard its name: from here on it is part of the result."""
+        if report is not None:
+            files.write_json(self.work_dir / "blocks" / f"{index:05d}.json", report)
+        path = self.shard_path(index)
+        path.with_suffix(".tmp").replace(path)
+        files.sync(self.checkpoint_dir)
+
+    def block_reports(self) -> list[dict[str, Any]]:
+        """The reports of all finished blocks, those of earlier runs included."""
+        return [json.loads(path.read_text()) for path in sorted((self.work_dir / "blocks").glob("*.json"))]
+
+    def publish(self) -> None:
+        """Complete the folder with index and manifest and rename it to its place."""
+        for leftover in self.checkpoint_dir.glob("*.tmp"):
+            leftover.unlink()
+        files.write_manifest(self.checkpoint_dir)
+        files.publish(self.checkpoint_dir, self.out_dir)
+        self.close()
+        shutil.rmtree(self.work_dir)
+
+    def discard(self) -> None:
+        """Remove everything, after an error that repeating the command would meet again."""
+        self.close()
+        shutil.rmtree(self.work_dir, ignore_errors=True)
+
+    def close(self) -> None:
+        self._lock.close()

@@ -1,0 +1,119 @@
+"""Save a quantized model that is in memory, atomically: the counterpart of `llmq.load`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmq.errors import LlmqError
+from llmq.formats import Format, choose_format, files
+from llmq.formats.gptq import with_act_order
+from llmq.models.arch import quantizable_layers
+from llmq.modules import quantized_modules
+from llmq.qtensor import QuantizedTensor
+from llmq.recipe import Layer, LayerPlan
+from llmq.spec import ActSpec
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def checkpoint_config(fmt: Format, plans: list[LayerPlan], *, act_order: bool, activations: ActSpec) -> dict[str, Any]:
+    """The `quantization_config` for the linear layers of a model in a format."""
+    config = fmt.config({plan.layer.name: plan.spec for plan in plans})
+    if activations.kind != "none":
+        config["activations"] = activations.to_json()
+    return with_act_order(config) if act_order and config["quant_method"] == "gptq" else config
+
+
+def write_configs(target_dir: Path, model_config: Any, quantization_config: dict[str, Any]) -> None:
+    """Write config.json with the quantization config, and `quantize_config.json` where the format has one."""
+    data = model_config.to_dict()
+    data["quantization_config"] = quantization_config
+    files.write_json(target_dir / "config.json", data)
+    if quantization_config["quant_method"] == "gptq":
+        files.write_json(target_dir / "quantize_config.json", quantization_config)
+
+
+def layer_tensors(name: str, qtensor: QuantizedTensor, fmt: Format) -> dict[str, Tensor]:
+    """The stored tensors of one layer by full name."""
+    return {f"{name}.{suffix}": tensor for suffix, tensor in fmt.write(qtensor).items()}
+
+
+def save(
+    model: PreTrainedModel, out_dir: str | os.PathLike[str], *, tokenizer: PreTrainedTokenizerBase | None = None, format: str = "auto", overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Path:
+    """Write a quantized model to a folder that `llmq.load` and, for `gptq`, other engines load. The folder appears complete or not at all.
+
+    format: "auto", "gptq", "gptq_v2" or "llmq". Raises `LlmqError` when the model is not quantized, the format cannot hold it, or the output exists.
+    """
+    quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
+    if not quantized:
+        raise LlmqError("this model has no quantized layer; use model.save_pretrained for a full-precision model")
+    target = Path(out_dir)
+    files.check_output(target, overwrite)
+    plans = [LayerPlan(Layer(name, qtensor.shape), qtensor.spec) for name, qtensor in quantized.items()]
+    plans += [LayerPlan(layer, None) for layer in _kept_layers(model)]
+    activations = {module.activations for module in quantized_modules(model).values()}
+    if len(activations) != 1:
+        raise LlmqError("the layers of this model quantize their inputs in different ways, which no format holds; give all the same ActSpec")
+    act_spec = activations.pop()
+    fmt = choose_format(format, plans, act_spec)
+
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in quantized and suffix != "bias":
+            continue
+        if tensor.data_ptr() not in seen:  # tied weights are stored once
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor
+    for name, qtensor in quantized.items():
+        tensors.update(layer_tensors(name, qtensor, fmt))
+
+    work_dir = target.absolute().with_name(f".{target.name}.llmq-saving")
+    shutil.rmtree(work_dir, ignore_errors=True)
+    work_dir.mkdir(parents=True)
+    try:
+        _write_shards(work_dir, tensors, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work_dir)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(work_dir)
+        act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
+        write_configs(work_dir, model.config, checkpoint_config(fmt, plans, act_order=act_order, activations=act_spec))
+        files.write_manifest(work_dir)
+        files.publish(work_dir, target)
+    finally:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return target
+
+
+def _kept_layers(model: PreTrainedModel) -> list[Layer]:
+    try:
+        return quantizable_layers(model)
+    except LlmqError:  # every layer of the blocks is quantized: none is left to find
+        return []
+
+
+def _write_shards(work_dir: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in sorted(tensors.items()):
+        if size + tensor.nbytes > max_shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        files.write_tensors(work_dir / "model.safetensors", shards[0])
+        return
+    names = {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+    for file_name, shard in names.items():
+        files.write_tensors(work_dir / file_name, shard)
+    files.write_index(work_dir, {name: list(shard) for name, shard in names.items()}, sum(tensor.nbytes for tensor in tensors.values()))

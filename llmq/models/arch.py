@@ -1,0 +1,118 @@
+"""What has to be known of a model family, and how little that is: where its blocks are, which of their layers are linear, and whether every window needs a BOS token.
+
+The list of blocks is found, not tabulated: it is the one `ModuleList` of `config.num_hidden_layers` members that hold linear layers. A family gets a row here when something cannot
+be found that way, and to be listed as tested.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmq.errors import LlmqError
+from llmq.recipe import Layer
+
+
+@dataclass(frozen=True)
+class Family:
+    """bos_every_window: the model is broken on text that does not start with BOS (Gemma: perplexity 3.5 with it, 6e9 without)."""
+
+    model_type: str
+    bos_every_window: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama"),
+        Family("mistral"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("gemma2", bos_every_window=True),
+        Family("gemma3_text", bos_every_window=True),
+        Family("phi3"),
+        Family("gpt2"),
+        Family("opt"),
+        Family("gpt_neox"),
+        Family("falcon"),
+    )
+}
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Refuse, from the config alone, what cannot be quantized as a whole. Raises `LlmqError`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text_config = config.get_text_config()
+    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        n_experts = getattr(text_config, key, None)
+        if isinstance(n_experts, int) and n_experts > 1:
+            raise LlmqError(
+                f"{config.model_type} is a mixture of experts ({key} = {n_experts}), which llmq does not quantize yet: its experts are fused tensors that would stay in full "
+                f"precision. Tested dense families: {', '.join(FAMILIES)}"
+            )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        nearest = difflib.get_close_matches(config.model_type, FAMILIES, n=1)
+        hint = f" (the nearest is {nearest[0]})" if nearest else ""
+        raise LlmqError(f"model type {config.model_type!r} is not a causal language model that transformers can build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually work")
+
+
+def needs_bos(config: PretrainedConfig) -> bool:
+    family = FAMILIES.get(config.model_type)
+    return family is not None and family.bos_every_window
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(N, K)` of a linear layer, or None for any other module. GPT-2's Conv1D stores its weight as `[K, N]`."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return None
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as `[N, K]` (a view)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and module of the list of transformer blocks. Raises `LlmqError` when there is none, or more than one."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth and any(block_layers(module[0]))]
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise LlmqError(f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, found {names}. Tested families: {', '.join(FAMILIES)}")
+    return found[0]
+
+
+def block_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names, relative to the block, and modules of its linear layers."""
+    return ((name, module) for name, module in block.named_modules() if linear_shape(module) is not None)
+
+
+def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
+    """Every linear layer inside the blocks. Embeddings and the output head lie outside and stay in full precision."""
+    prefix, blocks = find_blocks(model)
+    refuse_fused_experts(blocks)
+    return [Layer(f"{prefix}.{i}.{name}", _shape(module)) for i, block in enumerate(blocks) for name, module in block_layers(block)]
+
+
+def refuse_fused_experts(blocks: nn.ModuleList) -> None:
+    """Raise for blocks with three-dimensional weights: experts fused into one tensor, whatever the config calls them."""
+    for name, parameter in blocks[0].named_parameters():
+        if parameter.dim() == 3 and "conv" not in name:
+            raise LlmqError(f"{name} has shape {list(parameter.shape)}: a mixture of experts with fused weights, which llmq does not quantize yet")
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    shape: Any = linear_shape(module)
+    return shape

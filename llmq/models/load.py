@@ -1,0 +1,179 @@
+"""From a name to a model: a Hub id, a folder or the bundled `tiny`; its config; the model on the meta device; and a reader that brings single tensors from safetensors.
+
+Weights are never loaded as a whole. The reader opens a shard, copies the tensors that are asked for and closes it again, because mapped pages count as resident memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmq.errors import LlmqError
+from llmq.models.arch import check_supported
+
+BUNDLED = {"tiny": "assets/tiny"}
+INDEX = "model.safetensors.index.json"
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+_HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
+
+
+def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder that holds a model. `model`: a folder, the name of the bundled model, or a Hub id (downloaded to the usual cache, token from the usual places).
+
+    Raises `LlmqError` when it cannot be found, with the reason that the Hub gave.
+    """
+    name = os.fspath(model)
+    if name in BUNDLED and not Path(name).exists():
+        return Path(str(files("llmq").joinpath(BUNDLED[name])))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise LlmqError(f"{name}: no config.json in this folder; expected a Hugging Face model folder (config.json, *.safetensors, tokenizer files)")
+        return Path(name)
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise LlmqError(f"{name}: no such folder; give a folder with config.json, a Hub id such as Qwen/Qwen3-0.6B, or 'tiny' for the bundled model")
+    return _download(name, revision)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
+    except GatedRepoError:
+        raise LlmqError(f"{repo_id}: access is gated; accept its licence on the Hub, then log in with 'hf auth login' or set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise LlmqError(f"{repo_id}: no revision {revision!r}; give a branch, tag or commit that the Hub lists for it") from None
+    except RepositoryNotFoundError:
+        raise LlmqError(f"{repo_id}: neither a folder here nor a model on the Hub (a private one needs HF_TOKEN)") from None
+    except LocalEntryNotFoundError:
+        raise LlmqError(f"{repo_id}: not in the local cache and the Hub cannot be reached; check the network and HF_ENDPOINT, or give a folder") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise LlmqError(f"{repo_id}: download failed ({str(error).splitlines()[0]}); check the name, the network and the free space of the cache") from None
+
+
+def load_config(model_dir: Path) -> PretrainedConfig:
+    """The config of a causal LM. Raises `LlmqError` for what is damaged, not a causal LM or not supported. Remote code is never run."""
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LlmqError(f"{model_dir / 'config.json'}: not a model config that transformers can read ({str(error).splitlines()[0]})") from None
+    check_supported(config)
+    return config
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises `LlmqError` when it has none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise LlmqError(f"{model_dir}: no tokenizer that transformers can read ({str(error).splitlines()[0]}); copy tokenizer.json and tokenizer_config.json into it") from None
+    return tokenizer
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, buffers (rotary tables) real, in float32."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+class ShardReader:
+    """Tensors of a folder of safetensors by name. `names`: every tensor, with the file that holds it. Every fault of the files is a `LlmqError` that names the file."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self.names = self._scan()
+
+    def _scan(self) -> dict[str, Path]:
+        if (self.model_dir / INDEX).is_file():
+            paths = self._indexed_files()
+        else:
+            paths = sorted(self.model_dir.glob("*.safetensors"))
+            if len(paths) > 1:
+                paths = [path for path in paths if path.name == "model.safetensors"]
+        if not paths:
+            pickles = " (only pickled weights, which can run code and are not read: convert them to safetensors first)" if list(self.model_dir.glob("*.bin")) else ""
+            raise LlmqError(f"{self.model_dir}: no model.safetensors and no {INDEX}{pickles}")
+        names: dict[str, Path] = {}
+        for path in paths:
+            for name in read_header(path):
+                if name in names:
+                    raise LlmqError(f"{path}: tensor {name} is also in {names[name].name}; the folder mixes two models")
+                names[name] = path
+        return names
+
+    def _indexed_files(self) -> list[Path]:
+        index = self.model_dir / INDEX
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            file_names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise LlmqError(f"{index}: not a safetensors index; download it again") from None
+        for file_name in file_names:
+            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+                raise LlmqError(f"{index}: refers to {file_name!r}; expected plain names of .safetensors files in the same folder")
+            if not (self.model_dir / file_name).is_file():
+                raise LlmqError(f"{index}: refers to {file_name}, which is missing; download the model again")
+        return [self.model_dir / file_name for file_name in file_names]
+
+    @staticmethod
+    def names_in(path: Path) -> list[str]:
+        """The tensors of one file."""
+        return list(read_header(path))
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the named tensors. Raises `LlmqError` for a damaged file and for NaN or infinite values, naming the tensor."""
+        tensors: dict[str, Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.names[name], []).append(name)
+        for path, wanted in by_file.items():
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    for name in wanted:
+                        tensors[name] = shard.get_tensor(name).clone()
+            except (SafetensorError, OSError) as error:
+                raise LlmqError(f"{path}: damaged ({error}); download it again") from None
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise LlmqError(f"{self.names[name]}: tensor {name} holds {int((~torch.isfinite(tensor)).sum())} NaN or infinite values of {tensor.numel()}; the weights are damaged")
+        return tensors
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {dtype, shape} of a safetensors file, without its data. Raises `LlmqError` when the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}
+            return {name: {"dtype": part.get_dtype(), "shape": tuple(part.get_shape())} for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise LlmqError(f"{path}: not a readable safetensors file ({error}); download it again") from None
+
+
+def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Model parameter or persistent buffer -> stored name, allowing the base prefix ("transformer.", "model.") to be there on one side only. Ties may be absent."""
+    available = set(stored)
+    prefix = model.base_model_prefix + "."
+    matched: dict[str, str] = {}
+    missing = []
+    for name in model.state_dict():
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        stored_name = next((candidate for candidate in candidates if candidate in available), None)
+        if stored_name is not None:
+            matched[name] = stored_name
+        elif name not in model.all_tied_weights_keys:
+            missing.append(name)
+    if missing:
+        raise LlmqError(f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} needs, the first being {missing[0]}")
+    return matched

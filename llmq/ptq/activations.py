@@ -1,0 +1,62 @@
+"""Hidden states on disk: the inputs of one block for every calibration sequence, in one flat float32 file.
+
+Activations of 128 sequences of 2048 tokens take 4 GB at a width of 4096: more than the block they belong to. They therefore never live in memory as a whole. Batches are
+read and written with plain file calls, so the operating system keeps in its page cache what fits and lets the rest go to disk; no budget has to be guessed, and the same files are what an
+interrupted run resumes from. Memory-mapping was not taken because mapped pages count as resident memory of the process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ActivationFile:
+    """float32 `[n_sequences, length, width]` in native byte order at `path`."""
+
+    path: Path
+    length: int
+    width: int
+
+    @property
+    def sequence_bytes(self) -> int:
+        return self.length * self.width * 4
+
+    @property
+    def n_sequences(self) -> int:
+        return self.path.stat().st_size // self.sequence_bytes
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Tensors `[<= batch_size, length, width]`, in order."""
+        with self.path.open("rb", buffering=0) as file:
+            remaining = self.n_sequences
+            while remaining:
+                batch = torch.empty(min(batch_size, remaining), self.length, self.width)
+                buffer = memoryview(batch.view(-1).numpy()).cast("B")
+                n_read = 0
+                while n_read < len(buffer):
+                    n_read += file.readinto(buffer[n_read:]) or _truncated(self.path)
+                remaining -= len(batch)
+                yield batch
+
+    def write(self, batches: Iterable[Tensor]) -> None:
+        """Write all batches and make them durable; the file appears under its name only when it is complete."""
+        partial = self.path.with_suffix(".tmp")
+        with partial.open("wb", buffering=0) as file:
+            for batch in batches:
+                buffer = memoryview(batch.to("cpu", torch.float32).contiguous().view(-1).numpy()).cast("B")
+                n_written = 0
+                while n_written < len(buffer):
+                    n_written += file.write(buffer[n_written:])
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+
+def _truncated(path: Path) -> int:
+    raise OSError(f"{path}: ends in the middle of a batch")

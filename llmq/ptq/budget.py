@@ -1,0 +1,49 @@
+"""What a job will need, from shapes alone: bytes on disk, peak memory, floating-point operations. Estimates; what was measured is in the report."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from llmq.models.arch import find_blocks
+from llmq.ptq.engine import TOKENS_PER_BATCH
+
+if TYPE_CHECKING:
+    from llmq.ptq.run import Job
+
+_HEADERS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+
+
+def stored_bytes(job: Job) -> int:
+    """Bytes of the weight files that the job writes."""
+    source = sum(path.stat().st_size for path in set(job.shards.names.values()))
+    element = source / max(1, sum(prod(parameter.shape) for name, parameter in job.model.named_parameters() if name not in job.model.all_tied_weights_keys))
+    saved = sum(prod(plan.layer.shape) * (element - plan.spec.bits_per_weight(*plan.layer.shape) / 8) for plan in job.plans if plan.spec)
+    return int(source - saved)
+
+
+def peak_bytes(job: Job) -> int:
+    """Peak resident memory above the loaded libraries: one float32 block (and its stored copy), and the larger of the embedding phase and the largest solve."""
+    prefix, blocks = find_blocks(job.model)
+    block = 6 * sum(prod(parameter.shape) for parameter in blocks[0].parameters())
+    if job.tokens is None:
+        return int(block * 1.5)
+    shapes = [plan.layer.shape for plan in job.plans if plan.spec]
+    # Hessian, its reordered copy, factor and inverse factor; then W, W^T, errors and codes of up to two stacked layers.
+    solve = max(16 * k * k + 2 * 13 * n * k for n, k in shapes)
+    widest = max(max(shape) for shape in shapes)
+    batch = 4 * max(TOKENS_PER_BATCH, job.tokens.tokens.shape[1]) * widest * 4
+    embedding = 4 * sum(prod(p.shape) for name, p in job.model.named_parameters() if not name.startswith(prefix + ".")) * 2
+    return int(max(embedding, block + solve + batch))
+
+
+def flops(job: Job) -> float:
+    """Floating-point operations of the job: four forward passes of each block, Hessians, factorizations, column updates and error reports."""
+    if job.tokens is None:
+        return float(50 * sum(prod(plan.layer.shape) for plan in job.plans))
+    n_tokens = job.tokens.n_tokens
+    forward = 4 * 2 * n_tokens * sum(prod(plan.layer.shape) for plan in job.plans)
+    hessians = sum(2 * n_tokens * plan.layer.shape[1] ** 2 for plan in job.plans if plan.spec) / 2  # about half of the layers share an input
+    solves = sum(k**3 + 6 * n * k * k for n, k in (plan.layer.shape for plan in job.plans if plan.spec))
+    search = sum(31 * 8 * prod(plan.layer.shape) for plan in job.plans if plan.spec) * 8  # memory-bound: counted eightfold
+    return float(forward + hessians + solves + search)

@@ -1,0 +1,315 @@
+"""Block by block: load one block, measure its layers' inputs, solve, run it again with quantized weights, hand the result over, forget it.
+
+Peak memory is one block in float32, its largest Hessian with the factorization, and one batch of activations; depth does not enter. Inside a block layers are solved in the order
+in which they run and see the repairs of those before ("true-sequential"); layers that read the same tensor share one Hessian and are solved in one call with their rows stacked.
+
+After each block the inputs of the next one lie on disk, so a run can start again at any block. A block is handed over through `store`, which gives back the weights as they were stored: the
+engine runs the block with these, compares bit for bit, and only then lets `seal` make it count.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmq.errors import LlmqError, VerificationError
+from llmq.models.arch import find_blocks, linear_shape, linear_weight
+from llmq.ptq.activations import ActivationFile
+from llmq.ptq.capture import BlockCall, BlockRecorder, run_until, shared_inputs
+from llmq.ptq.gptq import GPTQOptions, gptq
+from llmq.ptq.rtn import rtn
+from llmq.ptq.solver import SolverResult
+from llmq.ptq.stats import LayerStats, output_error
+from llmq.qtensor import QuantizedTensor
+from llmq.recipe import LayerPlan, Recipe
+from llmq.spec import PER_TENSOR, QuantSpec
+
+TOKENS_PER_BATCH = 2048
+
+
+class WeightReader(Protocol):
+    """Where weights come from: stored copies by model parameter name, in their own dtype."""
+
+    def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """error, rtn_error: squared output error over squared output, measured on the calibration inputs, of the result and of plain rounding; None without calibration data."""
+
+    name: str
+    spec: str
+    shape: tuple[int, int]
+    n_bytes: int
+    bits_per_weight: float
+    error: float | None = None
+    rtn_error: float | None = None
+    damping: float = 0.0
+    fallback: str | None = None
+    n_dead_columns: int = 0
+    n_dropped_rows: int = 0
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """index, layers, seconds for the block; output_error: squared distance of the quantized block's outputs from the full-precision block's on the same inputs, relative."""
+
+    index: int
+    layers: list[LayerReport]
+    seconds: float
+    output_error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What `store` gets: quantized weights and kept tensors by full parameter or module name, and the report."""
+
+    report: BlockReport
+    quantized: dict[str, QuantizedTensor]
+    kept: dict[str, Tensor]
+
+
+@dataclass
+class Engine:
+    """The state of one run. model: on the meta device. plans: every linear layer of the blocks. tokens: int64 `[n_sequences, length]`, or None for methods without data.
+    store: stores a block's result and returns the weights as read back from there. seal: makes a stored and verified block count. on_block: told after each block."""
+
+    model: PreTrainedModel
+    reader: WeightReader
+    recipe: Recipe
+    plans: list[LayerPlan]
+    tokens: Tensor | None
+    work_dir: Path
+    store: Callable[[BlockResult], dict[str, QuantizedTensor]]
+    seal: Callable[[BlockReport], None]
+    on_block: Callable[[BlockReport], None] = lambda report: None
+    device: str = "cpu"
+    _calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prefix, self.blocks = find_blocks(self.model)
+        if self.tokens is None and self.recipe.method != "rtn":
+            raise LlmqError(f"method {self.recipe.method} needs calibration text; give --calibration, or use --method rtn")
+        self.batch_size = 1 if self.tokens is None else max(1, TOKENS_PER_BATCH // self.tokens.shape[1])
+
+    # --- the way of the whole model -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self, first_block: int = 0) -> None:
+        """Quantize all blocks from `first_block` on; the inputs of that block must lie in `work_dir` unless it is block 0."""
+        torch.backends.cuda.matmul.allow_tf32 = False
+        if self.tokens is not None and first_block < len(self.blocks):
+            self._record_calls(first_block)
+        for index in range(first_block, len(self.blocks)):
+            self._run_block(index)
+
+    def inputs_of(self, index: int, stream: str = "quantized") -> ActivationFile:
+        """The file of the inputs of block `index`."""
+        assert self.tokens is not None
+        width = self.model.config.get_text_config().hidden_size
+        return ActivationFile(self.work_dir / f"inputs-{stream}-{index:05d}.f32", self.tokens.shape[1], width)
+
+    @property
+    def streams(self) -> list[str]:
+        return ["quantized", "full-precision"] if self.recipe.inputs == "full-precision" else ["quantized"]
+
+    def _record_calls(self, first_block: int) -> None:
+        """Keep each block's own arguments per batch size and, at the start of a run, write the inputs of block 0."""
+        assert self.tokens is not None
+        loaded = self._load_outside_blocks()
+        recorder = BlockRecorder(self.model, self.blocks)
+
+        def embed() -> Iterator[Tensor]:
+            for batch in tokens.split(self.batch_size):
+                hidden, calls = recorder.run(batch.to(self.device))
+                self._calls.setdefault(len(batch), calls)
+                yield hidden
+
+        tokens = self.tokens
+        if first_block == 0:
+            for stream in self.streams:
+                self.inputs_of(0, stream).write(embed())
+        else:
+            tokens = torch.cat([self.tokens[: self.batch_size], self.tokens[-(len(self.tokens) % self.batch_size or self.batch_size) :]])
+            for _ in embed():
+                pass
+        for name in loaded:
+            set_module_tensor_to_device(self.model, name, "meta")
+
+    def _load_outside_blocks(self) -> list[str]:
+        """Give real float32 weights to everything that may run before block 0. The output head does not, and may be the largest tensor of all."""
+        head = self.model.get_output_embeddings()
+        tied = self.model.all_tied_weights_keys
+        outside = [
+            name
+            for name, _ in self.model.named_parameters()
+            if not name.startswith(self.prefix + ".") and name not in tied and not (head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head)
+        ]
+        for name, tensor in self.reader.read_parameters(outside).items():
+            set_module_tensor_to_device(self.model, name, self.device, value=tensor.float())
+        for name, buffer in self.model.named_buffers():
+            if not name.startswith(self.prefix + "."):
+                set_module_tensor_to_device(self.model, name, self.device, value=buffer)
+        return outside
+
+    # --- the way of one block -------------------------------------------------------------------------------------
+
+    def _run_block(self, index: int) -> None:
+        started = time.monotonic()
+        name = f"{self.prefix}.{index}"
+        stored = self._read_block(name)
+        block = self._materialize(index, stored)
+        plans = {plan.layer.name.removeprefix(name + "."): plan for plan in self.plans if plan.layer.name.startswith(name + ".")}
+        targets = {layer: plan.spec for layer, plan in plans.items() if plan.spec is not None}
+
+        full_precision_outputs = self._advance(block, index, "full-precision") if self.tokens is not None and "full-precision" in self.streams else None
+        results, layer_reports = self._solve_block(index, block, name, targets)
+        first_output = self._advance(block, index, "quantized") if self.tokens is not None else None
+        error = None
+        if full_precision_outputs is not None and first_output is not None:
+            error = float((first_output - full_precision_outputs).square().sum() / full_precision_outputs.square().sum())
+
+        quantized = {f"{name}.{layer}": result.tensor for layer, result in results.items()}
+        quantized_weights = {f"{layer}.weight" for layer in results}
+        kept = {f"{name}.{key}": tensor for key, tensor in stored.items() if key not in quantized_weights}
+        report = BlockReport(index, layer_reports, time.monotonic() - started, error)
+        read_back = self.store(BlockResult(report, quantized, kept))
+        self._verify(index, block, name, read_back, quantized, first_output)
+        self.seal(report)
+        if self.tokens is not None:
+            for stream in self.streams:
+                self.inputs_of(index, stream).path.unlink(missing_ok=True)
+        self.on_block(report)
+
+    def _read_block(self, name: str) -> dict[str, Tensor]:
+        parameters = [key for key in self.model.state_dict() if key.startswith(name + ".")]
+        return {key.removeprefix(name + "."): tensor for key, tensor in self.reader.read_parameters(parameters).items()}
+
+    def _materialize(self, index: int, stored: dict[str, Tensor]) -> nn.Module:
+        block = copy.deepcopy(self.blocks[index])
+        block.load_state_dict({key: tensor.to(self.device, torch.float32) for key, tensor in stored.items()}, assign=True, strict=False)
+        return block.to(self.device)
+
+    def _batches(self, index: int, stream: str) -> Iterator[tuple[BlockCall, Tensor]]:
+        for hidden in self.inputs_of(index, stream).batches(self.batch_size):
+            yield self._calls[len(hidden)][index], hidden.to(self.device)
+
+    def _advance(self, block: nn.Module, index: int, stream: str) -> Tensor:
+        """Run the block over a stream, write the next block's inputs (none after the last), and return the first batch's output."""
+        is_last = index == len(self.blocks) - 1
+        batches = self._batches(index, stream)
+        call, hidden = next(batches)
+        first = call.run(block, hidden)
+
+        def outputs() -> Iterator[Tensor]:
+            yield first
+            for call, hidden in batches:
+                yield call.run(block, hidden)
+
+        if not is_last:
+            self.inputs_of(index + 1, stream).write(outputs())
+        return first
+
+    def _solve_block(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]) -> tuple[dict[str, SolverResult], list[LayerReport]]:
+        """Quantize the target layers in running order, leaving the quantized values in the block."""
+        results: dict[str, SolverResult] = {}
+        reports: list[LayerReport] = []
+        if not targets:
+            return results, reports
+        for group in self._groups(index, block, name, targets):
+            stats = None if self.tokens is None else self._measure(index, block, group[0])
+            for layers, spec in _by_spec(group, targets):
+                weight = torch.cat([linear_weight(block.get_submodule(layer)) for layer in layers]).float()
+                solved = _solve(weight, stats, spec, self.recipe)
+                for layer, result in zip(layers, _split(solved, [_rows(block, layer) for layer in layers]), strict=True):
+                    original = linear_weight(block.get_submodule(layer))
+                    results[layer] = result
+                    reports.append(_report(f"{name}.{layer}", original, result, stats))
+                    original.copy_(result.tensor.dequantize())
+        return results, reports
+
+    def _groups(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]) -> list[list[str]]:
+        if self.tokens is None:
+            return [[layer] for layer in targets]
+        call, hidden = next(self._batches(index, self.streams[-1]))
+        groups = shared_inputs(block, {layer: block.get_submodule(layer) for layer in targets}, call, hidden)
+        idle = set(targets) - {layer for group in groups for layer in group}
+        if idle:
+            raise LlmqError(f"{name}.{min(idle)}: this layer did not run on the calibration text, so it cannot be calibrated; keep it with --rule '*{min(idle)}=keep'")
+        return groups
+
+    def _measure(self, index: int, block: nn.Module, layer: str) -> LayerStats:
+        module = block.get_submodule(layer)
+        stats = LayerStats(linear_weight(module).shape[1], self.device)
+        for call, hidden in self._batches(index, self.streams[-1]):
+            stats.add(run_until(block, module, call, hidden))
+        return stats
+
+    def _verify(self, index: int, block: nn.Module, name: str, read_back: dict[str, QuantizedTensor], quantized: dict[str, QuantizedTensor], first_output: Tensor | None) -> None:
+        """The stored block must be the block that was computed: same values in every weight and the same outputs on the first batch."""
+        if read_back.keys() != quantized.keys():
+            raise VerificationError(f"{name}: {len(read_back)} quantized layers were read back, {len(quantized)} were written; the output is not usable")
+        for layer, tensor in read_back.items():
+            linear_weight(block.get_submodule(layer.removeprefix(name + "."))).copy_(tensor.dequantize())
+            if not torch.equal(tensor.dequantize(), quantized[layer].dequantize()):
+                raise VerificationError(f"{layer}: the weight read back differs from the weight written; the disk or the memory is faulty")
+        if first_output is not None:
+            call, hidden = next(self._batches(index, "quantized"))
+            if not torch.equal(call.run(block, hidden), first_output):
+                raise VerificationError(f"{name}: the stored block does not reproduce the outputs recorded when it was quantized")
+
+
+def _by_spec(group: list[str], targets: dict[str, QuantSpec]) -> Iterator[tuple[list[str], QuantSpec]]:
+    """Parts of a group that can be solved in one call: equal specs, and never several tensors under one scale."""
+    by_spec: dict[QuantSpec, list[str]] = {}
+    for layer in group:
+        by_spec.setdefault(targets[layer], []).append(layer)
+    for spec, layers in by_spec.items():
+        if spec.group_size == PER_TENSOR:
+            yield from (([layer], spec) for layer in layers)
+        else:
+            yield layers, spec
+
+
+def _solve(weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe) -> SolverResult:
+    if recipe.method == "rtn" or stats is None:
+        return rtn(weight, spec)
+    return gptq(weight, stats, spec, GPTQOptions(recipe.order, recipe.damping, recipe.search))
+
+
+def _split(result: SolverResult, rows: list[int]) -> list[SolverResult]:
+    if len(rows) == 1:
+        return [result]
+    stops = torch.tensor(rows).cumsum(0).tolist()
+    return [SolverResult(result.tensor.rows(stop - n, stop), result.damping, result.n_dead, result.fallback) for stop, n in zip(stops, rows, strict=True)]
+
+
+def _rows(block: nn.Module, layer: str) -> int:
+    shape = linear_shape(block.get_submodule(layer))
+    assert shape is not None
+    return shape[0]
+
+
+def _report(name: str, original: Tensor, result: SolverResult, stats: LayerStats | None) -> LayerReport:
+    n, k = result.tensor.shape
+    errors: dict[str, float] = {}
+    if stats is not None:
+        energy = max(output_error(original, stats.hessian), 1e-30)
+        errors["error"] = output_error(result.tensor.dequantize() - original, stats.hessian) / energy
+        errors["rtn_error"] = output_error(QuantizedTensor.quantize(original, result.tensor.spec).dequantize() - original, stats.hessian) / energy
+    return LayerReport(
+        name, str(result.tensor.spec), (n, k), result.tensor.n_bytes, 8 * result.tensor.n_bytes / (n * k), damping=result.damping, fallback=result.fallback,
+        n_dead_columns=result.n_dead, n_dropped_rows=0 if stats is None else stats.n_dropped, **errors,
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""GPTQ: round column by column and let the columns that follow make up for each error (Frantar et al., 2022).
+
+With H = 2 X X^T and the upper factor U of its inverse (H^-1 = U^T U), rounding column i of W by `e = (w - q) / U_ii` is best answered by `W[:, i:] -= e U[i, i:]`.
+U comes from one Cholesky factorization of the matrix read backwards, J H J = L L^T, so U = J L^-1 J: nothing is inverted and factored a second time, which is where
+float32 usually fails.
+
+Order of columns. The columns rounded first have the most others left to repair their errors, so those with the largest diag(H) should come first. Three orders keep groups of
+consecutive columns, hence no `g_idx` on disk:
+    "group"   columns sorted inside each group, groups by their largest diag(H); a group's scale is chosen when it is reached, from weights that already carry the repairs;
+    "static"  columns sorted over all groups; scales are chosen beforehand from the original weights;
+    "none"    as they stand.
+"act" is the original act-order: groups are formed along the sorted columns and `g_idx` is stored; slower to run, for those who ask for it.
+
+The work runs on W^T, so that a column is a contiguous row. Nothing here knows of models: weight, statistics and spec in, codes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmq import quantizer
+from llmq.ptq.solver import SolverResult
+from llmq.ptq.stats import LayerStats
+from llmq.qtensor import QuantizedTensor
+from llmq.spec import PER_ROW, PER_TENSOR, QuantSpec
+
+Order = Literal["group", "static", "none", "act"]
+BLOCK_COLUMNS = 128
+DAMPING_STEPS = (1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """order: see the module's text. damping: added to diag(H), as a share of its mean; times 10 and 100 if the factorization fails. search: choose scales by diag(H)-weighted error
+    instead of by range."""
+
+    order: Order = "group"
+    damping: float = 0.01
+    search: bool = True
+
+
+def inverse_factor(hessian: Tensor) -> Tensor | None:
+    """Upper U `[K, K]` with H^-1 = U^T U, or None when H is not positive definite in float32."""
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if int(info) != 0:
+        return None
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    factor = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity).flip(0, 1)
+    return factor if bool(torch.isfinite(factor).all()) else None
+
+
+def _damped_factor(hessian: Tensor, order: Tensor, dead: Tensor, damping: float) -> tuple[Tensor | None, float]:
+    """The factor of the reordered, damped Hessian, and the damping (share of the mean diagonal) at which it succeeded. Dead columns get the mean as their diagonal."""
+    mean = hessian.diagonal().mean()
+    share = damping
+    for step in DAMPING_STEPS:
+        share = min(damping * step, 1.0)
+        damped = hessian[order][:, order]
+        damped.diagonal().add_(share * mean + dead[order] * mean.clamp_min(1e-6))
+        if (factor := inverse_factor(damped)) is not None:
+            return factor, share
+    return None, share
+
+
+def column_order(importance: Tensor, group_size: int, order: Order) -> Tensor:
+    """The order, int64 `[K]`, in which columns are rounded."""
+    k = len(importance)
+    if order == "none":
+        return torch.arange(k, device=importance.device)
+    if order in ("static", "act"):
+        return torch.argsort(importance, descending=True, stable=True)
+    groups = list(torch.split(torch.arange(k, device=importance.device), group_size))
+    groups.sort(key=lambda columns: float(importance[columns].max()), reverse=True)
+    return torch.cat([columns[torch.argsort(importance[columns], descending=True, stable=True)] for columns in groups])
+
+
+def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOptions = GPTQOptions()) -> SolverResult:
+    """Quantize a float32 weight `[N, K]`. Falls back to plain rounding, and says so, when the Hessian stays singular with all its mean diagonal added."""
+    diagonal = stats.hessian.diagonal().clone()
+    dead = diagonal == 0
+    n_dead = int(dead.sum())
+    if n_dead:
+        weight = weight.masked_fill(dead, 0)
+    order = column_order(diagonal, spec.columns_per_group(weight.shape[1]), options.order)
+    factor, damping = _damped_factor(stats.hessian, order, dead, options.damping)
+    importance = diagonal if options.search else None
+    if factor is None:
+        return SolverResult(QuantizedTensor.quantize(weight, spec, importance), damping, n_dead, "Hessian not positive definite")
+
+    solve = _Solve(weight, order, importance, spec, options)
+    solve.run(factor)
+    return SolverResult(solve.result(), damping, n_dead)
+
+
+class _Solve:
+    """The column loop and its state: W^T in rounding order, codes, and the scales chosen so far."""
+
+    def __init__(self, weight: Tensor, order: Tensor, importance: Tensor | None, spec: QuantSpec, options: GPTQOptions) -> None:
+        n, k = weight.shape
+        self.spec, self.order, self.importance = spec, order, importance
+        self.group_size = spec.columns_per_group(k)
+        self.static = options.order == "static" and spec.group_size > 0
+        self.keeps_g_idx = options.order == "act" and spec.n_groups(k) > 1
+        columns = torch.arange(k, device=weight.device)
+        # The stored group of the column at each position: along the sorted columns under act-order, where the column stands otherwise.
+        self.group_of = (columns if self.keeps_g_idx else order) // self.group_size
+        self.weight_t = weight.T[order].contiguous()  # [K, N]
+        self.codes_t = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
+        n_groups = spec.n_groups(k)
+        self.scale_t = torch.empty(n_groups, n, device=weight.device)
+        self.zero_t = torch.full_like(self.scale_t, spec.levels.offset)
+        if self.static:
+            self._set_scales(slice(None), weight, spec, importance)
+
+    def _set_scales(self, groups: slice | int, weight: Tensor, spec: QuantSpec, importance: Tensor | None) -> None:
+        scale, zero = quantizer.choose_scale(weight, spec, importance)
+        self.scale_t[groups] = scale.T if isinstance(groups, slice) else scale[:, 0]
+        if zero is not None:
+            self.zero_t[groups] = zero.T if isinstance(groups, slice) else zero[:, 0]
+
+    def _enter_group(self, start: int, stop: int) -> None:
+        """Choose the scales of the group at positions start..stop from the weights as they are now."""
+        importance = None if self.importance is None else self.importance[self.order[start:stop]]
+        whole = replace(self.spec, group_size=PER_TENSOR if self.spec.group_size == PER_TENSOR else PER_ROW)
+        self._set_scales(int(self.group_of[start]), self.weight_t[start:stop].T, whole, importance)
+
+    def run(self, factor: Tensor) -> None:
+        """Round all columns. factor: U of the reordered Hessian."""
+        k = len(self.order)
+        boundaries = torch.nonzero(self.group_of.diff()).flatten().add_(1).tolist() if not self.static else []
+        group_starts = [0, *boundaries]
+        group_stops = dict(zip(group_starts, [*boundaries, k], strict=True))
+        for start in (starts := _block_starts(k, group_starts)):
+            stop = min([s for s in starts if s > start], default=k)
+            errors = self._round_block(start, stop, factor[start:stop, start:stop], {} if self.static else group_stops)
+            self.weight_t[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+    def _round_block(self, start: int, stop: int, factor: Tensor, group_stops: dict[int, int]) -> Tensor:
+        """Round the columns start..stop, spreading errors inside the block. Returns the errors `[stop - start, N]`."""
+        block = self.weight_t[start:stop]
+        errors = torch.empty_like(block)
+        diagonal = factor.diagonal().tolist()
+        groups = self.group_of[start:stop].tolist()
+        for i, (u, group) in enumerate(zip(diagonal, groups, strict=True)):
+            if start + i in group_stops:
+                self._enter_group(start + i, group_stops[start + i])
+            scale, zero = self.scale_t[group], self.zero_t[group]
+            codes = quantizer.round_codes(block[i], scale, zero, self.spec.levels.max)
+            self.codes_t[start + i] = codes
+            error = torch.sub(block[i], codes.sub_(zero).mul_(scale), out=errors[i]).div_(u)
+            block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        return errors
+
+    def result(self) -> QuantizedTensor:
+        codes_t = torch.empty_like(self.codes_t)
+        codes_t[self.order] = self.codes_t
+        g_idx = None
+        if self.keeps_g_idx:
+            g_idx = torch.empty(len(self.order), dtype=torch.int32, device=codes_t.device)
+            g_idx[self.order] = self.group_of.to(torch.int32)
+        scale, zero = self.scale_t.T, None if self.spec.symmetric else self.zero_t.T
+        if self.spec.group_size == 0:
+            scale, zero = scale[:1], None if zero is None else zero[:1]
+        return QuantizedTensor.from_codes(codes_t.T, scale, zero, self.spec, g_idx)
+
+
+def _block_starts(k: int, group_starts: list[int]) -> list[int]:
+    """Blocks of at most 128 columns. A group longer than a block starts one, since its scales need every earlier repair; shorter groups see the repairs of their own block."""
+    longest = max((b - a for a, b in zip(group_starts, [*group_starts[1:], k], strict=True)), default=k)
+    if longest < BLOCK_COLUMNS:
+        per_block = max(1, BLOCK_COLUMNS // longest)
+        return group_starts[::per_block]
+    return [start for a, b in zip(group_starts, [*group_starts[1:], k], strict=True) for start in range(a, b, BLOCK_COLUMNS)]

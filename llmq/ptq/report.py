@@ -1,0 +1,79 @@
+"""What a quantization run says about itself: `report.json` and the model card, both from measured values."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+import llmq
+
+if TYPE_CHECKING:
+    from llmq.ptq.run import Job
+
+
+def build_report(job: Job, blocks: list[dict[str, Any]], *, source_bytes: int, stored_bytes: int, unused: list[str], resumed_at: int, seconds: float, device: str) -> dict[str, Any]:
+    """Everything that was measured and decided, JSON-able. source_bytes, stored_bytes: size of the weight files before and after."""
+    layers = [layer for block in blocks for layer in block["layers"]]
+    n_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    bits = 8 * sum(layer["n_bytes"] for layer in layers) / n_weights
+    return {
+        "model": job.model_dir.name,
+        "method": job.recipe.method,
+        "format": job.fmt.name,
+        "recipe": job.recipe.to_json(),
+        "calibration": None if job.tokens is None else {"source": job.tokens.source, "windows": list(job.tokens.tokens.shape), "sha256": job.tokens.sha256},
+        "source_bytes": source_bytes,
+        "stored_bytes": stored_bytes,
+        "n_quantized_layers": len(layers),
+        "kept_layers": [plan.layer.name for plan in job.plans if plan.spec is None],
+        "notes": job.notes,
+        "bits_per_quantized_weight": round(bits, 4),
+        "fallbacks": [layer["name"] for layer in layers if layer["fallback"]],
+        "n_extra_damping": sum(layer["damping"] > job.recipe.damping for layer in layers),
+        "n_dead_columns": sum(layer["n_dead_columns"] for layer in layers),
+        "n_dropped_rows": sum(layer["n_dropped_rows"] for layer in layers),
+        "unused_source_tensors": unused,
+        "verified_blocks": len(blocks),
+        "resumed_at_block": resumed_at,
+        "seconds": round(seconds, 2),
+        "seconds_per_block": [round(block["seconds"], 3) for block in blocks],
+        "layers": layers,
+        "device": device,
+        "versions": {"llmq": llmq.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+    }
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """README.md for the output folder."""
+    specs = sorted({layer["spec"] for layer in report["layers"]})
+    errors = [layer["error"] for layer in report["layers"] if layer["error"] is not None]
+    calibration = report["calibration"]
+    rows = {
+        "method": report["method"],
+        "specs": ", ".join(specs),
+        "bits per quantized weight, scales included": f"{report['bits_per_quantized_weight']:.2f}",
+        "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> {report['stored_bytes'] / 1e6:.1f} MB",
+        "layers quantized / kept in full precision": f"{report['n_quantized_layers']} / {len(report['kept_layers'])}",
+        "layers that fell back to plain rounding": str(len(report["fallbacks"])),
+        "mean relative output error of the layers": f"{sum(errors) / len(errors):.2e}" if errors else "not measured (no calibration data)",
+        "calibration": f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}" if calibration else "none",
+        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+base_model: {report["model"]}
+library_name: llmq
+tags: [quantized, {report["method"]}]
+---
+# {report["model"]}, quantized with llmq
+
+| | |
+|---|---|
+{table}
+
+Load it with `llmq.load(folder)`. Every block was read back from disk and reproduced the outputs recorded when it was quantized. Errors of each layer are in `report.json`;
+what the quantization cost in perplexity is measured by `llmq compare BASE THIS`.
+"""

@@ -1,0 +1,235 @@
+"""Quantize a folder into a folder, or a model in memory: the engine joined to where weights come from and go to."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import llmq
+from llmq import data
+from llmq.errors import LlmqError, VerificationError
+from llmq.formats import Format, choose_format, files
+from llmq.formats.partial import PartialCheckpoint
+from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
+from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
+from llmq.models.load import ShardReader, load_config, load_tokenizer, match_names, meta_model, resolve
+from llmq.modules import swap
+from llmq.ptq.engine import BlockReport, BlockResult, Engine
+from llmq.ptq.report import build_report, model_card
+from llmq.qtensor import QuantizedTensor
+from llmq.recipe import LayerPlan, Recipe
+from llmq.spec import ActSpec
+
+MAX_FALLBACK_SHARE = 0.05
+
+
+class CheckpointReader:
+    """Weights by model parameter name from a folder of safetensors."""
+
+    def __init__(self, model: PreTrainedModel, shards: ShardReader) -> None:
+        self.shards = shards
+        self.names = match_names(model, shards.names)
+
+    def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
+        stored = {self.names[name]: name for name in names if name in self.names}
+        return {stored[name]: tensor for name, tensor in self.shards.read(stored).items()}
+
+    def unused(self) -> list[str]:
+        """Stored tensors that belong to no parameter of the model: old buffers, heads for other tasks."""
+        return sorted(set(self.shards.names) - set(self.names.values()))
+
+
+class ModelReader:
+    """Weights by parameter name from a model in memory."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.state = model.state_dict()
+
+    def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.state[name].detach().cpu() for name in names if name in self.state}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything known before anything is computed. tokens: None for methods without data. notes: layers that differ from what was asked."""
+
+    model_dir: Path
+    model: PreTrainedModel
+    shards: ShardReader
+    recipe: Recipe
+    plans: list[LayerPlan]
+    fmt: Format
+    tokens: data.TokenSet | None
+
+    @property
+    def notes(self) -> dict[str, str]:
+        return {plan.layer.name: plan.note for plan in self.plans if plan.note}
+
+
+def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, format: str = "auto", revision: str | None = None, strict: bool = False) -> Job:
+    """Resolve and check everything that can be checked before computing: model, names of all tensors, rules, format, calibration text. Raises `LlmqError`."""
+    model_dir = resolve(model, revision)
+    config = load_config(model_dir)
+    if getattr(config, "quantization_config", None) is not None:
+        raise LlmqError(f"{model_dir}: is quantized already ({_method(config)}); start from the full-precision model")
+    skeleton = meta_model(config)
+    plans = recipe.plan(quantizable_layers(skeleton))
+    if not any(plan.spec for plan in plans):
+        raise LlmqError(f"none of the {len(plans)} linear layers would be quantized; see 'llmq plan' with the same options")
+    fmt = choose_format(format, plans, recipe.activations)
+    notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.note]
+    if strict and notes:
+        raise LlmqError(f"--strict: {len(notes)} layers would differ from what was asked, the first being {notes[0]}")
+    shards = ShardReader(model_dir)
+    match_names(skeleton, shards.names)
+    tokens = None if recipe.method == "rtn" else calibration_tokens(model_dir, config, recipe, calibration)
+    return Job(model_dir, skeleton, shards, recipe, plans, fmt, tokens)
+
+
+def _method(config: Any) -> str:
+    settings = config.quantization_config
+    return str(settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method)
+
+
+def calibration_tokens(model_dir: Path, config: Any, recipe: Recipe, source: str) -> data.TokenSet:
+    """The calibration windows of a recipe for a model folder."""
+    tokenizer = load_tokenizer(model_dir)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or recipe.sequence_length
+    if recipe.sequence_length > longest:
+        raise LlmqError(f"--sequence-length {recipe.sequence_length}: {config.model_type} has positions for {longest} tokens only; give --sequence-length {longest} or less")
+    return windows(tokenizer, config, recipe, source)
+
+
+def windows(tokenizer: PreTrainedTokenizerBase, config: Any, recipe: Recipe, source: str) -> data.TokenSet:
+    """Seeded windows of a text, each with a BOS token for the families that need it."""
+    row = data.tokenize(data.load_documents(source, "calibration"), tokenizer)
+    data.check_vocabulary(row, config.get_text_config().vocab_size, source)
+    bos = tokenizer.bos_token_id if needs_bos(config) else None
+    return data.calibration_windows(row, recipe.samples, recipe.sequence_length, recipe.seed, source, bos)
+
+
+def _identity(job: Job, device: str) -> dict[str, Any]:
+    """What decides the bytes of the result: an interrupted run with the same identity is continued."""
+    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(job.shards.names.values()))}
+    return {
+        "model": [str(job.model_dir.resolve()), stats],
+        "recipe": job.recipe.to_json() | {"rules": job.recipe.fingerprint()},
+        "format": job.fmt.name,
+        "calibration text": None if job.tokens is None else job.tokens.sha256,
+        "software or machine": [llmq.__version__, torch.__version__, transformers.__version__, torch.get_num_threads(), device],
+    }
+
+
+def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: bool = False, on_start: Callable[[int, int], None] = lambda done, total: None,
+                    on_block: Callable[[BlockReport], None] = lambda report: None) -> dict[str, Any]:  # fmt: skip
+    """Run a job into a folder and return its report. Continues an interrupted run of the same job. Peak memory is one block.
+
+    on_start: told how many blocks are finished already, of how many. Raises `LlmqError` for bad input (nothing is left behind), `VerificationError` when the result fails its checks.
+    """
+    files.check_output(out_dir, overwrite)
+    started = time.monotonic()
+    prefix, blocks = find_blocks(job.model)
+    reader = CheckpointReader(job.model, job.shards)
+    partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks) + 1)
+    try:
+        sink = _FolderSink(partial, job.fmt, job.plans, job.recipe)
+        first_block = min(partial.n_finished(), len(blocks))
+        on_start(first_block, len(blocks))
+        tokens = None if job.tokens is None else job.tokens.tokens
+        Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device).run(first_block)
+        report = _finish(job, partial, reader, prefix, first_block, time.monotonic() - started, device)
+    except LlmqError:
+        partial.discard()
+        raise
+    except BaseException:
+        partial.close()
+        raise
+    n_fallbacks, n_layers = len(report["fallbacks"]), len(report["layers"])
+    if n_fallbacks > MAX_FALLBACK_SHARE * n_layers:
+        raise VerificationError(f"{out_dir}: written, but {n_fallbacks} of {n_layers} layers fell back to plain rounding, the first being {report['fallbacks'][0]}; use more or other calibration text")
+    return report
+
+
+class _FolderSink:
+    """Stores blocks as shards and reads them back."""
+
+    def __init__(self, partial: PartialCheckpoint, fmt: Format, plans: list[LayerPlan], recipe: Recipe) -> None:
+        self.partial, self.fmt = partial, fmt
+        self.config = checkpoint_config(fmt, plans, act_order=recipe.order == "act", activations=recipe.activations)
+
+    def store(self, result: BlockResult) -> dict[str, QuantizedTensor]:
+        tensors = dict(result.kept)
+        for name, qtensor in result.quantized.items():
+            tensors.update(layer_tensors(name, qtensor, self.fmt))
+        written = self.partial.write_shard(result.report.index, tensors)
+        read_back = {}
+        for name, qtensor in result.quantized.items():
+            parts = {key.rpartition(".")[2]: tensor for key, tensor in written.items() if key.rpartition(".")[0] == name and not key.endswith(".bias")}
+            read_back[name] = self.fmt.read(name, parts, self.config, qtensor.shape)
+            read_back[name].validate(name)
+        return read_back
+
+    def seal(self, report: BlockReport) -> None:
+        self.partial.finish_shard(report.index, report.to_json())
+
+
+def _finish(job: Job, partial: PartialCheckpoint, reader: CheckpointReader, prefix: str, resumed_at: int, seconds: float, device: str) -> dict[str, Any]:
+    """Write everything that is not a block, then publish."""
+    outside = [name for name in reader.names if not name.startswith(prefix + ".") and name not in job.model.all_tied_weights_keys]
+    last = partial.n_shards - 1
+    partial.write_shard(last, reader.read_parameters(outside))
+    partial.finish_shard(last)
+    target = partial.checkpoint_dir
+    shards = {partial.shard_path(i).name: list(ShardReader.names_in(partial.shard_path(i))) for i in range(partial.n_shards)}
+    files.write_index(target, shards, sum((target / name).stat().st_size for name in shards))
+    files.copy_companions(job.model_dir, target)
+    report = build_report(
+        job, partial.block_reports(), source_bytes=sum(path.stat().st_size for path in set(job.shards.names.values())), stored_bytes=sum((target / name).stat().st_size for name in shards),
+        unused=reader.unused(), resumed_at=resumed_at, seconds=seconds, device=device,
+    )  # fmt: skip
+    files.write_json(target / "report.json", report)
+    (target / "README.md").write_text(model_card(report))
+    write_configs(target, job.model.config, checkpoint_config(job.fmt, job.plans, act_order=job.recipe.order == "act", activations=job.recipe.activations))
+    partial.publish()
+    return report
+
+
+class _ModelSink:
+    """Puts quantized layers into a model in memory once their block is finished."""
+
+    def __init__(self, model: PreTrainedModel, activations: ActSpec) -> None:
+        self.model, self.activations = model, activations
+        self.pending: dict[str, QuantizedTensor] = {}
+        self.reports: list[BlockReport] = []
+
+    def store(self, result: BlockResult) -> dict[str, QuantizedTensor]:
+        self.pending = result.quantized
+        return result.quantized
+
+    def seal(self, report: BlockReport) -> None:
+        swap(self.model, self.pending, self.activations)
+        self.reports.append(report)
+
+
+def quantize(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = None, *, on_block: Callable[[BlockReport], None] = lambda report: None) -> list[BlockReport]:
+    """Quantize a model in memory, in place, and return the report of each block.
+
+    tokens: calibration windows int64 `[n, length]` (see `llmq.data.calibration_windows`); not needed for method "rtn". Raises `LlmqError` for bad input.
+    """
+    skeleton = meta_model(model.config)
+    plans = recipe.plan(quantizable_layers(skeleton))
+    if tokens is not None:
+        data.check_vocabulary(tokens, model.config.get_text_config().vocab_size, "tokens")
+    sink = _ModelSink(model, recipe.activations)
+    with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
+        Engine(skeleton, ModelReader(model), recipe, plans, None if recipe.method == "rtn" else tokens, Path(work_dir), sink.store, sink.seal, on_block).run()
+    return sink.reports

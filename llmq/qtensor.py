@@ -1,0 +1,92 @@
+"""A quantized weight: packed codes, scales, zero points and the spec that gives them meaning. What every method produces, every format stores and every kernel multiplies with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from llmq_kernels.packing import pack, packed_width, unpack
+from llmq_kernels.weight import PackedWeight
+from torch import Tensor
+
+from llmq import quantizer
+from llmq.errors import LlmqError
+from llmq.spec import PER_TENSOR, QuantSpec
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A weight `[N, K]` in storage form.
+
+    packed: int32 `[N, packed_width(K, bits)]`. scale: `[N, G]` in `spec.scale_dtype` (`[1, 1]` per tensor). zero: uint8, shaped like scale, or None where the code's
+    offset is the zero point. g_idx: int32 `[K]`, the group of each column, only where groups are not consecutive (act-order).
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    spec: QuantSpec
+    shape: tuple[int, int]
+    g_idx: Tensor | None = None
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, g_idx: Tensor | None = None) -> QuantizedTensor:
+        """Pack uint8 codes `[N, K]`. scale: the values that the codes were computed with; they must already be representable in `spec.scale_dtype`."""
+        n, k = codes.shape
+        stored_scale = scale.to(getattr(torch, spec.scale_dtype)).contiguous()
+        stored_zero = None if zero is None else zero.to(torch.uint8).contiguous()
+        return cls(pack(codes, spec.bits), stored_scale, stored_zero, spec, (n, k), g_idx)
+
+    @classmethod
+    def quantize(cls, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QuantizedTensor:
+        """Round a float32 weight `[N, K]` to the nearest codes (RTN), with the scales of `quantizer.choose_scale`."""
+        scale, zero = quantizer.choose_scale(weight, spec, importance)
+        return cls.from_codes(quantizer.quantize(weight, scale, zero, spec), scale, zero, spec)
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.nbytes for tensor in (self.packed, self.scale, self.zero, self.g_idx) if tensor is not None)
+
+    def codes(self) -> Tensor:
+        """uint8 `[N, K]`."""
+        return unpack(self.packed, self.spec.bits, self.shape[1])
+
+    def dequantize(self) -> Tensor:
+        """float32 `[N, K]`."""
+        return quantizer.dequantize(self.codes(), self.scale, self.zero, self.spec, self.g_idx)
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Rows `start` to `stop`: how a solve over stacked layers is taken apart. Not for per-tensor scales, which have no rows."""
+        if self.spec.group_size == PER_TENSOR:
+            raise LlmqError("a tensor with one scale for the whole cannot be split by rows; quantize its parts one by one")
+        zero = None if self.zero is None else self.zero[start:stop].contiguous()
+        return QuantizedTensor(self.packed[start:stop].contiguous(), self.scale[start:stop].contiguous(), zero, self.spec, (stop - start, self.shape[1]), self.g_idx)
+
+    def as_packed(self, activations: str = "none") -> PackedWeight:
+        """The same tensors as the kernels take them. activations: see `llmq.spec.ActSpec`."""
+        return PackedWeight(self.packed, self.scale, self.zero, self.g_idx, self.spec.levels, self.spec.columns_per_group(self.shape[1]), self.shape, activations)
+
+    def validate(self, name: str) -> None:
+        """Check shapes, dtypes and values against the spec, and raise `LlmqError` that names the tensor. Kernels index by `g_idx`, so its range is memory safety."""
+        n, k = self.shape
+        n_groups = self.spec.n_groups(k)
+        scale_shape = (1, 1) if self.spec.group_size == PER_TENSOR else (n, n_groups)
+        expected = {
+            "packed": (self.packed, (n, packed_width(k, self.spec.bits)), torch.int32),
+            "scale": (self.scale, scale_shape, getattr(torch, self.spec.scale_dtype)),
+            "zero": (self.zero, scale_shape, torch.uint8),
+            "g_idx": (self.g_idx, (k,), torch.int32),
+        }
+        for part, (tensor, shape, dtype) in expected.items():
+            if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
+                raise LlmqError(f"{name}.{part}: expected {dtype} of shape {list(shape)} for {self.spec}, got {tensor.dtype} of shape {list(tensor.shape)}")
+        if (self.zero is None) != self.spec.symmetric:
+            raise LlmqError(f"{name}: {self.spec} {'has no' if self.spec.symmetric else 'needs a'} zero point, but the tensor has {'none' if self.zero is None else 'one'}")
+        if not torch.isfinite(self.scale).all():
+            raise LlmqError(f"{name}.scale: {int((~torch.isfinite(self.scale)).sum())} values are NaN or infinite; the checkpoint is damaged")
+        if self.g_idx is not None and not (0 <= int(self.g_idx.min()) and int(self.g_idx.max()) < n_groups):
+            raise LlmqError(f"{name}.g_idx: values from {int(self.g_idx.min())} to {int(self.g_idx.max())}, expected 0 to {n_groups - 1}")
+        if self.spec.code == "ternary" and bool((self.codes() == 3).any()):
+            raise LlmqError(f"{name}.packed: holds the code 3, which ternary does not have; the checkpoint is damaged")

@@ -1,0 +1,136 @@
+"""What to do with each layer: ordered rules from name patterns to specs, the method, the data and the seed. The first rule that matches a layer decides.
+
+A pattern is a shell pattern on the module's name (`*.down_proj`, `model.layers.0.*`), or a regular expression after `re:`. A rule that matches nothing is an error, because it is a typo.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from llmq.errors import LlmqError
+from llmq.spec import ActSpec, QuantSpec
+
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """pattern: which layers. spec: how they are quantized, or None to keep them in full precision."""
+
+    pattern: str
+    spec: QuantSpec | None
+
+    def __post_init__(self) -> None:
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise LlmqError(f"rule {self.pattern!r}: not a regular expression ({error}); quote the characters that have a meaning, or use a shell pattern without 're:'") from None
+
+    def matches(self, name: str) -> bool:
+        if self.pattern.startswith("re:"):
+            return re.search(self.pattern[3:], name) is not None
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """Read `PATTERN=SPEC`, such as `*.down_proj=w8` or `model.layers.0.*=keep`."""
+        pattern, separator, spec = text.rpartition("=")
+        if not separator or not pattern:
+            raise LlmqError(f"rule {text!r}: expected PATTERN=SPEC, such as '*.down_proj=w8' or 'model.layers.0.*=keep'")
+        return cls(pattern, None if spec == KEEP else QuantSpec.parse(spec))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that could be quantized: module name and weight shape `(N, K)`."""
+
+    name: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer. spec None keeps it in full precision. note: why it differs from what its rule asks for, empty when it does not."""
+
+    layer: Layer
+    spec: QuantSpec | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, apart from the model and the texts.
+
+    rules: ordered, first match wins. method: "rtn" or "gptq". order: the column order of GPTQ (see `llmq.ptq.gptq`). damping: share of the mean diagonal added to the Hessian.
+    search: choose scales by Hessian-weighted error, not by range. inputs: which stream the Hessians are measured on, the "quantized" outputs of the blocks before or the
+    "full-precision" ones. samples, sequence_length, seed: the calibration windows. activations: how layer inputs are quantized at inference.
+    """
+
+    rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
+    method: Literal["rtn", "gptq"] = "gptq"
+    order: Literal["group", "static", "none", "act"] = "group"
+    damping: float = 0.01
+    search: bool = True
+    inputs: Literal["quantized", "full-precision"] = "quantized"
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+    activations: ActSpec = field(default_factory=ActSpec)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.sequence_length < 2:
+            raise LlmqError(f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens")
+        if not 0 < self.damping <= 1:
+            raise LlmqError(f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at most 1 (0.01 is usual)")
+
+    @classmethod
+    def uniform(cls, spec: str | QuantSpec, **options: Any) -> Recipe:
+        """One spec for every layer: `Recipe.uniform("w4g128", method="gptq")`."""
+        return cls(rules=(Rule("*", QuantSpec.parse(spec) if isinstance(spec, str) else spec),), **options)
+
+    def plan(self, layers: Iterable[Layer]) -> list[LayerPlan]:
+        """Decide every layer. Raises `LlmqError` when a rule matches no layer."""
+        layers = list(layers)
+        for rule in self.rules:
+            if not any(rule.matches(layer.name) for layer in layers):
+                examples = ", ".join(layer.name for layer in layers[:3])
+                raise LlmqError(f"rule {rule.pattern!r} matches none of the {len(layers)} linear layers; their names look like {examples}")
+        return [self._plan_layer(layer) for layer in layers]
+
+    def _plan_layer(self, layer: Layer) -> LayerPlan:
+        asked = next((rule.spec for rule in self.rules if rule.matches(layer.name)), None)
+        if asked is None:
+            return LayerPlan(layer, None)
+        fitting = asked.fit(layer.shape[1])
+        if fitting is None:
+            return LayerPlan(layer, None, f"kept in full precision: no group size of 128, 64 or 32 at or below {asked.group_size} divides K = {layer.shape[1]}")
+        if fitting != asked:
+            return LayerPlan(layer, fitting, f"group size {fitting.group_size} instead of {asked.group_size}, which does not divide K = {layer.shape[1]}")
+        return LayerPlan(layer, fitting)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "rules": [[rule.pattern, None if rule.spec is None else rule.spec.to_json()] for rule in self.rules]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Recipe:
+        """The inverse of `to_json`. Raises `LlmqError` for keys that do not exist."""
+        unknown = set(data) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise LlmqError(f"recipe: unknown keys {', '.join(sorted(unknown))}; known are {', '.join(cls.__dataclass_fields__)}")
+        values = dict(data)
+        if "rules" in values:
+            values["rules"] = tuple(Rule(pattern, None if spec is None else QuantSpec.from_json(spec)) for pattern, spec in values["rules"])
+        if "activations" in values:
+            values["activations"] = ActSpec(**values["activations"])
+        return cls(**values)
+
+    def fingerprint(self) -> str:
+        """A hash over everything in the recipe, for resuming."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,116 @@
+"""How a tensor is quantized: frozen, validated, JSON in and out, with a short text form for rules on the command line.
+
+    w4g128        4-bit integers, symmetric, one scale per 128 columns
+    w3g64-asym    3-bit integers with a zero point per group
+    w8            8-bit integers, one scale per row
+    w4-tensor     one scale for the whole tensor
+    ternary-g128  {-1, 0, 1} times a scale per 128 columns
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from llmq_kernels.codes import CODES, Code
+
+from llmq.errors import LlmqError
+
+PER_ROW = -1
+PER_TENSOR = 0
+SMALLER_GROUPS = (128, 64, 32)
+
+_TEXT = re.compile(r"(?:w(?P<bits>\d+)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a weight `[N, K]` is quantized.
+
+    code: a name in `llmq_kernels.CODES`. group_size: columns that share a scale; -1 for one scale per row, 0 for one per tensor. symmetric: no zero point is stored.
+    scale_dtype: the dtype that scales are stored in, and rounded to before any code is computed.
+    """
+
+    code: str = "int4"
+    group_size: int = 128
+    symmetric: bool = True
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        if self.code not in CODES:
+            raise LlmqError(f"unknown code {self.code!r}: expected one of {', '.join(CODES)}")
+        if self.group_size < PER_ROW or self.group_size == 1:
+            raise LlmqError(f"group size {self.group_size}: expected a number of columns from 2 up, -1 (one scale per row) or 0 (one per tensor)")
+        if self.code == "ternary" and not self.symmetric:
+            raise LlmqError("ternary codes are symmetric: -1, 0 and 1 have no zero point to move; leave out --asymmetric")
+        if self.scale_dtype not in ("float16", "bfloat16", "float32"):
+            raise LlmqError(f"scale dtype {self.scale_dtype!r}: expected float16, bfloat16 or float32")
+
+    @property
+    def levels(self) -> Code:
+        """The code that the name stands for."""
+        return CODES[self.code]
+
+    @property
+    def bits(self) -> int:
+        return self.levels.bits
+
+    def columns_per_group(self, k: int) -> int:
+        """Columns that share a scale in a weight with `k` columns."""
+        return self.group_size if self.group_size > 0 else k
+
+    def n_groups(self, k: int) -> int:
+        return -(-k // self.columns_per_group(k))
+
+    def bits_per_weight(self, n: int, k: int) -> float:
+        """Stored bits per weight of an `[n, k]` tensor, scales and zero points included."""
+        n_scales = 1 if self.group_size == PER_TENSOR else n * self.n_groups(k)
+        scale_bits = 32 if self.scale_dtype == "float32" else 16
+        return self.bits + n_scales * (scale_bits + (0 if self.symmetric else self.bits)) / (n * k)
+
+    def fit(self, k: int) -> QuantSpec | None:
+        """This spec with a group size that divides `k`: its own, else the largest of 128, 64, 32 below it that does, else None (keep the layer in full precision)."""
+        if self.group_size <= 0 or k % self.group_size == 0:
+            return self
+        smaller = [size for size in SMALLER_GROUPS if size < self.group_size and k % size == 0]
+        return replace(self, group_size=smaller[0]) if smaller else None
+
+    def __str__(self) -> str:
+        name = "ternary" if self.code == "ternary" else f"w{self.bits}"
+        group = {PER_ROW: "", PER_TENSOR: "-tensor"}.get(self.group_size, f"{'-' if self.code == 'ternary' else ''}g{self.group_size}")
+        return name + group + ("" if self.symmetric else "-asym")
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """Read the short text form. Raises `LlmqError` with the forms that exist."""
+        match = _TEXT.fullmatch(text.strip().lower())
+        code = match and ("ternary" if match["ternary"] else f"int{match['bits']}")
+        if not match or code not in CODES:
+            raise LlmqError(f"cannot read the quantization {text!r}: expected forms are w4g128, w3g64-asym, w8, w4-tensor, ternary-g128 (bits 2, 3, 4, 8), or keep")
+        group_size = int(match["group"]) if match["group"] else PER_TENSOR if match["whole"] == "tensor" else PER_ROW
+        return cls(code=str(code), group_size=group_size, symmetric=not match["asymmetric"])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> QuantSpec:
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class ActSpec:
+    """How the input of a linear layer is quantized before an integer matmul.
+
+    kind: "none", or "int8-token": a scale per token from its own largest magnitude.
+    """
+
+    kind: Literal["none", "int8-token"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "int8-token"):
+            raise LlmqError(f"unknown activation quantization {self.kind!r}: expected none or int8-token")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

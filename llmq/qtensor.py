@@ -62,7 +62,8 @@ class QuantizedTensor:
         if self.spec.group_size == PER_TENSOR:
             raise LlmqError("a tensor with one scale for the whole cannot be split by rows; quantize its parts one by one")
         zero = None if self.zero is None else self.zero[start:stop].contiguous()
-        return QuantizedTensor(self.packed[start:stop].contiguous(), self.scale[start:stop].contiguous(), zero, self.spec, (stop - start, self.shape[1]), self.g_idx)
+        g_idx = None if self.g_idx is None else self.g_idx.clone()  # parts are stored one by one and must not share memory
+        return QuantizedTensor(self.packed[start:stop].contiguous(), self.scale[start:stop].contiguous(), zero, self.spec, (stop - start, self.shape[1]), g_idx)
 
     def as_packed(self, activations: str = "none") -> PackedWeight:
         """The same tensors as the kernels take them. activations: see `llmq.spec.ActSpec`."""

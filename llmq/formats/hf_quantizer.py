@@ -27,6 +27,8 @@ class StoredLinear(nn.Module):
     def __init__(self, headers: dict[str, tuple[torch.dtype, tuple[int, ...]]], shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = shape
+        # Some models reach into their layers while they are initialised (GPT-2 into c_proj); this takes what they write.
+        self.weight = torch.empty(0)
         for suffix, (dtype, tensor_shape) in headers.items():
             self.register_buffer(suffix, torch.empty(tensor_shape, dtype=dtype, device="meta"))
 
@@ -58,7 +60,7 @@ class LlmqQuantizer(HfQuantizer):
         from llmq.errors import LlmqError
         from llmq.formats import FORMATS
         from llmq.models.arch import linear_shape
-        from llmq.models.load import match_names, read_header
+        from llmq.models.load import match_names, read_header, stored_to_model_names
 
         if not checkpoint_files:
             raise LlmqError("a quantized checkpoint can only be loaded from safetensors files; use llmq.load(folder)")
@@ -71,11 +73,10 @@ class LlmqQuantizer(HfQuantizer):
                 if entry["dtype"] not in _DTYPES:
                     raise LlmqError(f"{name}: dtype {entry['dtype']} is not used by any quantized format; the checkpoint is damaged")
                 layers.setdefault(layer, {})[suffix] = (_DTYPES[entry["dtype"]], entry["shape"])
-        prefix = model.base_model_prefix + "."
-        modules = dict(model.named_modules())
+        names = stored_to_model_names(model, [f"{layer}.weight" for layer in layers])
         for layer, tensors in layers.items():
-            name = next((name for name in (layer, prefix + layer, layer.removeprefix(prefix)) if name in modules), layer)
-            shape = linear_shape(modules[name]) if name in modules else None
+            name = names[f"{layer}.weight"].removesuffix(".weight")
+            shape = linear_shape(model.get_submodule(name)) if f"{name}.weight" in model.state_dict() else None
             if shape is None:
                 raise LlmqError(f"{layer}: packed tensors are stored for it, but {type(model).__name__} has no such linear layer; config.json does not belong to these weights")
             model.set_submodule(name, StoredLinear(tensors, shape))

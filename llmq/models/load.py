@@ -5,6 +5,7 @@ Weights are never loaded as a whole. The reader opens a shard, copies the tensor
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from llmq.errors import LlmqError
 from llmq.models.arch import check_supported
@@ -84,7 +87,8 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers (rotary tables) real, in float32."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # from_config writes its dtype into the config it is given.
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     return model.eval()
 
 
@@ -161,19 +165,25 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         raise LlmqError(f"{path}: not a readable safetensors file ({error}); download it again") from None
 
 
+def stored_to_model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Stored name -> model name, by transformers' own renaming rules (base prefixes, `embed_out` of GPT-NeoX). Tensors that need more than a new name raise `LlmqError`."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    state = model.state_dict()
+    renamed = {}
+    for name in stored:
+        renamed[name], converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if converter is not None and renamed[name] in state:
+            raise LlmqError(f"tensor {name} is stored in an older layout of {type(model).__name__}; load and save the model with transformers once, then quantize the result")
+    return renamed
+
+
 def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """Model parameter or persistent buffer -> stored name, allowing the base prefix ("transformer.", "model.") to be there on one side only. Ties may be absent."""
-    available = set(stored)
-    prefix = model.base_model_prefix + "."
-    matched: dict[str, str] = {}
-    missing = []
-    for name in model.state_dict():
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        stored_name = next((candidate for candidate in candidates if candidate in available), None)
-        if stored_name is not None:
-            matched[name] = stored_name
-        elif name not in model.all_tied_weights_keys:
-            missing.append(name)
+    """Model parameter or persistent buffer -> stored name. Raises `LlmqError` when a parameter is missing that is not tied to another."""
+    state = model.state_dict()
+    matched = {name: stored_name for stored_name, name in stored_to_model_names(model, stored).items() if name in state}
+    missing = [name for name, _ in model.named_parameters() if name not in matched and name not in model.all_tied_weights_keys]
     if missing:
         raise LlmqError(f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} needs, the first being {missing[0]}")
     return matched

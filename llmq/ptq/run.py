@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import llmq
 from llmq import data
@@ -43,6 +43,15 @@ class CheckpointReader:
         stored = {self.names[name]: name for name in names if name in self.names}
         return {stored[name]: tensor for name, tensor in self.shards.read(stored).items()}
 
+    def stored_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors under the names that the source uses, which other engines know: packed tensors take the place of `NAME.weight`."""
+        renamed = {}
+        for name, tensor in tensors.items():
+            layer, _, suffix = name.rpartition(".")
+            packed = name not in self.names
+            renamed[f"{self.names[f'{layer}.weight'].removesuffix('.weight')}.{suffix}" if packed else self.names[name]] = tensor
+        return renamed
+
     def unused(self) -> list[str]:
         """Stored tensors that belong to no parameter of the model: old buffers, heads for other tasks."""
         return sorted(set(self.shards.names) - set(self.names.values()))
@@ -63,6 +72,7 @@ class Job:
     """Everything known before anything is computed. tokens: None for methods without data. notes: layers that differ from what was asked."""
 
     model_dir: Path
+    config: PretrainedConfig
     model: PreTrainedModel
     shards: ShardReader
     recipe: Recipe
@@ -92,7 +102,7 @@ def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, form
     shards = ShardReader(model_dir)
     match_names(skeleton, shards.names)
     tokens = None if recipe.method == "rtn" else calibration_tokens(model_dir, config, recipe, calibration)
-    return Job(model_dir, skeleton, shards, recipe, plans, fmt, tokens)
+    return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens)
 
 
 def _method(config: Any) -> str:
@@ -141,7 +151,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
     reader = CheckpointReader(job.model, job.shards)
     partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks) + 1)
     try:
-        sink = _FolderSink(partial, job.fmt, job.plans, job.recipe)
+        sink = _FolderSink(partial, reader, job.fmt, job.plans, job.recipe)
         first_block = min(partial.n_finished(), len(blocks))
         on_start(first_block, len(blocks))
         tokens = None if job.tokens is None else job.tokens.tokens
@@ -162,19 +172,20 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
 class _FolderSink:
     """Stores blocks as shards and reads them back."""
 
-    def __init__(self, partial: PartialCheckpoint, fmt: Format, plans: list[LayerPlan], recipe: Recipe) -> None:
-        self.partial, self.fmt = partial, fmt
+    def __init__(self, partial: PartialCheckpoint, reader: CheckpointReader, fmt: Format, plans: list[LayerPlan], recipe: Recipe) -> None:
+        self.partial, self.reader, self.fmt = partial, reader, fmt
         self.config = checkpoint_config(fmt, plans, act_order=recipe.order == "act", activations=recipe.activations)
 
     def store(self, result: BlockResult) -> dict[str, QuantizedTensor]:
+        packed = {name: layer_tensors(name, qtensor, self.fmt) for name, qtensor in result.quantized.items()}
         tensors = dict(result.kept)
-        for name, qtensor in result.quantized.items():
-            tensors.update(layer_tensors(name, qtensor, self.fmt))
-        written = self.partial.write_shard(result.report.index, tensors)
+        for parts in packed.values():
+            tensors.update(parts)
+        written = self.partial.write_shard(result.report.index, self.reader.stored_names(tensors))
         read_back = {}
-        for name, qtensor in result.quantized.items():
-            parts = {key.rpartition(".")[2]: tensor for key, tensor in written.items() if key.rpartition(".")[0] == name and not key.endswith(".bias")}
-            read_back[name] = self.fmt.read(name, parts, self.config, qtensor.shape)
+        for name, parts in packed.items():
+            stored = {full.rpartition(".")[2]: written[next(iter(self.reader.stored_names({full: part})))] for full, part in parts.items()}
+            read_back[name] = self.fmt.read(name, stored, self.config, result.quantized[name].shape)
             read_back[name].validate(name)
         return read_back
 
@@ -186,7 +197,7 @@ def _finish(job: Job, partial: PartialCheckpoint, reader: CheckpointReader, pref
     """Write everything that is not a block, then publish."""
     outside = [name for name in reader.names if not name.startswith(prefix + ".") and name not in job.model.all_tied_weights_keys]
     last = partial.n_shards - 1
-    partial.write_shard(last, reader.read_parameters(outside))
+    partial.write_shard(last, reader.stored_names(reader.read_parameters(outside)))
     partial.finish_shard(last)
     target = partial.checkpoint_dir
     shards = {partial.shard_path(i).name: list(ShardReader.names_in(partial.shard_path(i))) for i in range(partial.n_shards)}
@@ -198,7 +209,7 @@ def _finish(job: Job, partial: PartialCheckpoint, reader: CheckpointReader, pref
     )  # fmt: skip
     files.write_json(target / "report.json", report)
     (target / "README.md").write_text(model_card(report))
-    write_configs(target, job.model.config, checkpoint_config(job.fmt, job.plans, act_order=job.recipe.order == "act", activations=job.recipe.activations))
+    write_configs(target, job.config, checkpoint_config(job.fmt, job.plans, act_order=job.recipe.order == "act", activations=job.recipe.activations))
     partial.publish()
     return report
 

@@ -1,0 +1,177 @@
+"""The main job on every family: quantize block by block, save, reload, same logits; and what the engine promises beside that."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILY_CONFIGS, make_model
+from safetensors.torch import load_file
+
+import llmq
+from llmq.data import calibration_windows
+from llmq.errors import LlmqError, VerificationError
+from llmq.modules import quantized_modules
+from llmq.ptq.run import prepare, quantize_folder
+from llmq.recipe import Recipe, Rule
+from llmq.spec import QuantSpec
+
+TOKENS = torch.randint(2, 2048, (6, 32), generator=torch.Generator().manual_seed(1))
+
+
+def recipe(spec="w4g32", **options):
+    return Recipe.uniform(spec, **{"samples": 6, "sequence_length": 32, **options})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@pytest.mark.parametrize("fmt", ["gptq", "llmq"])
+def test_quantize_save_reload(model_type, fmt, model_folder, calibration_file, tmp_path):
+    folder = model_folder(model_type)
+    out = tmp_path / "out"
+    report = quantize_folder(prepare(str(folder), recipe(), calibration=str(calibration_file), format=fmt), out)
+    assert report["format"] == fmt
+    assert not report["fallbacks"]
+    assert all(layer["error"] < layer["rtn_error"] for layer in report["layers"])
+
+    loaded = llmq.load(out, dtype="float32")
+    in_memory = make_model(model_type)
+    tokens = calibration_windows_of(folder, calibration_file)
+    llmq.quantize(in_memory, recipe(), tokens)
+    assert len(quantized_modules(loaded)) == report["n_quantized_layers"] == len(quantized_modules(in_memory))
+    expected, got = (model(TOKENS, use_cache=False).logits for model in (in_memory, loaded))
+    assert torch.equal(got, expected)
+    full = make_model(model_type)(TOKENS, use_cache=False).logits
+    assert 0 < float((got - full).norm() / full.norm()) < 0.5
+
+
+def calibration_windows_of(folder, calibration_file):
+    from llmq.models.load import load_config, load_tokenizer
+    from llmq.ptq.run import windows
+
+    return windows(load_tokenizer(folder), load_config(folder), recipe(), str(calibration_file)).tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["w8", "w3g64-asym", "w2g32-asym", "ternary-g32", "w4-tensor", "w4g32-asym"])
+def test_every_code_survives_the_disk(spec, model_folder, calibration_file, tmp_path):
+    out = tmp_path / "out"
+    quantize_folder(prepare(str(model_folder(dtype=torch.bfloat16)), recipe(spec), calibration=str(calibration_file)), out)
+    loaded = llmq.load(out)
+    assert loaded.dtype == torch.bfloat16
+    assert {str(module.spec) for module in quantized_modules(loaded).values()} == {spec}
+    assert torch.isfinite(loaded(TOKENS, use_cache=False).logits).all()
+
+
+@torch.no_grad()
+def test_act_order_stores_and_loads_g_idx(model_folder, calibration_file, tmp_path):
+    for fmt in ("gptq", "llmq"):
+        out = tmp_path / fmt
+        quantize_folder(prepare(str(model_folder(name=f"model-{fmt}")), recipe(order="act"), calibration=str(calibration_file), format=fmt), out)
+        assert all(module.g_idx is not None for module in quantized_modules(llmq.load(out)).values())
+    assert json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    assert torch.equal(llmq.load(tmp_path / "gptq", dtype="float32")(TOKENS).logits, llmq.load(tmp_path / "llmq", dtype="float32")(TOKENS).logits)
+
+
+def test_rules_decide_layer_by_layer(model_folder, calibration_file, tmp_path):
+    rules = (Rule("*.down_proj", QuantSpec("int8", -1)), Rule("*.layers.0.self_attn.*", None), Rule("*", QuantSpec("int4", 32)))
+    job = prepare(str(model_folder()), Recipe(rules=rules, samples=6, sequence_length=32), calibration=str(calibration_file))
+    out = tmp_path / "out"
+    report = quantize_folder(job, out)
+    assert report["format"] == "gptq"
+    assert len(report["kept_layers"]) == 4
+    modules = quantized_modules(llmq.load(out))
+    assert {name: str(module.spec) for name, module in modules.items() if "down" in name} == {f"model.layers.{i}.mlp.down_proj": "w8" for i in range(2)}
+    dynamic = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
+    assert "-:model\\.layers\\.0\\.self_attn\\.q_proj$" in dynamic
+
+
+def test_rtn_needs_no_text_and_equals_plain_rounding(model_folder, tmp_path):
+    from llmq.qtensor import QuantizedTensor
+
+    out = tmp_path / "out"
+    report = quantize_folder(prepare(str(model_folder()), recipe(method="rtn"), calibration="/nowhere"), out)
+    assert report["calibration"] is None
+    model = make_model()
+    for name, module in quantized_modules(llmq.load(out)).items():
+        assert torch.equal(module.qtensor().packed, QuantizedTensor.quantize(model.get_submodule(name).weight, QuantSpec("int4", 32)).packed)
+
+
+def test_full_precision_stream_gives_other_hessians_and_block_errors(model_folder, calibration_file, tmp_path):
+    reports = []
+    for stream in ("quantized", "full-precision"):
+        seen = []
+        job = prepare(str(model_folder(name=stream)), recipe("w3g32", inputs=stream), calibration=str(calibration_file))
+        quantize_folder(job, tmp_path / f"out-{stream}", on_block=seen.append)
+        reports.append(seen)
+    assert [report.output_error is None for report in reports[0]] == [True, True]
+    assert all(0 < report.output_error < 1 for report in reports[1])
+    first, second = (sum(layer.error for layer in report[1].layers) for report in reports)
+    assert first != second
+
+
+def test_report_counts_and_card(model_folder, calibration_file, tmp_path):
+    out = tmp_path / "out"
+    folder = model_folder()
+    report = quantize_folder(prepare(str(folder), recipe(), calibration=str(calibration_file)), out)
+    assert report == json.loads((out / "report.json").read_text())
+    assert report["verified_blocks"] == 2
+    assert report["calibration"]["windows"] == [6, 32]
+    assert len(report["calibration"]["sha256"]) == 64
+    assert report["bits_per_quantized_weight"] == pytest.approx(4.5)
+    assert "| method | gptq |" in (out / "README.md").read_text()
+    stored = {name for path in out.glob("*.safetensors") for name in load_file(path)}
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert stored == set(index)
+    assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= stored
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_unfaithful_disk_is_noticed(model_folder, calibration_file, tmp_path, monkeypatch):
+    from llmq.formats.partial import PartialCheckpoint
+
+    write = PartialCheckpoint.write_shard
+
+    def corrupt(self, index, tensors):
+        written = write(self, index, tensors)
+        for name in written:
+            if name.endswith("down_proj.qweight"):
+                written[name][0, 0] ^= 1
+        return written
+
+    monkeypatch.setattr(PartialCheckpoint, "write_shard", corrupt)
+    with pytest.raises(VerificationError, match="differs from the weight written"):
+        quantize_folder(prepare(str(model_folder()), recipe(), calibration=str(calibration_file)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_layer_that_never_runs_is_an_error():
+    model = make_model()
+    tokens = calibration_windows(torch.randint(2, 2048, (200,)), 4, 16, 0, "text").tokens
+    original = type(model.model.layers[0].mlp).forward
+    try:
+        type(model.model.layers[0].mlp).forward = lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)))
+        with pytest.raises(LlmqError, match="up_proj: this layer did not run"):
+            llmq.quantize(model, recipe(), tokens)
+    finally:
+        type(model.model.layers[0].mlp).forward = original
+
+
+def test_fallbacks_are_counted_and_too_many_fail(model_folder, calibration_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmq.ptq.gptq.inverse_factor", lambda hessian: None)
+    with pytest.raises(VerificationError, match="14 of 14 layers fell back") as error:
+        quantize_folder(prepare(str(model_folder()), recipe(), calibration=str(calibration_file)), tmp_path / "out")
+    assert error.value.exit_code == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["fallbacks"]) == 14
+    assert all(layer["damping"] == 1.0 for layer in report["layers"])
+
+
+def test_tied_and_sharded_models_lose_nothing(model_folder, calibration_file, tmp_path):
+    folder = model_folder("llama", max_shard_size="100KB", tie_word_embeddings=True)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    out = tmp_path / "out"
+    quantize_folder(prepare(str(folder), recipe(), calibration=str(calibration_file)), out)
+    loaded = llmq.load(out)
+    assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert "lm_head.weight" not in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]

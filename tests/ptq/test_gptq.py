@@ -1,0 +1,122 @@
+"""The solver: equal to rounding when columns do not talk to each other, better than rounding when they do, honest when it cannot work."""
+
+import pytest
+import torch
+
+from llmq.ptq.gptq import GPTQOptions, column_order, gptq, inverse_factor
+from llmq.ptq.stats import LayerStats, output_error
+from llmq.qtensor import QuantizedTensor
+from llmq.spec import QuantSpec
+
+SPECS = ["w4g128", "w4g32", "w3g64-asym", "w2g64-asym", "w8", "w4-tensor", "ternary-g32", "ternary-tensor", "w4g48"]
+ORDERS = ["group", "static", "none", "act"]
+
+
+def identity_stats(k):
+    stats = LayerStats(k)
+    stats.hessian = torch.eye(k)
+    stats.n_tokens = 1
+    return stats
+
+
+@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_identity_hessian_gives_plain_rounding(text, order):
+    weight, spec = torch.randn(24, 256), QuantSpec.parse(text)
+    result = gptq(weight, identity_stats(256), spec, GPTQOptions(order=order, search=False)).tensor
+    result.validate("weight")
+    rounded = QuantizedTensor.quantize(weight, spec)
+    assert torch.equal(result.codes(), rounded.codes())
+    assert torch.equal(result.dequantize(), rounded.dequantize())
+
+
+@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("search", [False, True])
+def test_beats_rounding_on_correlated_inputs(text, order, search, stats):
+    weight, spec, layer = torch.randn(48, 256), QuantSpec.parse(text), stats(256)
+    ours = gptq(weight, layer, spec, GPTQOptions(order=order, search=search)).tensor
+    errors = [output_error(tensor.dequantize() - weight, layer.hessian) for tensor in (ours, QuantizedTensor.quantize(weight, spec))]
+    assert errors[0] < errors[1]
+
+
+def test_first_column_update_matches_the_formula(stats):
+    """One column rounded, the others free: the remaining columns must minimise the output error exactly."""
+    layer, weight = stats(16), torch.randn(4, 16)
+    factor = inverse_factor(layer.hessian)
+    assert torch.allclose(factor.T @ factor @ layer.hessian, torch.eye(16), atol=1e-3)
+    error = (weight[:, 0] - weight[:, 0].round()) / factor[0, 0]
+    updated = weight - error[:, None] * factor[0]
+    assert torch.allclose(updated[:, 0], weight[:, 0].round(), atol=1e-5)
+    change = updated - weight
+    free = torch.linalg.solve(layer.hessian[1:, 1:], -layer.hessian[1:, :1] @ change[:, :1].T).T
+    assert torch.allclose(change[:, 1:], free, atol=1e-3)
+
+
+def test_only_act_order_stores_g_idx(stats):
+    weight, layer = torch.randn(16, 128), stats(128)
+    for order in ORDERS:
+        g_idx = gptq(weight, layer, QuantSpec("int4", 32), GPTQOptions(order=order)).tensor.g_idx
+        assert (g_idx is not None) == (order == "act")
+    assert torch.bincount(gptq(weight, layer, QuantSpec("int4", 32), GPTQOptions(order="act")).tensor.g_idx).tolist() == [32] * 4
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_orders_are_permutations_and_group_order_keeps_groups_whole(order):
+    importance = torch.rand(100)
+    columns = column_order(importance, 32, order)
+    assert sorted(columns.tolist()) == list(range(100))
+    if order == "group":
+        groups = (columns // 32).tolist()
+        assert sum(a != b for a, b in zip(groups, groups[1:], strict=False)) == 3
+
+
+def test_dead_columns_are_counted_and_cost_nothing(stats):
+    layer = stats(64)
+    layer.hessian[:, 5] = 0
+    layer.hessian[5, :] = 0
+    result = gptq(torch.randn(8, 64), layer, QuantSpec("int4", 32))
+    assert result.n_dead == 1
+    assert result.fallback is None
+    assert torch.all(result.tensor.dequantize()[:, 5] == 0)
+    assert float(layer.hessian[5, 5]) == 0
+
+
+def test_damping_rises_before_it_falls_back():
+    k = 64
+    direction = torch.randn(k)
+    stats = LayerStats(k)
+    stats.hessian = torch.outer(direction, direction) - 0.05 * float(direction.square().mean()) * torch.eye(k)
+    raised = gptq(torch.randn(4, k), stats, QuantSpec("int4", 32))
+    assert raised.fallback is None
+    assert raised.damping == pytest.approx(0.1)
+    stats.hessian = torch.eye(k) - 3 * torch.outer(direction, direction) / direction.square().sum() + 0.1
+    stats.hessian[0, 1] = stats.hessian[1, 0] = 50.0
+    weight = torch.randn(4, k)
+    fallen = gptq(weight, stats, QuantSpec("int4", 32), GPTQOptions(search=False))
+    assert fallen.fallback
+    assert torch.equal(fallen.tensor.packed, QuantizedTensor.quantize(weight, QuantSpec("int4", 32)).packed)
+
+
+def test_hessian_is_a_running_mean_and_drops_rows_that_are_not_finite():
+    x = torch.randn(30, 8)
+    whole, parts = LayerStats(8), LayerStats(8)
+    whole.add(x)
+    for part in x.split([7, 13, 10]):
+        parts.add(part[None])
+    assert torch.allclose(whole.hessian, 2 * x.T @ x / 30, atol=1e-5)
+    assert torch.allclose(parts.hessian, whole.hessian, atol=1e-5)
+    poisoned = x.clone()
+    poisoned[3, 2], poisoned[9, 1] = float("nan"), float("inf")
+    stats = LayerStats(8)
+    stats.add(poisoned)
+    assert (stats.n_tokens, stats.n_dropped) == (28, 2)
+    kept = torch.cat([x[:3], x[4:9], x[10:]])
+    assert torch.allclose(stats.hessian, 2 * kept.T @ kept / 28, atol=1e-5)
+
+
+def test_output_error_is_the_mean_squared_difference(stats):
+    x, difference = torch.randn(500, 12), torch.randn(5, 12)
+    layer = LayerStats(12)
+    layer.add(x)
+    assert output_error(difference, layer.hessian) == pytest.approx(float((x @ difference.T).square().sum(1).mean()), rel=1e-4)

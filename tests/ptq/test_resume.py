@@ -1,0 +1,126 @@
+"""A run killed with SIGKILL continues where it stopped and gives the same bytes as one that was never disturbed."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmq.errors import LlmqError
+from llmq.formats.files import MANIFEST
+from llmq.ptq.run import prepare, quantize_folder
+from llmq.recipe import Recipe
+
+# Runs the command line and kills the process at the n-th call of one function.
+_KILLER = """
+import importlib, os, signal, sys
+module, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+owner = importlib.import_module(module)
+*path, attribute = name.split(".")
+for part in path:
+    owner = getattr(owner, part)
+original, calls = getattr(owner, attribute), 0
+def killing(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == n:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(owner, attribute, killing)
+from llmq.cli import main
+sys.exit(main(sys.argv[4:]))
+"""
+KILLS = [
+    ("llmq.ptq.capture", "BlockRecorder.run", 2),  # while the embeddings are computed
+    ("llmq.ptq.engine", "gptq", 6),  # in the middle of block 1
+    ("llmq.formats.partial", "PartialCheckpoint.write_shard", 2),  # block 1 solved, not written
+    ("llmq.formats.partial", "PartialCheckpoint.finish_shard", 2),  # block 1 written, not named
+    ("llmq.formats.files", "sync", 12),  # inside a write
+    ("llmq.formats.files", "write_index", 1),  # all blocks done
+    ("llmq.formats.files", "write_manifest", 1),  # all but the last file
+    ("llmq.formats.files", "publish", 1),  # before the rename
+]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+@pytest.fixture
+def arguments(model_folder, calibration_file):
+    folder = model_folder(num_hidden_layers=3)
+    return ["quantize", str(folder), "{out}", "--group-size", "32", "--samples", "70", "--sequence-length", "32", "--calibration", str(calibration_file), "--inputs", "full-precision"]
+
+
+def run(arguments, out, kill=None):
+    filled = [argument.format(out=out) for argument in arguments]
+    command = [sys.executable, "-m", "llmq", *filled] if kill is None else [sys.executable, "-c", _KILLER, kill[0], kill[1], str(kill[2]), *filled]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_killed_anywhere_resumes_to_the_same_bytes(arguments, tmp_path):
+    reference = tmp_path / "reference"
+    assert run(arguments, reference).returncode == 0
+    expected = digests(reference)
+    assert len(expected) == 4
+    for i, kill in enumerate(KILLS):
+        out = tmp_path / f"out-{i}"
+        killed = run(arguments, out, kill)
+        assert killed.returncode == -signal.SIGKILL, (kill, killed.stderr)
+        assert not out.exists(), kill
+        resumed = run(arguments, out)
+        assert resumed.returncode == 0, (kill, resumed.stderr)
+        assert digests(out) == expected, kill
+        assert (out / MANIFEST).is_file()
+        assert not list(tmp_path.glob(f".out-{i}*")), kill
+    assert "resuming after block 1" in resumed.stderr or "resuming after block 2" in resumed.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_says_how_to_go_on(arguments, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "llmq", *[argument.format(out=tmp_path / "out") for argument in arguments]], stderr=subprocess.PIPE, text=True)
+    work_dir = tmp_path / ".out.llmq-partial"
+    while not list(work_dir.glob("inputs-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues where it stopped" in err
+    assert work_dir.is_dir()
+
+
+def interrupted(model_folder, calibration_file, out, recipe):
+    def stop(report):
+        raise KeyboardInterrupt
+
+    folder = model_folder()
+    with pytest.raises(KeyboardInterrupt):
+        quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), out, on_block=stop)
+    return folder
+
+
+def test_other_settings_do_not_continue_an_interrupted_run(model_folder, calibration_file, tmp_path):
+    recipe = Recipe.uniform("w4g32", samples=4, sequence_length=32)
+    folder = interrupted(model_folder, calibration_file, tmp_path / "out", recipe)
+    other = Recipe.uniform("w4g64", samples=4, sequence_length=32)
+    with pytest.raises(LlmqError, match="interrupted run with another recipe"):
+        quantize_folder(prepare(str(folder), other, calibration=str(calibration_file)), tmp_path / "out")
+    assert quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")["resumed_at_block"] == 1
+
+
+def test_two_runs_cannot_share_an_output(model_folder, calibration_file, tmp_path):
+    recipe = Recipe.uniform("w4g32", samples=4, sequence_length=32)
+    folder = model_folder()
+    job = prepare(str(folder), recipe, calibration=str(calibration_file))
+
+    def intrude(report):
+        with pytest.raises(LlmqError, match="another llmq is working"):
+            quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")
+
+    quantize_folder(job, tmp_path / "out", on_block=intrude)

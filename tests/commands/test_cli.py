@@ -1,0 +1,200 @@
+"""The command line as a user meets it: exit codes, one-line errors, JSON, and nothing left behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+
+from llmq.cli import main
+
+
+@pytest.fixture
+def llmq(capsys):
+    """A function that runs the command line and returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            code = exit_.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def small(calibration_file):
+    return ["--group-size", "32", "--samples", "4", "--sequence-length", "32", "--calibration", calibration_file]
+
+
+def test_the_whole_way(llmq, model_folder, calibration_file, tmp_path):
+    folder, out = model_folder(dtype=torch.bfloat16), tmp_path / "out"
+    code, stdout, stderr = llmq("quantize", folder, out, *small(calibration_file), "--json")
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert report["format"] == "gptq"
+    assert "blocks 2/2" in stderr
+    assert "s left" in stderr
+
+    evaluation = ["--data", calibration_file, "--sequence-length", "64", "--json", "--max-windows", "8"]
+    code, stdout, _ = llmq("eval", out, *evaluation)
+    result = json.loads(stdout)
+    assert code == 0
+    assert result["ci95"][0] <= result["perplexity"] <= result["ci95"][1]
+    assert (result["protocol"], result["tokens"]) == ("gptq", 8 * 63)
+
+    code, stdout, _ = llmq("compare", folder, out, *evaluation)
+    comparison = json.loads(stdout)
+    assert code == 0
+    assert comparison["quant_perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
+    assert comparison["base_bytes"] > comparison["quant_bytes"]
+
+    code, stdout, stderr = llmq("generate", out, "--prompt", "def ", "--max-new-tokens", "5", "--json")
+    assert code == 0
+    assert json.loads(stdout)["new_tokens"] <= 5
+    assert "tokens/s" in stderr
+
+    code, stdout, _ = llmq("inspect", out, "--json")
+    inspected = json.loads(stdout)
+    assert inspected["specs"] == {"w4g32": 14}
+    assert inspected["tensor_kinds"]["qweight"] == 14
+    for command in (["inspect", out], ["inspect", folder], ["plan", folder, *small(calibration_file)], ["doctor"], ["compare", folder, folder, *evaluation[:4]], ["eval", folder, *evaluation[:4]]):
+        code, stdout, stderr = llmq(*command)
+        assert code == 0, stderr
+        assert len(stdout.splitlines()) >= 1
+
+
+def test_plan_tells_what_would_happen_and_runs_nothing(llmq, model_folder, calibration_file, tmp_path):
+    code, stdout, _ = llmq("plan", model_folder(), *small(calibration_file), "--rule", "*.o_proj=keep", "--json")
+    plan = json.loads(stdout)
+    assert code == 0
+    assert {layer["name"].rpartition(".")[2] for layer in plan["layers"] if layer["spec"] is None} == {"o_proj"}
+    assert plan["planned_bytes"] < plan["source_bytes"]
+    assert plan["planned_peak_bytes"] > 0
+    assert plan["planned_seconds"] >= 0
+
+
+def test_planned_size_is_the_size(llmq, model_folder, calibration_file, tmp_path):
+    folder = model_folder(hidden_size=256, intermediate_size=512, dtype=torch.bfloat16)
+    options = small(calibration_file)
+    planned = json.loads(llmq("plan", folder, *options, "--json")[1])["planned_bytes"]
+    stored = json.loads(llmq("quantize", folder, tmp_path / "out", *options, "--json")[1])["stored_bytes"]
+    assert planned == pytest.approx(stored, rel=0.05)
+
+
+def test_activations_are_quantized_and_stored(llmq, model_folder, calibration_file, tmp_path):
+    from llmq import load
+    from llmq.modules import quantized_modules
+
+    code, _, stderr = llmq("quantize", model_folder(), tmp_path / "out", "--bits", "8", "--activations", "int8-token", "--method", "rtn")
+    assert code == 0, stderr
+    model = load(tmp_path / "out")
+    assert {module.activations.kind for module in quantized_modules(model).values()} == {"int8-token"}
+    tokens = torch.randint(2, 2048, (2, 32))
+    with torch.no_grad():
+        got, full = model(tokens).logits, make_model()(tokens).logits
+    assert 0 < float((got - full).norm() / full.norm()) < 0.05
+
+
+def test_recipe_file_repeats_a_run(llmq, model_folder, calibration_file, tmp_path):
+    folder = model_folder()
+    first = json.loads(llmq("quantize", folder, tmp_path / "first", *small(calibration_file), "--rule", "*.o_proj=w8", "--json")[1])
+    (tmp_path / "recipe.json").write_text(json.dumps(first["recipe"]))
+    second = json.loads(llmq("quantize", folder, tmp_path / "second", "--recipe", tmp_path / "recipe.json", "--calibration", calibration_file, "--json")[1])
+    assert second["recipe"] == first["recipe"]
+    assert second["layers"] == first["layers"]
+
+
+def poison(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def other_tokenizer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] = 300
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:300].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def not_causal(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+
+
+BAD_INPUT = [
+    (poison, [], "tensor model.layers.1.mlp.up_proj.weight holds 1 NaN"),
+    (truncate, [], "not a readable safetensors file"),
+    (other_tokenizer, [], "beyond the model's vocabulary of 300"),
+    (not_causal, [], "not a causal language model"),
+    (shutil.rmtree, [], "no such folder"),
+    (None, ["--rule", "*.dwon=w8"], "matches none"),
+    (None, ["--rule", "nonsense"], "expected PATTERN=SPEC"),
+    (None, ["--rule", "*.q_proj=w7"], "cannot read the quantization"),
+    (None, ["--calibration", "/nowhere.txt"], "no such file"),
+    (None, ["--sequence-length", "4096"], "positions for 128 tokens only"),
+    (None, ["--group-size", "1"], "group size 1"),
+    (None, ["--bits", "ternary", "--asymmetric"], "ternary codes are symmetric"),
+    (None, ["--format", "gptq", "--bits", "ternary"], "no ternary codes"),
+    (None, ["--device", "cuda"], "not available here"),
+    (None, ["--act-order", "--order", "static"], "contradict"),
+    (None, ["--strict", "--group-size", "96"], "--strict"),
+    (None, ["--max-ram", "0.000001"], "planned to need"),
+    (None, ["--recipe", "/nowhere.json"], "not a recipe"),
+]
+
+
+@pytest.mark.parametrize(("damage", "options", "message"), BAD_INPUT, ids=lambda value: getattr(value, "__name__", None) or (" ".join(value) if isinstance(value, list) else ""))
+def test_bad_input_gets_one_line_and_leaves_nothing(llmq, model_folder, calibration_file, tmp_path, damage, options, message):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    folder = model_folder()
+    if damage:
+        damage(folder)
+    before = sorted(tmp_path.iterdir())
+    code, stdout, stderr = llmq("quantize", folder, tmp_path / "out", *small(calibration_file), *options)
+    errors = [line for line in stderr.splitlines() if line.startswith("llmq: ")]
+    assert code == 2, stderr
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in stderr
+    assert stdout == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_short_calibration_and_existing_output(llmq, model_folder, calibration_file, tmp_path):
+    folder = model_folder()
+    (tmp_path / "short.txt").write_text("too short")
+    code, _, stderr = llmq("quantize", folder, tmp_path / "out", "--calibration", tmp_path / "short.txt")
+    assert (code, "one sequence needs 128" in stderr) == (2, True)
+    (tmp_path / "taken").mkdir()
+    for options, message in (([], "exists already"), (["--overwrite"], "was not written by llmq")):
+        code, stdout, stderr = llmq("quantize", folder, tmp_path / "taken", *small(calibration_file), *options, "--json")
+        assert code == 2
+        assert message in stderr
+        assert message in json.loads(stdout)["error"]
+    assert llmq("quantize", folder, tmp_path / "out", *small(calibration_file))[0] == 0
+    assert llmq("quantize", folder, tmp_path / "out", *small(calibration_file))[0] == 2
+    assert llmq("quantize", folder, tmp_path / "out", *small(calibration_file), "--overwrite", "--bits", "8")[0] == 0
+    code, _, stderr = llmq("quantize", tmp_path / "out", tmp_path / "twice", *small(calibration_file))
+    assert (code, "is quantized already (gptq)" in stderr) == (2, True)
+
+
+def test_notes_of_layers_that_differ_go_to_stderr(llmq, model_folder, tmp_path):
+    code, stdout, stderr = llmq("quantize", model_folder(intermediate_size=172), tmp_path / "out", "--group-size", "64", "--method", "rtn", "--json")
+    assert code == 0
+    report = json.loads(stdout)
+    assert report["kept_layers"] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert "note: model.layers.0.mlp.down_proj: kept in full precision" in stderr
+    assert len(report["notes"]) == 2

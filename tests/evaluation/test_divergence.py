@@ -1,0 +1,55 @@
+"""Comparing models: a model against itself, against an independent computation, and against the wrong one."""
+
+import pytest
+import torch
+from conftest import make_model
+
+import llmq
+from llmq.errors import LlmqError
+from llmq.evaluation.windows import Windows
+from llmq.recipe import Recipe
+
+WINDOWS = Windows(torch.randint(2, 2048, (24, 32), generator=torch.Generator().manual_seed(3)), "none", "", "")
+
+
+def quantized(spec):
+    model = make_model()
+    llmq.quantize(model, Recipe.uniform(spec, method="rtn"))
+    return model
+
+
+def test_a_model_equals_itself():
+    result = llmq.compare(make_model(), make_model(), WINDOWS)
+    assert result["kl_max"] <= 1e-7
+    assert result["top1_agreement"] == 1.0
+    assert result["perplexity_ratio"] == 1.0
+    assert result["rms_probability_change"] == 0.0
+
+
+@torch.no_grad()
+def test_equals_an_independent_computation():
+    base, quant = make_model(), quantized("w3g32")
+    result = llmq.compare(base, quant, WINDOWS)
+    p, q = (torch.softmax(model(WINDOWS.tokens).logits[:, :-1].double(), -1) for model in (base, quant))
+    kl = (p * (p.log() - q.log())).sum(-1)
+    assert result["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert result["kl_max"] == pytest.approx(float(kl.max()), rel=1e-3)
+    assert result["kl_p99"] == pytest.approx(float(kl.flatten().sort().values[int(0.99 * kl.numel())]), rel=0.05)
+    assert result["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-6)
+    targets = WINDOWS.tokens[:, 1:, None]
+    nll = [-probabilities.gather(-1, targets).log().mean() for probabilities in (p, q)]
+    assert result["perplexity_ratio"] == pytest.approx(float((nll[1] - nll[0]).exp()), rel=1e-4)
+    low, high = result["perplexity_ratio_ci95"]
+    assert low < result["perplexity_ratio"] < high
+
+
+def test_fewer_bits_diverge_more():
+    base = make_model()
+    results = [llmq.compare(base, quantized(spec), WINDOWS) for spec in ("w8", "w4g32", "w2g32-asym")]
+    assert results[0]["kl_mean"] < results[1]["kl_mean"] < results[2]["kl_mean"]
+    assert results[0]["top1_agreement"] > results[2]["top1_agreement"]
+
+
+def test_other_vocabularies_are_refused():
+    with pytest.raises(LlmqError, match="2048 and 1024 tokens"):
+        llmq.compare(make_model(), make_model(vocab_size=1024), WINDOWS)

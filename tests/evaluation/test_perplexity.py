@@ -1,0 +1,87 @@
+"""Perplexity against an independent computation, the BOS policies, and the interval."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model
+
+import llmq
+from llmq.errors import LlmqError
+from llmq.evaluation.bootstrap import mean_interval
+from llmq.evaluation.windows import cut_windows
+
+TEXT = "\n".join(f"line {i}: value = {i * i % 97}" for i in range(600))
+
+
+def test_equals_an_independent_computation(tokenizer):
+    model = make_model()
+    result = llmq.perplexity(model, tokenizer, TEXT, sequence_length=48, bos="none")
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    total, count = 0.0, 0
+    for start in range(0, len(ids) - 47, 48):
+        window = torch.tensor([ids[start : start + 48]])
+        with torch.no_grad():
+            probabilities = torch.softmax(model(window).logits.double(), -1)
+        for i in range(47):
+            total -= math.log(probabilities[0, i, window[0, i + 1]])
+            count += 1
+    assert result.value == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert result.windows.n_targets == count == result.to_json()["tokens"]
+    assert result.ci95[0] < result.value < result.ci95[1]
+
+
+def test_the_figure_carries_what_identifies_it(tokenizer):
+    report = llmq.perplexity(make_model(), tokenizer, TEXT, sequence_length=32).to_json()
+    assert (report["protocol"], report["sequence_length"], report["bos"], report["dtype"]) == ("gptq", 32, "start", "float32")
+    assert all(len(report[f"{name}_sha256"]) == 64 for name in ("text", "tokens", "tokenizer"))
+
+
+def test_bos_policies(tokenizer):
+    config, gemma = make_model().config, make_model("gemma2").config
+    row = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    assert torch.equal(cut_windows([TEXT], tokenizer, config, 32, "none").tokens[0], row[:32])
+    every = cut_windows([TEXT], tokenizer, config, 32, "every-window")
+    assert (every.tokens[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(every.tokens[:, 1:].flatten(), row[: every.tokens[:, 1:].numel()])
+    # This tokenizer adds no BOS by itself, so "start" must not either.
+    assert torch.equal(cut_windows([TEXT], tokenizer, config, 32, "start").tokens[0], row[:32])
+    assert cut_windows([TEXT], tokenizer, config, 32).bos == "start"
+    assert cut_windows([TEXT], tokenizer, gemma, 32).bos == "every-window"
+    with pytest.raises(LlmqError, match="every-window"):
+        cut_windows([TEXT], tokenizer, config, 32, "sometimes")
+
+
+def test_start_adds_the_tokenizers_own_bos_once(tokenizer):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    adding = copy.deepcopy(tokenizer)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    config = make_model().config
+    row = cut_windows([TEXT], adding, config, 32, "start").tokens.flatten()
+    assert int((row == 0).sum()) == 1
+    assert int(row[0]) == 0
+
+
+def test_too_little_text(tokenizer):
+    with pytest.raises(LlmqError, match="tokens, but one window needs 512"):
+        llmq.perplexity(make_model(), tokenizer, "short", sequence_length=512)
+
+
+def test_nan_logits_are_an_error(tokenizer):
+    model = make_model()
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(LlmqError, match="logits are NaN"):
+        llmq.perplexity(model, tokenizer, TEXT, sequence_length=32)
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for seed in range(60):
+        values = torch.randn(50, generator=generator, dtype=torch.float64) + 3
+        low, high = mean_interval(values, seed)
+        covered += low < 3 < high
+    assert 50 <= covered <= 60

@@ -1,0 +1,150 @@
+"""The GPTQ format against its definition, written out independently, and what other tools write."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+
+from llmq.errors import LlmqError
+from llmq.formats import FORMATS, choose_format
+from llmq.formats.gptq import settings_of
+from llmq.qtensor import QuantizedTensor
+from llmq.recipe import Layer, LayerPlan
+from llmq.spec import ActSpec, QuantSpec
+
+
+def unpack_columns(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of `[rows * bits / 32, columns]` words packed along the first axis, by the definition: a little-endian bitstream per column."""
+    raw = np.ascontiguousarray(words.T).view(np.uint8)
+    stream = np.unpackbits(raw, axis=1, bitorder="little").reshape(words.shape[1], -1, bits)
+    return (stream * (1 << np.arange(bits))).sum(-1).T
+
+
+def dequantize_by_definition(tensors, bits, v2):
+    q = unpack_columns(tensors["qweight"].numpy(), bits).astype(np.float32)  # [K, N]
+    z = unpack_columns(np.ascontiguousarray(tensors["qzeros"].numpy().T), bits).T.astype(np.float32) + (0 if v2 else 1)  # [G, N]
+    g = tensors["g_idx"].numpy()
+    return torch.from_numpy((tensors["scales"].float().numpy()[g] * (q - z[g])).T.copy())
+
+
+@pytest.mark.parametrize("fmt", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_definition_and_round_trip(fmt, bits, group_size, symmetric):
+    spec = QuantSpec(f"int{bits}", group_size, symmetric)
+    tensor = QuantizedTensor.quantize(torch.randn(64, 96), spec)
+    if fmt == "gptq" and not symmetric:
+        assert "gptq_v2" in FORMATS[fmt].refusal(spec, (64, 96))
+        return
+    stored = FORMATS[fmt].write(tensor)
+    assert stored["qweight"].shape == (96 * bits // 32, 64)
+    assert stored["qzeros"].shape == (spec.n_groups(96), 64 * bits // 32)
+    assert torch.equal(dequantize_by_definition(stored, bits, fmt == "gptq_v2"), tensor.dequantize())
+    config = FORMATS[fmt].config({"layer": spec})
+    read = FORMATS[fmt].read("layer", stored, config, (64, 96))
+    read.validate("layer")
+    assert read.spec == spec
+    assert torch.equal(read.packed, tensor.packed)
+    assert torch.equal(read.dequantize(), tensor.dequantize())
+
+
+def test_symmetric_zero_points_have_the_known_words():
+    tensor = QuantizedTensor.quantize(torch.randn(32, 32), QuantSpec("int4", 32))
+    for fmt, word in (("gptq", 0x77777777), ("gptq_v2", 0x88888888 - (1 << 32))):
+        assert set(FORMATS[fmt].write(tensor)["qzeros"].flatten().tolist()) == {word}
+
+
+def test_version_1_refuses_a_zero_point_of_zero():
+    tensor = QuantizedTensor.quantize(torch.rand(32, 32), QuantSpec("int4", 32, symmetric=False))
+    with pytest.raises(LlmqError, match="gptq_v2"):
+        FORMATS["gptq"].write(tensor)
+
+
+def test_version_1_asymmetric_of_other_tools_is_read_value_by_value():
+    """z = 16 is stored as 15 by old tools: shifting the decoded value gives 16, shifting the word would give 0."""
+    tensor = QuantizedTensor.quantize(torch.randn(32, 32), QuantSpec("int4", 32))
+    stored = FORMATS["gptq"].write(tensor)
+    stored["qzeros"] = torch.full_like(stored["qzeros"], -1)
+    read = FORMATS["gptq"].read("layer", stored, {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}, (32, 32))
+    assert set(read.zero.flatten().tolist()) == {16}
+
+
+def test_dynamic_overrides_first_match_wins():
+    config = {"bits": 4, "group_size": 128, "dynamic": {"+:.*\\.down_proj$": {"bits": 8}, "-:.*o_proj": {}, ".*": {"group_size": 64}}}
+    assert settings_of("model.layers.0.mlp.down_proj", config)["bits"] == 8
+    assert settings_of("model.layers.0.mlp.down_proj", config)["group_size"] == 128
+    assert settings_of("model.layers.0.mlp.up_proj", config)["group_size"] == 64
+
+
+@pytest.mark.parametrize("change", ["qweight", "scales", "qzeros", "missing", "bits", "group_size"])
+def test_damage_is_named(change):
+    tensor = QuantizedTensor.quantize(torch.randn(32, 64), QuantSpec("int4", 32))
+    stored, config = FORMATS["gptq"].write(tensor), {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
+    if change == "missing":
+        del stored["scales"]
+    elif change in stored:
+        stored[change] = stored[change][:-1]
+    else:
+        config[change] = {"bits": 8, "group_size": 64}[change]
+    with pytest.raises(LlmqError, match="layer"):
+        FORMATS["gptq"].read("layer", stored, config, (32, 64))
+
+
+def test_choice_of_format():
+    def plans(*specs, shape=(64, 128)):
+        return [LayerPlan(Layer(f"layer.{i}", shape), spec and QuantSpec.parse(spec)) for i, spec in enumerate(specs)]
+
+    assert choose_format("auto", plans("w4g128", "w8", None)).name == "gptq"
+    for other in ("w4g128-asym", "w3g128", "ternary", "w4-tensor", "w4g16"):
+        assert choose_format("auto", plans("w4g128", other)).name == "llmq"
+    assert choose_format("auto", plans("w4g128", shape=(60, 128))).name == "llmq"
+    assert choose_format("auto", plans("w8"), ActSpec("int8-token")).name == "llmq"
+    with pytest.raises(LlmqError, match=r"layer\.0 \(ternary\).*no ternary codes"):
+        choose_format("gptq", plans("ternary"))
+    with pytest.raises(LlmqError, match="auto or one of"):
+        choose_format("onnx", plans("w4g128"))
+
+
+def write_foreign_folder(folder, tokenizer, quantization_config, v2=False, **kept):
+    """A folder as GPTQModel or AutoRound lay it out: the same tensor names, their own config keys, one file, no index, no manifest."""
+    from safetensors.torch import save_file
+
+    model = make_model(dtype=torch.float16)
+    spec = QuantSpec("int4", 32, symmetric=not v2)
+    expected, tensors = {}, {}
+    for name, tensor in model.state_dict().items():
+        if tensor.dim() == 2 and ".layers." in name:
+            layer = name.removesuffix(".weight")
+            quantized = QuantizedTensor.quantize(tensor.float(), spec)
+            expected[layer] = quantized.dequantize()
+            tensors |= {f"{layer}.{suffix}": part for suffix, part in FORMATS["gptq_v2" if v2 else "gptq"].write(quantized).items()}
+        else:
+            tensors[name] = tensor
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"quantization_config": quantization_config, "dtype": "float16"}
+    (folder / "config.json").write_text(__import__("json").dumps(config))
+    tokenizer.save_pretrained(folder)
+    return model, expected
+
+
+GPTQMODEL = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "lm_head": False, "quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32", "meta": {"quantizer": ["gptqmodel:7.7.0"]}}
+AUTOROUND = {"bits": 4, "group_size": 32, "sym": True, "data_type": "int", "iters": 200, "quant_method": "gptq", "autoround_version": "0.16.0", "damp_percent": 0.01, "desc_act": False, "true_sequential": False}
+AUTOROUND_NATIVE = {"bits": 4, "group_size": 32, "sym": True, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "block_name_to_quantize": "model.layers"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("config", "v2"), [(GPTQMODEL, False), (AUTOROUND, False), (AUTOROUND_NATIVE, False), ({**GPTQMODEL, "checkpoint_format": "gptq_v2", "sym": False}, True)])
+def test_folders_of_other_tools(config, v2, tmp_path, tokenizer):
+    import llmq
+    from llmq.modules import quantized_modules
+
+    model, expected = write_foreign_folder(tmp_path / "foreign", tokenizer, config, v2)
+    loaded = llmq.load(tmp_path / "foreign", dtype="float32")
+    assert {name: True for name in quantized_modules(loaded)} == dict.fromkeys(expected, True)
+    model = model.float()
+    for name, weight in expected.items():
+        model.get_submodule(name).weight.copy_(weight)
+    tokens = torch.randint(2, 2048, (2, 16))
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)

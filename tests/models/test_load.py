@@ -1,0 +1,234 @@
+"""Finding models: folders, the bundled one, the Hub through a full cache and through an endpoint on this machine; and every way in which that fails."""
+
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILY_CONFIGS, make_model
+from safetensors.torch import load_file, save_file
+
+from llmq.errors import LlmqError
+from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
+from llmq.models.load import ShardReader, load_config, load_tokenizer, match_names, meta_model, resolve
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fill_cache(cache: Path, folder: Path) -> None:
+    """Lay out a model as huggingface_hub caches it."""
+    repo = cache / "models--someone--small"
+    shutil.copytree(folder, repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    (repo / "refs" / "v1").write_text(COMMIT)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--revision", "v1"]])
+def test_hub_model_from_a_full_cache_without_network(model_folder, tmp_path, arguments):
+    fill_cache(tmp_path / "hub", model_folder())
+    command = [sys.executable, "-m", "llmq", "plan", "someone/small", "--method", "rtn", "--json", *arguments]
+    environment = {**__import__("os").environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 14
+
+
+class StubHub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's interface as a download needs, serving one folder; a private repository answers only to a token."""
+
+    folder: Path
+    requests: list[tuple[str, str | None]]
+
+    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.requests.append((self.path, self.headers.get("Authorization")))
+        if "someone/private" in self.path and self.headers.get("Authorization") != "Bearer hf_secret":
+            return self._answer(401, X_Error_Code="RepoNotFound")
+        if "someone/gated" in self.path:
+            return self._answer(403, X_Error_Code="GatedRepo")
+        if "someone/small" not in self.path and "someone/private" not in self.path:
+            return self._answer(404, X_Error_Code="RepoNotFound")
+        path = self.path.split("?")[0]
+        if path.startswith("/api/"):
+            if "/revision/" in path and path.rsplit("/", 1)[1] not in ("main", "v1", COMMIT):
+                return self._answer(404, X_Error_Code="RevisionNotFound")
+            files = sorted(self.folder.iterdir())
+            if "/tree/" in path:
+                body = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name} for file in files]
+                return self._answer(200, json.dumps(body).encode(), Content_Type="application/json")
+            body = {"_id": "1", "id": "someone/small", "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files], "private": False, "tags": [], "downloads": 0}
+            return self._answer(200, json.dumps(body).encode(), Content_Type="application/json")
+        file = self.folder / path.rsplit("/", 1)[1]
+        body = file.read_bytes()
+        return self._answer(200, body, ETag=f'"{file.name}-{len(body)}"', X_Repo_Commit=COMMIT, Content_Type="application/octet-stream")
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def stub_hub(model_folder):
+    handler = type("Handler", (StubHub,), {"folder": model_folder(), "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield handler, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def plan_from(endpoint, model, tmp_path, *arguments, token=None):
+    environment = {key: value for key, value in __import__("os").environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | ({"HF_TOKEN": token} if token else {})
+    command = [sys.executable, "-m", "llmq", "plan", model, "--method", "rtn", "--json", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_hub_model_is_downloaded_with_revision_and_token(stub_hub, tmp_path):
+    handler, endpoint = stub_hub
+    done = plan_from(endpoint, "someone/private", tmp_path, "--revision", "v1", token="hf_secret")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 14
+    assert any("/v1" in path for path, _ in handler.requests)
+    assert all(authorization == "Bearer hf_secret" for path, authorization in handler.requests if "private" in path)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("someone/private", [], "needs HF_TOKEN"),
+        ("someone/gated", [], "accept its licence"),
+        ("someone/missing", [], "neither a folder here nor a model on the Hub"),
+        ("someone/small", ["--revision", "v9"], "no revision 'v9'"),
+    ],
+)
+def test_hub_failures_say_what_to_do(stub_hub, tmp_path, model, arguments, message):
+    done = plan_from(stub_hub[1], model, tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("llmq: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_hub_that_cannot_be_reached(tmp_path):
+    done = plan_from("http://127.0.0.1:9", "someone/small", tmp_path)
+    assert done.returncode == 2
+    assert "cannot be reached" in done.stderr or "download failed" in done.stderr
+
+
+def test_bundled_model_and_folders():
+    assert (resolve("tiny") / "model.safetensors").is_file()
+    for name, message in (("/nowhere/at/all", "no such folder"), ("nothing", "no such folder"), (".", "no config.json")):
+        with pytest.raises(LlmqError, match=message):
+            resolve(name)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_blocks_and_layers_are_found(model_type):
+    model = make_model(model_type)
+    prefix, blocks = find_blocks(model)
+    layers = quantizable_layers(model)
+    assert len(blocks) == 2
+    assert all(layer.name.startswith(prefix) for layer in layers)
+    linear = {name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D", "FalconLinear")}
+    outside = linear - {layer.name for layer in layers}
+    assert outside <= {"lm_head", "embed_out"}
+    assert needs_bos(model.config) == model_type.startswith("gemma")
+
+
+def test_meta_model_holds_no_weights_and_real_rotary_tables():
+    config = make_model("llama").config
+    model = meta_model(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "mixture of experts"),
+        ({"model_type": "bert"}, "not a model config|not a causal language model"),
+        ({"model_type": "t5"}, "not a causal language model"),
+        ({"model_type": "lama"}, "not a model config"),
+        ({}, "not a model config"),
+    ],
+)
+def test_unsupported_architectures_are_refused_from_the_config(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if config.get("model_type") == "bert":
+        pytest.skip("transformers has a causal head for BERT") if _is_causal("bert") else None
+    with pytest.raises(LlmqError, match=message):
+        load_config(tmp_path)
+
+
+def _is_causal(model_type: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(LlmqError, match=r"copy tokenizer\.json"):
+        load_tokenizer(tmp_path / "model")
+
+
+def test_sharded_and_single_files_read_the_same(model_folder):
+    single, sharded = model_folder(name="single"), model_folder(name="sharded", max_shard_size="100KB")
+    readers = [ShardReader(folder) for folder in (single, sharded)]
+    assert len(set(readers[1].names.values())) > 1
+    first, second = (reader.read(reader.names) for reader in readers)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_faults_of_the_files_are_named(model_folder):
+    folder = model_folder()
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, path)
+    with pytest.raises(LlmqError, match=r"tensor model\.norm\.weight holds 1 NaN or infinite values of 64"):
+        ShardReader(folder).read(["model.norm.weight"])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(LlmqError, match=r"model\.safetensors: not a readable safetensors file"):
+        ShardReader(folder)
+    path.rename(folder / "pytorch_model.bin")
+    with pytest.raises(LlmqError, match="pickled weights"):
+        ShardReader(folder)
+
+
+@pytest.mark.parametrize(("file_name", "message"), [("../secret.safetensors", "plain names"), ("missing.safetensors", "missing"), ("x.bin", "plain names")])
+def test_index_entries_stay_inside_the_folder(model_folder, file_name, message):
+    folder = model_folder(max_shard_size="100KB")
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["model.norm.weight"] = file_name
+    index.write_text(json.dumps(data))
+    with pytest.raises(LlmqError, match=message):
+        ShardReader(folder)
+
+
+def test_missing_tensors_are_named_and_prefixes_are_optional():
+    model = make_model("gpt2")
+    names = [name.removeprefix("transformer.") for name in model.state_dict() if name != "lm_head.weight"]
+    assert match_names(model, names)["transformer.h.0.attn.c_attn.weight"] == "h.0.attn.c_attn.weight"
+    with pytest.raises(LlmqError, match=r"lacks 1 of the tensors .* transformer\.ln_f\.bias"):
+        match_names(model, [name for name in names if name != "ln_f.bias"])

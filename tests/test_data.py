@@ -1,0 +1,90 @@
+"""Texts and tokens: every source, seeds and hashes, and what cannot be used."""
+
+import json
+
+import pandas
+import pytest
+import torch
+
+from llmq import corpus, data
+from llmq.errors import LlmqError
+
+
+def test_every_local_source_gives_the_same_documents(tmp_path):
+    texts = ["first text", "second text"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    pandas.DataFrame({"text": texts}).to_parquet(tmp_path / "rows.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_text(text)
+    (folder / "ignored.csv").write_text("x")
+    for source in (tmp_path / "rows.jsonl", tmp_path / "rows.parquet", folder):
+        assert data.load_documents(str(source), "calibration") == texts
+
+
+def test_hub_data_set_names_are_split(monkeypatch):
+    seen = {}
+
+    def load_dataset(name, config, split, streaming, revision):
+        seen.update(name=name, config=config, split=split, streaming=streaming, revision=revision)
+        return [{"text": "a"}, {"text": ""}, {"text": "b"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert data.load_documents("someone/texts:small:validation", "eval", "r1") == ["a", "b"]
+    assert seen == {"name": "someone/texts", "config": "small", "split": "validation", "streaming": True, "revision": "r1"}
+    data.load_documents("someone/texts", "eval")
+    assert (seen["config"], seen["split"]) == (None, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "no such file"),
+        ("empty.txt", b"  \n", "holds no text"),
+        ("binary.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("bad.jsonl", b"{not json", "not readable as .jsonl"),
+        ("columns.jsonl", b'{"content": "x"}\n', "expected a column 'text'"),
+        ("bad.parquet", b"PAR0", "not readable as .parquet"),
+    ],
+)
+def test_unusable_files_are_explained(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LlmqError, match=message):
+        data.load_documents(str(path), "calibration")
+
+
+def test_an_unreachable_data_set_is_explained():
+    with pytest.raises(LlmqError, match="as a Hub data set it failed"):
+        data.load_documents("someone/no-such-data", "calibration")
+
+
+def test_windows_are_seeded_and_hashed(tokenizer):
+    tokens = data.tokenize(["some text to cut " * 300], tokenizer)
+    first, again, other = (data.calibration_windows(tokens, 5, 32, seed, "text") for seed in (0, 0, 1))
+    assert torch.equal(first.tokens, again.tokens)
+    assert first.sha256 == again.sha256 != other.sha256
+    assert first.tokens.shape == (5, 32)
+    assert all(any(torch.equal(window, tokens[i : i + 32]) for i in range(len(tokens))) for window in first.tokens)
+    with_bos = data.calibration_windows(tokens, 5, 32, 0, "text", bos=7)
+    assert (with_bos.tokens[:, 0] == 7).all()
+    assert torch.equal(with_bos.tokens[:, 1:], first.tokens[:, 1:])
+
+
+def test_too_little_text_and_foreign_tokens():
+    with pytest.raises(LlmqError, match="5 tokens, but one sequence needs 32"):
+        data.calibration_windows(torch.arange(5), 2, 32, 0, "short.txt")
+    with pytest.raises(LlmqError, match=r"x\.txt: token id 9 is beyond the model's vocabulary of 9"):
+        data.check_vocabulary(torch.tensor([1, 9]), 9, "x.txt")
+
+
+def test_bundled_text_has_disjoint_splits():
+    splits = {split: set(corpus.standard_library_documents(split)) for split in corpus.SPLITS}
+    assert sum(map(len, splits["train"])) > 3_000_000
+    for split in ("calibration", "eval"):
+        assert sum(map(len, splits[split])) > 100_000
+        assert not (splits[split] & splits["train"]) - {""}
+    with pytest.raises(ValueError, match="unknown split"):
+        corpus.standard_library_documents("test")

@@ -1,0 +1,93 @@
+"""The shape of the project: imports go downwards, `kernels/` is no package, everything installs, and the code is clean."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Each part may import the parts to its right and itself.
+LAYERS = ["cli", "commands", "ptq", "evaluation", "formats", "data", "models", "modules", "recipe", "qtensor", "quantizer", "spec", "corpus", "errors"]
+
+
+def imports_of(path: Path):
+    """(imported module, whether at module level) for llmq and llmq_kernels."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((f"{node.module}.{alias.name}" if node.module == "llmq" else node.module) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def part_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "llmq" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "llmq").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards(path):
+    own = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own is None:
+        return
+    for module in imports_of(path):
+        other = part_of(module)
+        if other is not None:
+            assert LAYERS.index(other) >= LAYERS.index(own), f"{path.name} in {own} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / "llmq_kernels").glob("*.py")), ids=lambda path: path.name)
+def test_kernels_know_neither_llmq_nor_transformers_and_no_triton_at_import(path):
+    modules = list(imports_of(path))
+    assert not [module for module in modules if module.split(".")[0] in ("llmq", "transformers")]
+    top_level = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert "triton" not in ast.dump(ast.Module(top_level, []))
+
+
+def test_kernels_is_a_source_root_not_a_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.slow
+def test_wheel_and_editable_install_import_from_elsewhere(tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True, timeout=300)
+    wheel = next(tmp_path.glob("llmq-*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"llmq/assets/tiny/model.safetensors", "llmq_kernels/cpu.py", "llmq/py.typed"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "scripts", "kernels"))]
+    program = "import llmq, llmq_kernels, transformers; from llmq.models.load import resolve; assert (resolve('tiny') / 'config.json').is_file(); print(llmq.__file__)"
+    for path in (str(wheel), None):  # the wheel itself on the path; then the editable install of this environment
+        if path:
+            target = tmp_path / "site"
+            zipfile.ZipFile(wheel).extractall(target)
+        environment = {**os.environ, "PYTHONPATH": str(target) if path else ""}
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(target) if path else str(ROOT))
+
+
+def test_help_answers_at_once():
+    """0.3 s is the promise on an idle machine; imports are what could break it, so these are checked exactly and the clock is given room."""
+    program = "import sys; sys.argv = ['llmq', '--help']\nfrom llmq.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nprint(sorted({'torch', 'transformers', 'numpy', 'rich', 'datasets'} & set(sys.modules)))"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert "quantize" in done.stdout
+    assert time.perf_counter() - started < 2
+
+
+def test_no_path_of_one_machine_and_no_service_is_named():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, tracked.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".sh", ".toml", ".txt", "") and path.is_file():
+            text = path.read_text(errors="ignore")
+            assert "/ro" + "ot/" not in text, name
+            assert "/wo" + "rk/" not in text, name

@@ -1,8 +1,8 @@
 """Calibration and evaluation text: the bundled text, local files, folders, or data sets of the Hub, as tokens with a fingerprint.
 
-    bundled                        sources of the standard library (see `llmq.corpus`); the default
-    notes.txt, rows.jsonl, x.parquet, or a folder of them; jsonl and parquet hold a column `text`
-    Salesforce/wikitext:wikitext-2-raw-v1:train    a Hub data set, with configuration and split
+bundled                        sources of the standard library (see `llmq.corpus`); the default
+notes.txt, rows.jsonl, x.parquet, or a folder of them; jsonl and parquet hold a column `text`
+Salesforce/wikitext:wikitext-2-raw-v1:train    a Hub data set, with configuration and split
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _texts(rows: Iterable[dict[str, object]], where: str) -> list[str]:
 def _read_hub(source: str, revision: str | None) -> list[str]:
     from datasets import load_dataset
 
-    name, config, split = (source.split(":") + ["", ""])[:3]
+    name, config, split = ([*source.split(":"), "", ""])[:3]
     try:
         rows = load_dataset(name, config or None, split=split or "train", streaming=True, revision=revision)
         return _texts(rows, source)

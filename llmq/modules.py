@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from llmq_kernels.dispatch import PreparedWeight
 from torch import Tensor, nn
 
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import ActSpec, QuantSpec
+from llmq_kernels.dispatch import PreparedWeight
 
 
 class QuantLinear(nn.Module):

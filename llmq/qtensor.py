@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from llmq_kernels.packing import pack, packed_width, unpack
-from llmq_kernels.weight import PackedWeight
 from torch import Tensor
 
 from llmq import quantizer
 from llmq.errors import LlmqError
 from llmq.spec import PER_TENSOR, QuantSpec
+from llmq_kernels.packing import pack, packed_width, unpack
+from llmq_kernels.weight import PackedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class QuantizedTensor:
             raise LlmqError(f"{name}: {self.spec} {'has no' if self.spec.symmetric else 'needs a'} zero point, but the tensor has {'none' if self.zero is None else 'one'}")
         if not torch.isfinite(self.scale).all():
             raise LlmqError(f"{name}.scale: {int((~torch.isfinite(self.scale)).sum())} values are NaN or infinite; the checkpoint is damaged")
-        if self.g_idx is not None and not (0 <= int(self.g_idx.min()) and int(self.g_idx.max()) < n_groups):
+        if self.g_idx is not None and not (int(self.g_idx.min()) >= 0 and int(self.g_idx.max()) < n_groups):
             raise LlmqError(f"{name}.g_idx: values from {int(self.g_idx.min())} to {int(self.g_idx.max())}, expected 0 to {n_groups - 1}")
         if self.spec.code == "ternary" and bool((self.codes() == 3).any()):
             raise LlmqError(f"{name}.packed: holds the code 3, which ternary does not have; the checkpoint is damaged")

@@ -12,11 +12,11 @@ factors down to 0.4 when it is given an importance per column, the diagonal of t
 from __future__ import annotations
 
 import torch
-from llmq_kernels.reference import dequantize_codes, expand_groups
 from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.spec import PER_TENSOR, QuantSpec
+from llmq_kernels.reference import dequantize_codes, expand_groups
 
 SHRINK_FACTORS = tuple(1 - 0.02 * i for i in range(31))  # 1.00 .. 0.40
 

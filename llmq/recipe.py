@@ -69,8 +69,9 @@ class Recipe:
     """Everything that decides the result, apart from the model and the texts.
 
     rules: ordered, first match wins. method: "rtn" or "gptq". order: the column order of GPTQ (see `llmq.ptq.gptq`). damping: share of the mean diagonal added to the Hessian.
-    search: choose scales by Hessian-weighted error, not by range. inputs: which stream the Hessians are measured on, the "quantized" outputs of the blocks before or the
-    "full-precision" ones. samples, sequence_length, seed: the calibration windows. activations: how layer inputs are quantized at inference.
+    search: choose scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes and scales after GPTQ (see `llmq.ptq.refine`).
+    inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which corrects each layer for what the layers before
+    it lost (GPTAQ), by the share alpha. samples, sequence_length, seed: the calibration windows. activations: how layer inputs are quantized at inference.
     """
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
@@ -78,7 +79,9 @@ class Recipe:
     order: Literal["group", "static", "none", "act"] = "group"
     damping: float = 0.01
     search: bool = True
-    inputs: Literal["quantized", "full-precision"] = "quantized"
+    sweeps: int = 2
+    inputs: Literal["quantized", "full-precision", "both"] = "quantized"
+    alpha: float = 0.25
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0
@@ -87,6 +90,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sequence_length < 2:
             raise LlmqError(f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens")
+        if self.sweeps < 0:
+            raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:
             raise LlmqError(f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at most 1 (0.01 is usual)")
 

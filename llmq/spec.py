@@ -1,10 +1,10 @@
 """How a tensor is quantized: frozen, validated, JSON in and out, with a short text form for rules on the command line.
 
-    w4g128        4-bit integers, symmetric, one scale per 128 columns
-    w3g64-asym    3-bit integers with a zero point per group
-    w8            8-bit integers, one scale per row
-    w4-tensor     one scale for the whole tensor
-    ternary-g128  {-1, 0, 1} times a scale per 128 columns
+w4g128        4-bit integers, symmetric, one scale per 128 columns
+w3g64-asym    3-bit integers with a zero point per group
+w8            8-bit integers, one scale per row
+w4-tensor     one scale for the whole tensor
+ternary-g128  {-1, 0, 1} times a scale per 128 columns
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from llmq_kernels.codes import CODES, Code
-
 from llmq.errors import LlmqError
+from llmq_kernels.codes import CODES, Code
 
 PER_ROW = -1
 PER_TENSOR = 0

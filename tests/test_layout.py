@@ -73,7 +73,10 @@ def test_wheel_and_editable_install_import_from_elsewhere(tmp_path):
 
 def test_help_answers_at_once():
     """0.3 s is the promise on an idle machine; imports are what could break it, so these are checked exactly and the clock is given room."""
-    program = "import sys; sys.argv = ['llmq', '--help']\nfrom llmq.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nprint(sorted({'torch', 'transformers', 'numpy', 'rich', 'datasets'} & set(sys.modules)))"
+    program = (
+        "import sys; sys.argv = ['llmq', '--help']\nfrom llmq.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'rich', 'datasets'} & set(sys.modules)))"
+    )
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr

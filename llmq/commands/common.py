@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from llmq.evaluation.windows import Windows
@@ -36,6 +36,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--order", choices=("group", "static", "none"), default=None, help="column order of GPTQ (default: group)")
     parser.add_argument("--damping", type=float, help="share of the mean Hessian diagonal that is added to it (default: 0.01)")
     parser.add_argument("--no-search", action="store_true", help="choose scales by range, not by Hessian-weighted error")
+    parser.add_argument("--sweeps", type=int, help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)")
     parser.add_argument("--inputs", choices=("quantized", "full-precision"), default=None, help="the inputs that Hessians are measured on (default: quantized)")
     parser.add_argument("--activations", choices=("none", "int8-token"), default=None, help="quantize layer inputs per token and multiply integers (with --bits 8; default: none)")
     parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="other treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; the first match wins")
@@ -70,7 +71,7 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
     options = {
-        "method": args.method, "order": "act" if args.act_order else args.order, "damping": args.damping, "search": False if args.no_search else None, "inputs": args.inputs,
+        "method": args.method, "order": "act" if args.act_order else args.order, "damping": args.damping, "search": False if args.no_search else None, "sweeps": args.sweeps, "inputs": args.inputs,
         "samples": args.samples, "sequence_length": args.sequence_length, "seed": args.seed,
     }  # fmt: skip
     if args.activations:
@@ -119,20 +120,34 @@ def check_device(device: str) -> None:
         raise LlmqError(f"--device {device}: not available here; use --device cpu ('llmq doctor' lists the devices)")
 
 
+class Show(Protocol):
+    """Show progress: done of total, and a remark."""
+
+    def __call__(self, done: int, total: int, remark: str = "") -> None: ...
+
+
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on a terminal, plain lines elsewhere. Call with (done, total, remark); the first call's `done` counts as done before, for the time left."""
+def progress(title: str) -> Iterator[Show]:
+    """A progress bar on a terminal, plain lines elsewhere. What the first call reports as done counts as done before."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total, remark="": print(f"{title} {done}/{total} {remark}".rstrip(), file=sys.stderr, flush=True)
+
+        def print_line(done: int, total: int, remark: str = "") -> None:
+            print(f"{title} {done}/{total} {remark}".rstrip(), file=sys.stderr, flush=True)
+
+        yield print_line
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[remark]}"))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=None, remark="")
-        yield lambda done, total, remark="": bar.update(task, completed=done, total=total, remark=remark)
+
+        def move(done: int, total: int, remark: str = "") -> None:
+            bar.update(task, completed=done, total=total, remark=remark)
+
+        yield move
 
 
 def render(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
     base, quant = (load(model_dir, dtype=args.dtype, device=args.device) for model_dir in (base_dir, quant_dir))
     with common.progress("windows") as show:
-        result = compare(base, quant, windows, lambda done, total: show(done, total, ""))
+        result = compare(base, quant, windows, show)
     sizes = {"base_bytes": _weight_bytes(base_dir), "quant_bytes": _weight_bytes(quant_dir)}
     summary = {"base": args.base, "quant": args.quant, "data": args.data, **result, **sizes, "dtype": args.dtype, **windows.identity()}
     return summary, _text(summary)

@@ -29,10 +29,10 @@ def _version(package: str) -> str | None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
-    from llmq_kernels import CODES, PackedWeight, pack
-    from llmq_kernels.dispatch import BACKENDS
 
     from llmq import __version__
+    from llmq_kernels import CODES, PackedWeight, pack
+    from llmq_kernels.dispatch import BACKENDS
 
     devices = [f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     backends = {}
     for backend in BACKENDS:
         reasons = [
-            backend.refusal(PackedWeight(pack(codes, code.bits), scale, None, None, code, 128, (64, 128)), dtype, torch.device("cpu")) for code in CODES.values() for dtype in (torch.bfloat16, torch.float32)
+            backend.refusal(PackedWeight(pack(codes, code.bits), scale, None, None, code, 128, (64, 128)), dtype, torch.device("cpu"))
+            for code in CODES.values()
+            for dtype in (torch.bfloat16, torch.float32)
         ]
         backends[backend.name] = None if None in reasons else reasons[0]
     packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}

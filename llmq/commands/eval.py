@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
     model = load(model_dir, dtype=args.dtype, device=args.device)
     with common.progress("windows") as show:
-        result = evaluate(model, windows, lambda done, total: show(done, total, ""))
+        result = evaluate(model, windows, show)
     summary = {"model": args.model, "data": args.data, **result.to_json()}
-    text = f"perplexity {result.value:.4f}  (95% interval {result.ci95[0]:.4f} to {result.ci95[1]:.4f}; {windows.n_targets} tokens, protocol gptq at {windows.tokens.shape[1]}, BOS {windows.bos}, {result.dtype})"
-    return summary, text
+    low, high = result.ci95
+    conditions = f"{windows.n_targets} tokens, protocol gptq at {windows.tokens.shape[1]}, BOS {windows.bos}, {result.dtype}"
+    return summary, f"perplexity {result.value:.4f}  (95% interval {low:.4f} to {high:.4f}; {conditions})"

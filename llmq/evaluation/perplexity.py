@@ -43,7 +43,7 @@ def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
 def evaluate(model: PreTrainedModel, windows: Windows, on_batch: Callable[[int, int], None] = lambda done, total: None) -> Perplexity:
     """Score the windows. on_batch: told how many windows are done, of how many. Raises `LlmqError` for token ids beyond the vocabulary and for NaN logits."""
     check_vocabulary(windows.tokens, model.config.get_text_config().vocab_size, "evaluation text")
-    losses = []
+    losses: list[Tensor] = []
     batch_size = max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
     for batch in windows.tokens.split(batch_size):
         batch = batch.to(model.device)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def copy_companions(source_dir: Path, target_dir: Path) -> None:
                 shutil.copyfile(path, target_dir / path.name)
 
 
-def write_index(target_dir: Path, shards: dict[str, Iterable[str]], total_size: int) -> None:
+def write_index(target_dir: Path, shards: Mapping[str, Iterable[str]], total_size: int) -> None:
     """Write `model.safetensors.index.json` for tensor names by shard file."""
     weight_map = {name: file_name for file_name, names in shards.items() for name in names}
     write_json(target_dir / "model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})

@@ -17,13 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from llmq_kernels.packing import pack, unpack
 from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Specs
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import PER_ROW, PER_TENSOR, QuantSpec
+from llmq_kernels.packing import pack, unpack
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -46,12 +46,9 @@ def _offset(is_v2: bool) -> int:
 
 
 def _write(qtensor: QuantizedTensor, *, v2: bool) -> dict[str, Tensor]:
-    n, k = qtensor.shape
+    _n, k = qtensor.shape
     spec = qtensor.spec
-    if qtensor.zero is None:
-        zero = torch.full(qtensor.scale.shape, int(spec.levels.offset), dtype=torch.uint8, device=qtensor.scale.device)
-    else:
-        zero = qtensor.zero
+    zero = torch.full(qtensor.scale.shape, int(spec.levels.offset), dtype=torch.uint8, device=qtensor.scale.device) if qtensor.zero is None else qtensor.zero
     if not v2 and bool((zero == 0).any()):
         raise LlmqError("GPTQ version 1 stores zero points minus one and cannot hold a zero point of 0; write --format gptq_v2 or llmq")
     g_idx = qtensor.g_idx if qtensor.g_idx is not None else torch.arange(k, dtype=torch.int32) // spec.columns_per_group(k)
@@ -86,14 +83,12 @@ def _read(name: str, tensors: dict[str, Tensor], config: dict[str, Any], shape: 
         raise LlmqError(f"{name}.qzeros: expected shape {[n_groups, n * bits // 32]}, got {list(tensors['qzeros'].shape)}")
     group_size = _group_size(name, int(settings.get("group_size", -1)), k, n_groups)
     is_v2 = config.get("checkpoint_format") == "gptq_v2"
-    zero: Tensor | None = (unpack(tensors["qzeros"], bits, n) + _offset(is_v2)).T.contiguous()
+    zero = (unpack(tensors["qzeros"], bits, n) + _offset(is_v2)).T.contiguous()
     spec = QuantSpec(f"int{bits}", group_size, symmetric=bool((zero == 1 << (bits - 1)).all()), scale_dtype=_DTYPE_NAMES[scales.dtype])  # type: ignore[arg-type]
-    if spec.symmetric:
-        zero = None
     g_idx = tensors.get("g_idx")
     if g_idx is not None and torch.equal(g_idx.long(), torch.arange(k, device=g_idx.device) // spec.columns_per_group(k)):
         g_idx = None
-    return QuantizedTensor(qweight.T.contiguous(), scales.T.contiguous(), zero, spec, shape, g_idx)
+    return QuantizedTensor(qweight.T.contiguous(), scales.T.contiguous(), None if spec.symmetric else zero, spec, shape, g_idx)
 
 
 def _group_size(name: str, asked: int, k: int, n_groups: int) -> int:

@@ -43,9 +43,7 @@ class PartialCheckpoint:
             stored = json.loads(state_path.read_text())
             differing = sorted(key for key in identity.keys() | stored.keys() if identity.get(key) != stored.get(key))
             if differing:
-                raise LlmqError(
-                    f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)}; repeat its command to finish it, or remove that folder to start over"
-                )
+                raise LlmqError(f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)}; repeat its command to finish it, or remove that folder to start over")
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         (self.work_dir / "blocks").mkdir(exist_ok=True)
         self._lock = (self.work_dir / "lock").open("w")

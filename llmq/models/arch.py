@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -60,7 +59,9 @@ def check_supported(config: PretrainedConfig) -> None:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         nearest = difflib.get_close_matches(config.model_type, FAMILIES, n=1)
         hint = f" (the nearest is {nearest[0]})" if nearest else ""
-        raise LlmqError(f"model type {config.model_type!r} is not a causal language model that transformers can build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually work")
+        raise LlmqError(
+            f"model type {config.model_type!r} is not a causal language model that transformers can build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually work"
+        )
 
 
 def needs_bos(config: PretrainedConfig) -> bool:
@@ -114,5 +115,6 @@ def refuse_fused_experts(blocks: nn.ModuleList) -> None:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    shape: Any = linear_shape(module)
+    shape = linear_shape(module)
+    assert shape is not None
     return shape

@@ -38,7 +38,7 @@ class ActivationFile:
             remaining = self.n_sequences
             while remaining:
                 batch = torch.empty(min(batch_size, remaining), self.length, self.width)
-                buffer = memoryview(batch.view(-1).numpy()).cast("B")
+                buffer = _bytes_of(batch)
                 n_read = 0
                 while n_read < len(buffer):
                     n_read += file.readinto(buffer[n_read:]) or _truncated(self.path)
@@ -50,12 +50,17 @@ class ActivationFile:
         partial = self.path.with_suffix(".tmp")
         with partial.open("wb", buffering=0) as file:
             for batch in batches:
-                buffer = memoryview(batch.to("cpu", torch.float32).contiguous().view(-1).numpy()).cast("B")
+                buffer = _bytes_of(batch.to("cpu", torch.float32).contiguous())
                 n_written = 0
                 while n_written < len(buffer):
                     n_written += file.write(buffer[n_written:])
             os.fsync(file.fileno())
         partial.replace(self.path)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, without copying."""
+    return memoryview(tensor.view(-1).numpy().data).cast("B")
 
 
 def _truncated(path: Path) -> int:

@@ -7,7 +7,7 @@ every block replaced by a recorder that passes the hidden states on: the embeddi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +111,6 @@ def run_until(block: nn.Module, layer: nn.Module, call: BlockCall, hidden: Tenso
         found.append(x)
         raise _Stop
 
-    with _input_hooks({"layer": layer}, stop):
-        try:
-            call.run(block, hidden)
-        except _Stop:
-            pass
+    with _input_hooks({"layer": layer}, stop), suppress(_Stop):
+        call.run(block, hidden)
     return found[0]

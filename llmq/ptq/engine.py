@@ -97,6 +97,7 @@ class Engine:
     on_block: Callable[[BlockReport], None] = lambda report: None
     device: str = "cpu"
     _calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+    _original: nn.Module | None = None
 
     def __post_init__(self) -> None:
         self.prefix, self.blocks = find_blocks(self.model)
@@ -123,7 +124,7 @@ class Engine:
 
     @property
     def streams(self) -> list[str]:
-        return ["quantized", "full-precision"] if self.recipe.inputs == "full-precision" else ["quantized"]
+        return ["quantized"] if self.recipe.inputs == "quantized" else ["quantized", "full-precision"]
 
     def _record_calls(self, first_block: int) -> None:
         """Keep each block's own arguments per batch size and, at the start of a run, write the inputs of block 0."""
@@ -174,6 +175,7 @@ class Engine:
         plans = {plan.layer.name.removeprefix(name + "."): plan for plan in self.plans if plan.layer.name.startswith(name + ".")}
         targets = {layer: plan.spec for layer, plan in plans.items() if plan.spec is not None}
 
+        self._original = copy.deepcopy(block) if self.recipe.inputs == "both" else None
         full_precision_outputs = self._advance(block, index, "full-precision") if self.tokens is not None and "full-precision" in self.streams else None
         results, layer_reports = self._solve_block(index, block, name, targets)
         first_output = self._advance(block, index, "quantized") if self.tokens is not None else None
@@ -243,7 +245,7 @@ class Engine:
     def _groups(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]) -> list[list[str]]:
         if self.tokens is None:
             return [[layer] for layer in targets]
-        call, hidden = next(self._batches(index, self.streams[-1]))
+        call, hidden = next(self._batches(index, "quantized"))
         groups = shared_inputs(block, {layer: block.get_submodule(layer) for layer in targets}, call, hidden)
         idle = set(targets) - {layer for group in groups for layer in group}
         if idle:
@@ -252,9 +254,16 @@ class Engine:
 
     def _measure(self, index: int, block: nn.Module, layer: str) -> LayerStats:
         module = block.get_submodule(layer)
-        stats = LayerStats(linear_weight(module).shape[1], self.device)
-        for call, hidden in self._batches(index, self.streams[-1]):
-            stats.add(run_until(block, module, call, hidden))
+        both = self.recipe.inputs == "both"
+        stats = LayerStats(linear_weight(module).shape[1], self.device, cross=both)
+        if not both:
+            for call, hidden in self._batches(index, self.streams[-1]):
+                stats.add(run_until(block, module, call, hidden))
+            return stats
+        assert self._original is not None
+        original = self._original.get_submodule(layer)
+        for (call, hidden), (_, exact) in zip(self._batches(index, "quantized"), self._batches(index, "full-precision"), strict=True):
+            stats.add(run_until(block, module, call, hidden), run_until(self._original, original, call, exact))
         return stats
 
     def _verify(self, index: int, block: nn.Module, name: str, read_back: dict[str, QuantizedTensor], quantized: dict[str, QuantizedTensor], first_output: Tensor | None) -> None:
@@ -286,7 +295,7 @@ def _by_spec(group: list[str], targets: dict[str, QuantSpec]) -> Iterator[tuple[
 def _solve(weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe) -> SolverResult:
     if recipe.method == "rtn" or stats is None:
         return rtn(weight, spec)
-    return gptq(weight, stats, spec, GPTQOptions(recipe.order, recipe.damping, recipe.search))
+    return gptq(weight, stats, spec, GPTQOptions(recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha))
 
 
 def _split(result: SolverResult, rows: list[int]) -> list[SolverResult]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from llmq import quantizer
+from llmq.ptq.refine import refine
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats
 from llmq.qtensor import QuantizedTensor
@@ -36,11 +37,13 @@ DAMPING_STEPS = (1.0, 10.0, 100.0)
 @dataclass(frozen=True)
 class GPTQOptions:
     """order: see the module's text. damping: added to diag(H), as a share of its mean; times 10 and 100 if the factorization fails. search: choose scales by diag(H)-weighted error
-    instead of by range."""
+    instead of by range. sweeps: passes of coordinate descent over codes and scales afterwards (`llmq.ptq.refine`)."""
 
     order: Order = "group"
     damping: float = 0.01
     search: bool = True
+    sweeps: int = 2
+    alpha: float = 0.0
 
 
 def inverse_factor(hessian: Tensor) -> Tensor | None:
@@ -55,12 +58,11 @@ def inverse_factor(hessian: Tensor) -> Tensor | None:
 
 def _damped_factor(hessian: Tensor, order: Tensor, dead: Tensor, damping: float) -> tuple[Tensor | None, float]:
     """The factor of the reordered, damped Hessian, and the damping (share of the mean diagonal) at which it succeeded. Dead columns get the mean as their diagonal."""
-    mean = hessian.diagonal().mean()
     share = damping
     for step in DAMPING_STEPS:
         share = min(damping * step, 1.0)
         damped = hessian[order][:, order]
-        damped.diagonal().add_(share * mean + dead[order] * mean.clamp_min(1e-6))
+        damped.diagonal().add_(_ridge(hessian, dead, share)[order])
         if (factor := inverse_factor(damped)) is not None:
             return factor, share
     return None, share
@@ -91,9 +93,30 @@ def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOption
     if factor is None:
         return SolverResult(QuantizedTensor.quantize(weight, spec, importance), damping, n_dead, "Hessian not positive definite")
 
+    if stats.cross is not None and options.alpha:
+        weight = weight + options.alpha * _shift(weight, stats.cross, order, factor)
     solve = _Solve(weight, order, importance, spec, options)
     solve.run(factor)
-    return SolverResult(solve.result(), damping, n_dead)
+    tensor = solve.result()
+    if options.sweeps:
+        hessian = stats.hessian.clone()
+        hessian.diagonal().add_(_ridge(hessian, dead, damping))
+        tensor = refine(weight, tensor, hessian, options.sweeps)
+    return SolverResult(tensor, damping, n_dead)
+
+
+def _shift(weight: Tensor, cross: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+    """`W C H^-1`: the change of W that best restores, from the quantized model's inputs, the outputs that the layer has in the full-precision model. H^-1 = U^T U in rounding order."""
+    shift = (weight @ cross)[:, order] @ factor.T @ factor
+    restored = torch.empty_like(shift)
+    restored[:, order] = shift
+    return restored
+
+
+def _ridge(hessian: Tensor, dead: Tensor, share: float) -> Tensor:
+    """What is added to the diagonal: a share of its mean, and the whole mean in dead columns."""
+    mean = hessian.diagonal().mean()
+    return share * mean + dead * mean.clamp_min(1e-6)
 
 
 class _Solve:

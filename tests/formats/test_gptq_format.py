@@ -129,8 +129,29 @@ def write_foreign_folder(folder, tokenizer, quantization_config, v2=False, **kep
     return model, expected
 
 
-GPTQMODEL = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "lm_head": False, "quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32", "meta": {"quantizer": ["gptqmodel:7.7.0"]}}
-AUTOROUND = {"bits": 4, "group_size": 32, "sym": True, "data_type": "int", "iters": 200, "quant_method": "gptq", "autoround_version": "0.16.0", "damp_percent": 0.01, "desc_act": False, "true_sequential": False}
+GPTQMODEL = {
+    "bits": 4,
+    "group_size": 32,
+    "desc_act": False,
+    "sym": True,
+    "lm_head": False,
+    "quant_method": "gptq",
+    "checkpoint_format": "gptq",
+    "pack_dtype": "int32",
+    "meta": {"quantizer": ["gptqmodel:7.7.0"]},
+}
+AUTOROUND = {
+    "bits": 4,
+    "group_size": 32,
+    "sym": True,
+    "data_type": "int",
+    "iters": 200,
+    "quant_method": "gptq",
+    "autoround_version": "0.16.0",
+    "damp_percent": 0.01,
+    "desc_act": False,
+    "true_sequential": False,
+}
 AUTOROUND_NATIVE = {"bits": 4, "group_size": 32, "sym": True, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "block_name_to_quantize": "model.layers"}
 
 
@@ -142,7 +163,7 @@ def test_folders_of_other_tools(config, v2, tmp_path, tokenizer):
 
     model, expected = write_foreign_folder(tmp_path / "foreign", tokenizer, config, v2)
     loaded = llmq.load(tmp_path / "foreign", dtype="float32")
-    assert {name: True for name in quantized_modules(loaded)} == dict.fromkeys(expected, True)
+    assert dict.fromkeys(quantized_modules(loaded), True) == dict.fromkeys(expected, True)
     model = model.float()
     for name, weight in expected.items():
         model.get_submodule(name).weight.copy_(weight)

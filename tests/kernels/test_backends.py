@@ -9,6 +9,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, linear, pack, select_backend
 from llmq_kernels.reference import fake_quantize_tokens, quantize_tokens
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llmq_kernels import CODES, pack, packed_width, unpack
 
 

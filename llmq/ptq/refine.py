@@ -1,0 +1,88 @@
+"""Coordinate descent after GPTQ: every code and every scale gets a second look, now that all the others are known.
+
+GPTQ rounds each column once, knowing only the columns before it. With all of them rounded, the squared output error `tr(R H R^T)`, R = W - Q, is a quadratic in each single column: with
+P = R H its best value for column j is `q_j + P_j / H_jj`, rounded to the grid (the exact minimum, because the quadratic is symmetric around it). For the scale of a group with integers
+c = code - zero the best value is `s + (P_g . c) / (c H_gg c)`. Each step can only lower the error, so the sweeps are safe; the first lowers it most.
+
+Sweeps over columns are known as QuantEase (Behdin et al., 2023). What is added here are the scales, and blocks of columns, so that a sweep costs one product with H as GPTQ itself does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmq import quantizer
+from llmq.qtensor import QuantizedTensor
+from llmq.spec import PER_TENSOR
+
+BLOCK_COLUMNS = 128
+
+
+class _Descent:
+    """The state of a descent, transposed so that a column of W is a contiguous row: values `[K, N]`, P^T = H R^T `[K, N]`."""
+
+    def __init__(self, weight: Tensor, tensor: QuantizedTensor, hessian: Tensor) -> None:
+        self.spec, self.hessian = tensor.spec, hessian
+        k = weight.shape[1]
+        size = self.spec.columns_per_group(k)
+        g_idx = tensor.g_idx
+        self.group_of = torch.arange(k, device=weight.device) // size if g_idx is None else g_idx.long()
+        self.scale_t = tensor.scale.float().T.contiguous()  # [G, N or 1]
+        zero = tensor.zero
+        self.zero_t = torch.full_like(self.scale_t, self.spec.levels.offset) if zero is None else zero.float().T.contiguous()
+        self.integers_t = tensor.codes().T.float() - self.zero_t[self.group_of]  # code - zero, [K, N]
+        residual_t = weight.T - self.integers_t * self.scale_t[self.group_of]
+        self.product_t = hessian @ residual_t
+
+    def sweep_scales(self) -> None:
+        """Least squares for the scale of each row in each group, rounded as it will be stored."""
+        for group in range(self.scale_t.shape[0]):
+            columns = torch.nonzero(self.group_of == group).flatten()
+            integers = self.integers_t[columns]
+            curvature = (integers * (self.hessian[columns][:, columns] @ integers)).sum(0)
+            slope = (integers * self.product_t[columns]).sum(0)
+            old = self.scale_t[group]
+            moved = torch.where(curvature > 0, old + slope / curvature.clamp_min(1e-30), old)
+            # A scale that would vanish or change sign belongs to a group without information.
+            new = quantizer.round_scale(torch.where(moved > 0.1 * old, moved, old), self.spec)
+            self.product_t.addmm_(self.hessian[:, columns], integers * (old - new))
+            self.scale_t[group] = new
+
+    def sweep_codes(self) -> None:
+        """One pass over the columns."""
+        k = len(self.group_of)
+        diagonal = self.hessian.diagonal().tolist()
+        groups = self.group_of.tolist()
+        for start in range(0, k, BLOCK_COLUMNS):
+            stop = min(start + BLOCK_COLUMNS, k)
+            local = self.product_t[start:stop].clone()
+            block = self.hessian[start:stop, start:stop]
+            change = torch.empty_like(local)
+            for i in range(stop - start):
+                group = groups[start + i]
+                scale = self.scale_t[group]
+                zero = self.zero_t[group]
+                best = self.integers_t[start + i] * scale + local[i] / max(diagonal[start + i], 1e-30)
+                new = quantizer.round_codes(best, scale, zero, self.spec.levels.max).sub_(zero)
+                change[i] = (self.integers_t[start + i] - new) * scale
+                self.integers_t[start + i] = new
+                local[i + 1 :].addr_(block[i, i + 1 :], change[i])
+            self.product_t.addmm_(self.hessian[:, start:stop], change)
+
+    def result(self, tensor: QuantizedTensor) -> QuantizedTensor:
+        codes = (self.integers_t + self.zero_t[self.group_of]).T.to(torch.uint8)
+        return QuantizedTensor.from_codes(codes, self.scale_t.T, None if tensor.zero is None else self.zero_t.T, self.spec, tensor.g_idx)
+
+
+def refine(weight: Tensor, tensor: QuantizedTensor, hessian: Tensor, n_sweeps: int) -> QuantizedTensor:
+    """Lower `tr(R H R^T)` of a quantized weight by `n_sweeps` passes over its scales and codes.
+
+    weight: float32 `[N, K]`. hessian: float32 `[K, K]`, damped. Scales shared by several rows are left as they are.
+    """
+    descent = _Descent(weight, tensor, hessian)
+    for _ in range(n_sweeps):
+        if tensor.spec.group_size != PER_TENSOR:
+            descent.sweep_scales()
+        descent.sweep_codes()
+    return descent.result(tensor)

@@ -1,0 +1,86 @@
+"""Peak memory of `llmq quantize` on a synthetic Llama with random weights, at two depths: what one block needs, and that depth does not matter.
+
+    python scripts/measure_memory.py
+
+Writes models of about 2.2 and 4.2 GB into a temporary folder, quantizes each with 32 x 512 tokens in a process of its own, and prints the peak resident memory above that of an
+interpreter with the libraries loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaConfig
+
+from llmq.models.load import meta_model, resolve
+
+# The peak is the kernel's own count of resident pages, shared libraries included.
+_BASELINE = "import torch, transformers, llmq.ptq.run, datasets"
+_RUN = "import sys; from llmq.cli import main; code = main(sys.argv[1:])"
+_PEAK = "; import resource, sys; print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+
+
+def write_model(folder: Path, depth: int, width: int, intermediate: int, vocabulary: int) -> int:
+    """A bfloat16 Llama with random weights, one shard per block, without ever holding it as a whole. Returns its bytes."""
+    folder.mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"))
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(hidden_size=width, intermediate_size=intermediate, num_hidden_layers=depth, num_attention_heads=width // 64, num_key_value_heads=width // 64, vocab_size=vocabulary,
+                         max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, dtype="bfloat16")  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    groups: dict[str, list[tuple[str, torch.Size]]] = {}
+    for name, parameter in meta_model(config).named_parameters():
+        group = name.split(".")[2] if ".layers." in name else "outside"
+        groups.setdefault(group, []).append((name, parameter.shape))
+    index, total = {}, 0
+    for group, entries in groups.items():
+        tensors = {name: (torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)).bfloat16() for name, shape in entries}
+        save_file(tensors, folder / f"model-{group}.safetensors", metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, f"model-{group}.safetensors"))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    return total
+
+
+def peak_of(program: str, *arguments: str) -> tuple[float, str]:
+    """Peak resident megabytes of a Python process, and what it printed to stderr."""
+    done = subprocess.run([sys.executable, "-c", program + _PEAK, *arguments], capture_output=True, text=True)
+    if done.returncode or "PEAK" not in done.stderr:
+        sys.exit(done.stderr)
+    return int(done.stderr.rpartition("PEAK ")[2]) / 1024, done.stderr.rpartition("PEAK")[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depths", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--intermediate", type=int, default=5632)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    parser.add_argument("--quantize-options", nargs=argparse.REMAINDER, default=[], help="further options of `llmq quantize`")
+    args = parser.parse_args()
+
+    baseline, _ = peak_of(_BASELINE)
+    print(f"interpreter with the libraries loaded: {baseline:.0f} MB", flush=True)
+    for depth in args.depths:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            total = write_model(Path(folder) / "model", depth, args.width, args.intermediate, args.vocabulary)
+            options = ["--samples", str(args.samples), "--sequence-length", str(args.sequence_length), *args.quantize_options]
+            peak, log = peak_of(_RUN, "quantize", str(Path(folder) / "model"), str(Path(folder) / "out"), *options)
+            seconds = [line.split(" s/block")[0].rpartition(" ")[2] for line in log.splitlines() if "s/block" in line]
+            print(f"{depth} blocks, {total / 1e9:.2f} GB: peak {peak:.0f} MB, {peak - baseline:.0f} MB above; seconds per block {' '.join(seconds)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

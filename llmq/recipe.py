@@ -80,8 +80,8 @@ class Recipe:
     damping: float = 0.01
     search: bool = True
     sweeps: int = 2
-    inputs: Literal["quantized", "full-precision", "both"] = "quantized"
-    alpha: float = 0.25
+    inputs: Literal["quantized", "full-precision", "both"] = "both"
+    alpha: float = 0.5
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0

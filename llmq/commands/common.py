@@ -37,9 +37,10 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--damping", type=float, help="share of the mean Hessian diagonal that is added to it (default: 0.01)")
     parser.add_argument("--no-search", action="store_true", help="choose scales by range, not by Hessian-weighted error")
     parser.add_argument("--sweeps", type=int, help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)")
-    parser.add_argument("--inputs", choices=("quantized", "full-precision"), default=None, help="the inputs that Hessians are measured on (default: quantized)")
+    parser.add_argument("--inputs", choices=("quantized", "full-precision", "both"), default=None, help="inputs that layers are measured on; both: also correct for earlier losses (default: both)")
+    parser.add_argument("--alpha", type=float, help="share of that correction (default: 0.5)")
     parser.add_argument("--activations", choices=("none", "int8-token"), default=None, help="quantize layer inputs per token and multiply integers (with --bits 8; default: none)")
-    parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="other treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; the first match wins")
+    parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="another treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; the first match wins")
     parser.add_argument("--recipe", metavar="FILE", help="a recipe as JSON (the 'recipe' of a report.json); other options override it")
     parser.add_argument("--calibration", default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
     parser.add_argument("--samples", type=int, metavar="N", help="calibration windows (default: 128)")
@@ -71,7 +72,7 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
     options = {
-        "method": args.method, "order": "act" if args.act_order else args.order, "damping": args.damping, "search": False if args.no_search else None, "sweeps": args.sweeps, "inputs": args.inputs,
+        "method": args.method, "order": "act" if args.act_order else args.order, "damping": args.damping, "search": False if args.no_search else None, "sweeps": args.sweeps, "inputs": args.inputs, "alpha": args.alpha,
         "samples": args.samples, "sequence_length": args.sequence_length, "seed": args.seed,
     }  # fmt: skip
     if args.activations:

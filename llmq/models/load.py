@@ -159,7 +159,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Name -> {dtype, shape} of a safetensors file, without its data. Raises `LlmqError` when the file is damaged."""
     try:
         with safe_open(path, framework="pt") as shard:
-            slices = {name: shard.get_slice(name) for name in shard}
+            stored = shard.keys()
+            slices = {name: shard.get_slice(name) for name in stored}
             return {name: {"dtype": part.get_dtype(), "shape": tuple(part.get_shape())} for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise LlmqError(f"{path}: not a readable safetensors file ({error}); download it again") from None

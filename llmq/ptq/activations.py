@@ -1,4 +1,4 @@
-"""Hidden states on disk: the inputs of one block for every calibration sequence, in one flat float32 file.
+"""Hidden states on disk: the inputs of one block, or of one layer, for every calibration sequence, in one flat file.
 
 Activations of 128 sequences of 2048 tokens take 4 GB at a width of 4096: more than the block they belong to. They therefore never live in memory as a whole. Batches are
 read and written with plain file calls, so the operating system keeps in its page cache what fits and lets the rest go to disk; no budget has to be guessed, and the same files are what an
@@ -8,7 +8,8 @@ interrupted run resumes from. Memory-mapping was not taken because mapped pages 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +19,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ActivationFile:
-    """float32 `[n_sequences, length, width]` in native byte order at `path`."""
+    """`[n_sequences, length, width]` of one dtype in native byte order at `path`."""
 
     path: Path
     length: int
     width: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def sequence_bytes(self) -> int:
-        return self.length * self.width * 4
+        return self.length * self.width * self.dtype.itemsize
 
     @property
     def n_sequences(self) -> int:
@@ -37,7 +39,7 @@ class ActivationFile:
         with self.path.open("rb", buffering=0) as file:
             remaining = self.n_sequences
             while remaining:
-                batch = torch.empty(min(batch_size, remaining), self.length, self.width)
+                batch = torch.empty(min(batch_size, remaining), self.length, self.width, dtype=self.dtype)
                 buffer = _bytes_of(batch)
                 n_read = 0
                 while n_read < len(buffer):
@@ -45,22 +47,27 @@ class ActivationFile:
                 remaining -= len(batch)
                 yield batch
 
-    def write(self, batches: Iterable[Tensor]) -> None:
-        """Write all batches and make them durable; the file appears under its name only when it is complete."""
+    @contextmanager
+    def appender(self, *, durable: bool = True) -> Iterator[Callable[[Tensor], None]]:
+        """A function that appends a batch. The file appears under its name, and if durable safely on disk, only when the block of code ends without an error."""
         partial = self.path.with_suffix(".tmp")
         with partial.open("wb", buffering=0) as file:
-            for batch in batches:
-                buffer = _bytes_of(batch.to("cpu", torch.float32).contiguous())
+
+            def append(batch: Tensor) -> None:
+                buffer = _bytes_of(batch.to("cpu", self.dtype).contiguous())
                 n_written = 0
                 while n_written < len(buffer):
                     n_written += file.write(buffer[n_written:])
-            os.fsync(file.fileno())
+
+            yield append
+            if durable:
+                os.fsync(file.fileno())
         partial.replace(self.path)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, without copying."""
-    return memoryview(tensor.view(-1).numpy().data).cast("B")
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data).cast("B")
 
 
 def _truncated(path: Path) -> int:

@@ -103,6 +103,14 @@ def shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call: BlockCal
     return [names for _, names in seen]
 
 
+def run_and_record(block: nn.Module, layers: dict[str, nn.Module], call: BlockCall, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The block's output, and the inputs of the named layers on the way."""
+    inputs: dict[str, Tensor] = {}
+    with _input_hooks(layers, inputs.__setitem__):
+        output = call.run(block, hidden)
+    return output, inputs
+
+
 def run_until(block: nn.Module, layer: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
     """The input of `layer` when the block runs on `hidden`; nothing after that layer is computed."""
     found: list[Tensor] = []

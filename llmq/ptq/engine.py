@@ -10,8 +10,10 @@ engine runs the block with these, compares bit for bit, and only then lets `seal
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel
 from llmq.errors import LlmqError, VerificationError
 from llmq.models.arch import find_blocks, linear_shape, linear_weight
 from llmq.ptq.activations import ActivationFile
-from llmq.ptq.capture import BlockCall, BlockRecorder, run_until, shared_inputs
+from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.gptq import GPTQOptions, gptq
 from llmq.ptq.rtn import rtn
 from llmq.ptq.solver import SolverResult
@@ -33,7 +35,7 @@ from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import PER_TENSOR, QuantSpec
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024  # on a CPU larger batches are no faster, and their activations are what memory is spent on
 
 
 class WeightReader(Protocol):
@@ -97,7 +99,6 @@ class Engine:
     on_block: Callable[[BlockReport], None] = lambda report: None
     device: str = "cpu"
     _calls: dict[int, list[BlockCall]] = field(default_factory=dict)
-    _original: nn.Module | None = None
 
     def __post_init__(self) -> None:
         self.prefix, self.blocks = find_blocks(self.model)
@@ -140,8 +141,11 @@ class Engine:
 
         tokens = self.tokens
         if first_block == 0:
-            for stream in self.streams:
-                self.inputs_of(0, stream).write(embed())
+            with ExitStack() as stack:
+                appenders = [stack.enter_context(self.inputs_of(0, stream).appender()) for stream in self.streams]
+                for hidden in embed():
+                    for append in appenders:
+                        append(hidden)
         else:
             tokens = torch.cat([self.tokens[: self.batch_size], self.tokens[-(len(self.tokens) % self.batch_size or self.batch_size) :]])
             for _ in embed():
@@ -174,18 +178,18 @@ class Engine:
         block = self._materialize(index, stored)
         plans = {plan.layer.name.removeprefix(name + "."): plan for plan in self.plans if plan.layer.name.startswith(name + ".")}
         targets = {layer: plan.spec for layer, plan in plans.items() if plan.spec is not None}
+        kept = {f"{name}.{key}": tensor for key, tensor in stored.items() if key.removesuffix(".weight") not in targets}
 
-        self._original = copy.deepcopy(block) if self.recipe.inputs == "both" else None
-        full_precision_outputs = self._advance(block, index, "full-precision") if self.tokens is not None and "full-precision" in self.streams else None
-        results, layer_reports = self._solve_block(index, block, name, targets)
+        del stored
+        groups = self._groups(index, block, name, targets)
+        exact_output = self._advance(block, index, "full-precision", [group[0] for group in groups]) if "full-precision" in self.streams and self.tokens is not None else None
+        results, layer_reports = self._solve_block(index, block, name, targets, groups)
         first_output = self._advance(block, index, "quantized") if self.tokens is not None else None
         error = None
-        if full_precision_outputs is not None and first_output is not None:
-            error = float((first_output - full_precision_outputs).square().sum() / full_precision_outputs.square().sum())
+        if exact_output is not None and first_output is not None:
+            error = float((first_output - exact_output).square().sum() / exact_output.square().sum())
 
         quantized = {f"{name}.{layer}": result.tensor for layer, result in results.items()}
-        quantized_weights = {f"{layer}.weight" for layer in results}
-        kept = {f"{name}.{key}": tensor for key, tensor in stored.items() if key not in quantized_weights}
         report = BlockReport(index, layer_reports, time.monotonic() - started, error)
         read_back = self.store(BlockResult(report, quantized, kept))
         self._verify(index, block, name, read_back, quantized, first_output)
@@ -208,29 +212,34 @@ class Engine:
         for hidden in self.inputs_of(index, stream).batches(self.batch_size):
             yield self._calls[len(hidden)][index], hidden.to(self.device)
 
-    def _advance(self, block: nn.Module, index: int, stream: str) -> Tensor:
-        """Run the block over a stream, write the next block's inputs (none after the last), and return the first batch's output."""
-        is_last = index == len(self.blocks) - 1
-        batches = self._batches(index, stream)
-        call, hidden = next(batches)
-        first = call.run(block, hidden)
-
-        def outputs() -> Iterator[Tensor]:
-            yield first
-            for call, hidden in batches:
-                yield call.run(block, hidden)
-
-        if not is_last:
-            self.inputs_of(index + 1, stream).write(outputs())
+    def _advance(self, block: nn.Module, index: int, stream: str, record: Sequence[str] = ()) -> Tensor:
+        """Run the block over a stream, write the next block's inputs (none after the last) and those of the recorded layers, and return the first batch's output."""
+        layers = {layer: block.get_submodule(layer) for layer in record}
+        first: Tensor | None = None
+        with ExitStack() as stack:
+            exact = {layer: stack.enter_context(self._exact_inputs(block, index, layer).appender(durable=False)) for layer in layers} if self.recipe.inputs == "both" else {}
+            is_last = index == len(self.blocks) - 1
+            append = None if is_last else stack.enter_context(self.inputs_of(index + 1, stream).appender())
+            for call, hidden in self._batches(index, stream):
+                output, inputs = run_and_record(block, layers if exact else {}, call, hidden)
+                for layer, x in inputs.items():
+                    exact[layer](x)
+                if append is not None:
+                    append(output)
+                first = output if first is None else first
+        assert first is not None
         return first
 
-    def _solve_block(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]) -> tuple[dict[str, SolverResult], list[LayerReport]]:
+    def _exact_inputs(self, block: nn.Module, index: int, layer: str) -> ActivationFile:
+        """The file of a layer's inputs in the full-precision model. Kept as bfloat16: what counts is their mean difference from the quantized model's over all tokens."""
+        assert self.tokens is not None
+        return ActivationFile(self.work_dir / f"exact-{index:05d}-{layer}.bf16", self.tokens.shape[1], linear_weight(block.get_submodule(layer)).shape[1], torch.bfloat16)
+
+    def _solve_block(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec], groups: list[list[str]]) -> tuple[dict[str, SolverResult], list[LayerReport]]:
         """Quantize the target layers in running order, leaving the quantized values in the block."""
         results: dict[str, SolverResult] = {}
         reports: list[LayerReport] = []
-        if not targets:
-            return results, reports
-        for group in self._groups(index, block, name, targets):
+        for group in groups:
             stats = None if self.tokens is None else self._measure(index, block, group[0])
             for layers, spec in _by_spec(group, targets):
                 weight = torch.cat([linear_weight(block.get_submodule(layer)) for layer in layers]).float()
@@ -243,7 +252,7 @@ class Engine:
         return results, reports
 
     def _groups(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]) -> list[list[str]]:
-        if self.tokens is None:
+        if self.tokens is None or not targets:
             return [[layer] for layer in targets]
         call, hidden = next(self._batches(index, "quantized"))
         groups = shared_inputs(block, {layer: block.get_submodule(layer) for layer in targets}, call, hidden)
@@ -253,17 +262,15 @@ class Engine:
         return groups
 
     def _measure(self, index: int, block: nn.Module, layer: str) -> LayerStats:
+        """Statistics of a layer's inputs on the stream that the recipe names."""
         module = block.get_submodule(layer)
         both = self.recipe.inputs == "both"
         stats = LayerStats(linear_weight(module).shape[1], self.device, cross=both)
-        if not both:
-            for call, hidden in self._batches(index, self.streams[-1]):
-                stats.add(run_until(block, module, call, hidden))
-            return stats
-        assert self._original is not None
-        original = self._original.get_submodule(layer)
-        for (call, hidden), (_, exact) in zip(self._batches(index, "quantized"), self._batches(index, "full-precision"), strict=True):
-            stats.add(run_until(block, module, call, hidden), run_until(self._original, original, call, exact))
+        exact_file = self._exact_inputs(block, index, layer)
+        exact_batches = exact_file.batches(self.batch_size) if both else itertools.repeat(None)
+        for (call, hidden), exact in zip(self._batches(index, "full-precision" if self.recipe.inputs == "full-precision" else "quantized"), exact_batches, strict=False):
+            stats.add(run_until(block, module, call, hidden), None if exact is None else exact.to(self.device))
+        exact_file.path.unlink(missing_ok=True)
         return stats
 
     def _verify(self, index: int, block: nn.Module, name: str, read_back: dict[str, QuantizedTensor], quantized: dict[str, QuantizedTensor], first_output: Tensor | None) -> None:

@@ -37,7 +37,9 @@ DAMPING_STEPS = (1.0, 10.0, 100.0)
 @dataclass(frozen=True)
 class GPTQOptions:
     """order: see the module's text. damping: added to diag(H), as a share of its mean; times 10 and 100 if the factorization fails. search: choose scales by diag(H)-weighted error
-    instead of by range. sweeps: passes of coordinate descent over codes and scales afterwards (`llmq.ptq.refine`)."""
+    instead of by range. sweeps: passes of coordinate descent over codes and scales afterwards (`llmq.ptq.refine`). alpha: the share of the correction for what the layers before
+    this one lost, where the statistics carry it (GPTAQ, Li et al., 2025; there folded into the column loop, here a change of the target beforehand, which is the same least squares
+    problem and leaves loop and descent as they are)."""
 
     order: Order = "group"
     damping: float = 0.01
@@ -48,12 +50,18 @@ class GPTQOptions:
 
 def inverse_factor(hessian: Tensor) -> Tensor | None:
     """Upper U `[K, K]` with H^-1 = U^T U, or None when H is not positive definite in float32."""
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    return _factor_of_reversed(hessian.flip(0, 1))
+
+
+def _factor_of_reversed(reversed_hessian: Tensor) -> Tensor | None:
+    """`inverse_factor` of a matrix given with rows and columns backwards. Few copies are alive at a time: at K = 28672 each takes 3.3 GB."""
+    lower, info = torch.linalg.cholesky_ex(reversed_hessian)
     if int(info) != 0:
         return None
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    factor = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity).flip(0, 1)
-    return factor if bool(torch.isfinite(factor).all()) else None
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower, identity
+    return inverse.flip(0, 1) if bool(torch.isfinite(inverse.sum())) else None
 
 
 def _damped_factor(hessian: Tensor, order: Tensor, dead: Tensor, damping: float) -> tuple[Tensor | None, float]:
@@ -61,9 +69,10 @@ def _damped_factor(hessian: Tensor, order: Tensor, dead: Tensor, damping: float)
     share = damping
     for step in DAMPING_STEPS:
         share = min(damping * step, 1.0)
-        damped = hessian[order][:, order]
-        damped.diagonal().add_(_ridge(hessian, dead, share)[order])
-        if (factor := inverse_factor(damped)) is not None:
+        backwards = order.flip(0)
+        damped = hessian[backwards[:, None], backwards]
+        damped.diagonal().add_(_ridge(hessian, dead, share)[backwards])
+        if (factor := _factor_of_reversed(damped)) is not None:
             return factor, share
     return None, share
 
@@ -94,10 +103,11 @@ def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOption
         return SolverResult(QuantizedTensor.quantize(weight, spec, importance), damping, n_dead, "Hessian not positive definite")
 
     if stats.cross is not None and options.alpha:
-        weight = weight + options.alpha * _shift(weight, stats.cross, order, factor)
+        weight = torch.add(weight, _shift(weight, stats.cross, order, factor), alpha=options.alpha)
     solve = _Solve(weight, order, importance, spec, options)
     solve.run(factor)
     tensor = solve.result()
+    del solve, factor
     if options.sweeps:
         hessian = stats.hessian.clone()
         hessian.diagonal().add_(_ridge(hessian, dead, damping))
@@ -149,7 +159,7 @@ class _Solve:
         """Choose the scales of the group at positions start..stop from the weights as they are now."""
         importance = None if self.importance is None else self.importance[self.order[start:stop]]
         whole = replace(self.spec, group_size=PER_TENSOR if self.spec.group_size == PER_TENSOR else PER_ROW)
-        self._set_scales(int(self.group_of[start]), self.weight_t[start:stop].T, whole, importance)
+        self._set_scales(int(self.group_of[start]), self.weight_t[start:stop].T.contiguous(), whole, importance)
 
     def run(self, factor: Tensor) -> None:
         """Round all columns. factor: U of the reordered Hessian."""

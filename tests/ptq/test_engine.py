@@ -98,15 +98,16 @@ def test_rtn_needs_no_text_and_equals_plain_rounding(model_folder, tmp_path):
 
 def test_full_precision_stream_gives_other_hessians_and_block_errors(model_folder, calibration_file, tmp_path):
     reports = []
-    for stream in ("quantized", "full-precision"):
+    for stream in ("quantized", "full-precision", "both"):
         seen = []
         job = prepare(str(model_folder(name=stream)), recipe("w3g32", inputs=stream), calibration=str(calibration_file))
         quantize_folder(job, tmp_path / f"out-{stream}", on_block=seen.append)
         reports.append(seen)
     assert [report.output_error is None for report in reports[0]] == [True, True]
-    assert all(0 < report.output_error < 1 for report in reports[1])
-    first, second = (sum(layer.error for layer in report[1].layers) for report in reports)
-    assert first != second
+    assert all(0 < report.output_error < 1 for block in reports[1:] for report in block)
+    assert len({sum(layer.error for layer in report[1].layers) for report in reports}) == 3
+    # Correcting each layer for what was lost before it keeps the blocks closer to the full-precision model.
+    assert reports[2][-1].output_error < reports[1][-1].output_error
 
 
 def test_report_counts_and_card(model_folder, calibration_file, tmp_path):
@@ -158,7 +159,7 @@ def test_a_layer_that_never_runs_is_an_error():
 
 
 def test_fallbacks_are_counted_and_too_many_fail(model_folder, calibration_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmq.ptq.gptq.inverse_factor", lambda hessian: None)
+    monkeypatch.setattr("llmq.ptq.gptq._factor_of_reversed", lambda hessian: None)
     with pytest.raises(VerificationError, match="14 of 14 layers fell back") as error:
         quantize_folder(prepare(str(model_folder()), recipe(), calibration=str(calibration_file)), tmp_path / "out")
     assert error.value.exit_code == 1

@@ -25,7 +25,7 @@ def identity_stats(k):
 @pytest.mark.parametrize("order", ORDERS)
 def test_identity_hessian_gives_plain_rounding(text, order):
     weight, spec = torch.randn(24, 256), QuantSpec.parse(text)
-    result = gptq(weight, identity_stats(256), spec, GPTQOptions(order=order, search=False)).tensor
+    result = gptq(weight, identity_stats(256), spec, GPTQOptions(order=order, search=False, sweeps=0)).tensor
     result.validate("weight")
     rounded = QuantizedTensor.quantize(weight, spec)
     assert torch.equal(result.codes(), rounded.codes())
@@ -115,6 +115,22 @@ def test_hessian_is_a_running_mean_and_drops_rows_that_are_not_finite():
     assert (stats.n_tokens, stats.n_dropped) == (28, 2)
     kept = torch.cat([x[:3], x[4:9], x[10:]])
     assert torch.allclose(stats.hessian, 2 * kept.T @ kept / 28, atol=1e-5)
+
+
+def test_correction_restores_the_full_precision_outputs():
+    """Inputs that are a linear map away from the full-precision ones: with alpha 1 and fine codes, the outputs become those of the full-precision layer."""
+    torch.manual_seed(0)
+    exact, weight = torch.randn(4000, 48), torch.randn(16, 48)
+    degraded = exact @ (torch.eye(48) + 0.05 * torch.randn(48, 48))
+    stats = LayerStats(48, cross=True)
+    for x, y in zip(degraded.split(500), exact.split(500), strict=True):
+        stats.add(x, y)
+    errors = {}
+    for alpha in (0.0, 0.25, 1.0):
+        tensor = gptq(weight, stats, QuantSpec("int8", -1), GPTQOptions(alpha=alpha, damping=1e-4)).tensor
+        errors[alpha] = float((degraded @ tensor.dequantize().T - exact @ weight.T).square().mean() / (exact @ weight.T).square().mean())
+    assert errors[1.0] < 0.01 * errors[0.0]
+    assert errors[1.0] < errors[0.25] < errors[0.0]
 
 
 def test_output_error_is_the_mean_squared_difference(stats):

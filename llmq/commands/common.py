@@ -40,7 +40,8 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inputs", choices=("quantized", "full-precision", "both"), default=None, help="inputs that layers are measured on; both: also correct for earlier losses (default: both)")
     parser.add_argument("--alpha", type=float, help="share of that correction (default: 0.5)")
     parser.add_argument("--activations", choices=("none", "int8-token"), default=None, help="quantize layer inputs per token and multiply integers (with --bits 8; default: none)")
-    parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="another treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; the first match wins")
+    rule_help = "another treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; first match wins"
+    parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help=rule_help)
     parser.add_argument("--recipe", metavar="FILE", help="a recipe as JSON (the 'recipe' of a report.json); other options override it")
     parser.add_argument("--calibration", default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
     parser.add_argument("--samples", type=int, metavar="N", help="calibration windows (default: 128)")
@@ -71,10 +72,9 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
             raise LlmqError(f"--recipe {args.recipe}: not a recipe ({error}); expected the JSON that report.json holds under 'recipe'") from None
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
-    options = {
-        "method": args.method, "order": "act" if args.act_order else args.order, "damping": args.damping, "search": False if args.no_search else None, "sweeps": args.sweeps, "inputs": args.inputs, "alpha": args.alpha,
-        "samples": args.samples, "sequence_length": args.sequence_length, "seed": args.seed,
-    }  # fmt: skip
+    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed")
+    options = {name: getattr(args, name) for name in names}
+    options |= {"order": "act" if args.act_order else args.order, "search": False if args.no_search else None}
     if args.activations:
         base = replace(base, activations=ActSpec(args.activations))
     recipe = replace(base, **{key: value for key, value in options.items() if value is not None})

@@ -6,7 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from llmq.models.arch import find_blocks
-from llmq.ptq.engine import TOKENS_PER_BATCH
+from llmq.ptq.engine import batch_size
 
 if TYPE_CHECKING:
     from llmq.ptq.run import Job
@@ -32,7 +32,8 @@ def peak_bytes(job: Job) -> int:
     # Hessian, its reordered copy, factor and inverse factor; then W, W^T, errors and codes of up to two stacked layers.
     solve = max(16 * k * k + 2 * 13 * n * k for n, k in shapes)
     widest = max(max(shape) for shape in shapes)
-    batch = 4 * max(TOKENS_PER_BATCH, job.tokens.tokens.shape[1]) * widest * 4
+    length = job.tokens.tokens.shape[1]
+    batch = 4 * batch_size(job.plans, length) * length * widest * 4
     embedding = 4 * sum(prod(p.shape) for name, p in job.model.named_parameters() if not name.startswith(prefix + ".")) * 2
     return int(max(embedding, block + solve + batch))
 

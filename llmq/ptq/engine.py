@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from llmq.models.arch import find_blocks, linear_shape, linear_weight
 from llmq.ptq.activations import ActivationFile
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.gptq import GPTQOptions, gptq
+from llmq.ptq.replay import SolvedParts
 from llmq.ptq.rtn import rtn
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats, output_error
@@ -35,7 +36,7 @@ from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import PER_TENSOR, QuantSpec
 
-TOKENS_PER_BATCH = 1024  # on a CPU larger batches are no faster, and their activations are what memory is spent on
+BATCH_BYTES = 12_000_000  # of one activation of the widest layer; larger batches are no faster on a CPU and cost memory
 
 
 class WeightReader(Protocol):
@@ -104,7 +105,7 @@ class Engine:
         self.prefix, self.blocks = find_blocks(self.model)
         if self.tokens is None and self.recipe.method != "rtn":
             raise LlmqError(f"method {self.recipe.method} needs calibration text; give --calibration, or use --method rtn")
-        self.batch_size = 1 if self.tokens is None else max(1, TOKENS_PER_BATCH // self.tokens.shape[1])
+        self.batch_size = 1 if self.tokens is None else batch_size(self.plans, self.tokens.shape[1])
 
     # --- the way of the whole model -----------------------------------------------------------------------------
 
@@ -183,8 +184,13 @@ class Engine:
         del stored
         groups = self._groups(index, block, name, targets)
         exact_output = self._advance(block, index, "full-precision", [group[0] for group in groups]) if "full-precision" in self.streams and self.tokens is not None else None
-        results, layer_reports = self._solve_block(index, block, name, targets, groups)
-        first_output = self._advance(block, index, "quantized") if self.tokens is not None else None
+        parts = self._solved_parts(block, targets)
+        results, layer_reports = self._solve_block(index, block, name, targets, groups, parts)
+        first_output = None
+        if parts is not None:
+            with parts.during_run(results, record=False):
+                first_output = self._advance(block, index, "quantized")
+            parts.discard()
         error = None
         if exact_output is not None and first_output is not None:
             error = float((first_output - exact_output).square().sum() / exact_output.square().sum())
@@ -221,6 +227,8 @@ class Engine:
             is_last = index == len(self.blocks) - 1
             append = None if is_last else stack.enter_context(self.inputs_of(index + 1, stream).appender())
             for call, hidden in self._batches(index, stream):
+                if is_last and not exact and first is not None:
+                    break  # nobody reads the other outputs
                 output, inputs = run_and_record(block, layers if exact else {}, call, hidden)
                 for layer, x in inputs.items():
                     exact[layer](x)
@@ -233,14 +241,20 @@ class Engine:
     def _exact_inputs(self, block: nn.Module, index: int, layer: str) -> ActivationFile:
         """The file of a layer's inputs in the full-precision model. Kept as bfloat16: what counts is their mean difference from the quantized model's over all tokens."""
         assert self.tokens is not None
-        return ActivationFile(self.work_dir / f"exact-{index:05d}-{layer}.bf16", self.tokens.shape[1], linear_weight(block.get_submodule(layer)).shape[1], torch.bfloat16)
+        width = linear_weight(block.get_submodule(layer)).shape[1]
+        return ActivationFile(self.work_dir / f"exact-{index:05d}-{layer}.bf16", self.tokens.shape[1], width, torch.bfloat16)
 
-    def _solve_block(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec], groups: list[list[str]]) -> tuple[dict[str, SolverResult], list[LayerReport]]:
+    def _solve_block(
+        self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec], groups: list[list[str]], parts: SolvedParts | None
+    ) -> tuple[dict[str, SolverResult], list[LayerReport]]:
         """Quantize the target layers in running order, leaving the quantized values in the block."""
         results: dict[str, SolverResult] = {}
         reports: list[LayerReport] = []
         for group in groups:
-            stats = None if self.tokens is None else self._measure(index, block, group[0])
+            stats = None
+            if parts is not None:
+                with parts.during_run(results) if self.recipe.inputs != "full-precision" else nullcontext():
+                    stats = self._measure(index, block, group[0])
             for layers, spec in _by_spec(group, targets):
                 weight = torch.cat([linear_weight(block.get_submodule(layer)) for layer in layers]).float()
                 solved = _solve(weight, stats, spec, self.recipe)
@@ -250,6 +264,12 @@ class Engine:
                     reports.append(_report(f"{name}.{layer}", original, result, stats))
                     original.copy_(result.tensor.dequantize())
         return results, reports
+
+    def _solved_parts(self, block: nn.Module, targets: Collection[str]) -> SolvedParts | None:
+        if self.tokens is None:
+            return None
+        inputs = self.inputs_of(0)
+        return SolvedParts(block, targets, self.work_dir, inputs.length, inputs.width, len(self.tokens), self.batch_size)
 
     def _groups(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]) -> list[list[str]]:
         if self.tokens is None or not targets:
@@ -285,6 +305,12 @@ class Engine:
             call, hidden = next(self._batches(index, "quantized"))
             if not torch.equal(call.run(block, hidden), first_output):
                 raise VerificationError(f"{name}: the stored block does not reproduce the outputs recorded when it was quantized")
+
+
+def batch_size(plans: list[LayerPlan], length: int) -> int:
+    """Sequences of `length` tokens that run through a block at a time."""
+    widest = max(max(plan.layer.shape) for plan in plans)
+    return max(1, BATCH_BYTES // (4 * widest * length))
 
 
 def _by_spec(group: list[str], targets: dict[str, QuantSpec]) -> Iterator[tuple[list[str], QuantSpec]]:

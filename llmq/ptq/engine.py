@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,22 +134,21 @@ class Engine:
         loaded = self._load_outside_blocks()
         recorder = BlockRecorder(self.model, self.blocks)
 
-        def embed() -> Iterator[Tensor]:
-            for batch in tokens.split(self.batch_size):
+        def embed(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+            for batch in batches:
                 hidden, calls = recorder.run(batch.to(self.device))
                 self._calls.setdefault(len(batch), calls)
                 yield hidden
 
-        tokens = self.tokens
+        batches = self.tokens.split(self.batch_size)
         if first_block == 0:
             with ExitStack() as stack:
                 appenders = [stack.enter_context(self.inputs_of(0, stream).appender()) for stream in self.streams]
-                for hidden in embed():
+                for hidden in embed(batches):
                     for append in appenders:
                         append(hidden)
         else:
-            tokens = torch.cat([self.tokens[: self.batch_size], self.tokens[-(len(self.tokens) % self.batch_size or self.batch_size) :]])
-            for _ in embed():
+            for _ in embed({len(batch): batch for batch in batches}.values()):
                 pass
         for name in loaded:
             set_module_tensor_to_device(self.model, name, "meta")

@@ -15,7 +15,7 @@ from llmq.formats.files import MANIFEST
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe
 
-# Runs the command line and kills the process at the n-th call of one function.
+# Runs the command line with small batches and kills the process at the n-th call of one function (0: never).
 _KILLER = """
 import importlib, os, signal, sys
 module, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -31,9 +31,12 @@ def killing(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 setattr(owner, attribute, killing)
+import llmq.ptq.engine
+llmq.ptq.engine.BATCH_BYTES = 200_000
 from llmq.cli import main
 sys.exit(main(sys.argv[4:]))
 """
+NEVER = ("llmq.formats.files", "publish", 0)
 KILLS = [
     ("llmq.ptq.capture", "BlockRecorder.run", 2),  # while the embeddings are computed
     ("llmq.ptq.engine", "gptq", 6),  # in the middle of block 1
@@ -56,9 +59,8 @@ def arguments(model_folder, calibration_file):
     return ["quantize", str(folder), "{out}", "--group-size", "32", "--samples", "70", "--sequence-length", "32", "--calibration", str(calibration_file), "--inputs", "full-precision"]
 
 
-def run(arguments, out, kill=None):
-    filled = [argument.format(out=out) for argument in arguments]
-    command = [sys.executable, "-m", "llmq", *filled] if kill is None else [sys.executable, "-c", _KILLER, kill[0], kill[1], str(kill[2]), *filled]
+def run(arguments, out, kill=NEVER):
+    command = [sys.executable, "-c", _KILLER, kill[0], kill[1], str(kill[2]), *[argument.format(out=out) for argument in arguments]]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

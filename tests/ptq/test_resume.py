@@ -40,12 +40,9 @@ NEVER = ("llmq.formats.files", "publish", 0)
 KILLS = [
     ("llmq.ptq.capture", "BlockRecorder.run", 2),  # while the embeddings are computed
     ("llmq.ptq.engine", "gptq", 6),  # in the middle of block 1
-    ("llmq.formats.partial", "PartialCheckpoint.write_shard", 2),  # block 1 solved, not written
     ("llmq.formats.partial", "PartialCheckpoint.finish_shard", 2),  # block 1 written, not named
     ("llmq.formats.files", "sync", 12),  # inside a write
-    ("llmq.formats.files", "write_index", 1),  # all blocks done
     ("llmq.formats.files", "write_manifest", 1),  # all but the last file
-    ("llmq.formats.files", "publish", 1),  # before the rename
 ]
 
 

@@ -1,7 +1,7 @@
 """Packed weights on the CPU, with torch's own operators.
 
 INT4 and narrower codes, bfloat16 activations. For few rows of x the int4pack operator computes `((q - 8) * s + z) @ x` straight from packed bytes and runs at the speed of memory. It takes
-0.6 ms per row of x and 4096 x 4096 weights, so above about 24 rows it is better to expand blocks of the weight into bfloat16 values that stay in the cache and hand them to the bfloat16
+0.6 ms per row of x and 4096 x 4096 weights, so above about 48 rows it is better to expand blocks of the weight into bfloat16 values that stay in the cache and hand them to the bfloat16
 GEMM. Both read the same bytes: int4pack stores bands of 64 rows (32 without AVX512) as `[K, 32]` bytes, row j of the band in the low and row j + 32 in the high half, which is W^T as the GEMM
 wants it. The layout is not documented, so it is probed once, and a machine that lays out otherwise uses the reference.
 
@@ -25,9 +25,9 @@ from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
 INT4_GROUPS = (256, 128, 64, 32)  # what the operator accepts
-INT4_MAX_ROWS = 24  # rows of x up to which the operator beats expanding blocks, measured at 4096 x 4096
-INT8_MAX_ROWS = 4
-BLOCK_ROWS = 256  # rows of W expanded at a time: 2 MB of bfloat16 at K = 4096, the size of an L2 cache
+INT4_MAX_ROWS = 48  # rows of x up to which the operator beats expanding blocks, measured at 4096 x 4096
+INT8_MAX_ROWS = 12  # the same for INT8
+BLOCK_ROWS = 1024  # rows of W expanded at a time: 8 MB of bfloat16 at K = 4096; 256 rows would fit a 2 MB cache, but fewer and larger products are up to 1.5 times as fast
 
 
 # --- the int4pack layout ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
     from llmq.evaluation.divergence import compare
     from llmq.formats.load import load
     from llmq.models.load import load_config, resolve

@@ -28,6 +28,7 @@ def _version(package: str) -> str | None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
     import torch
 
     from llmq import __version__

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
     from llmq.evaluation.perplexity import evaluate
     from llmq.formats.load import load
     from llmq.models.load import load_config, resolve

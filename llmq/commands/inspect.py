@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
     from llmq.formats.load import quantization_settings
     from llmq.models.load import ShardReader, load_config, read_header, resolve
 

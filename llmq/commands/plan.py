@@ -35,6 +35,7 @@ def prepare_job(args: argparse.Namespace) -> Job:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
     from llmq.ptq.budget import flops, peak_bytes, stored_bytes
 
     job = prepare_job(args)

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
     from llmq.commands.plan import prepare_job
     from llmq.errors import VerificationError
     from llmq.formats.files import check_output

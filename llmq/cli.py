@@ -49,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         hint = "; the same command continues where it stopped" if args.command == "quantize" else ""
         return _fail(args.json, f"interrupted{hint}", 130)
+    except ValueError as error:
+        if "LLMQ_BACKEND" not in str(error):
+            raise
+        return _fail(args.json, str(error), 2)
     except OSError as error:
         return _fail(args.json, f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
     print(json.dumps(result) if args.json else text)

@@ -191,6 +191,13 @@ def test_short_calibration_and_existing_output(llmq, model_folder, calibration_f
     assert (code, "is quantized already (gptq)" in stderr) == (2, True)
 
 
+def test_an_unknown_backend_is_bad_usage(llmq, monkeypatch, model_folder, tmp_path):
+    assert llmq("quantize", model_folder(), tmp_path / "out", "--method", "rtn", "--group-size", "32")[0] == 0
+    monkeypatch.setenv("LLMQ_BACKEND", "warp-drive")
+    code, _, stderr = llmq("generate", tmp_path / "out", "--prompt", "def")
+    assert (code, "choose one of cpu-int4" in stderr) == (2, True)
+
+
 def test_notes_of_layers_that_differ_go_to_stderr(llmq, model_folder, tmp_path):
     code, stdout, stderr = llmq("quantize", model_folder(intermediate_size=172), tmp_path / "out", "--group-size", "64", "--method", "rtn", "--json")
     assert code == 0

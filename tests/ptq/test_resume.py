@@ -53,7 +53,7 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def arguments(model_folder, calibration_file):
     folder = model_folder(num_hidden_layers=3)
-    return ["quantize", str(folder), "{out}", "--group-size", "32", "--samples", "70", "--sequence-length", "32", "--calibration", str(calibration_file), "--inputs", "full-precision"]
+    return ["quantize", str(folder), "{out}", "--group-size", "32", "--samples", "30", "--sequence-length", "32", "--calibration", str(calibration_file), "--inputs", "full-precision"]
 
 
 def run(arguments, out, kill=NEVER):

@@ -44,13 +44,13 @@ def test_logits_of_a_loaded_folder_are_bit_equal(quantized, fmt, dtype):
 def test_transformers_loads_an_llmq_folder_in_a_new_process(quantized):
     model, folder = quantized(fmt="llmq")
     torch.save(model(TOKENS).logits, folder / "expected.pt")
-    # Bit for bit within a process; between processes the bfloat16 GEMM may pick another kernel (it depends on alignment), which moves single logits by a rounding, 2^-8.
+    # Without gradients, as the expected logits were computed: the CPU backend takes its fast path only then.
     program = (
-        "import sys, torch\n{}\nmodel = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n"
+        "import sys, torch\n{}\ntorch.set_grad_enabled(False)\nmodel = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n"
         "tokens = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))\n"
         "logits, expected = model(tokens).logits, torch.load(sys.argv[1] + '/expected.pt')\n"
         "assert torch.equal(logits, llmq.load(sys.argv[1])(tokens).logits), 'not what llmq.load gives'\n"
-        "assert (logits - expected).float().norm() < 2**-7 * expected.float().norm(), 'logits differ'"
+        "assert torch.equal(logits, expected), 'logits differ'"
     )
     for imports in ("import llmq\nfrom transformers import AutoModelForCausalLM", "from transformers import AutoModelForCausalLM\nimport llmq"):
         done = subprocess.run([sys.executable, "-c", program.format(imports), str(folder)], capture_output=True, text=True, timeout=120)

@@ -14,7 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from llmq.models.arch import find_blocks, linear_shape, linear_weight
 from llmq.ptq.activations import ActivationFile
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.gptq import GPTQOptions, gptq
+from llmq.ptq.ranges import RangeObserver
 from llmq.ptq.replay import SolvedParts
 from llmq.ptq.rtn import rtn
 from llmq.ptq.solver import SolverResult
@@ -123,6 +124,10 @@ class Engine:
         assert self.tokens is not None
         width = self.model.config.get_text_config().hidden_size
         return ActivationFile(self.work_dir / f"inputs-{stream}-{index:05d}.f32", self.tokens.shape[1], width)
+
+    @property
+    def _is_static(self) -> bool:
+        return self.recipe.activations.kind == "int8-static"
 
     @property
     def streams(self) -> list[str]:
@@ -259,6 +264,8 @@ class Engine:
                 solved = _solve(weight, stats, spec, self.recipe)
                 for layer, result in zip(layers, _split(solved, [_rows(block, layer) for layer in layers]), strict=True):
                     original = linear_weight(block.get_submodule(layer))
+                    if stats is not None and stats.ranges is not None:
+                        result = replace(result, tensor=replace(result.tensor, input_range=stats.ranges.range(self.recipe.activation_range)))
                     results[layer] = result
                     reports.append(_report(f"{name}.{layer}", original, result, stats))
                     original.copy_(result.tensor.dequantize())
@@ -281,7 +288,7 @@ class Engine:
         """Statistics of the inputs that a group of layers shares, on the stream that the recipe names."""
         layer = block.get_submodule(group[0])
         both = self.recipe.inputs == "both"
-        stats = LayerStats(linear_weight(layer).shape[1], self.device, cross=both, project=linear_weight(layer) if len(group) == 1 else None)
+        stats = LayerStats(linear_weight(layer).shape[1], self.device, cross=both, project=linear_weight(layer) if len(group) == 1 else None, ranges=RangeObserver() if self._is_static else None)
         exact_file = self._exact_inputs(block, index, group[0])
         exact_batches = exact_file.batches(self.batch_size) if both else itertools.repeat(None)
         with ExitStack() as stack:

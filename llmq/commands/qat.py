@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--asymmetric", action="store_true", help="a learned zero point per group (w2 always has one)")
     parser.add_argument("--activations", choices=("int8-token", "int8-static"), default=None, help="which kind of INT8 activations a scheme with a8 has (default: int8-token)")
     parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="another treatment for some layers, such as '*.layers.0.*=w8' or '*.down_proj=keep'")
-    parser.add_argument("--quantizer", choices=("lsq", "ste", "absmean"), default="lsq", help="learned scales, scales from the range (LLM-QAT), or absmean ternary (BitNet) (default: lsq)")
+    quantizers = "learned scales, the same stretched over the range (ParetoQ; 2 bits and ternary), scales from the range (LLM-QAT), or absmean ternary (BitNet) (default: lsq)"
+    parser.add_argument("--quantizer", choices=("lsq", "seq", "ste", "absmean"), default="lsq", help=quantizers)
     parser.add_argument("--init", choices=("rtn", "gptq", "blockwise"), default="gptq", help="the PTQ method of the start (default: gptq)")
     parser.add_argument("--kv-before-rope", action="store_true", help="quantize keys before the rotary embedding, as LLM-QAT does")
     parser.add_argument(
@@ -69,6 +70,8 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
     scheme = Scheme.parse(args.scheme)
     grid = scheme.weights
     grid = replace(grid, group_size=grid.group_size if args.group_size is None else args.group_size, symmetric=grid.symmetric and not args.asymmetric)
+    if args.quantizer == "seq" and grid.code == "int2":
+        grid = replace(grid, code="int2h", symmetric=True)
     if args.activations and scheme.activations == "none":
         raise LlmqError(f"--activations {args.activations}: the scheme {args.scheme} does not quantize activations; write {args.scheme}a8")
     scheme = replace(scheme, weights=grid, activations=args.activations or scheme.activations)

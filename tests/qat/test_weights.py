@@ -6,14 +6,15 @@ from conftest import make_model
 
 import llmq
 from llmq.errors import LlmqError
+from llmq.fakequant import lsq_factor
 from llmq.models.arch import linear_weight, quantizable_layers
 from llmq.models.load import meta_model
 from llmq.modules import quantized_modules
-from llmq.qat.weights import FakeQuantLinear, WeightQuantizer, fake_quant_modules, freeze, masters, prepare
+from llmq.qat.weights import FakeQuantLinear, WeightQuantizer, fake_quant_modules, freeze, masters, prepare, stretched_scale
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import QuantSpec
 
-SPECS = ["w8", "w4g32", "w4-tensor", "w3g64-asym", "w2g32-asym", "w2", "ternary-g32", "ternary-row", "ternary-tensor"]
+SPECS = ["w8", "w4g32", "w4-tensor", "w3g64-asym", "w2g32-asym", "w2", "w2h-g32", "ternary-g32", "ternary-row", "ternary-tensor"]
 
 
 def layer(spec: str, name: str = "lsq", n: int = 24, k: int = 128) -> tuple[torch.Tensor, QuantizedTensor, FakeQuantLinear]:
@@ -68,6 +69,31 @@ def test_absmean_is_bitnets_formula_with_an_identity_gradient(spec):
     upstream = torch.randn_like(weight)
     value.backward(upstream)
     assert torch.equal(module.weight.grad, upstream), "no mask: weights far outside still move"
+
+
+@pytest.mark.parametrize(("spec", "n", "shift"), [("w2h-g32", 2, 0.5), ("w2h", 2, 0.5), ("ternary-g32", 1.5, 0.0)])
+def test_seq_is_paretoqs_formula(spec, n, shift):
+    weight, _, module = layer(spec, "seq")
+    with torch.no_grad():
+        module.quantizer.scale.copy_(stretched_scale(weight, module.quantizer.spec))
+    size = 128 if spec == "w2h" else 32
+    grouped = weight.view(24, -1, size)
+    largest = (module.quantizer.scale.detach().half().float() * n)[..., None]  # a, as the stored scale gives it
+    assert torch.allclose(largest[..., 0], grouped.abs().amax(-1), rtol=1e-3)
+    expected = largest * ((torch.clip(grouped / largest, -0.99, 0.99) * n - shift).round() + shift) / n
+    value = module.quantizer(module.weight)
+    assert torch.allclose(value.detach(), expected.view_as(weight), atol=1e-6)
+    upstream = torch.randn_like(weight)
+    value.backward(upstream)
+    step = largest / n
+    inside = ((grouped - expected) / step).abs() <= 0.5  # all but a largest weight whose scale was rounded down
+    slope = torch.where(inside, (expected - grouped) / step, expected / step)
+    by_hand = (slope * upstream.view_as(grouped)).sum(-1) * lsq_factor(module.quantizer.spec, 24, 128)
+    assert torch.allclose(module.quantizer.scale.grad, by_hand, rtol=1e-3, atol=1e-5)
+    assert torch.equal(module.weight.grad, upstream * inside.view_as(weight))
+    assert float(inside.float().mean()) > 0.95
+    with pytest.raises(LlmqError, match="half-integer"):
+        WeightQuantizer(QuantSpec.parse("w4g32"), "seq")
 
 
 def test_ste_follows_the_range_and_passes_the_gradient():

@@ -92,10 +92,6 @@ def _indices(e: Emitter, bits: int, block: Value, row: Value, chunk: int) -> tup
     return indices, indices >> 8
 
 
-def _look_up(e: Emitter, values: Value, indices: Value) -> Value:
-    return e.call("llvm.x86.avx512.permvar.hi.512", vector(I16, 32), values, indices)
-
-
 class Expander:
     """Writes a band's block as tiles: 16 rows x 32 columns of bfloat16 each."""
 
@@ -110,25 +106,26 @@ class Expander:
         shift = self.e.load(F32, self.shift, place, align=4) if self.asymmetric else None
         return table(self.e, self.bits, self.e.load(F32, self.scale, place, align=4), shift, self.offset)
 
-    def block(self, block: Value, band: Value, column: Value, target: Value) -> None:
-        """block: address of the codes; column: its first column; target: address of its tiles."""
-        e, layout = self.e, Layout(self.bits, 1, 1)
-        with e.loop(0, 16) as row:
-            e.prefetch(block, row * 64 + AHEAD)
-            lanes = list(range(16)) * 2
-            values = self.e.constant(vector(I16, 32), 0)
-            for chunk in range(layout.fields):
-                if chunk * 64 % self.group == 0 and self.bits != 8:
-                    first = self._table(band, column + chunk * 64, row)
-                    if self.group == 32:
-                        values = first.shuffle(list(range(32)), self._table(band, column + (chunk * 64 + 32), row))
-                    else:
-                        values = first.shuffle(lanes)
-                pair = self._integers(block, row) if self.bits == 8 else _indices(e, self.bits, block, row, chunk)
-                for i, expanded in enumerate(pair):
-                    if self.bits != 8:
-                        expanded = _look_up(e, values, self._within_half(expanded) if self.group == 32 else expanded)
-                    e.store(expanded, target, row * 64 + (2 * chunk + i) * TILE, align=64)
+    def row(self, block: Value, band: Value, column: Value, row: Value, target: Value) -> None:
+        """One row of a block. block: address of its codes; column: its first column; target: address of its tiles."""
+        e, fields = self.e, Layout(self.bits, 1, 1).fields
+        e.prefetch(block, row * 64 + AHEAD)
+        values = e.constant(vector(I16, 32), 0)
+        for chunk in range(fields):
+            if chunk * 64 % self.group == 0 and self.bits != 8:
+                values = self._tables(band, column + chunk * 64, row)
+            pair = self._integers(block, row) if self.bits == 8 else self._looked_up(values, _indices(e, self.bits, block, row, chunk))
+            for i, expanded in enumerate(pair):
+                e.store(expanded, target, row * 64 + (2 * chunk + i) * TILE, align=64)
+
+    def _tables(self, band: Value, column: Value, row: Value) -> Value:
+        """32 entries: the group's table twice, or those of two groups of 32."""
+        first = self._table(band, column, row)
+        return first.shuffle(list(range(32)), self._table(band, column + 32, row)) if self.group == 32 else first.shuffle(list(range(16)) * 2)
+
+    def _looked_up(self, values: Value, pair: tuple[Value, Value]) -> list[Value]:
+        indices = [self._within_half(one) if self.group == 32 else one for one in pair]
+        return [self.e.call("llvm.x86.avx512.permvar.hi.512", vector(I16, 32), values, one) for one in indices]
 
     def _within_half(self, indices: Value) -> Value:
         """The upper 16 lanes belong to the next group of 32, whose values are the upper 16 of the table."""
@@ -161,20 +158,23 @@ class Product:
         for w in range(2):
             for t in range(n_tokens):
                 _tile(e, "tilezero", 2 * w + t)
-        self._expand(band, e.constant(I64, 0))
-        with e.loop(0, self.n_blocks) as i:
-            for j in range(self.tiles_per_block):
-                self._multiply(n_tokens, e.at(self.buffer, (i & 1) * (2 * self.half_bytes) + j * TILE), e.at(tokens, i * self.half_bytes + j * TILE))
-            self._expand(band, e.minimum(i + 1, self.n_blocks - 1), i + 1)
+        with e.loop(0, 16) as row:
+            self._expand(band, e.constant(I64, 0), row, e.constant(I64, 0))
+        rows_per_tile = 16 // self.tiles_per_block
+        with e.loop(0, self.n_blocks) as i, e.loop(0, self.tiles_per_block) as j:
+            self._multiply(n_tokens, e.at(self.buffer, (i & 1) * (2 * self.half_bytes) + j * TILE), e.at(tokens, i * self.half_bytes + j * TILE))
+            for row in range(rows_per_tile):
+                self._expand(band, e.minimum(i + 1, self.n_blocks - 1), j * rows_per_tile + row, i + 1)
         for w in range(2):
             for t in range(n_tokens):
                 _tile(e, "tilestored64", 2 * w + t, e.at(self.sums, (2 * w + t) * TILE), self.line)
 
-    def _expand(self, band: Value, block: Value, parity: Value | None = None) -> None:
-        target = self.e.at(self.buffer, ((block if parity is None else parity) & 1) * (2 * self.half_bytes))
-        codes = [self.e.at(self.e.pointer("codes"), ((band + w) * self.n_blocks + block) * self.layout.block_bytes) for w in range(2)]
+    def _expand(self, band: Value, block: Value, row: Value, parity: Value) -> None:
+        """One row of both bands into the buffer of that parity."""
+        target = self.e.at(self.buffer, (parity & 1) * (2 * self.half_bytes))
         for w in range(2):
-            self.expander.block(codes[w], band + w, block * self.layout.columns, self.e.at(target, w * self.half_bytes))
+            codes = self.e.at(self.e.pointer("codes"), ((band + w) * self.n_blocks + block) * self.layout.block_bytes)
+            self.expander.row(codes, band + w, block * self.layout.columns, row, self.e.at(target, w * self.half_bytes))
 
     def _multiply(self, n_tokens: int, weights: Value, tokens: Value) -> None:
         e = self.e

@@ -79,6 +79,9 @@ class Value:
     def __mul__(self, other: Value | float) -> Value:
         return self._arithmetic("mul", other)
 
+    def __truediv__(self, other: Value | float) -> Value:
+        return self._with("fdiv", other)
+
     def __floordiv__(self, other: Value | int) -> Value:
         return self._with("udiv", other)
 
@@ -202,6 +205,13 @@ class Emitter:
         """a * b + c, rounded once."""
         lanes = f"v{a.type.count}" if isinstance(a.type, ir.VectorType) else ""
         return self.call(f"llvm.fma.{lanes}f32", a.type, a, b, c)
+
+    def reduce_add(self, values: Value) -> Value:
+        """The sum of float32 lanes, in any order."""
+        type_ = ir.FunctionType(F32, [F32, values.type])
+        name = f"llvm.vector.reduce.fadd.v{values.type.count}f32"
+        function = self.module.globals.get(name) or ir.Function(self.module, type_, name)
+        return Value(self, self.builder.call(function, [constant(F32, 0.0), values.raw], fastmath=["reassoc"]))
 
     def select(self, condition: Value, yes: Value, no: Value) -> Value:
         return Value(self, self.builder.select(condition.raw, yes.raw, no.raw))

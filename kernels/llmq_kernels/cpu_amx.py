@@ -47,7 +47,7 @@ def transpose(e: Emitter, rows: list[Value]) -> list[Value]:
 def pack_kernel() -> str:
     """Activations bfloat16 `[m, k]` as tiles `[token tiles, k / 32, 16, 16, 2]` in the order of columns in which weights are expanded: even ones of each 64, then odd ones, in pairs. Tokens that
     pad the last tile repeat the last token; nobody reads their sums."""
-    e = Emitter("amx_pack", PACK_ARGUMENTS)
+    e = Emitter(PACK_ARGUMENTS)
     x, tiles, m, n_chunks, row_bytes = e.pointer("x"), e.pointer("tiles"), e.argument("m"), e.argument("n_chunks"), e.argument("row_bytes")
     words = vector(I32, 16)
     with e.share((m + 15) // 16) as tile, e.loop(0, n_chunks) as chunk:
@@ -191,7 +191,7 @@ class Product:
 
 def gemm_kernel(bits: int, group: int, asymmetric: bool, offset: int) -> str:
     """bfloat16 `out [m, n]` from packed codes and the tiles of `pack_kernel`. group: 32, 64, or 128 for all multiples of 128, whose size is an argument."""
-    e = Emitter("amx_gemm", GEMM_ARGUMENTS)
+    e = Emitter(GEMM_ARGUMENTS)
     n_bands, per_item, n_blocks = e.argument("n_bands"), e.argument("bands_per_item"), e.argument("n_blocks")
     token_tiles = (e.argument("m") + 15) // 16
     product = Product(e, bits, Expander(e, bits, group, asymmetric, offset))

@@ -24,7 +24,7 @@ AHEAD = 4096  # bytes of codes to fetch ahead of their use
 def quantize_kernel(group: int) -> str:
     """float32 x `[m, k]` to int8 codes, and per group of `group` columns a float32 scale and the sum of the codes. One scale serves `span` columns, a multiple of the group: the group itself, or all of k.
     `reference.quantize_groups` in machine code: absmax / 127, at least 1e-8, a true division, ties to even."""
-    e = Emitter("quantize", QUANTIZE_ARGUMENTS)
+    e = Emitter(QUANTIZE_ARGUMENTS)
     floats, ints, sign = vector(F32, 16), vector(I32, 16), e.constant(vector(I32, 16), 0x7FFFFFFF)
     k, span = e.argument("k"), e.argument("span")
     with e.share(e.argument("m")) as token, e.loop(0, k // span) as s:
@@ -180,7 +180,7 @@ class Block:
 
 def gemm_kernel(form: str, bits: int, group: int, asymmetric: bool, offset: int) -> str:
     """float32 `out [m, n]` from packed codes and what `quantize_kernel` made. group: 32, 64 or 128, the group of the activations; `columns_per_group`, a multiple of it, is that of the weight."""
-    e = Emitter("int8_gemm", GEMM_ARGUMENTS)
+    e = Emitter(GEMM_ARGUMENTS)
     m = e.argument("m")
     one, many = (Block(e, form, bits, group, asymmetric, offset, rows, tokens) for rows, tokens in BLOCKING[form])
     whole = m // many.n_tokens * many.n_tokens

@@ -3,7 +3,7 @@
 A `Value` is one SSA value with operators; Python numbers beside it become constants of its type, spread over all lanes. Python loops and lists unroll at the time of writing, which is how
 register blocks are made: `sums = [e.variable(e.zero(F32x16)) for _ in range(16)]` are sixteen registers. `e.loop` is a loop at run time.
 
-A kernel is `void name(int64 *arguments)`: addresses and sizes in one array, so that any pool of threads can start it with one pointer. Its threads share the rows of blocks by taking the
+A kernel is `void kernel(int64 *arguments)`: addresses and sizes in one array, so that any pool of threads can start it with one pointer. Its threads share the rows of blocks by taking the
 next index from a counter in that array (`e.share`): a thread that the system delays costs one block, not its whole half of the work, and nobody has to know how many threads there are.
 
 Why not Numba, which carries llvmlite: its functions compile in seconds instead of tens of milliseconds, cannot be compiled for another CPU's features (which the tests do), and their threads
@@ -140,10 +140,10 @@ class Variable:
 class Emitter:
     """One kernel under construction; `arguments` names the entries of its int64 array, the first of which is the counter."""
 
-    def __init__(self, name: str, arguments: Sequence[str]) -> None:
-        self.name, self.arguments = name, ("counter", *arguments)
-        self.module = ir.Module(name)
-        function = ir.Function(self.module, ir.FunctionType(VOID, [POINTER]), name)
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = ("counter", *arguments)
+        self.module = ir.Module("llmq")
+        function = ir.Function(self.module, ir.FunctionType(VOID, [POINTER]), "kernel")
         self.builder = ir.IRBuilder(function.append_basic_block("entry"))
         self.array = Value(self, function.args[0])
         # A jump behind the entry block keeps it open for the stack slots of variables.

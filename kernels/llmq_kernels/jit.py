@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import os
 import platform
 import tempfile
@@ -74,8 +75,8 @@ def _tiles_allowed() -> bool:
 # --- compiling ----------------------------------------------------------------------------------------------------------
 
 
-@cache
 def _machine(form: str) -> object:
+    """LLVM's target machine with the features of a form."""
     from llvmlite import binding
 
     binding.initialize_all_targets()
@@ -107,17 +108,24 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmq"
 
 
-def _object_code(text: str, form: str) -> bytes:
-    """Machine code from the cache, or compiled and put there."""
+@cache
+def _sources() -> bytes:
+    """Everything that a kernel's machine code depends on, beside its parameters."""
     import llvmlite
 
-    key = hashlib.sha256("\0".join((text, FORMS[form], llvmlite.__version__)).encode()).hexdigest()[:32]
+    folder = Path(__file__).parent
+    return b"".join(path.read_bytes() for path in (Path(__file__), folder / "emit.py", *sorted(folder.glob("cpu_*.py")))) + llvmlite.__version__.encode()
+
+
+def _object_code(form: str, module: str, function: str, parameters: tuple[object, ...]) -> bytes:
+    """Machine code from the cache, or written, compiled and put there. A warm start does not even write the kernel's text."""
+    key = hashlib.sha256(_sources() + repr((form, platform.system(), module, function, parameters)).encode()).hexdigest()[:32]
     path = cache_dir() / "kernels" / f"{key}.o"
     try:
         return path.read_bytes()
     except OSError:
         machine = _machine(form)
-        code: bytes = machine.emit_object(_optimized(text, machine))  # type: ignore[attr-defined]
+        code: bytes = machine.emit_object(_optimized(kernel_text(module, function, *parameters), machine))  # type: ignore[attr-defined]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -128,21 +136,24 @@ def _object_code(text: str, form: str) -> bytes:
     return code
 
 
+def kernel_text(module: str, function: str, *parameters: object) -> str:
+    """LLVM's text of `llmq_kernels.module.function(*parameters)`. Imported by name, since these modules need llvmlite."""
+    text: str = getattr(importlib.import_module(f"llmq_kernels.{module}"), function)(*parameters)
+    return text
+
+
 _ENGINES: list[object] = []  # keeps the code alive
 
 
-def _address(name: str, text: str, form: str) -> int:
+def _load(code: bytes, symbol: str) -> int:
+    """The address of a function of an object file."""
     from llvmlite import binding
 
-    code = _object_code(text, form)
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    machine = binding.Target.from_triple(binding.get_default_triple()).create_target_machine(jit=True)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine("avx2"))
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _ENGINES.append(engine)
-    return int(engine.get_function_address(name))
+    return int(engine.get_function_address(symbol))
 
 
 # --- running ------------------------------------------------------------------------------------------------------------
@@ -170,15 +181,16 @@ def threads_of() -> str:
     return "torch's OpenMP pool" if _gomp_parallel() else "Python threads"
 
 
-def compile_kernel(name: str, text: str, form: str) -> Kernel:
-    """A kernel as a function of its int64 arguments (without the counter)."""
-    address = _address(name, text, form)
+@cache
+def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
+    """The kernel whose text `llmq_kernels.module.function(*parameters)` writes, as a function of its int64 arguments (without the counter). threads: as many as torch has, or a number."""
+    address = _load(_object_code(form, module, function, parameters), "kernel")
     single = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
     parallel = _gomp_parallel()
 
-    def run(*arguments: int) -> None:
+    def run(*arguments: int, threads: int | None = None) -> None:
         array = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
-        n_threads = torch.get_num_threads()
+        n_threads = threads or torch.get_num_threads()
         if n_threads == 1:
             single(array)
         elif parallel is not None:

@@ -19,7 +19,7 @@ GEMM_ARGUMENTS = ("codes", "scale", "shift", "tiles", "out", "n", "m", "n_bands"
 PACK_ARGUMENTS = ("x", "tiles", "m", "n_chunks", "row_bytes")
 
 
-def _tile(e: Emitter, name: str, *operands: int | Value) -> None:
+def tile(e: Emitter, name: str, *operands: int | Value) -> None:
     """A tile instruction; tile numbers are immediates."""
     e.call(f"llvm.x86.{name}", VOID, *(e.constant(I8, value) if isinstance(value, int) else value for value in operands))
 
@@ -28,7 +28,7 @@ def configure(e: Emitter) -> None:
     """All eight tiles with 16 rows of 64 bytes."""
     config = e.buffer(64)
     e.store(e.constant(vector(I8, 64), [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8), config)
-    _tile(e, "ldtilecfg", config)
+    tile(e, "ldtilecfg", config)
 
 
 def transpose(e: Emitter, rows: list[Value]) -> list[Value]:
@@ -50,16 +50,16 @@ def pack_kernel() -> str:
     e = Emitter(PACK_ARGUMENTS)
     x, tiles, m, n_chunks, row_bytes = e.pointer("x"), e.pointer("tiles"), e.argument("m"), e.argument("n_chunks"), e.argument("row_bytes")
     words = vector(I32, 16)
-    with e.share((m + 15) // 16) as tile, e.loop(0, n_chunks) as chunk:
+    with e.share((m + 15) // 16) as first, e.loop(0, n_chunks) as chunk:
         even, odd = [], []
         for i in range(16):
-            token = tile * 16 + i
+            token = first * 16 + i
             row = e.select(token.less(m), token, m - 1) * row_bytes + chunk * 128
             first, second = e.load(words, x, row), e.load(words, x, row + 64)
             a, b = first.shuffle(list(range(0, 32, 2)), second), first.shuffle(list(range(1, 32, 2)), second)
             even.append((a & 0xFFFF) | (b << 16))
             odd.append((a >> 16) | (b & 0xFFFF0000))
-        target = (tile * n_chunks + chunk) * (2 * TILE)
+        target = (first * n_chunks + chunk) * (2 * TILE)
         for offset, rows in ((0, even), (TILE, odd)):
             for r, row in enumerate(transpose(e, rows)):
                 e.store(row, tiles, target + (offset + 64 * r), align=64)
@@ -157,7 +157,7 @@ class Product:
         e = self.e
         for w in range(2):
             for t in range(n_tokens):
-                _tile(e, "tilezero", 2 * w + t)
+                tile(e, "tilezero", 2 * w + t)
         with e.loop(0, 16) as row:
             self._expand(band, e.constant(I64, 0), row, e.constant(I64, 0))
         rows_per_tile = 16 // self.tiles_per_block
@@ -167,7 +167,7 @@ class Product:
                 self._expand(band, e.minimum(i + 1, self.n_blocks - 1), j * rows_per_tile + row, i + 1)
         for w in range(2):
             for t in range(n_tokens):
-                _tile(e, "tilestored64", 2 * w + t, e.at(self.sums, (2 * w + t) * TILE), self.line)
+                tile(e, "tilestored64", 2 * w + t, e.at(self.sums, (2 * w + t) * TILE), self.line)
 
     def _expand(self, band: Value, block: Value, row: Value, parity: Value) -> None:
         """One row of both bands into the buffer of that parity."""
@@ -178,15 +178,15 @@ class Product:
 
     def _multiply(self, n_tokens: int, weights: Value, tokens: Value) -> None:
         e = self.e
-        _tile(e, "tileloadd64", 4, weights, self.line)
-        _tile(e, "tileloadd64", 6, tokens, self.line)
-        _tile(e, "tdpbf16ps", 0, 4, 6)
-        _tile(e, "tileloadd64", 5, e.at(weights, self.half_bytes), self.line)
-        _tile(e, "tdpbf16ps", 2, 5, 6)
+        tile(e, "tileloadd64", 4, weights, self.line)
+        tile(e, "tileloadd64", 6, tokens, self.line)
+        tile(e, "tdpbf16ps", 0, 4, 6)
+        tile(e, "tileloadd64", 5, e.at(weights, self.half_bytes), self.line)
+        tile(e, "tdpbf16ps", 2, 5, 6)
         if n_tokens == 2:
-            _tile(e, "tileloadd64", 7, e.at(tokens, self.n_blocks * self.half_bytes), self.line)
-            _tile(e, "tdpbf16ps", 1, 4, 7)
-            _tile(e, "tdpbf16ps", 3, 5, 7)
+            tile(e, "tileloadd64", 7, e.at(tokens, self.n_blocks * self.half_bytes), self.line)
+            tile(e, "tdpbf16ps", 1, 4, 7)
+            tile(e, "tdpbf16ps", 3, 5, 7)
 
 
 def gemm_kernel(bits: int, group: int, asymmetric: bool, offset: int) -> str:
@@ -197,15 +197,15 @@ def gemm_kernel(bits: int, group: int, asymmetric: bool, offset: int) -> str:
     product = Product(e, bits, Expander(e, bits, group, asymmetric, offset))
     write = Writer(e, product.sums, row_scaled=bits == 8)
     configure(e)
-    with e.share((n_bands + per_item - 1) // per_item) as item, e.loop(0, token_tiles, 2) as tile, e.loop(item * per_item, e.minimum(item * per_item + per_item, n_bands), 2) as band:
-        tokens = e.at(e.pointer("tiles"), tile * n_blocks * product.half_bytes)
-        is_pair = (tile + 1).less(token_tiles)
+    with e.share((n_bands + per_item - 1) // per_item) as item, e.loop(0, token_tiles, 2) as first, e.loop(item * per_item, e.minimum(item * per_item + per_item, n_bands), 2) as band:
+        tokens = e.at(e.pointer("tiles"), first * n_blocks * product.half_bytes)
+        is_pair = (first + 1).less(token_tiles)
         for n_tokens, condition in ((2, is_pair), (1, e.negate(is_pair))):
             with e.when(condition):
                 product(n_tokens, band, tokens)
                 with e.loop(0, 2) as w, e.loop(0, n_tokens) as t:
-                    write(band + w, tile + t, w * 2 + t)
-    _tile(e, "tilerelease")
+                    write(band + w, first + t, w * 2 + t)
+    tile(e, "tilerelease")
     return e.finish()
 
 
@@ -215,14 +215,14 @@ class Writer:
     def __init__(self, e: Emitter, sums: Value, row_scaled: bool) -> None:
         self.e, self.sums, self.row_scaled, self.rounded = e, sums, row_scaled, e.buffer(16 * 32)
 
-    def __call__(self, band: Value, tile: Value, place: Value) -> None:
+    def __call__(self, band: Value, tokens: Value, place: Value) -> None:
         e, floats = self.e, vector(F32, 16)
         out, n, m = e.pointer("out"), e.argument("n"), e.argument("m")
-        tokens = transpose(e, [e.load(floats, self.sums, place * TILE + 64 * row, align=64) for row in range(16)])
-        for i, values in enumerate(tokens):
+        by_token = transpose(e, [e.load(floats, self.sums, place * TILE + 64 * row, align=64) for row in range(16)])
+        for i, values in enumerate(by_token):
             scaled = values * e.load(floats, e.pointer("scale"), band * 64) if self.row_scaled else values
             e.store(scaled.to("fptrunc", vector(BF16, 16)), self.rounded, 32 * i, align=32)
-        n_lanes, first = e.minimum(n - band * 16, e.constant(I64, 16)), tile * 16
+        n_lanes, first = e.minimum(n - band * 16, e.constant(I64, 16)), tokens * 16
         with e.loop(0, e.minimum(m - first, e.constant(I64, 16))) as i:
             target = ((first + i) * n + band * 16) * 2
             with e.when(n_lanes.less(16)), e.loop(0, n_lanes) as lane:

@@ -19,6 +19,7 @@ from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
 FEW_TOKENS = 32  # up to here rows of W are shared out in small portions, above in portions whose codes stay in the second-level cache while all tokens pass
+TILE_TOKENS = 6  # from here on INT8 activations go to the tile unit
 INT8_FORMS = ("avx512vnni", "avxvnni", "avx2")
 
 
@@ -148,17 +149,41 @@ def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     return int8_product(x, weight, state, form).to(x.dtype)
 
 
-def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str) -> Tensor:
-    """float32 `[M, N]` by the kernels of one form."""
+def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, on_tiles: bool | None = None) -> Tensor:
+    """float32 `[M, N]` by the kernels of one form. on_tiles: whether the tile unit takes the product, by default where there is one and enough tokens to fill it."""
     (n, k), m = weight.shape, x.shape[0]
     layout = Layout(weight.code.bits, n, k)
     group = activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else k)
-    codes, scale, total = quantize(_padded(x.float(), layout.k_padded), group, weight.activations == "int8-token", form)
+    x_codes, x_scale, x_sum = quantize(_padded(x.float(), layout.k_padded), group, weight.activations == "int8-token", form)
+    if on_tiles is None:
+        on_tiles = m >= TILE_TOKENS and group >= 64 and jit.supports("amx")
+    if on_tiles:
+        return _tile_product(x_codes, x_scale, x_sum, weight, state, layout, group)
     out = torch.empty(m, n)
     kernel = jit.kernel(form, "cpu_int8", "gemm_kernel", form, weight.code.bits, group, weight.zero is not None, int(weight.code.offset))
-    activations = (codes.data_ptr(), scale.data_ptr(), total.data_ptr())
+    activations = (x_codes.data_ptr(), x_scale.data_ptr(), x_sum.data_ptr())
     kernel(*_weight_pointers(state), *activations, out.data_ptr(), n, m, layout.n_bands, layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
     return out
+
+
+def _tile_product(x_codes: Tensor, x_scale: Tensor, x_sum: Tensor, weight: PackedWeight, state: State, layout: Layout, group: int) -> Tensor:
+    m, k = x_codes.shape
+    if weight.activations == "int8-token" and weight.scale.shape[1] == 1:  # one scale on both sides: one group
+        group, x_scale, x_sum = 0, x_scale[:, :1], x_sum.sum(1, keepdim=True)
+    scale, start, total = (_by_token_tile(values) for values in (x_scale, (x_sum * -weight.code.offset).int(), x_scale * x_sum))
+    tiles, out = torch.empty(-(-m // 16) * 16, k, dtype=torch.int8), torch.empty(m, weight.shape[0])
+    jit.kernel("amx", "cpu_amx_int8", "pack_kernel")(x_codes.data_ptr(), tiles.data_ptr(), m, k // 64)
+    kernel = jit.kernel("amx", "cpu_amx_int8", "gemm_kernel", weight.code.bits, group, weight.zero is not None)
+    activations = (tiles.data_ptr(), scale.data_ptr(), start.data_ptr(), total.data_ptr())
+    sizes = (layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    kernel(*_weight_pointers(state), *activations, out.data_ptr(), weight.shape[0], m, *sizes)
+    return out
+
+
+def _by_token_tile(values: Tensor) -> Tensor:
+    """`[M, G]` as `[token tiles, G, 16]`."""
+    m, n_groups = values.shape
+    return torch.nn.functional.pad(values, (0, 0, 0, -m % 16)).view(-1, 16, n_groups).transpose(1, 2).contiguous()
 
 
 def quantize(x: Tensor, group: int, per_token: bool, form: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -184,6 +184,8 @@ def threads_of() -> str:
 @cache
 def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
     """The kernel whose text `llmq_kernels.module.function(*parameters)` writes, as a function of its int64 arguments (without the counter). threads: as many as torch has, or a number."""
+    if not supports(form):
+        raise RuntimeError(f"kernel {module}.{function}: this CPU or system cannot run its {form} form; ask jit.supports first")
     address = _load(_object_code(form, module, function, parameters), "kernel")
     single = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
     parallel = _gomp_parallel()

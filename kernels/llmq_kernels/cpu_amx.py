@@ -1,11 +1,11 @@
 """Packed weights times bfloat16 activations on the tile unit (AMX) of recent Xeons.
 
-`Y^T = W X^T`: a tile holds 16 rows of W by 32 columns, expanded from packed codes into a buffer in the first-level cache, and meets a tile of X^T, 32 columns by 16 tokens, in 16 cycles. Expanding those 512
-weights takes about 24: the table of the group's 4, 8 or 16 possible values, `bfloat16(scale * (code - zero))`, lies in a register, and one permutation looks up 32 of them. So two tiles of tokens cost
-about as much as one, from there on the tile unit is the limit, and no bfloat16 weight is ever read from memory, which is what a bfloat16 GEMM spends its time with at few tokens.
+`Y^T = W X^T`: a tile holds 16 rows of W by 32 columns, expanded from packed codes into a buffer in the first-level cache, and meets a tile of X^T, 32 columns by 16 tokens, in 16 cycles. Expanding
+those 512 weights takes about 24: the table of the group's 4, 8 or 16 possible values, `bfloat16(scale * (code - zero))`, lies in a register, and one permutation looks up 32 of them. So two tiles
+of tokens cost about as much as one, from there on the tile unit is the limit, and no bfloat16 weight is ever read from memory, which is what a bfloat16 GEMM spends its time with at few tokens.
 
-Blocking: 32 rows x 512 columns of W are expanded at a time (32 KB) and used for all tokens of the call; an item of work is some bands of rows, whose sums stay in the second-level cache between the steps
-along K. 8-bit codes become bfloat16 values as they are and rows are scaled at the end.
+Blocking: 32 rows x 512 columns of W are expanded at a time (32 KB) and used for all tokens of the call; an item of work is some bands of rows, whose sums stay in the second-level cache between the
+steps along K. 8-bit codes become bfloat16 values as they are and rows are scaled at the end.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def pack_kernel() -> str:
     e = Emitter(PACK_ARGUMENTS)
     x, tiles, m, n_chunks, row_bytes = e.pointer("x"), e.pointer("tiles"), e.argument("m"), e.argument("n_chunks"), e.argument("row_bytes")
     words = vector(I32, 16)
-    with e.share((m + 15) // 16) as first, e.loop(0, n_chunks) as chunk:
+    with e.share((m + 15) // 16) as token_tile, e.loop(0, n_chunks) as chunk:
         even, odd = [], []
         for i in range(16):
-            token = first * 16 + i
+            token = token_tile * 16 + i
             row = e.select(token.less(m), token, m - 1) * row_bytes + chunk * 128
             first, second = e.load(words, x, row), e.load(words, x, row + 64)
             a, b = first.shuffle(list(range(0, 32, 2)), second), first.shuffle(list(range(1, 32, 2)), second)
             even.append((a & 0xFFFF) | (b << 16))
             odd.append((a >> 16) | (b & 0xFFFF0000))
-        target = (first * n_chunks + chunk) * (2 * TILE)
+        target = (token_tile * n_chunks + chunk) * (2 * TILE)
         for offset, rows in ((0, even), (TILE, odd)):
             for r, row in enumerate(transpose(e, rows)):
                 e.store(row, tiles, target + (offset + 64 * r), align=64)
@@ -163,8 +163,8 @@ class Product:
         rows_per_tile = 16 // self.tiles_per_block
         with e.loop(0, self.n_blocks) as i, e.loop(0, self.tiles_per_block) as j:
             self._multiply(n_tokens, e.at(self.buffer, (i & 1) * (2 * self.half_bytes) + j * TILE), e.at(tokens, i * self.half_bytes + j * TILE))
-            for row in range(rows_per_tile):
-                self._expand(band, e.minimum(i + 1, self.n_blocks - 1), j * rows_per_tile + row, i + 1)
+            for r in range(rows_per_tile):
+                self._expand(band, e.minimum(i + 1, self.n_blocks - 1), j * rows_per_tile + r, i + 1)
         for w in range(2):
             for t in range(n_tokens):
                 tile(e, "tilestored64", 2 * w + t, e.at(self.sums, (2 * w + t) * TILE), self.line)
@@ -219,9 +219,9 @@ class Writer:
         e, floats = self.e, vector(F32, 16)
         out, n, m = e.pointer("out"), e.argument("n"), e.argument("m")
         by_token = transpose(e, [e.load(floats, self.sums, place * TILE + 64 * row, align=64) for row in range(16)])
-        for i, values in enumerate(by_token):
+        for token, values in enumerate(by_token):
             scaled = values * e.load(floats, e.pointer("scale"), band * 64) if self.row_scaled else values
-            e.store(scaled.to("fptrunc", vector(BF16, 16)), self.rounded, 32 * i, align=32)
+            e.store(scaled.to("fptrunc", vector(BF16, 16)), self.rounded, 32 * token, align=32)
         n_lanes, first = e.minimum(n - band * 16, e.constant(I64, 16)), tokens * 16
         with e.loop(0, e.minimum(m - first, e.constant(I64, 16))) as i:
             target = ((first + i) * n + band * 16) * 2

@@ -1,10 +1,11 @@
 """Packed weights times INT8 activations on the tile unit, for more tokens than the vector kernels are good at.
 
-`Y^T = W X^T` with tiles of 16 rows of W by 64 columns, as unsigned bytes, and 64 columns by 16 tokens, signed. Codes of 8 bits are multiplied straight from their place; narrower ones are spread to bytes while the unit
-multiplies with the block before. Sums start at `-zero * sum(x)` instead of 0 where all rows have the same zero point: a tile that is loaded with a stride of 0 has 16 equal rows.
+`Y^T = W X^T` with tiles of 16 rows of W by 64 columns, as unsigned bytes, and 64 columns by 16 tokens, signed. Codes of 8 bits are multiplied straight from their place; narrower ones are spread to
+bytes while the unit multiplies with the block before. Sums start at `-zero * sum(x)` instead of 0 where all rows have the same zero point: a tile that is loaded with a stride of 0 has 16 equal
+rows.
 
-Where a group ends, its 16 x 16 sums are scaled and added up in float32, which takes the vector unit about as long as the tile unit takes for the group. With one scale per row and one per token there is one group: all of K.
-Groups of 32 are not worth a tile; `cpu_int8` does them.
+Where a group ends, its 16 x 16 sums are scaled and added up in float32, which takes the vector unit about as long as the tile unit takes for the group. With one scale per row and one per token
+there is one group: all of K. Groups of 32 are not worth a tile; `cpu_int8` does them.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Product:
         for w in range(2):
             codes = self._codes(band + w, block)
             e.prefetch(codes, row * 64 + 4096)
-            for chunk, values in enumerate(self.rows.codes(codes, row, range(0, self.layout.columns))):
+            for chunk, values in enumerate(self.rows.codes(codes, row, range(self.layout.columns))):
                 e.store(values, self.buffer, (parity & 1) * (2 * self.chunks * TILE) + (row * 64 + (w * self.chunks + chunk) * TILE), align=64)
 
     def _start(self, n_tokens: int, first: Value, group: Value) -> None:
@@ -151,8 +152,8 @@ def gemm_kernel(bits: int, group: int, asymmetric: bool) -> str:
 def _write(e: Emitter, sums: Value, lines: Value, band: Value, tokens: Value, place: Value) -> None:
     """16 rows x 16 tokens of sums to the output, transposed."""
     out, n = e.pointer("out"), e.argument("n")
-    for i, values in enumerate(transpose(e, [e.load(FLOATS, sums, place + 64 * row, align=64) for row in range(16)])):
-        e.store(values, lines, 64 * i, align=64)
+    for token, values in enumerate(transpose(e, [e.load(FLOATS, sums, place + 64 * row, align=64) for row in range(16)])):
+        e.store(values, lines, 64 * token, align=64)
     n_lanes = e.minimum(n - band * 16, e.constant(I64, 16))
     with e.loop(0, e.minimum(e.argument("m") - tokens * 16, e.constant(I64, 16))) as i:
         target = ((tokens * 16 + i) * n + band * 16) * 4

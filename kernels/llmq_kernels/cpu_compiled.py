@@ -1,7 +1,8 @@
 """Backends whose kernels llmq compiles itself: `cpu-amx` (bfloat16 activations, exact) and `cpu-vnni` (INT8 activations). Both read the one layout of `cpu_layout`.
 
-What is exact stays exact: `cpu-amx` takes weights whose activations are "none" and rounds nothing but the dequantized weight and the result to bfloat16. `cpu-vnni` takes "int8-token", which the checkpoint asks for, and
-"int8-group", which whoever runs the model asks for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per token, and about twice the speed of int4pack for one token.
+What is exact stays exact: `cpu-amx` takes weights whose activations are "none" and rounds nothing but the dequantized weight and the result to bfloat16. `cpu-vnni` takes "int8-token", which the
+checkpoint asks for, and "int8-group", which whoever runs the model asks for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per token, and about twice the speed
+of int4pack for one token.
 """
 
 from __future__ import annotations

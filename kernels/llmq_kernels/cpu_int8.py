@@ -1,19 +1,19 @@
 """Packed weights times INT8 activations: u8 x s8 products summed in int32, for weights of 8, 4, 3 and 2 bits.
 
-Codes stay unsigned, which is what the instructions want of one side, and the zero point is one correction per group: `sum_k s (q_k - z) x_k = s (sum_k q_k x_k) - s z (sum_k x_k)`. Within a group all is exact
-in integers; groups meet in float32. Activations have a scale per token and group of 32, 64 or 128 columns, or per token; llama.cpp uses blocks of 32.
+Codes stay unsigned, which is what the instructions want of one side, and the zero point is one correction per group: `sum_k s (q_k - z) x_k = s (sum_k q_k x_k) - s z (sum_k x_k)`. Within a group
+all is exact in integers; groups meet in float32. Activations have a scale per token and group of 32, 64 or 128 columns, or per token; llama.cpp uses blocks of 32.
 
 One text of the kernel, three forms of its inner step, chosen by what the CPU has: `vpdpbusd` on 64 bytes (AVX512-VNNI), on 32 bytes (AVX-VNNI), and `vpmaddubsw` + `vpmaddwd` (AVX2). The last
 adds pairs in int16, where four products of 4 bits stay below 2^15, and splits 8-bit codes into 7 + 1 bits. Groups of 32 use 32-byte vectors everywhere.
 
-For one token the kernel is made to keep up with memory: 16 rows at a time, so that a vector of activations is loaded once for all of them, and two floating-point instructions per row and group. For more tokens
-unpacked codes are kept for 4 of them.
+For one token the kernel is made to keep up with memory: 16 rows at a time, so that a vector of activations is loaded once for all of them, and two floating-point instructions per row and group.
+For more tokens unpacked codes are kept for 4 of them.
 """
 
 from __future__ import annotations
 
 from llmq_kernels.cpu_layout import Layout
-from llmq_kernels.emit import F32, I1, I8, I16, I32, I64, Emitter, Value, vector
+from llmq_kernels.emit import F32, I1, I8, I16, I32, Emitter, Value, vector
 
 GEMM_ARGUMENTS = ("codes", "scale", "shift", "x", "x_scale", "x_sum", "out", "n", "m", "n_bands", "n_blocks", "n_groups", "columns_per_group")
 QUANTIZE_ARGUMENTS = ("x", "codes", "scale", "sum", "m", "k", "span")
@@ -22,8 +22,8 @@ AHEAD = 4096  # bytes of codes to fetch ahead of their use
 
 
 def quantize_kernel(group: int) -> str:
-    """float32 x `[m, k]` to int8 codes, and per group of `group` columns a float32 scale and the sum of the codes. One scale serves `span` columns, a multiple of the group: the group itself, or all of k.
-    `reference.quantize_groups` in machine code: absmax / 127, at least 1e-8, a true division, ties to even."""
+    """float32 x `[m, k]` to int8 codes, and per group of `group` columns a float32 scale and the sum of the codes. One scale serves `span` columns, a multiple of the group: the group itself, or
+    all of k. `reference.quantize_groups` in machine code: absmax / 127, at least 1e-8, a true division, ties to even."""
     e = Emitter(QUANTIZE_ARGUMENTS)
     floats, ints, sign = vector(F32, 16), vector(I32, 16), e.constant(vector(I32, 16), 0x7FFFFFFF)
     k, span = e.argument("k"), e.argument("span")
@@ -36,8 +36,8 @@ def quantize_kernel(group: int) -> str:
         scale = e.call("llvm.maxnum.f32", F32, e.call("llvm.vector.reduce.fmax.v16f32", F32, largest.get()) / 127.0, e.constant(F32, 1e-8))
         with e.loop(0, span // group) as g:
             total, place = e.variable(e.constant(ints, 0)), (first // group + g) * 4
-            for i in range(0, group, 16):
-                column = first + g * group + i
+            for offset in range(0, group, 16):
+                column = first + g * group + offset
                 codes = e.call("llvm.rint.v16f32", floats, e.load(floats, e.pointer("x"), column * 4) / e.splat(scale, 16)).to("fptosi", ints)
                 e.store(codes.to("trunc", vector(I8, 16)), e.pointer("codes"), column)
                 total.set(total.get() + codes)

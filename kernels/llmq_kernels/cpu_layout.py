@@ -6,7 +6,8 @@ Rows are taken in bands of 16, columns in blocks, and a band's blocks follow eac
     [bands, blocks, 16 rows, 64 + 32 bytes]   codes of 3 bits: 256 columns; first all rows' 64 bytes of the two low bits, then all rows' 32 bytes of the high one
 
 Byte j of a row's 64 holds columns j, 64 + j, 128 + j ... of the block in its fields from the low bits up: one shift and one mask give 64 consecutive columns as bytes, in order. That is what integer
-products want. The bfloat16 kernels look codes up in a table and take bytes as 16-bit lanes, low and high byte one after the other, which merely orders columns differently on both sides of the product.
+products want. The bfloat16 kernels look codes up in a table and take bytes as 16-bit lanes, low and high byte one after the other, which merely orders columns differently on both sides of the
+product.
 
 Scales are float32 `[bands, groups, 16]`, beside them, where there are zero points, `-scale * zero`. Rows and columns that pad the last band and block have scale 0; scales for groups of more than 128
 columns are stored once per group.

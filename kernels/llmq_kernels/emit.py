@@ -19,8 +19,7 @@ from typing import Any
 from llvmlite import ir
 
 
-
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]
     """LLVM's bfloat16, which llvmlite's builder lacks; enough of it to convert to and from."""
 
     intrinsic_name = "bf16"
@@ -70,6 +69,9 @@ class Value:
         element = self.type.element if isinstance(self.type, ir.VectorType) else self.type
         return self._with(f"f{name}" if isinstance(element, ir.FloatType) else name, other)
 
+    def __radd__(self, other: int) -> Value:
+        return self + other
+
     def __add__(self, other: Value | float) -> Value:
         return self._arithmetic("add", other)
 
@@ -81,6 +83,9 @@ class Value:
 
     def __truediv__(self, other: Value | float) -> Value:
         return self._with("fdiv", other)
+
+    def __rmul__(self, other: int) -> Value:
+        return self * other
 
     def __floordiv__(self, other: Value | int) -> Value:
         return self._with("udiv", other)

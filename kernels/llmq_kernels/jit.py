@@ -1,7 +1,7 @@
 """From LLVM's text to code that runs on torch's own threads.
 
-llvmlite, a pip package, compiles; nobody needs a C compiler. The machine code is kept in the user's cache folder (`LLMQ_CACHE_DIR`, else `$XDG_CACHE_HOME/llmq`, else `~/.cache/llmq`) under a hash of the kernel's
-text, the target and LLVM's version, so a warm start loads a file; a folder that cannot be written costs a compilation per process and nothing else.
+llvmlite, a pip package, compiles; nobody needs a C compiler. The machine code is kept in the user's cache folder (`LLMQ_CACHE_DIR`, else `$XDG_CACHE_HOME/llmq`, else `~/.cache/llmq`) under a hash
+of the kernel's text, the target and LLVM's version, so a warm start loads a file; a folder that cannot be written costs a compilation per process and nothing else.
 
 Threads: kernels run in the OpenMP pool that torch itself uses, started through libgomp's `GOMP_parallel` (LLVM's and Intel's OpenMP have it too) as found from libtorch_cpu. So one thread count,
 `torch.set_num_threads`, rules both, and no second pool competes with spinning threads of the first. Where torch has another runtime, Python threads do it: ctypes lets go of the interpreter lock.
@@ -32,9 +32,7 @@ FORMS: dict[str, str] = {
     "avx512vnni": AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni",
     "amx": AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni,+avx512bf16,+amx-tile,+amx-bf16,+amx-int8",
 }
-FLAGS: dict[str, tuple[str, ...]] = {
-    form: tuple({"avxvnni": "avxvnni"}.get(flag, flag) for flag in features.replace("+", "").split(",")) for form, features in FORMS.items()
-}
+FLAGS: dict[str, tuple[str, ...]] = {form: tuple({"avxvnni": "avxvnni"}.get(flag, flag) for flag in features.replace("+", "").split(",")) for form, features in FORMS.items()}
 
 
 @cache

@@ -54,9 +54,12 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
     """Why the integer kernels cannot take a weight, or None."""
     if weight.activations == "none":
         return "it computes with INT8 activations, which neither this weight's checkpoint nor --compute asks for"
-    if reason := _common_refusal(weight, device):
-        return reason
-    return None if int8_form() else "this CPU has no AVX2"
+    return _common_refusal(weight, device) or int8_machine_refusal()
+
+
+def int8_machine_refusal() -> str | None:
+    """Why no integer kernel runs on this machine, or None."""
+    return jit.missing() or (None if int8_form() else "this CPU has no AVX2")
 
 
 @cache

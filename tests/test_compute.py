@@ -17,10 +17,10 @@ from llmq_kernels.compute import default_mode
 
 
 @pytest.fixture
-def folder(model_folder, tmp_path):
+def folder(model_folder, tokenizer, tmp_path):
     model = llmq.load(model_folder(dtype=torch.bfloat16))
     llmq.quantize(model, llmq.Recipe.uniform("w4g32", method="rtn"), torch.randint(0, 2048, (4, 32)))
-    llmq.save(model, tmp_path / "quantized")
+    llmq.save(model, tmp_path / "quantized", tokenizer=tokenizer)
     return tmp_path / "quantized"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -92,22 +93,26 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time instead of the clock on the wall, for one thread on a machine that others use, too")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=tuple(CANDIDATES))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.cpu_time and torch.get_num_threads() > 1:
+        parser.error("--cpu-time: counts one thread; give --threads 1, too")
+    clock = time.thread_time if args.cpu_time else time.perf_counter
 
     functions = competitors(args.n, args.k, args.candidates, args.copies)
     results = {}
     for m in args.rows:
         x = torch.randn(m, args.k).bfloat16()
-        results[m] = medians({name: [_bound(function, x) for function in copies] for name, copies in functions.items()}, args.repeats)
+        results[m] = medians({name: [_bound(function, x) for function in copies] for name, copies in functions.items()}, args.repeats, clock=clock)
     if args.json:
         print(json.dumps({"n": args.n, "k": args.k, "threads": torch.get_num_threads(), "seconds": results}))
         return
-    print(f"{args.n} x {args.k}, {torch.get_num_threads()} threads, torch {torch.__version__}; speed-up over bfloat16\n")
+    print(f"{args.n} x {args.k}, {torch.get_num_threads()} threads, torch {torch.__version__}; speed-up over bfloat16{' in processor time' if args.cpu_time else ''}\n")
     print("| M | " + " | ".join(map(str, results)) + " |\n|" + "---|" * (len(results) + 1))
     print("| bfloat16, ms | " + " | ".join(f"{row['bfloat16'] * 1e3:.2f}" for row in results.values()) + " |")
     for name in list(functions)[1:]:

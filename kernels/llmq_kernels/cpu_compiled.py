@@ -20,7 +20,8 @@ from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
 FEW_TOKENS = 32  # up to here rows of W are shared out in small portions, above in portions whose codes stay in the second-level cache while all tokens pass
-TILE_TOKENS = 6  # from here on INT8 activations go to the tile unit
+TILE_TOKENS = 6  # from here on INT8 activations go to the tile unit; measured at 4096 x 4096
+TILE_TOKENS_WHOLE = 3  # the same where rows and tokens have one scale each
 INT8_FORMS = ("avx512vnni", "avxvnni", "avx2")
 
 
@@ -160,7 +161,7 @@ def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, on_ti
     group = activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else k)
     x_codes, x_scale, x_sum = quantize(_padded(x.float(), layout.k_padded), group, weight.activations == "int8-token", form)
     if on_tiles is None:
-        on_tiles = m >= TILE_TOKENS and group >= 64 and jit.supports("amx")
+        on_tiles = m >= (TILE_TOKENS_WHOLE if _is_whole(weight) else TILE_TOKENS) and group >= 64 and jit.supports("amx")
     if on_tiles:
         return _tile_product(x_codes, x_scale, x_sum, weight, state, layout, group)
     out = torch.empty(m, n)
@@ -170,9 +171,14 @@ def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, on_ti
     return out
 
 
+def _is_whole(weight: PackedWeight) -> bool:
+    """One scale on both sides: all of K is one group."""
+    return weight.activations == "int8-token" and weight.scale.shape[1] == 1
+
+
 def _tile_product(x_codes: Tensor, x_scale: Tensor, x_sum: Tensor, weight: PackedWeight, state: State, layout: Layout, group: int) -> Tensor:
     m, k = x_codes.shape
-    if weight.activations == "int8-token" and weight.scale.shape[1] == 1:  # one scale on both sides: one group
+    if _is_whole(weight):
         group, x_scale, x_sum = 0, x_scale[:, :1], x_sum.sum(1, keepdim=True)
     scale, start, total = (_by_token_tile(values) for values in (x_scale, (x_sum * -weight.code.offset).int(), x_scale * x_sum))
     tiles, out = torch.empty(-(-m // 16) * 16, k, dtype=torch.int8), torch.empty(m, weight.shape[0])

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmq_kernels import jit
+from llmq_kernels import cpu, jit
 from llmq_kernels.cpu_layout import BAND, Layout, arrange, arrange_scale, restore_codes
 from llmq_kernels.packing import pack, unpack
 from llmq_kernels.reference import activation_group
@@ -55,7 +55,11 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
     """Why the integer kernels cannot take a weight, or None."""
     if weight.activations == "none":
         return "it computes with INT8 activations, which neither this weight's checkpoint nor --compute asks for"
-    return _common_refusal(weight, device) or int8_machine_refusal()
+    if reason := _common_refusal(weight, device) or int8_machine_refusal():
+        return reason
+    if weight.activations == "int8-token" and not jit.supports("amx") and cpu.w8a8_refusal(weight, dtype, device) is None:
+        return "without AMX, oneDNN (cpu-w8a8) is faster with 8-bit weights and more than a few tokens"
+    return None
 
 
 def int8_machine_refusal() -> str | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from packed_weights import make_weight, relative_error
 
-from llmq_kernels import CODES, PackedWeight, PreparedWeight, jit, pack, select_backend, unpack
+from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, jit, pack, select_backend, unpack
 from llmq_kernels import cpu_compiled as compiled
 from llmq_kernels.cpu_layout import Layout, arrange, restore_codes
 from llmq_kernels.reference import activation_group, fake_quantize_groups, fake_quantize_tokens, quantize_groups, quantize_tokens
@@ -168,6 +168,16 @@ def test_sixteen_bit_activations_are_never_quantized():
         for dtype in (torch.bfloat16, torch.float32, torch.float16):
             assert "INT8 activations" in compiled.int8_refusal(weight, dtype, CPU)
             assert select_backend(weight, dtype, CPU).name not in ("cpu-vnni", "cpu-w8a8")
+
+
+def test_without_tiles_onednn_does_what_it_can(monkeypatch):
+    weight = make_weight("int8", -1, 64, 128, activations="int8-token")
+    if reason := jit.missing() or next(backend for backend in BACKENDS if backend.name == "cpu-w8a8").refusal(weight, torch.float32, CPU):
+        pytest.skip(reason)
+    supports = jit.supports
+    monkeypatch.setattr(jit, "supports", lambda form: form != "amx" and supports(form))
+    assert select_backend(weight, torch.float32, CPU).name == "cpu-w8a8"
+    assert select_backend(dataclasses.replace(weight, activations="int8-group"), torch.float32, CPU).name == "cpu-vnni"
 
 
 def test_refusals():

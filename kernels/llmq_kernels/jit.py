@@ -32,7 +32,6 @@ FORMS: dict[str, str] = {
     "avx512vnni": AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni",
     "amx": AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni,+avx512bf16,+amx-tile,+amx-bf16,+amx-int8",
 }
-FLAGS: dict[str, tuple[str, ...]] = {form: tuple({"avxvnni": "avxvnni"}.get(flag, flag) for flag in features.replace("+", "").split(",")) for form, features in FORMS.items()}
 
 
 @cache
@@ -58,7 +57,7 @@ def cpu_flags() -> frozenset[str]:
 @cache
 def supports(form: str) -> bool:
     """Whether this CPU can run a form."""
-    if missing() is not None or not cpu_flags().issuperset(FLAGS[form]):
+    if missing() is not None or not cpu_flags().issuperset(FORMS[form].replace("+", "").split(",")):
         return False
     return form != "amx" or _tiles_allowed()
 

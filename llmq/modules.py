@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import ActSpec, QuantSpec
+from llmq_kernels.compute import at_run_time, default_mode
 from llmq_kernels.dispatch import PreparedWeight
+from llmq_kernels.weight import PackedWeight
 
 
 class QuantLinear(nn.Module):
@@ -32,6 +35,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = qtensor.shape
         self.spec: QuantSpec = qtensor.spec
         self.activations = activations
+        self.compute = default_mode()
         for name in ("packed", "scale", "zero", "g_idx", "input_range"):
             self.register_buffer(name, getattr(qtensor, name))
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -43,6 +47,14 @@ class QuantLinear(nn.Module):
         assert packed is not None
         return QuantizedTensor(packed, self.scale, self.zero, self.spec, (self.out_features, self.in_features), self.g_idx, self.input_range)
 
+    def _as_packed(self, dtype: torch.dtype, device: torch.device) -> PackedWeight:
+        return at_run_time(self.qtensor().as_packed(self.activations.kind), self.compute, dtype, device)
+
+    def set_compute(self, mode: str) -> None:
+        """Whether activations may be rounded at run time: see `llmq_kernels.compute`."""
+        self._release()
+        self.compute = mode
+
     def _release(self) -> None:
         """Go back to the canonical words."""
         if self._prepared is not None:
@@ -53,7 +65,7 @@ class QuantLinear(nn.Module):
         prepared = self._prepared
         if prepared is None or prepared.dtype != x.dtype or prepared.device != x.device:
             self._release()
-            prepared = self._prepared = PreparedWeight(self.qtensor().as_packed(self.activations.kind), x.dtype, x.device)
+            prepared = self._prepared = PreparedWeight(self._as_packed(x.dtype, x.device), x.dtype, x.device)
             self.packed = None
         return prepared.linear(x, self.bias)
 
@@ -92,3 +104,8 @@ def swap(model: nn.Module, tensors: Mapping[str, QuantizedTensor], activations: 
 def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
     """Name -> module of every quantized layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def backends_in_use(model: nn.Module) -> dict[str, int]:
+    """How many quantized layers each backend multiplied in the last forward pass."""
+    return dict(Counter(module.backend or "not run yet" for module in quantized_modules(model).values()))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmq_kernels import cpu, reference
+from llmq_kernels import cpu, cpu_compiled, reference
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
@@ -39,10 +39,15 @@ def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     if weight.activations == "int8-static":
         assert weight.input_range is not None
         return reference.matmul(reference.fake_quantize_static(x, weight.input_range), weight.dequantize()).to(x.dtype)
+    if weight.activations == "int8-group":
+        group = reference.activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else weight.shape[1])
+        return reference.matmul(reference.fake_quantize_groups(x, group), weight.dequantize()).to(x.dtype)
     return reference.matmul(x, weight.dequantize())
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend("cpu-amx", cpu_compiled.amx_refusal, cpu_compiled.prepare, cpu_compiled.amx_linear, cpu_compiled.restore),
+    Backend("cpu-vnni", cpu_compiled.int8_refusal, cpu_compiled.prepare, cpu_compiled.int8_linear, cpu_compiled.restore),
     Backend("cpu-int4", cpu.int4_refusal, cpu.int4_prepare, cpu.int4_linear, cpu.int4_restore),
     Backend("cpu-int8", cpu.int8_refusal, cpu.int8_prepare, cpu.int8_linear, cpu.int8_restore),
     Backend("cpu-w8a8", cpu.w8a8_refusal, cpu.w8a8_prepare, cpu.w8a8_linear, cpu.w8a8_restore),

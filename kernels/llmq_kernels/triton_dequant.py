@@ -93,14 +93,14 @@ def _eight_numbers(unit, high_unit, zero, DTYPE: tl.constexpr, LOW_BITS: tl.cons
         a0, b0, a1, b1 = a0.to(DTYPE, bitcast=True), b0.to(DTYPE, bitcast=True), a1.to(DTYPE, bitcast=True), b1.to(DTYPE, bitcast=True)
         a2, b2, a3, b3 = a2.to(DTYPE, bitcast=True), b2.to(DTYPE, bitcast=True), a3.to(DTYPE, bitcast=True), b3.to(DTYPE, bitcast=True)
     else:
-        a0 = (_code(word, high, 0, 0, LOW_BITS, HIGH_BITS) - zero).to(DTYPE)
-        b0 = (_code(word, high, 0, 1, LOW_BITS, HIGH_BITS) - zero).to(DTYPE)
-        a1 = (_code(word, high, 1, 0, LOW_BITS, HIGH_BITS) - zero).to(DTYPE)
-        b1 = (_code(word, high, 1, 1, LOW_BITS, HIGH_BITS) - zero).to(DTYPE)
-        a2 = (_code(word, high, 2, 0, LOW_BITS, HIGH_BITS) - zero).to(DTYPE)
-        b2 = (_code(word, high, 2, 1, LOW_BITS, HIGH_BITS) - zero).to(DTYPE)
-        a3 = (_code(word, high, 3, 0, LOW_BITS, HIGH_BITS) - zero).to(DTYPE)
-        b3 = (_code(word, high, 3, 1, LOW_BITS, HIGH_BITS) - zero).to(DTYPE)
+        a0 = (_code(word, high, 0, 0, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
+        b0 = (_code(word, high, 0, 1, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
+        a1 = (_code(word, high, 1, 0, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
+        b1 = (_code(word, high, 1, 1, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
+        a2 = (_code(word, high, 2, 0, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
+        b2 = (_code(word, high, 2, 1, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
+        a3 = (_code(word, high, 3, 0, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
+        b3 = (_code(word, high, 3, 1, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
     return a0, b0, a1, b1, a2, b2, a3, b3
 
 

@@ -28,7 +28,7 @@ def _finish(total, token, out, scale, bias, rows, M, N, GROUP: tl.constexpr, HAS
         y *= tl.load(scale + rows, mask=rows < N, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(out + token * N + rows, y.to(out.dtype.element_ty), mask=(rows < N) & (token < M))
+    tl.store(out + token * N + rows, y.to(out.dtype.element_ty), mask=rows < tl.where(M > token, N, 0))
 
 
 @triton.jit
@@ -88,14 +88,14 @@ def gemv_kernel(
         factor = tl.full((BLOCK_N, 1), 1.0, tl.float32)
         if GROUP > 0:
             factor = tl.load(scale + at, mask=block_ok, other=0.0).to(tl.float32)
-        x_ok = k + columns < K
+        at_columns = k + columns
         pointers = x + k + columns
-        total0 += _block_sums(numbers, pointers, x_ok) * factor
+        total0 += _block_sums(numbers, pointers, at_columns < K) * factor
         if BLOCK_M > 1:
-            total1 += _block_sums(numbers, pointers + K, x_ok & (M > 1)) * factor
+            total1 += _block_sums(numbers, pointers + K, at_columns < tl.where(M > 1, K, 0)) * factor
         if BLOCK_M > 2:
-            total2 += _block_sums(numbers, pointers + 2 * K, x_ok & (M > 2)) * factor
-            total3 += _block_sums(numbers, pointers + 3 * K, x_ok & (M > 3)) * factor
+            total2 += _block_sums(numbers, pointers + 2 * K, at_columns < tl.where(M > 2, K, 0)) * factor
+            total3 += _block_sums(numbers, pointers + 3 * K, at_columns < tl.where(M > 3, K, 0)) * factor
     _finish(total0, 0, out, scale, bias, rows, M, N, GROUP, HAS_BIAS)
     if BLOCK_M > 1:
         _finish(total1, 1, out, scale, bias, rows, M, N, GROUP, HAS_BIAS)

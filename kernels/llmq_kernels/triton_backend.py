@@ -28,6 +28,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def installed() -> bool:
+    """Whether Triton can be imported; it is not imported here."""
+    try:
+        return find_spec("triton") is not None
+    except ValueError:  # how find_spec reports a module that was set to None
+        return False
+
+
 @cache
 def _modules() -> tuple[ModuleType, ModuleType, ModuleType]:
     from llmq_kernels import triton_gemm, triton_gemv, triton_int8
@@ -45,8 +53,8 @@ def _use_asm() -> bool:
 
 @cache
 def _device_refusal(device: torch.device) -> str | None:
-    if find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+    if not installed():
+        return "Triton is not installed (pip install llmq[triton])"
     if device.type == "cpu" and interpreting():
         return None
     if device.type != "cuda":

@@ -92,10 +92,10 @@ def tile_columns(group: int) -> int:
 
 
 def shared_bytes(problem: Problem, choice: Choice) -> int:
-    """An upper estimate of the shared memory of a GEMM: the pipeline's tiles, or the output tile on its way out."""
+    """An upper estimate of the shared memory of a GEMM: the pipeline's tiles and, before Hopper, sometimes a tile of unpacked weights; or the output tile on its way out."""
     x_bytes = 1 if problem.kind == "int8" else 2
     tiles = choice.block_n * choice.block_k * problem.bits // 8 + choice.block_m * choice.block_k * x_bytes
-    return max(choice.stages * tiles, choice.block_m * choice.block_n * 4) + 1024
+    return max(choice.stages * tiles + choice.block_n * choice.block_k * x_bytes, choice.block_m * choice.block_n * 4) + 1024
 
 
 def fits(problem: Problem, choice: Choice, chip: Chip) -> bool:
@@ -103,10 +103,10 @@ def fits(problem: Problem, choice: Choice, chip: Chip) -> bool:
 
 
 def _split(problem: Problem, chip: Chip, block_m: int, block_n: int, block_k: int) -> int:
-    """Split K until there are two programs per multiprocessor, while each keeps four tiles to walk along. A workspace of M x N floats per split costs traffic, so never for large M."""
+    """Split K until there are about two programs per multiprocessor, while each keeps four tiles to walk along. A workspace of M x N floats per split costs traffic, so never for large M."""
     programs = -(-problem.n // block_n) * -(-problem.m // block_m)
     split = 1
-    while split < 8 and problem.m <= 64 and programs * split < 2 * chip.processors and problem.k // block_k >= 8 * split:
+    while split < 8 and problem.m <= 64 and 2 * programs * split < 3 * chip.processors and problem.k // block_k >= 8 * split:
         split *= 2
     return split
 
@@ -119,7 +119,10 @@ def default_choice(problem: Problem, chip: Chip) -> Choice:
         return Choice("gemv", block_m=m, block_n=4, block_k=1024 if problem.bits != 2 else 2048, warps=4, stages=1)
     if problem.kind == "float" and m > FUSED_MAX_ROWS[chip.arch]:
         return Choice("dequantize")
-    block_m = min(max(m, 16 if chip.is_amd else 8), 128)
+    # Tensor cores take eight columns from Ampere on; AMD's take 16, and Triton 3.6 does not reach Hopper's with eight columns of bytes.
+    smallest = 16 if chip.is_amd or problem.kind == "int8" else 8
+    # Before Hopper, sums and weights share the registers of a warp: 128 x 128 tiles spill.
+    block_m = min(max(m, smallest), 64 if chip.arch in ("sm_80", "sm_89") else 128)
     block_n = 128 if m >= 64 and not chip.is_amd else 64
     block_k = tile_columns(problem.group)
     warps = 8 if block_m * block_n >= 128 * 64 else 4
@@ -146,7 +149,7 @@ def _variations(problem: Problem, chip: Chip) -> Iterator[Choice]:
     if problem.kind == "float" and problem.m >= 64:
         yield Choice("dequantize")
     block_k = tile_columns(problem.group)
-    smallest = 16 if chip.is_amd else 8
+    smallest = 16 if chip.is_amd or problem.kind == "int8" else 8
     sizes = sorted({min(max(problem.m, smallest), limit) for limit in ((16, 32) if problem.m <= 32 else (64, 128, 256))})
     for block_m in sizes:
         for block_n, warps in ((64, 4), (128, 4), (128, 8)):

@@ -20,9 +20,9 @@ class QuantLinear(nn.Module):
     The packed tensors are buffers, so `state_dict`, `.to(device)` and safetensors treat them as weights. Scales keep their stored dtype under `.to(dtype)` and `.half()`:
     casting them would change every weight of the layer. A backend may keep the words in its own layout; then that is the only copy, and `qtensor` inverts it.
 
-    Prepared tensors are buffers too, but not saved ones: that counts them as the module's memory and tells CUDA graphs that their addresses stay. `torch.compile(fullgraph=True)` works before and after
-    the first call. Where a module is traced before it is prepared, it prepares itself and the trace starts over; models that are compiled block by block should call `prepare` first, so that all blocks
-    look alike to the compiler.
+    Prepared tensors are buffers too, but not saved ones: that counts them as the module's memory and tells CUDA graphs that their addresses stay. `torch.compile(fullgraph=True)` works before and
+    after the first call. Where a module is traced before it is prepared, it prepares itself and the trace starts over; models that are compiled block by block should call `prepare` first, so that
+    all blocks look alike to the compiler.
     """
 
     packed: Tensor | None
@@ -30,6 +30,9 @@ class QuantLinear(nn.Module):
     zero: Tensor | None
     g_idx: Tensor | None
     bias: Tensor | None
+    _ready_dtype: torch.dtype | None
+    _ready_device: torch.device | None
+    _prepared_names: tuple[str, ...]
 
     def __init__(self, qtensor: QuantizedTensor, bias: Tensor | None = None, activations: ActSpec = ActSpec()) -> None:
         super().__init__()
@@ -64,10 +67,9 @@ class QuantLinear(nn.Module):
     def _forget(self) -> None:
         for name in getattr(self, "_prepared_names", ()):
             delattr(self, name)
-        self._ready_dtype: torch.dtype | None = None
-        self._ready_device: torch.device | None = None
+        self._ready_dtype = self._ready_device = None
         self._layout = ""
-        self._prepared_names: tuple[str, ...] = ()
+        self._prepared_names = ()
 
     def _release(self) -> None:
         """Go back to the canonical words."""

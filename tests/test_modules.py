@@ -12,7 +12,13 @@ from llmq.qtensor import QuantizedTensor
 from llmq.spec import ActSpec, QuantSpec
 from llmq_kernels import dispatch
 
-CASES = [("int4", 128, "none", torch.bfloat16), ("int8", -1, "none", torch.bfloat16), ("int8", -1, "int8-token", torch.float32), ("int3", 32, "none", torch.float32), ("ternary", 0, "none", torch.bfloat16)]
+CASES = [
+    ("int4", 128, "none", torch.bfloat16),
+    ("int8", -1, "none", torch.bfloat16),
+    ("int8", -1, "int8-token", torch.float32),
+    ("int3", 32, "none", torch.float32),
+    ("ternary", 0, "none", torch.bfloat16),
+]
 
 
 def layer(code="int4", group=128, activations="none", bias=True, n=64, k=128):

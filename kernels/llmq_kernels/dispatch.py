@@ -5,9 +5,9 @@ A backend is one frozen record: what it accepts, how it prepares a weight once, 
 
 A backend may keep a weight in a layout of its own. That layout then replaces the canonical words (one copy is resident) and `restore` gives the canonical words back, for saving.
 
-Compilers and autograd see one operator, `llmq::linear`, whichever backend is behind it: tensors in a list, their meaning in a string. `torch.compile` puts it into the graph as a whole and asks its fake
-implementation for shapes; autograd gets the gradient with respect to x as the product with the dequantized weight, which is what an adapter on a quantized base needs. (With INT8 activations that is
-the straight-through gradient.) Outside of both, the backend is called directly and none of this costs anything.
+Compilers and autograd see one operator, `llmq::linear`, whichever backend is behind it: tensors in a list, their meaning in a string. `torch.compile` puts it into the graph as a whole and asks
+its fake implementation for shapes; autograd gets the gradient with respect to x as the product with the dequantized weight, which is what an adapter on a quantized base needs. (With INT8
+activations that is the straight-through gradient.) Outside of both, the backend is called directly and none of this costs anything.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _decoded(layout: str) -> dict[str, Any]:
 def _rebuild(tensors: list[Tensor], layout: str) -> tuple[Backend, PackedWeight, State]:
     meaning = _decoded(layout)
     named = dict(zip(meaning["names"], tensors, strict=True))
-    own = {name: named.get(f"weight.{name}") for name in ("packed", "scale", "zero", "g_idx")}
+    own: dict[str, Any] = {name: named.get(f"weight.{name}") for name in ("packed", "scale", "zero", "g_idx")}
     weight = PackedWeight(**own, code=CODES[meaning["code"]], group_size=meaning["group_size"], shape=tuple(meaning["shape"]), activations=meaning["activations"])
     state = {name.removeprefix("state."): tensor for name, tensor in named.items() if name.startswith("state.")}
     if meaning["replaced"]:

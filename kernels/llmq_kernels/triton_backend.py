@@ -1,7 +1,7 @@
 """The GPU backends: `triton` (16-bit activations) and `triton-int8` (activations quantized per token).
 
-This is the host side: what is accepted, how a weight is laid out once, which kernel is launched with which tiles. Triton is imported by the first launch. Under `TRITON_INTERPRET=1` the same code runs on
-CPU tensors, which is how the kernels are checked on machines without a GPU.
+This is the host side: what is accepted, how a weight is laid out once, which kernel is launched with which tiles. Triton is imported by the first launch. Under `TRITON_INTERPRET=1` the same code
+runs on CPU tensors, which is how the kernels are checked on machines without a GPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Device code that turns packed units of eight codes into numbers: the one piece that every floating-point kernel shares.
 
-A unit is eight codes of one plane: 32, 16 or 8 bits (planes of 4, 2 and 1 bits; see `triton_layout`). Whatever its width, four codes lie in its lower and four in its upper half. Moving the upper half to
-bit 16 gives a word from which `(word >> BITS * t) & mask` takes two codes at once, one in each 16-bit half, where `mask` is for instance 0x000F000F. That pair becomes two numbers without a
-conversion: 0x4300 | q is the bfloat16 number 128 + q, and 0x6400 | q the float16 number 1024 + q, so one `lop3` (and, then or) and one packed `fma` that subtracts 128 + zero make two exact numbers
-`q - zero`. `sub.bf16x2` would need sm_90; the fma runs on every chip from sm_80.
+A unit is eight codes of one plane: 32, 16 or 8 bits (planes of 4, 2 and 1 bits; see `triton_layout`). Whatever its width, four codes lie in its lower and four in its upper half. Moving the upper
+half to bit 16 gives a word from which `(word >> BITS * t) & mask` takes two codes at once, one in each 16-bit half, where `mask` is for instance 0x000F000F. That pair becomes two numbers without
+a conversion: 0x4300 | q is the bfloat16 number 128 + q, and 0x6400 | q the float16 number 1024 + q, so one `lop3` (and, then or) and one packed `fma` that subtracts 128 + zero make two exact
+numbers `q - zero`. `sub.bf16x2` would need sm_90; the fma runs on every chip from sm_80.
 
 A code of two planes is `low + 2^b high`, and so is its zero point: each plane is shifted by its own part of the zero point, the upper one with an exponent that is b larger, and the two are added. All
 intermediate numbers are integers below 2^8 (bfloat16) or 2^11 (float16), so nothing is rounded. Scales are applied later, in float32.

@@ -1,14 +1,14 @@
 """More rows of x: tensor cores, with the weight as the left operand.
 
-The product is computed transposed, `Y^T [BN, BM] = W [BN, BK] . X^T [BK, BM]`, because the left operand of Hopper's `wgmma` may lie in registers while the right one may not. Dequantized numbers then go
-straight from the unpacking instructions into the tensor core; in the usual orientation every tile of W would have to be written to shared memory and read back. x, which is small and needs no work, takes
-the way through shared memory.
+The product is computed transposed, `Y^T [BN, BM] = W [BN, BK] . X^T [BK, BM]`, because the left operand of Hopper's `wgmma` may lie in registers while the right one may not. Dequantized numbers
+then go straight from the unpacking instructions into the tensor core; in the usual orientation every tile of W would have to be written to shared memory and read back. x, which is small and needs
+no work, takes the way through shared memory.
 
 BLOCK_K never crosses a group, so a tile's product of exact integers is multiplied by one float32 scale per row afterwards: one multiplication per output instead of one per weight, and no rounding of
 `scale * code`. With one scale per row, all tiles add up in the tensor core and the scale waits for the end.
 
-When there are fewer tiles than the chip has room for, K is split over several programs. Each writes its partial sums to its own slice of a float32 workspace `[SPLIT_K, M, N]`, and a second kernel adds
-them in order. Atomic additions would save that launch and make results differ from run to run.
+When there are fewer tiles than the chip has room for, K is split over several programs. Each writes its partial sums to its own slice of a float32 workspace `[SPLIT_K, M, N]`, and a second kernel
+adds them in order. Atomic additions would save that launch and make results differ from run to run.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """Few rows of x (M <= 4): no tensor cores, one pass over the packed weight at the speed of memory.
 
-A program owns BLOCK_N rows of W and walks along all of K, BLOCK_K codes at a time. A thread reads whole 16-byte pieces of a row, and all codes of a block of 32 columns lie in one thread, so the sum over
-a block needs no exchange: it is multiplied by its group's scale and added to a float32 accumulator `[M, BLOCK_N, BLOCK_K / 32]`. Threads meet once, in `tl.sum` at the end. Each output is written by
-one program: nothing is atomic, and the order of additions is fixed.
+A program owns BLOCK_N rows of W and walks along all of K, BLOCK_K codes at a time. A thread reads whole 16-byte pieces of a row, and all codes of a block of 32 columns lie in one thread, so the
+sum over a block needs no exchange: it is multiplied by its group's scale and added to a float32 accumulator `[M, BLOCK_N, BLOCK_K / 32]`. Threads meet once, in `tl.sum` at the end. Each output is
+written by one program: nothing is atomic, and the order of additions is fixed.
 
 x is read by every program, so it should stay in the cache (`evict_last`); a word of W is read once in the whole launch (`evict_first`).
 """

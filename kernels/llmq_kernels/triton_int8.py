@@ -47,9 +47,7 @@ def byte_codes(packed, BITS: tl.constexpr, USE_ASM: tl.constexpr):
         return packed
     elif BITS == 4:
         if USE_ASM:
-            a, b = tl.inline_asm_elementwise(
-                "and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;", "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
-            )
+            a, b = tl.inline_asm_elementwise("and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;", "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
         else:
             a, b = (packed & 15).to(tl.int8), ((packed >> 4) & 15).to(tl.int8)
         return tl.join(a, b).reshape(rows, n_bytes // 16, 16, 2).permute(0, 1, 3, 2).reshape(rows, n_bytes * 2)

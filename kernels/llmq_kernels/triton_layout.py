@@ -1,18 +1,18 @@
 """How the Triton kernels hold a weight: the canonical codes in another order, so that a tensor core finds its operand in the registers that unpacked it.
 
-One thread of a tensor-core instruction holds, of 16 columns, the four {2j, 2j + 1, 2j + 8, 2j + 9} for one j in 0..3 (16-bit numbers), or of 32 columns the eight {4j .. 4j + 3, 16 + 4j .. 16 + 4j + 3}
-(bytes). Codes are therefore stored so that what a thread unpacks is what it multiplies.
+One thread of a tensor-core instruction holds, of 16 columns, the four {2j, 2j + 1, 2j + 8, 2j + 9} for one j in 0..3 (16-bit numbers), or of 32 columns the eight {4j .. 4j + 3, 16 + 4j .. 16 + 4j
++ 3} (bytes). Codes are therefore stored so that what a thread unpacks is what it multiplies.
 
 **Units (floating-point activations).** A unit is eight codes, four units are a block of 32 columns, and unit j holds the columns `16 a + 8 b + 2 j + c` for a, b, c in {0, 1}. Its code number
 `4 c + 2 a + b` counts from the lowest bit, so the two neighbours c = 0, 1 lie half a unit apart, where one mask takes both (`triton_dequant`).
 
-**Planes.** Codes of 3 bits straddle words. They are split into a plane of 2 and a plane of 1 bit, codes of 8 bits into two planes of 4, so that the kernels know three unit widths: 4, 2 and 1 bytes. The
-planes of a row follow one another.
+**Planes.** Codes of 3 bits straddle words. They are split into a plane of 2 and a plane of 1 bit, codes of 8 bits into two planes of 4, so that the kernels know three unit widths: 4, 2 and 1
+bytes. The planes of a row follow one another.
 
 **Bytes (INT8 activations).** Byte c of 16 holds the columns c, 16 + c, 32 + c, ... as fields of 2 or 4 bits. INT8 codes stand in their usual order, 128 lower, as signed bytes.
 
-In every case the new layout is an ordinary `pack` of reordered codes. K is padded with zero codes to a multiple of 128, so that rows of every plane begin at 16-byte addresses; nothing else grows. With
-act-order, columns are sorted by group first and x is gathered to match; consecutive groups are all that the kernels know.
+In every case the new layout is an ordinary `pack` of reordered codes. K is padded with zero codes to a multiple of 128, so that rows of every plane begin at 16-byte addresses; nothing else grows.
+With act-order, columns are sorted by group first and x is gathered to match; consecutive groups are all that the kernels know.
 """
 
 from __future__ import annotations

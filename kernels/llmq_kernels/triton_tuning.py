@@ -70,7 +70,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """method: "gemv", "gemm", or "dequantize" (and cuBLAS). block_m tokens by block_n rows of W by block_k columns per step; split_k programs share K; warps and stages (of the load pipeline) per program."""
+    """method: "gemv", "gemm", or "dequantize" (and cuBLAS). block_m tokens by block_n rows of W by block_k columns per step; split_k programs share K; warps and stages (of the load pipeline) per
+    program.
+    """
 
     method: str
     block_m: int = 16

@@ -18,8 +18,9 @@ from llmq.modules import prepare, swap
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import QuantSpec
 
-LLAMA_3_8B = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 5e5,
+LLAMA_3_8B: dict[str, Any] = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 8192, "rope_theta": 5e5,
 }  # fmt: skip
 
 

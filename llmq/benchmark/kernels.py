@@ -100,7 +100,8 @@ def tune(shapes: Sequence[tuple[int, int]], rows: Sequence[int], kinds: Sequence
     """Measure the candidates of every problem and remember the fastest; problems that the time does not reach keep their default. Returns the seconds of each candidate by problem."""
     import time
 
-    chip, started, results = triton_tuning.chip_of(device), time.monotonic(), {}
+    chip, started = triton_tuning.chip_of(device), time.monotonic()
+    results: dict[str, dict[str, float]] = {}
     for m in rows:
         for n, k in shapes:
             for kind in kinds:

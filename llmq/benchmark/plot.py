@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from llmq.errors import LlmqError
 
 
+def check_installed() -> None:
+    """Raise `LlmqError` without matplotlib: before minutes of measurement, not after."""
+    if find_spec("matplotlib") is None:
+        raise LlmqError("--plot: matplotlib is not installed; pip install llmq[plots]")
+
+
 def ratios(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Speed-up over bfloat16 by rows of x, a line per shape and kind of weight. Raises `LlmqError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise LlmqError("--plot: matplotlib is not installed; pip install llmq[plots]") from None
+    """Speed-up over bfloat16 by rows of x, a line per shape and kind of weight."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     for key in dict.fromkeys((row["weights"], row["n"], row["k"]) for row in rows):

@@ -1,7 +1,7 @@
 """Seconds of a call, measured so that caches and launches do not decide.
 
-On a GPU, one CUDA graph holds a call on each of several copies of the weight, together larger than the L2 cache: every call finds its weight in device memory, and no launch gap is counted. The median of the
-replays is divided by the number of copies. On a CPU the copies take turns in the same way, timed call by call.
+On a GPU, one CUDA graph holds a call on each of several copies of the weight, together larger than the L2 cache: every call finds its weight in device memory, and no launch gap is counted. The
+median of the replays is divided by the number of copies. On a CPU the copies take turns in the same way, timed call by call.
 """
 
 from __future__ import annotations

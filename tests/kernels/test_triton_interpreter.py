@@ -1,4 +1,6 @@
-"""Every Triton kernel on the CPU: the tests of test_triton_kernels.py once more, in Triton's interpreter. It is chosen by an environment variable before Triton is imported, hence the process of its own."""
+"""Every Triton kernel on the CPU: the tests of test_triton_kernels.py once more, in Triton's interpreter. It is chosen by an environment variable before Triton is imported, hence the process of
+its own.
+"""
 
 import os
 import re

@@ -1,8 +1,8 @@
 """The Triton kernels against float64, on a GPU (`pytest -m gpu`) or, with the same bodies, in Triton's interpreter (`TRITON_INTERPRET=1`, started by test_triton_interpreter.py).
 
-Tolerance. Numbers `code - zero` and x are exact in their dtype, products of two such numbers are exact in float32, and K of them are added in float32 (tensor cores keep at least 22 bits while they
-add): a relative error of at most K * 2^-22 in the norm. The output is rounded once: u = 2^-8 for bfloat16, 2^-11 for float16. Where the weight is dequantized for cuBLAS it is rounded as well: another u.
-The interpreter cuts off instead of rounding to bfloat16: twice the u. Outputs are poisoned: every uninitialized tensor is filled with NaN.
+Tolerance. Numbers `code - zero` and x are exact in their dtype, products of two such numbers are exact in float32, and K of them are added in float32 (tensor cores keep at least 22 bits while
+they add): a relative error of at most K * 2^-22 in the norm. The output is rounded once: u = 2^-8 for bfloat16, 2^-11 for float16. Where the weight is dequantized for cuBLAS it is rounded as
+well: another u. The interpreter cuts off instead of rounding to bfloat16: twice the u. Outputs are poisoned: every uninitialized tensor is filled with NaN.
 """
 
 import os
@@ -205,7 +205,9 @@ def test_compile_with_cuda_graphs():
 
 @gpu_only
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 33, 64, 128, 256, 700, 2048])
-@pytest.mark.parametrize(("code", "activations"), [("int4", "none"), ("int3", "none"), ("ternary", "none"), ("int8", "none"), ("ternary", "int8-token"), ("int4", "int8-token"), ("int8", "int8-token")])
+@pytest.mark.parametrize(
+    ("code", "activations"), [("int4", "none"), ("int3", "none"), ("ternary", "none"), ("int8", "none"), ("ternary", "int8-token"), ("int4", "int8-token"), ("int8", "int8-token")]
+)
 def test_default_choices_at_real_sizes(code, activations, m):
     check(make_weight(code, 128, 4096, 4096, activations=activations, device=DEVICE), torch.bfloat16, m)
 

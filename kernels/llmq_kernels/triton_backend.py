@@ -69,9 +69,7 @@ def _group(weight: PackedWeight) -> int:
     return 0 if weight.scale.shape[1] == 1 else weight.group_size
 
 
-def _common_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device, multiple: int) -> str | None:
-    if reason := _device_refusal(device):
-        return reason
+def _common_refusal(weight: PackedWeight, dtype: torch.dtype, multiple: int) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes with float16 or bfloat16 activations, not {dtype}"
     if _group(weight) % multiple:
@@ -81,18 +79,22 @@ def _common_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.devi
 
 def refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernels for 16-bit activations cannot take a weight, or None."""
+    if reason := _device_refusal(device):
+        return reason
     if weight.activations != "none":
         return f"it computes with 16-bit activations, not {weight.activations}"
-    return _common_refusal(weight, dtype, device, layout.UNIT_COLUMNS)
+    return _common_refusal(weight, dtype, layout.UNIT_COLUMNS)
 
 
 def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the integer kernels cannot take a weight, or None."""
+    if reason := _device_refusal(device):
+        return reason
     if weight.activations != "int8-token":
         return "it computes with INT8 activations only"
     if weight.code.bits not in (2, 4, 8):
         return f"it multiplies codes of 2, 4 or 8 bits with INT8 activations, not {weight.code.name}"
-    return _common_refusal(weight, dtype, device, 64 if weight.code.bits == 2 else 32)
+    return _common_refusal(weight, dtype, 64 if weight.code.bits == 2 else 32)
 
 
 # --- preparation ----------------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def _variations(problem: Problem, chip: Chip) -> Iterator[Choice]:
     for block_m in sizes:
         for block_n, warps in ((64, 4), (128, 4), (128, 8)):
             base = _split(problem, chip, block_m, block_n, block_k)
-            splits = sorted({base, min(2 * base, 8)}) if problem.m <= 64 else [1]
+            splits = sorted({max(base // 2, 1), base, 2 * base}) if problem.m <= 64 else [1]
             for split_k in splits:
                 for stages in (2, 3) if chip.is_amd else (3, 5):
                     yield Choice("gemm", block_m, block_n, block_k, split_k, warps, stages)

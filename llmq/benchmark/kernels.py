@@ -102,9 +102,9 @@ def tune(shapes: Sequence[tuple[int, int]], rows: Sequence[int], kinds: Sequence
 
     chip, started = triton_tuning.chip_of(device), time.monotonic()
     results: dict[str, dict[str, float]] = {}
-    for m in rows:
-        for n, k in shapes:
-            for kind in kinds:
+    for kind in kinds:
+        for m in rows:
+            for n, k in shapes:
                 if time.monotonic() - started > max_seconds:
                     return results
                 copies = prepared_copies(kind, n, k, device)

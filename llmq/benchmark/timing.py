@@ -60,7 +60,7 @@ def copies_for(n_bytes: int, device: torch.device) -> int:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read plus written, of a copy on the device."""
-    n_bytes = (2 << 30) if device.type == "cuda" else (256 << 20)
-    source = torch.empty(n_bytes, dtype=torch.uint8, device=device).random_()
+    n_bytes = (2 << 30) if device.type == "cuda" else (128 << 20)
+    source = torch.full((n_bytes,), 77, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * n_bytes / seconds([lambda: target.copy_(source)], device, repeats=10)

@@ -102,7 +102,7 @@ def test_the_fastest_candidate_is_kept_on_disk(gpu):
 
     best, seconds = tuning.tune(problem, gpu, measure)
     assert best == favourite == tuning.choose(problem, gpu)
-    assert len(seconds) > 5
+    assert 5 < len(seconds) < len(list(tuning.candidates(problem, gpu)))
     path = tuning.cache_dir() / f"{tuning.slug(gpu.name)}.json"
     assert path.name == "some_gpu_3000.json"
     tuning.save(gpu, path, {"triton": "x"})

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,7 @@ from llmq_kernels.codes import CODES
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
+_TENSORS = tuple(field.name for field in fields(PackedWeight) if "Tensor" in str(field.type))  # what travels as tensors; the rest travels as text
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Backend:
 def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     if weight.activations == "int8-token":
         return reference.matmul(reference.fake_quantize_tokens(x), weight.dequantize()).to(x.dtype)
+    if weight.activations == "int8-static":
+        assert weight.input_range is not None
+        return reference.matmul(reference.fake_quantize_static(x, weight.input_range), weight.dequantize()).to(x.dtype)
     return reference.matmul(x, weight.dequantize())
 
 
@@ -91,7 +95,7 @@ class PreparedWeight:
         self.dtype, self.device = dtype, device
         self.state = self.backend.prepare(weight, dtype)
         self.weight = replace(weight, packed=self.state["packed"]) if "packed" in self.state else weight
-        own = {name: getattr(self.weight, name) for name in ("packed", "scale", "zero", "g_idx")}
+        own = {name: getattr(self.weight, name) for name in _TENSORS}
         named = {f"weight.{name}": tensor for name, tensor in own.items() if tensor is not None}
         named |= {f"state.{name}": tensor for name, tensor in self.state.items() if name != "packed"}
         self.tensors = list(named.values())
@@ -136,7 +140,7 @@ def _decoded(layout: str) -> dict[str, Any]:
 def _rebuild(tensors: list[Tensor], layout: str) -> tuple[Backend, PackedWeight, State]:
     meaning = _decoded(layout)
     named = dict(zip(meaning["names"], tensors, strict=True))
-    own: dict[str, Any] = {name: named.get(f"weight.{name}") for name in ("packed", "scale", "zero", "g_idx")}
+    own: dict[str, Any] = {name: named.get(f"weight.{name}") for name in _TENSORS}
     weight = PackedWeight(**own, code=CODES[meaning["code"]], group_size=meaning["group_size"], shape=tuple(meaning["shape"]), activations=meaning["activations"])
     state = {name.removeprefix("state."): tensor for name, tensor in named.items() if name.startswith("state.")}
     if meaning["replaced"]:

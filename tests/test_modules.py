@@ -1,5 +1,6 @@
 """QuantLinear under compilers, autograd and changes of dtype: one operator, whichever backend is behind it."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -16,13 +17,17 @@ CASES = [
     ("int4", 128, "none", torch.bfloat16),
     ("int8", -1, "none", torch.bfloat16),
     ("int8", -1, "int8-token", torch.float32),
+    ("int8", -1, "int8-static", torch.bfloat16),
     ("int3", 32, "none", torch.float32),
     ("ternary", 0, "none", torch.bfloat16),
 ]
 
 
 def layer(code="int4", group=128, activations="none", bias=True, n=64, k=128):
-    return QuantLinear(QuantizedTensor.quantize(torch.randn(n, k), QuantSpec(code, group)), torch.randn(n) if bias else None, ActSpec(activations))
+    qtensor = QuantizedTensor.quantize(torch.randn(n, k), QuantSpec(code, group))
+    if activations == "int8-static":
+        qtensor = dataclasses.replace(qtensor, input_range=torch.tensor([0.05, 120.0]))
+    return QuantLinear(qtensor, torch.randn(n) if bias else None, ActSpec(activations))
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
     if reason := _device_refusal(device):
         return reason
     if weight.activations != "int8-token":
-        return "it computes with INT8 activations only"
+        return f"it quantizes activations per token (int8-token), not {weight.activations}"
     if weight.code.bits not in (2, 4, 8):
         return f"it multiplies codes of 2, 4 or 8 bits with INT8 activations, not {weight.code.name}"
     return _common_refusal(weight, dtype, 64 if weight.code.bits == 2 else 32)

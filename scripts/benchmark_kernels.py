@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_tests(out: Path) -> dict[str, Any]:
     """`pytest -m gpu`; its whole output goes to a file."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    parallel = ["-n", "6"] if find_spec("xdist") else []  # most of the time goes into compiling some 200 kernels
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *parallel, "tests/kernels"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     (out / "tests.txt").write_text(done.stdout + done.stderr)
     last = done.stdout.strip().splitlines()[-1]
     if done.returncode:

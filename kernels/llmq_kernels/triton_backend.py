@@ -7,6 +7,7 @@ runs on CPU tensors, which is how the kernels are checked on machines without a 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from llmq_kernels import triton_layout as layout
 from llmq_kernels import triton_tuning as tuning
+from llmq_kernels.packing import packed_width
 from llmq_kernels.triton_tuning import Choice, Problem
 from llmq_kernels.weight import PackedWeight
 
@@ -152,11 +154,17 @@ def run(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choi
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
     x = x[:, state["order"]] if "order" in state else x.contiguous()
-    if weight.activations == "int8-token":
-        return _int8_gemm(x, weight, state, bias, choice)
-    if choice.method == "dequantize":
-        return torch.nn.functional.linear(x, _dequantize(weight, state, x.dtype), None if bias is None else bias.to(x.dtype))
-    return _gemv(x, weight, state, bias, choice) if choice.method == "gemv" else _gemm(x, weight, state, bias, choice)
+    with _current(x.device):
+        if weight.activations == "int8-token":
+            return _int8_gemm(x, weight, state, bias, choice)
+        if choice.method == "dequantize":
+            return torch.nn.functional.linear(x, _dequantize(weight, state, x.dtype), None if bias is None else bias.to(x.dtype))
+        return _gemv(x, weight, state, bias, choice) if choice.method == "gemv" else _gemm(x, weight, state, bias, choice)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _meaning(weight: PackedWeight, state: State) -> dict[str, Any]:
@@ -164,6 +172,11 @@ def _meaning(weight: PackedWeight, state: State) -> dict[str, Any]:
     low, *high = layout.PLANES[weight.code.bits]
     planes = {"LOW_BITS": low, "HIGH_BITS": high[0] if high else 0}
     return {"GROUP": _group(weight), "OFFSET": int(weight.code.offset), "HAS_ZERO": "zero_t" in state, "USE_ASM": _use_asm(), **planes}
+
+
+def _high_words(weight: PackedWeight) -> int:
+    """Where the second plane of a row begins. An argument of its own, so that the compiler sees its divisibility and reads 16 bytes at a time."""
+    return packed_width(layout.padded_columns(weight.shape[1]), layout.PLANES[weight.code.bits][0])
 
 
 def _launch_options(choice: Choice) -> dict[str, Any]:
@@ -175,7 +188,7 @@ def _gemv(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, ch
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
     out = x.new_empty(m, n)
     _modules()[0].gemv_kernel[(-(-n // choice.block_n),)](
-        x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, out, m, n, k, layout.padded_columns(k), packed.shape[1],
+        x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, out, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
         HAS_BIAS=bias is not None, BLOCK_M=min(tuning.bucket(m), 4), BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, **_meaning(weight, state), **_launch_options(choice),
     )  # fmt: skip
     return out
@@ -200,7 +213,7 @@ def _gemm(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, ch
     out, target = _workspace(x, n, choice)
     grid = (-(-n // choice.block_n) * -(-m // choice.block_m), choice.split_k)
     _modules()[1].gemm_kernel[grid](
-        x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, k, layout.padded_columns(k), packed.shape[1],
+        x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
         HAS_BIAS=bias is not None, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, SPLIT_K=choice.split_k, EVEN_K=k == layout.padded_columns(k),
         UPCAST=interpreting(), **_meaning(weight, state), **_launch_options(choice),
     )  # fmt: skip
@@ -240,7 +253,7 @@ def _dequantize(weight: PackedWeight, state: State, dtype: torch.dtype) -> Tenso
     block_n, block_k = 64, tuning.tile_columns(_group(weight))
     grid = (-(-n // block_n), layout.padded_columns(k) // block_k)
     _modules()[1].dequantize_kernel[grid](
-        packed, state["scale_t"], state.get("zero_t", packed), out, n, k, layout.padded_columns(k), packed.shape[1],
+        packed, state["scale_t"], state.get("zero_t", packed), out, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
         BLOCK_N=block_n, BLOCK_K=block_k, **_meaning(weight, state), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
@@ -248,7 +261,8 @@ def _dequantize(weight: PackedWeight, state: State, dtype: torch.dtype) -> Tenso
 
 def dequantize(weight: PackedWeight, state: State, dtype: torch.dtype) -> Tensor:
     """`[N, K]` in dtype, columns in their own order; for gradients with respect to x."""
-    values = _dequantize(weight, state, dtype)
+    with _current(state["packed"].device):
+        values = _dequantize(weight, state, dtype)
     if "order" in state:
         values = values[:, torch.argsort(state["order"])]
     return values

@@ -36,7 +36,7 @@ def store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, SPL
     tl.store(at, tl.trans(total).to(out.dtype.element_ty), mask=(tokens < M)[:, None] & (rows < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x,
     packed,
@@ -49,6 +49,7 @@ def gemm_kernel(
     K,
     K_padded,
     row_words,
+    high_words,
     GROUP: tl.constexpr,
     OFFSET: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -63,7 +64,9 @@ def gemm_kernel(
     USE_ASM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """x `[M, K]`, packed `[N, row_words]`, scale and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`, out `[M, N]` or the workspace."""
+    """x `[M, K]`, packed `[N, row_words]` with its second plane `high_words` into each row, scale and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`,
+    out `[M, N]` or the workspace. BLOCK_K divides GROUP. EVEN_K: K needs no padding, so x needs no mask. UPCAST: see `product`.
+    """
     tiles_m = tl.cdiv(M, BLOCK_M)
     # Programs that share rows of W are neighbours, so that W comes from device memory once.
     rows = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -77,7 +80,7 @@ def gemm_kernel(
     units = tl.arange(0, BLOCK_K // 8)
     columns = tl.arange(0, BLOCK_K)
     low_units = plane_pointer(packed, row_words, safe_rows, 0, LOW_BITS) + units[None, :]
-    high_units = plane_pointer(packed, row_words, safe_rows, K_padded // 32 * LOW_BITS, HIGH_BITS) + units[None, :]
+    high_units = plane_pointer(packed, row_words, safe_rows, high_words, HIGH_BITS) + units[None, :]
     x_columns = x + safe_tokens.to(tl.int64)[:, None] * K + columns[None, :]
     shift = tl.full((BLOCK_N, 1), OFFSET, tl.int32)
     if HAS_ZERO and GROUP == 0:
@@ -109,7 +112,7 @@ def gemm_kernel(
     store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS, SPLIT_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def reduce_kernel(workspace, bias, out, size, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
     """out `[M, N]`, `size` elements: the sum over the first dimension of workspace `[SPLIT_K, M, N]`, always in the same order, and the bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -132,6 +135,7 @@ def dequantize_kernel(
     K,
     K_padded,
     row_words,
+    high_words,
     GROUP: tl.constexpr,
     OFFSET: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -150,7 +154,7 @@ def dequantize_kernel(
     low = tl.load(plane_pointer(packed, row_words, safe_rows, 0, LOW_BITS) + k // 8 + units[None, :])
     high = low
     if HIGH_BITS > 0:
-        high = tl.load(plane_pointer(packed, row_words, safe_rows, K_padded // 32 * LOW_BITS, HIGH_BITS) + k // 8 + units[None, :])
+        high = tl.load(plane_pointer(packed, row_words, safe_rows, high_words, HIGH_BITS) + k // 8 + units[None, :])
     at = safe_rows
     if GROUP > 0:
         at += k // GROUP * N

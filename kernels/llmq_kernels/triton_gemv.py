@@ -31,7 +31,7 @@ def _finish(total, token, out, scale, bias, rows, M, N, GROUP: tl.constexpr, HAS
     tl.store(out + token * N + rows, y.to(out.dtype.element_ty), mask=rows < tl.where(M > token, N, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemv_kernel(
     x,
     packed,
@@ -44,6 +44,7 @@ def gemv_kernel(
     K,
     K_padded,
     row_words,
+    high_words,
     GROUP: tl.constexpr,
     OFFSET: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -55,7 +56,7 @@ def gemv_kernel(
     BLOCK_K: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """x `[M, K]`, packed `[N, row_words]`, scale and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`, out `[M, N]`."""
+    """x `[M, K]`, packed `[N, row_words]` with its second plane `high_words` into each row, scale and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`, out `[M, N]`."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     safe_rows = tl.where(row_ok, rows, 0)
@@ -63,7 +64,7 @@ def gemv_kernel(
     blocks = tl.arange(0, BLOCKS)
     units = tl.arange(0, BLOCK_K // 8)
     low_units = plane_pointer(packed, row_words, safe_rows, 0, LOW_BITS) + units[None, :]
-    high_units = plane_pointer(packed, row_words, safe_rows, K_padded // 32 * LOW_BITS, HIGH_BITS) + units[None, :]
+    high_units = plane_pointer(packed, row_words, safe_rows, high_words, HIGH_BITS) + units[None, :]
     index = tl.arange(0, 32)  # 8 * unit + 2 * pair + half: the order in which a block is stored, and the column that stands there
     columns = (blocks * 32)[:, None] + (index % 8 // 2 * 8 + index // 8 * 2 + index % 2)[None, :]
 

@@ -68,7 +68,7 @@ def byte_codes(packed, BITS: tl.constexpr, USE_ASM: tl.constexpr):
         return joined.reshape(rows, n_bytes // 16, 16, 4).permute(0, 1, 3, 2).reshape(rows, n_bytes * 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int8_gemm_kernel(
     x,
     x_scale,

@@ -117,4 +117,9 @@ def tune(shapes: Sequence[tuple[int, int]], rows: Sequence[int], kinds: Sequence
 
 def _seconds_of(choice: triton_tuning.Choice, copies: Sequence[PreparedWeight], x: Tensor, device: torch.device) -> float:
     functions = [lambda x, each=each: triton_backend.run(x, each.weight, each.state, None, choice) for each in copies]
-    return timing.seconds(calls(functions, x), device, repeats=7)
+    try:
+        return timing.seconds(calls(functions, x), device, repeats=7)
+    except Exception as error:
+        if type(error).__module__.startswith("triton"):  # out of registers or shared memory: not this choice, then
+            raise RuntimeError(str(error)) from error
+        raise

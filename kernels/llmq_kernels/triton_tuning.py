@@ -123,9 +123,10 @@ def default_choice(problem: Problem, chip: Chip) -> Choice:
         return Choice("dequantize")
     # Tensor cores take eight columns from Ampere on; AMD's take 16, and Triton 3.6 does not reach Hopper's with eight columns of bytes.
     smallest = 16 if chip.is_amd or problem.kind == "int8" else 8
-    # Before Hopper, sums and weights share the registers of a warp: 128 x 128 tiles spill.
-    block_m = min(max(m, smallest), 64 if chip.arch in ("sm_80", "sm_89") else 128)
-    block_n = 128 if m >= 64 and not chip.is_amd else 64
+    # Before Hopper, sums, weights and x all lie in the registers of a warp: of the larger tiles, Triton 3.6 or 3.9 spills at 64 x 128 and 128 x 128, at 64 x 64 neither does.
+    wide = chip.arch in ("sm_90", "sm_100")
+    block_m = min(max(m, smallest), 128 if wide or chip.is_amd else 64)
+    block_n = 128 if m >= 64 and wide else 64
     block_k = tile_columns(problem.group)
     warps = 8 if block_m * block_n >= 128 * 64 else 4
     stages = 2 if chip.is_amd else 4 if m <= 32 else 3

@@ -12,6 +12,8 @@ import torch
 from conftest import make_model
 from packed_weights import make_weight, relative_error
 
+from llmq.benchmark import kernels
+from llmq.benchmark.decode import StaticDecoder, quantize_layers
 from llmq.modules import QuantLinear, prepare, quantized_modules, swap
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import ActSpec, QuantSpec
@@ -94,7 +96,7 @@ CHOICES = [
 def test_every_method_agrees(code, asymmetric, choice):
     m = 4 if choice.method == "gemv" else 20
     for dtype in (torch.float16, torch.bfloat16):
-        check(make_weight(code, 64, 80, 448, asymmetric=asymmetric, device=DEVICE), dtype, m, bias=True, choice=choice)
+        check(make_weight(code, 64, 40, 448, asymmetric=asymmetric, device=DEVICE), dtype, m, bias=True, choice=choice)
 
 
 INT8_CASES = [
@@ -232,3 +234,23 @@ def test_decode_step_of_a_model():
     assert {layer.backend for layer in quantized_modules(model).values()} == {"triton"}
     # Two blocks with about ten roundings each, at 2^-11, and the dense weights rounded once more.
     assert relative_error(outputs[0], outputs[1].double()) < 30 * 2.0**-11
+
+
+def test_tuning_keeps_what_it_measured(monkeypatch):
+    every = triton_tuning.candidates
+    monkeypatch.setattr(triton_tuning, "candidates", lambda problem, chip: list(every(problem, chip))[:2])
+    results = kernels.tune([(32, 128)], (1, 16), [kernels.Kind("w4g128"), kernels.Kind("ternary+a8")], DEVICE, 60.0)
+    assert sorted(key.split("/")[0] + key.split("/")[-1] for key in results) == ["floatm1", "floatm16", "int8m1", "int8m16"]
+    for key, seconds in results.items():
+        best = min(seconds, key=seconds.get)
+        assert str(triton_tuning.tuned(triton_tuning.chip_of(torch.empty(0, device=DEVICE).device))[key]) == best
+
+
+@gpu_only
+def test_decoding_by_graph_gives_the_tokens_of_decoding_without():
+    model = make_model("llama", dtype=torch.bfloat16).to(DEVICE)
+    quantize_layers(model, QuantSpec("int4", 32))
+    first = torch.tensor([5, 1000], device=DEVICE)
+    by_graph, _ = StaticDecoder(model, 2, 64).decode(first, 20, use_graph=True)
+    step_by_step, _ = StaticDecoder(model, 2, 64).decode(first, 20, use_graph=False)
+    assert torch.equal(torch.stack(by_graph), torch.stack(step_by_step))

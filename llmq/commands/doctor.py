@@ -39,11 +39,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     codes, scale = torch.zeros(64, 128, dtype=torch.uint8), torch.ones(64, 1, dtype=torch.float16)
     backends = {}
+    places = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for backend in BACKENDS:
+        # Grouped by what a user can change last: the first reason shown is that of 4-bit weights.
         reasons = [
-            backend.refusal(PackedWeight(pack(codes, code.bits), scale, None, None, code, 128, (64, 128), activations), dtype, torch.device("cpu"))
+            backend.refusal(PackedWeight(pack(codes, code.bits), scale, None, None, code, 128, (64, 128), activations), dtype, place)
+            for place in places
             for activations in ("none", "int8-token")
-            for code in CODES.values()
+            for code in sorted(CODES.values(), key=lambda code: code.name != "int4")
             for dtype in (torch.bfloat16, torch.float32)
         ]
         backends[backend.name] = None if None in reasons else reasons[0]

@@ -21,7 +21,7 @@ from llmq_kernels.reference import dequantize_codes, expand_groups
 SHRINK_FACTORS = tuple(1 - 0.02 * i for i in range(31))  # 1.00 .. 0.40
 
 
-def _grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
+def grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
     """[N, K] -> [N, G, columns per group]; the last group is filled with zeros, which change neither a range nor an error. Per tensor: [1, 1, N * K]."""
     n, k = weight.shape
     if spec.group_size == PER_TENSOR:
@@ -41,19 +41,23 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(stored == 0, torch.ones_like(stored), stored).float()
 
 
+def round_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
+    """The zero point as it will be stored: a whole number in the range of the codes, in float32."""
+    return zero.round().clamp_(0, spec.levels.max)
+
+
 def range_scale(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scale (not yet rounded) and zero point that cover the range of each group: absmax, min-max, or absmean for ternary. weight: float32 `[N, K]`; both `[N or 1, G]`."""
-    grouped = _grouped(weight, spec)
+    groups = grouped(weight, spec)
     levels = spec.levels
     if levels.name == "ternary":
-        counts = _grouped(torch.ones_like(weight[:1]), spec).sum(-1) if spec.group_size != PER_TENSOR else weight.numel()
-        return (grouped.abs().sum(-1) / counts).clamp_min(1e-5), None
+        counts = grouped(torch.ones_like(weight[:1]), spec).sum(-1) if spec.group_size != PER_TENSOR else weight.numel()
+        return (groups.abs().sum(-1) / counts).clamp_min(1e-5), None
     if spec.symmetric:
-        return 2 * grouped.abs().amax(-1) / levels.max, None
-    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+        return 2 * groups.abs().amax(-1) / levels.max, None
+    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     scale = (high - low) / levels.max
-    zero = torch.round(-low / torch.where(scale == 0, 1, scale)).clamp_(0, levels.max)
-    return scale, zero
+    return scale, round_zero(-low / torch.where(scale == 0, 1, scale), spec)
 
 
 def choose_scale(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -66,8 +70,8 @@ def choose_scale(weight: Tensor, spec: QuantSpec, importance: Tensor | None = No
     best_scale = round_scale(full, spec)
     if importance is None:
         return best_scale, zero
-    grouped = _grouped(weight, spec)
-    column_weight = _grouped(importance.expand_as(weight), spec) if spec.group_size == PER_TENSOR else _grouped(importance[None], spec)
+    groups = grouped(weight, spec)
+    column_weight = grouped(importance.expand_as(weight), spec) if spec.group_size == PER_TENSOR else grouped(importance[None], spec)
     levels = spec.levels
     shifts = (0, -1, 1) if zero is not None and spec.bits == 2 else (0,)
     best_zero = zero
@@ -77,7 +81,7 @@ def choose_scale(weight: Tensor, spec: QuantSpec, importance: Tensor | None = No
         offset = levels.offset if candidate_zero is None else candidate_zero[..., None]
         for factor in _factors(spec):
             scale = round_scale(full * factor, spec)
-            residual = _round_trip(grouped, scale[..., None], offset, levels.max).sub_(grouped)
+            residual = _round_trip(groups, scale[..., None], offset, levels.max).sub_(groups)
             error = residual.square_().mul_(column_weight).sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
@@ -93,7 +97,9 @@ def _factors(spec: QuantSpec) -> tuple[float, ...]:
 
 
 def round_codes(weight: Tensor, scale: Tensor, zero: Tensor | float, max_code: int) -> Tensor:
-    """Codes as whole numbers in float32, shaped like weight; scale and zero broadcast. Everything that rounds goes through this line."""
+    """Codes as whole numbers in float32, shaped like weight; scale and zero broadcast. Everything that rounds goes through here. zero: whole numbers, or one half-integer for all."""
+    if not isinstance(zero, Tensor) and zero % 1:
+        return (weight / scale).add_(zero).round_().clamp_(0, max_code)  # the levels lie half a step beside the whole numbers
     return (weight / scale).round_().add_(zero).clamp_(0, max_code)
 
 

@@ -71,7 +71,8 @@ class Recipe:
     rules: ordered, first match wins. method: "rtn" or "gptq". order: the column order of GPTQ (see `llmq.ptq.gptq`). damping: share of the mean diagonal added to the Hessian.
     search: choose scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes and scales after GPTQ (see `llmq.ptq.refine`).
     inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which corrects each layer for what the layers before
-    it lost (GPTAQ), by the share alpha. samples, sequence_length, seed: the calibration windows. activations: how layer inputs are quantized at inference.
+    it lost (GPTAQ), by the share alpha. samples, sequence_length, seed: the calibration windows. activations: how activations are quantized at inference; activation_range: how static ranges are
+    chosen, "minmax", "percentile" or "mse" (see `llmq.ptq.ranges`).
     """
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
@@ -86,10 +87,13 @@ class Recipe:
     sequence_length: int = 2048
     seed: int = 0
     activations: ActSpec = field(default_factory=ActSpec)
+    activation_range: Literal["minmax", "percentile", "mse"] = "mse"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sequence_length < 2:
             raise LlmqError(f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens")
+        if self.activations.kind == "int8-static" and self.method == "rtn":
+            raise LlmqError("activations int8-static need calibration data for their ranges, which method rtn does not read; use --method gptq, or int8-token")
         if self.sweeps < 0:
             raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:

@@ -4,6 +4,7 @@ w4g128        4-bit integers, symmetric, one scale per 128 columns
 w3g64-asym    3-bit integers with a zero point per group
 w8            8-bit integers, one scale per row
 w4-tensor     one scale for the whole tensor
+w2h-g64       2 bits at -1.5, -0.5, 0.5 and 1.5 steps
 ternary-g128  {-1, 0, 1} times a scale per 128 columns
 """
 
@@ -20,7 +21,7 @@ PER_ROW = -1
 PER_TENSOR = 0
 SMALLER_GROUPS = (128, 64, 32)
 
-_TEXT = re.compile(r"(?:w(?P<bits>\d+)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?")
+_TEXT = re.compile(r"(?:w(?P<bits>\d+h?)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class QuantSpec:
             raise LlmqError(f"unknown code {self.code!r}: expected one of {', '.join(CODES)}")
         if self.group_size < PER_ROW or self.group_size == 1:
             raise LlmqError(f"group size {self.group_size}: expected a number of columns from 2 up, -1 (one scale per row) or 0 (one per tensor)")
-        if self.code == "ternary" and not self.symmetric:
-            raise LlmqError("ternary codes are symmetric: -1, 0 and 1 have no zero point to move; leave out --asymmetric")
+        if self.code in ("ternary", "int2h") and not self.symmetric:
+            raise LlmqError(f"{self.code} codes are symmetric: they have no zero point to move; leave out --asymmetric")
         if self.scale_dtype not in ("float16", "bfloat16", "float32"):
             raise LlmqError(f"scale dtype {self.scale_dtype!r}: expected float16, bfloat16 or float32")
 
@@ -76,8 +77,8 @@ class QuantSpec:
         return replace(self, group_size=smaller[0]) if smaller else None
 
     def __str__(self) -> str:
-        name = "ternary" if self.code == "ternary" else f"w{self.bits}"
-        group = {PER_ROW: "", PER_TENSOR: "-tensor"}.get(self.group_size, f"{'-' if self.code == 'ternary' else ''}g{self.group_size}")
+        name = "ternary" if self.code == "ternary" else self.code.replace("int", "w")
+        group = {PER_ROW: "", PER_TENSOR: "-tensor"}.get(self.group_size, f"{'-' if self.code in ('ternary', 'int2h') else ''}g{self.group_size}")
         return name + group + ("" if self.symmetric else "-asym")
 
     @classmethod
@@ -100,16 +101,30 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class ActSpec:
-    """How the input of a linear layer is quantized before an integer matmul.
+    """How what flows between layers is quantized at inference.
 
-    kind: "none", or "int8-token": a scale per token from its own largest magnitude.
+    kind: of the inputs of linear layers, before an integer matmul: "none", "int8-token" (a scale per token from its own largest magnitude) or "int8-static" (a range per layer, stored).
+    kv_bits: of keys and values, 8, 4 or None; kv_before_rope: before the rotary embedding instead of after it (see `llmq.kv`).
     """
 
-    kind: Literal["none", "int8-token"] = "none"
+    kind: Literal["none", "int8-token", "int8-static"] = "none"
+    kv_bits: int | None = None
+    kv_before_rope: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "int8-token"):
-            raise LlmqError(f"unknown activation quantization {self.kind!r}: expected none or int8-token")
+        if self.kind not in ("none", "int8-token", "int8-static"):
+            raise LlmqError(f"unknown activation quantization {self.kind!r}: expected none, int8-token or int8-static")
+        if self.kv_bits not in (None, 8, 4):
+            raise LlmqError(f"keys and values of {self.kv_bits} bits: expected 8 or 4")
+
+    @property
+    def is_none(self) -> bool:
+        """Nothing but weights is quantized."""
+        return self == ActSpec()
+
+    def __str__(self) -> str:
+        parts = [self.kind] * (self.kind != "none") + ([f"{self.kv_bits}-bit keys and values"] if self.kv_bits else [])
+        return " and ".join(parts) or "none"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

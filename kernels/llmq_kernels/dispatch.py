@@ -39,6 +39,9 @@ def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     if weight.activations == "int8-group":
         group = reference.activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else weight.shape[1])
         return reference.matmul(reference.fake_quantize_groups(x, group), weight.dequantize()).to(x.dtype)
+    if weight.activations == "int8-static":
+        assert weight.input_range is not None
+        return reference.matmul(reference.fake_quantize_static(x, weight.input_range), weight.dequantize()).to(x.dtype)
     return reference.matmul(x, weight.dequantize())
 
 

@@ -46,7 +46,10 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweeps", type=int, help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)")
     parser.add_argument("--inputs", choices=("quantized", "full-precision", "both"), default=None, help="inputs that layers are measured on; both: also correct for earlier losses (default: both)")
     parser.add_argument("--alpha", type=float, help="share of that correction (default: 0.5)")
-    parser.add_argument("--activations", choices=("none", "int8-token"), default=None, help="quantize layer inputs per token and multiply integers (with --bits 8; default: none)")
+    activations_help = "quantize layer inputs, per token or by a static range, and multiply integers (with --bits 8; default: none)"
+    parser.add_argument("--activations", choices=("none", "int8-token", "int8-static"), default=None, help=activations_help)
+    parser.add_argument("--activation-range", choices=("minmax", "percentile", "mse"), default=None, help="how static ranges are chosen (default: mse)")
+    parser.add_argument("--kv-bits", type=int, choices=(8, 4), help="quantize keys and values per token and head (default: not)")
     rule_help = "another treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; first match wins"
     parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help=rule_help)
     parser.add_argument("--recipe", metavar="FILE", help="a recipe as JSON (the 'recipe' of a report.json); other options override it")
@@ -54,7 +57,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, metavar="N", help="calibration windows (default: 128)")
     parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per calibration window (default: 2048, or what the model has positions for)")
     parser.add_argument("--seed", type=int, help="seed of the calibration windows (default: 0)")
-    parser.add_argument("--format", default="auto", help="auto, gptq, gptq_v2 or llmq (default: auto)")
+    parser.add_argument("--format", default="auto", help="auto, gptq, gptq_v2, bitnet or llmq (default: auto)")
     parser.add_argument("--strict", action="store_true", help="refuse any deviation from what was asked: other group sizes, kept layers, fallbacks")
     parser.add_argument("--revision", help="revision of a Hub model")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to run block by block on the GPU")
@@ -69,7 +72,6 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
 
     from llmq.errors import LlmqError
     from llmq.recipe import Recipe, Rule
-    from llmq.spec import ActSpec
 
     base = Recipe(sequence_length=min(2048, max_length))
     if args.recipe:
@@ -79,11 +81,11 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
             raise LlmqError(f"--recipe {args.recipe}: not a recipe ({error}); expected the JSON that report.json holds under 'recipe'") from None
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
-    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed")
+    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "activation_range")
     options = {name: getattr(args, name) for name in names}
     options |= {"order": "act" if args.act_order else args.order, "search": False if args.no_search else None}
-    if args.activations:
-        base = replace(base, activations=ActSpec(args.activations))
+    if args.activations or args.kv_bits:
+        base = replace(base, activations=replace(base.activations, **{key: value for key, value in (("kind", args.activations), ("kv_bits", args.kv_bits)) if value}))
     recipe = replace(base, **{key: value for key, value in options.items() if value is not None})
     rules = tuple(Rule.parse(text) for text in args.rule)
     gives_spec = not args.recipe or args.bits or args.group_size is not None or args.asymmetric

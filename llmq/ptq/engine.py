@@ -14,7 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from llmq.models.arch import find_blocks, linear_shape, linear_weight
 from llmq.ptq.activations import ActivationFile
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.gptq import GPTQOptions, gptq
+from llmq.ptq.ranges import RangeObserver
 from llmq.ptq.replay import SolvedParts
 from llmq.ptq.rtn import rtn
 from llmq.ptq.solver import SolverResult
@@ -125,6 +126,10 @@ class Engine:
         return ActivationFile(self.work_dir / f"inputs-{stream}-{index:05d}.f32", self.tokens.shape[1], width)
 
     @property
+    def _is_static(self) -> bool:
+        return self.recipe.activations.kind == "int8-static"
+
+    @property
     def streams(self) -> list[str]:
         return ["quantized"] if self.recipe.inputs == "quantized" else ["quantized", "full-precision"]
 
@@ -181,13 +186,14 @@ class Engine:
         kept = {f"{name}.{key}": tensor for key, tensor in stored.items() if key.removesuffix(".weight") not in targets}
 
         del stored
-        groups = self._groups(index, block, name, targets)
-        exact_output = self._advance(block, index, "full-precision", [group[0] for group in groups]) if "full-precision" in self.streams and self.tokens is not None else None
         parts = self._solved_parts(block, targets)
+        with nullcontext() if parts is None else parts.watching():
+            groups = self._groups(index, block, name, targets)
+        exact_output = self._advance(block, index, "full-precision", [group[0] for group in groups]) if "full-precision" in self.streams and self.tokens is not None else None
         results, layer_reports = self._solve_block(index, block, name, targets, groups, parts)
         first_output = None
         if parts is not None:
-            with parts.during_run(results, record=False):
+            with parts.playing(results):
                 first_output = self._advance(block, index, "quantized")
             parts.discard()
         error = None
@@ -252,23 +258,21 @@ class Engine:
         for group in groups:
             stats = None
             if parts is not None:
-                with parts.during_run(results) if self.recipe.inputs != "full-precision" else nullcontext():
-                    stats = self._measure(index, block, group[0])
+                stats = self._measure(index, block, group, parts, results)
             for layers, spec in _by_spec(group, targets):
                 weight = torch.cat([linear_weight(block.get_submodule(layer)) for layer in layers]).float()
                 solved = _solve(weight, stats, spec, self.recipe)
                 for layer, result in zip(layers, _split(solved, [_rows(block, layer) for layer in layers]), strict=True):
                     original = linear_weight(block.get_submodule(layer))
+                    if stats is not None and stats.ranges is not None:
+                        result = replace(result, tensor=replace(result.tensor, input_range=stats.ranges.range(self.recipe.activation_range)))
                     results[layer] = result
                     reports.append(_report(f"{name}.{layer}", original, result, stats))
                     original.copy_(result.tensor.dequantize())
         return results, reports
 
     def _solved_parts(self, block: nn.Module, targets: Collection[str]) -> SolvedParts | None:
-        if self.tokens is None:
-            return None
-        inputs = self.inputs_of(0)
-        return SolvedParts(block, targets, self.work_dir, inputs.length, inputs.width, len(self.tokens), self.batch_size)
+        return None if self.tokens is None else SolvedParts(block, targets, self.work_dir, self.tokens.shape[1], self.batch_size)
 
     def _groups(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]) -> list[list[str]]:
         if self.tokens is None or not targets:
@@ -280,15 +284,23 @@ class Engine:
             raise LlmqError(f"{name}.{min(idle)}: this layer did not run on the calibration text, so it cannot be calibrated; keep it with --rule '*{min(idle)}=keep'")
         return groups
 
-    def _measure(self, index: int, block: nn.Module, layer: str) -> LayerStats:
-        """Statistics of a layer's inputs on the stream that the recipe names."""
-        module = block.get_submodule(layer)
+    def _measure(self, index: int, block: nn.Module, group: list[str], parts: SolvedParts, solved: Collection[str]) -> LayerStats:
+        """Statistics of the inputs that a group of layers shares, on the stream that the recipe names."""
+        layer = block.get_submodule(group[0])
         both = self.recipe.inputs == "both"
-        stats = LayerStats(linear_weight(module).shape[1], self.device, cross=both)
-        exact_file = self._exact_inputs(block, index, layer)
+        stats = LayerStats(linear_weight(layer).shape[1], self.device, cross=both, project=linear_weight(layer) if len(group) == 1 else None, ranges=RangeObserver() if self._is_static else None)
+        exact_file = self._exact_inputs(block, index, group[0])
         exact_batches = exact_file.batches(self.batch_size) if both else itertools.repeat(None)
-        for (call, hidden), exact in zip(self._batches(index, "full-precision" if self.recipe.inputs == "full-precision" else "quantized"), exact_batches, strict=False):
-            stats.add(run_until(block, module, call, hidden), None if exact is None else exact.to(self.device))
+        with ExitStack() as stack:
+            keep: Callable[[Tensor], object] = lambda batch: None  # noqa: E731
+            if self.recipe.inputs != "full-precision":  # else the block runs on inputs that it will never see again
+                stack.enter_context(parts.playing(solved))
+                keep = stack.enter_context(parts.keeping(group[0]))
+            for (call, hidden), exact in zip(self._batches(index, "full-precision" if self.recipe.inputs == "full-precision" else "quantized"), exact_batches, strict=False):
+                x = run_until(block, layer, call, hidden)
+                stats.add(x, None if exact is None else exact.to(self.device))
+                keep(x)
+        stats.finish()
         exact_file.path.unlink(missing_ok=True)
         return stats
 

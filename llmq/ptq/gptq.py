@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from llmq import quantizer
+from llmq.errors import LlmqError
 from llmq.ptq.refine import refine
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats
@@ -97,6 +98,8 @@ def column_order(importance: Tensor, group_size: int, order: Order) -> Tensor:
 
 def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOptions = GPTQOptions()) -> SolverResult:
     """Quantize a float32 weight `[N, K]`. Falls back to plain rounding, and says so, when the Hessian stays singular with all its mean diagonal added."""
+    if spec.levels.offset % 1:
+        raise LlmqError(f"GPTQ has no column loop for {spec}, whose levels lie between whole numbers; use --method rtn, or w2g64-asym")
     diagonal = stats.hessian.diagonal().clone()
     dead = diagonal == 0
     n_dead = int(dead.sum())
@@ -109,7 +112,7 @@ def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOption
         return SolverResult(QuantizedTensor.quantize(weight, spec, importance), damping, n_dead, "Hessian not positive definite")
 
     if stats.cross is not None and options.alpha:
-        weight = torch.add(weight, _shift(weight, stats.cross, order, factor), alpha=options.alpha)
+        weight = torch.add(weight, _shift(stats.pull(weight), order, factor), alpha=options.alpha)
     solve = _Solve(weight, order, importance, spec, options)
     solve.run(factor)
     tensor = solve.result()
@@ -121,9 +124,9 @@ def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOption
     return SolverResult(tensor, damping, n_dead)
 
 
-def _shift(weight: Tensor, cross: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+def _shift(pull: Tensor, order: Tensor, factor: Tensor) -> Tensor:
     """`W C H^-1`: the change of W that best restores, from the quantized model's inputs, the outputs that the layer has in the full-precision model. H^-1 = U^T U in rounding order."""
-    shift = (weight @ cross)[:, order] @ factor.T @ factor
+    shift = pull[:, order] @ factor.T @ factor
     restored = torch.empty_like(shift)
     restored[:, order] = shift
     return restored
@@ -184,13 +187,13 @@ class _Solve:
         errors = torch.empty_like(block)
         diagonal = factor.diagonal().tolist()
         groups = self.group_of[start:stop].tolist()
-        for i, (u, group) in enumerate(zip(diagonal, groups, strict=True)):
+        for i, (column, error, u, group) in enumerate(zip(block.unbind(), errors.unbind(), diagonal, groups, strict=True)):
             if start + i in group_stops:
                 self._enter_group(start + i, group_stops[start + i])
             scale, zero = self.scale_t[group], self.zero_t[group]
-            codes = quantizer.round_codes(block[i], scale, zero, self.spec.levels.max)
+            codes = quantizer.round_codes(column, scale, zero, self.spec.levels.max)
             self.codes_t[start + i] = codes
-            error = torch.sub(block[i], codes.sub_(zero).mul_(scale), out=errors[i]).div_(u)
+            torch.sub(column, codes.sub_(zero).mul_(scale), out=error).div_(u)
             block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
         return errors
 

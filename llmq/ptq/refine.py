@@ -52,22 +52,23 @@ class _Descent:
     def sweep_codes(self) -> None:
         """One pass over the columns."""
         k = len(self.group_of)
-        diagonal = self.hessian.diagonal().tolist()
+        curvature = self.hessian.diagonal().clamp_min(1e-30).tolist()
         groups = self.group_of.tolist()
+        # Columns are taken apart once: on layers of a few hundred rows, finding them costs more than the arithmetic.
+        scales, zeros = self.scale_t.unbind(), self.zero_t.unbind()
         for start in range(0, k, BLOCK_COLUMNS):
             stop = min(start + BLOCK_COLUMNS, k)
             local = self.product_t[start:stop].clone()
             block = self.hessian[start:stop, start:stop]
             change = torch.empty_like(local)
-            for i in range(stop - start):
-                group = groups[start + i]
-                scale = self.scale_t[group]
-                zero = self.zero_t[group]
-                best = self.integers_t[start + i] * scale + local[i] / max(diagonal[start + i], 1e-30)
+            columns = zip(self.integers_t[start:stop].unbind(), local.unbind(), change.unbind(), groups[start:stop], curvature[start:stop], strict=True)
+            for i, (integers, slope, moved, group, bend) in enumerate(columns):
+                scale, zero = scales[group], zeros[group]
+                best = torch.mul(integers, scale).add_(slope, alpha=1 / bend)
                 new = quantizer.round_codes(best, scale, zero, self.spec.levels.max).sub_(zero)
-                change[i] = (self.integers_t[start + i] - new) * scale
-                self.integers_t[start + i] = new
-                local[i + 1 :].addr_(block[i, i + 1 :], change[i])
+                torch.sub(integers, new, out=moved).mul_(scale)
+                integers.copy_(new)
+                local[i + 1 :].addr_(block[i, i + 1 :], moved)
             self.product_t.addmm_(self.hessian[:, start:stop], change)
 
     def result(self, tensor: QuantizedTensor) -> QuantizedTensor:

@@ -1,86 +1,97 @@
 """Do not compute twice what cannot change any more.
 
-Solving a block in running order runs it once per group of layers. A child of the block whose layers are all solved (the attention, from the third group on) gives the same outputs in every later run,
-because everything before it is solved too. So its outputs are recorded during the first such run and played back afterwards, bit for bit. On a Llama block this saves half of the attention work.
+Solving a block in running order runs it once per group of layers, and once more for its outputs. A child of the block whose last layer is solved (the attention after o_proj, the MLP after down_proj)
+has the same inputs to that layer in every later run, because everything before is solved too. These inputs pass by anyway when the layer is measured; they are kept in a file, and from then on
+the child is that one layer applied to them: the same operation on the same numbers, hence the same bits. On a Llama block this saves two runs of q/k/v and the attention and one of gate and up.
+
+Keeping the child's outputs instead takes less disk where the layer narrows, but they exist only after one more run of everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from llmq.models.arch import linear_weight
 from llmq.ptq.activations import ActivationFile
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The layer whose output is a child's output. rest: what else the child returns beside hidden states, or None when it returns these alone."""
+
+    layer: str
+    rest: tuple[Any, ...] | None
+
+
 class SolvedParts:
-    """The solved children of one block. targets: the block's layers that are quantized, relative names. files go to `work_dir`, float32 `[n_sequences, length, width]`."""
+    """The children of one block that are played back. Files go to `work_dir`: float32 `[n_sequences, length, K of the layer]`."""
 
-    def __init__(self, block: nn.Module, targets: Collection[str], work_dir: Path, length: int, width: int, n_sequences: int, batch_size: int) -> None:
+    def __init__(self, block: nn.Module, targets: Collection[str], work_dir: Path, length: int, batch_size: int) -> None:
+        self.block, self.targets = block, targets
+        self.work_dir, self.length, self.batch_size = work_dir, length, batch_size
         self.children = {name: child for name, child in block.named_children() if any(layer.startswith(name + ".") for layer in targets)}
-        self.targets = set(targets)
-        self.work_dir, self.length, self.width = work_dir, length, width
-        self.n_sequences, self.batch_size = n_sequences, batch_size
-        self.in_tuple: dict[str, tuple[Any, ...] | None] = {}  # what else a recorded child returns; its presence says that the recording is complete
-
-    def _file(self, name: str) -> ActivationFile:
-        return ActivationFile(self.work_dir / f"solved-{name}.f32", self.length, self.width)
-
-    def _is_solved(self, name: str, solved: Collection[str]) -> bool:
-        return all(layer in solved for layer in self.targets if layer.startswith(name + "."))
+        self.tails: dict[str, Tail] = {}  # by child
 
     @contextmanager
-    def during_run(self, solved: Collection[str], *, record: bool = True) -> Iterator[None]:
-        """For one run of the block over all batches, in order: play back the children that are recorded, record those that are newly solved (unless it is the last run)."""
+    def watching(self) -> Iterator[None]:
+        """Find the tails while the block runs once."""
+        outputs: list[tuple[str, Tensor]] = []
+
+        def watch_child(name: str, output: Any) -> None:
+            hidden, rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
+            # A child that returns other tensors too (attention weights) is computed each time.
+            last = [layer for layer, tensor in outputs if tensor is hidden and layer.startswith(name + ".")]
+            if last and not any(isinstance(value, Tensor) for value in rest or ()):
+                self.tails[name] = Tail(last[-1], rest)
+
         with ExitStack() as stack:
+            for layer in self.targets:
+                stack.callback(self.block.get_submodule(layer).register_forward_hook(lambda _module, _args, output, layer=layer: outputs.append((layer, output))).remove)
             for name, child in self.children.items():
-                if name in self.in_tuple:
-                    stack.enter_context(self._playing(name, child))
-                elif record and self._is_solved(name, solved):
-                    stack.enter_context(self._recording(name, child))
+                stack.callback(child.register_forward_hook(lambda _module, _args, output, name=name: watch_child(name, output)).remove)
             yield
 
+    def _file(self, layer: str) -> ActivationFile:
+        return ActivationFile(self.work_dir / f"solved-{layer}.f32", self.length, linear_weight(self.block.get_submodule(layer)).shape[1])
+
     @contextmanager
-    def _playing(self, name: str, child: nn.Module) -> Iterator[None]:
-        batches, rest = self._file(name).batches(self.batch_size), self.in_tuple[name]
+    def keeping(self, layer: str) -> Iterator[Callable[[Tensor], object]]:
+        """A function that takes the inputs of `layer`, batch by batch, and keeps them if it is a tail."""
+        if any(tail.layer == layer for tail in self.tails.values()):
+            with self._file(layer).appender(durable=False) as append:
+                yield append
+        else:
+            yield lambda batch: None
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            like = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            output = next(batches).to(like.device)
-            return output if rest is None else (output, *rest)
-
-        child.forward = forward  # type: ignore[method-assign]
+    @contextmanager
+    def playing(self, solved: Collection[str]) -> Iterator[None]:
+        """For one run of the block over all batches, in order: replace the children whose tail is solved."""
+        played = [self.children[name] for name, tail in self.tails.items() if tail.layer in solved and self._file(tail.layer).path.exists()]
+        for name, tail in self.tails.items():
+            if self.children[name] in played:
+                self.children[name].forward = self._playback(tail)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del child.forward
+            for child in played:
+                del child.forward
 
-    @contextmanager
-    def _recording(self, name: str, child: nn.Module) -> Iterator[None]:
-        rests: list[tuple[Any, ...] | None] = []
-        file = self._file(name)
-        with file.appender(durable=False) as append:
+    def _playback(self, tail: Tail) -> Callable[..., Any]:
+        batches, layer = self._file(tail.layer).batches(self.batch_size), self.block.get_submodule(tail.layer)
 
-            def note(_module: nn.Module, _args: Any, output: Any) -> None:
-                tensor, rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
-                replayable = tensor.shape[1:] == (self.length, self.width) and not any(isinstance(value, Tensor) for value in rest or ())
-                rests.append(rest)
-                if replayable:
-                    append(tensor)
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
+            output = layer(next(batches).to(linear_weight(layer).device))
+            return output if tail.rest is None else (output, *tail.rest)
 
-            handle = child.register_forward_hook(note)
-            try:
-                yield
-            finally:
-                handle.remove()
-        # A child that a run did not reach for every batch, or whose output is more than hidden states, is computed again each time.
-        if rests and file.n_sequences == self.n_sequences:
-            self.in_tuple[name] = rests[0]
+        return forward
 
     def discard(self) -> None:
-        """Remove the recordings."""
-        for name in self.children:
-            self._file(name).path.unlink(missing_ok=True)
+        """Remove the files."""
+        for tail in self.tails.values():
+            self._file(tail.layer).path.unlink(missing_ok=True)

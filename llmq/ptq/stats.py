@@ -5,17 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.ptq.ranges import RangeObserver
+
+BLOCK_COLUMNS = 256  # of H that are accumulated together; smaller blocks skip more of the upper triangle, larger ones multiply faster
+
 
 class LayerStats:
     """Running `H = 2 / n * sum_t x_t x_t^T` in float32 over the rows of every batch added (Frantar et al., GPTQ, 2022, section 3).
 
-    hessian: float32 `[K, K]`. cross: float32 `[K, K]`, `2 / n * sum_t (y_t - x_t) x_t^T` with the inputs y that the same layer has in the full-precision model, or None when
-    these are not given. n_tokens: rows counted. n_dropped: rows left out because they held NaN or infinity.
+    hessian: float32 `[K, K]`; H is symmetric, so only blocks on and below the diagonal are accumulated, and `finish` mirrors them.
+    cross: with inputs y that the same layer has in the full-precision model, `C = 2 / n * sum_t (y_t - x_t) x_t^T`, float32 `[K, K]`, or `P C` `[N, K]` for a projection P `[N, K]`; else None.
+    ranges: extremes and samples of the inputs, for static activation ranges, or None. n_tokens: rows counted. n_dropped: rows left out because they held NaN or infinity.
+
+    All that a solver wants of C is W C. For a layer that narrows (down_proj) it is cheaper to project the differences first, in time and in memory: `project` is then that layer's weight.
     """
 
-    def __init__(self, k: int, device: torch.device | str = "cpu", *, cross: bool = False) -> None:
+    def __init__(self, k: int, device: torch.device | str = "cpu", *, cross: bool = False, project: Tensor | None = None, ranges: RangeObserver | None = None) -> None:
         self.hessian = torch.zeros(k, k, dtype=torch.float32, device=device)
-        self.cross = torch.zeros_like(self.hessian) if cross else None
+        self.projection = None if project is None or 2 * project.shape[0] >= k else project.float()
+        n_cross = k if self.projection is None else self.projection.shape[0]
+        self.cross = torch.zeros(n_cross, k, dtype=torch.float32, device=device) if cross else None
+        self.ranges = ranges
         self.n_tokens = 0
         self.n_dropped = 0
 
@@ -30,11 +40,29 @@ class LayerStats:
         n_new = rows.shape[0]
         if n_new == 0:
             return
+        if self.ranges is not None:
+            self.ranges.add(rows)
         n_total = self.n_tokens + n_new
-        self.hessian.addmm_(rows.T, rows, beta=self.n_tokens / n_total, alpha=2 / n_total)
+        share = {"beta": self.n_tokens / n_total, "alpha": 2 / n_total}
+        for start in range(0, rows.shape[1], BLOCK_COLUMNS):
+            block = slice(start, start + BLOCK_COLUMNS)
+            self.hessian[start:, block].addmm_(rows[:, start:].T, rows[:, block], **share)
         if self.cross is not None:
-            self.cross.addmm_((exact - rows).T, rows, beta=self.n_tokens / n_total, alpha=2 / n_total)
+            difference = exact - rows
+            self.cross.addmm_((difference if self.projection is None else difference @ self.projection.T).T, rows, **share)
         self.n_tokens = n_total
+
+    def finish(self) -> LayerStats:
+        """Complete H above its diagonal, once all inputs are added."""
+        for start in range(0, len(self.hessian), BLOCK_COLUMNS):
+            stop = start + BLOCK_COLUMNS
+            self.hessian[start:stop, stop:] = self.hessian[stop:, start:stop].T
+        return self
+
+    def pull(self, weight: Tensor) -> Tensor:
+        """`W C` `[N, K]`: the correlation of a layer's missing output with its input. Weight `[N, K]`: the rows that were projected, where some were."""
+        assert self.cross is not None
+        return weight @ self.cross if self.projection is None else self.cross
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:

@@ -113,22 +113,22 @@ def test_full_precision_stream_gives_other_hessians_and_block_errors(model_folde
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon"])
 @pytest.mark.parametrize("inputs", ["quantized", "both"])
 def test_playing_back_solved_parts_changes_nothing(model_type, inputs, monkeypatch):
-    """Recorded attention outputs against computing them again each time: the same codes and scales."""
+    """Children played back from the inputs of their last layer against computing them again each time: the same codes and scales."""
     from contextlib import nullcontext
 
     from llmq.ptq.replay import SolvedParts
 
     tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 40, 32, 0, "text").tokens
     models, played = [], []
-    playing = SolvedParts._playing
-    monkeypatch.setattr(SolvedParts, "_playing", lambda self, name, child: played.append(name) or playing(self, name, child))
+    playback = SolvedParts._playback
+    monkeypatch.setattr(SolvedParts, "_playback", lambda self, tail: played.append(tail.layer) or playback(self, tail))
     for replay in (True, False):
         if not replay:
-            monkeypatch.setattr(SolvedParts, "during_run", lambda self, solved, record=True: nullcontext())
+            monkeypatch.setattr(SolvedParts, "playing", lambda self, solved: nullcontext())
         model = make_model(model_type)
         llmq.quantize(model, recipe(inputs=inputs), tokens)
         models.append(model.state_dict())
-    assert played
+    assert len(set(played)) == 2, "attention and MLP"
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 

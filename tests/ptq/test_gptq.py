@@ -117,12 +117,14 @@ def test_hessian_is_a_running_mean_and_drops_rows_that_are_not_finite():
     assert torch.allclose(stats.hessian, 2 * kept.T @ kept / 28, atol=1e-5)
 
 
-def test_correction_restores_the_full_precision_outputs():
+@pytest.mark.parametrize("projected", [False, True])
+def test_correction_restores_the_full_precision_outputs(projected):
     """Inputs that are a linear map away from the full-precision ones: with alpha 1 and fine codes, the outputs become those of the full-precision layer."""
     torch.manual_seed(0)
     exact, weight = torch.randn(4000, 48), torch.randn(16, 48)
     degraded = exact @ (torch.eye(48) + 0.05 * torch.randn(48, 48))
-    stats = LayerStats(48, cross=True)
+    stats = LayerStats(48, cross=True, project=weight if projected else None)
+    assert (stats.projection is not None) == projected
     for x, y in zip(degraded.split(500), exact.split(500), strict=True):
         stats.add(x, y)
     errors = {}
@@ -131,6 +133,16 @@ def test_correction_restores_the_full_precision_outputs():
         errors[alpha] = float((degraded @ tensor.dequantize().T - exact @ weight.T).square().mean() / (exact @ weight.T).square().mean())
     assert errors[1.0] < 0.01 * errors[0.0]
     assert errors[1.0] < errors[0.25] < errors[0.0]
+
+
+def test_hessian_of_many_columns_is_accumulated_in_blocks():
+    x = torch.randn(40, 600)
+    stats = LayerStats(600)
+    stats.add(x[:30])
+    stats.add(x[30:])
+    whole = stats.finish().hessian
+    assert torch.allclose(whole, 2 * x.T @ x / 40, atol=1e-5)
+    assert torch.equal(whole[:256, 256:], whole[256:, :256].T)
 
 
 def test_output_error_is_the_mean_squared_difference(stats):

@@ -57,8 +57,8 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
     """Why the integer kernels cannot take a weight, or None."""
     if weight.activations == "none":
         return "it computes with INT8 activations, which neither this weight's checkpoint nor --compute asks for"
-    if weight.activations == "int8-static":
-        return "it finds the scales of activations at run time and takes no stored ranges"
+    if weight.activations not in ("int8-token", "int8-group"):
+        return f"it quantizes activations per token or per token and group, not {weight.activations}"
     if reason := _common_refusal(weight, device) or int8_machine_refusal():
         return reason
     if weight.activations == "int8-token" and not jit.supports("amx") and cpu.w8a8_refusal(weight, dtype, device) is None:

@@ -182,6 +182,7 @@ def test_without_tiles_onednn_does_what_it_can(monkeypatch):
 
 def test_refusals():
     weight = make_weight("int4", 128, 64, 128)
+    assert "int8-static" in compiled.int8_refusal(dataclasses.replace(weight, activations="int8-static"), torch.float32, CPU)
     assert "act-order" in compiled.amx_refusal(dataclasses.replace(weight, g_idx=torch.zeros(128, dtype=torch.int32)), torch.bfloat16, CPU)
     assert "multiples of 32" in compiled.amx_refusal(make_weight("int4", 40, 64, 120), torch.bfloat16, CPU)
     assert "float16" in compiled.amx_refusal(weight, torch.float16, CPU)

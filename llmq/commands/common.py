@@ -28,7 +28,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """What `plan` and `quantize` have in common: everything that makes a recipe."""
-    parser.add_argument("--method", choices=("rtn", "gptq"), default=None, help="default: gptq")
+    parser.add_argument("--method", choices=("rtn", "gptq", "blockwise"), default=None, help="blockwise: GPTQ, then every block is trained; best below 4 bits (default: gptq)")
     parser.add_argument("--bits", choices=("2", "3", "4", "8", "ternary"), default=None, help="default: 4")
     parser.add_argument("--group-size", type=int, metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: -1)")
     parser.add_argument("--asymmetric", action="store_true", help="store a zero point per group")
@@ -39,6 +39,9 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweeps", type=int, help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)")
     parser.add_argument("--inputs", choices=("quantized", "full-precision", "both"), default=None, help="inputs that layers are measured on; both: also correct for earlier losses (default: both)")
     parser.add_argument("--alpha", type=float, help="share of that correction (default: 0.5)")
+    parser.add_argument("--iterations", type=int, metavar="N", help="steps per block of --method blockwise (default: 200)")
+    parser.add_argument("--learning-rate", type=float, help="size of these steps, as a share of the distance between two codes (default: 0.02)")
+    parser.add_argument("--autocast", action="store_true", default=None, help="run blocks in bfloat16 while they are trained; faster where the hardware multiplies bfloat16")
     parser.add_argument("--activations", choices=("none", "int8-token"), default=None, help="quantize layer inputs per token and multiply integers (with --bits 8; default: none)")
     rule_help = "another treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; first match wins"
     parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help=rule_help)
@@ -72,7 +75,7 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
             raise LlmqError(f"--recipe {args.recipe}: not a recipe ({error}); expected the JSON that report.json holds under 'recipe'") from None
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
-    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed")
+    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "iterations", "learning_rate", "autocast")
     options = {name: getattr(args, name) for name in names}
     options |= {"order": "act" if args.act_order else args.order, "search": False if args.no_search else None}
     if args.activations:

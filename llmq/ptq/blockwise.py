@@ -122,12 +122,12 @@ class _Tuner:
         self.held_out, self.training = order[: self.batch], order[self.batch :] if len(order) > self.batch else order
 
     def _distance(self, values: Mapping[str, Tensor], sequences: Tensor) -> Tensor:
-        """Squared distance from the targets over their energy."""
+        """Mean over tokens of the squared distance from the target over the target's squared length."""
         hidden, target = (file.sequences(sequences.tolist()).to(self.device) for file in (self.inputs, self.targets))
         named = {f"{layer}.weight": weight_as_stored(self.block.get_submodule(layer), value) for layer, value in values.items()}
         output = functional_call(self.block, named, (hidden, *self.call.args), self.call.kwargs)
         output = output[0] if isinstance(output, tuple) else output
-        return (output.float() - target).square().sum() / target.square().sum()
+        return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)).mean()
 
     @torch.no_grad()
     def error(self, values: Mapping[str, Tensor]) -> float:
@@ -138,10 +138,11 @@ class _Tuner:
     def train(self, masters: Mapping[str, _Master]) -> int:
         """All steps. Returns how many were skipped because NaN or infinity reached the loss."""
         optimizer = torch.optim.Adam([group for master in masters.values() for group in master.groups], betas=BETAS, eps=1e-12, fused=True)
-        total = self.options.iterations
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / max(total, 1))))
+        first_rates = [group["lr"] for group in optimizer.param_groups]
         n_skipped = 0
-        for sequences in self._order(total):
+        for step, sequences in enumerate(self._order(self.options.iterations)):
+            for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self.options.iterations))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
                 loss = self._distance({layer: master.value() for layer, master in masters.items()}, sequences)
             if bool(torch.isfinite(loss)):
@@ -152,7 +153,6 @@ class _Tuner:
             else:
                 n_skipped += 1
             optimizer.zero_grad(set_to_none=True)
-            schedule.step()
         return n_skipped
 
     def _order(self, n_steps: int) -> list[Tensor]:

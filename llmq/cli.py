@@ -17,7 +17,7 @@ from types import FrameType
 from llmq import __version__
 from llmq.errors import LlmqError
 
-COMMANDS = ("plan", "quantize", "eval", "compare", "generate", "inspect", "doctor")
+COMMANDS = ("plan", "quantize", "qat", "eval", "compare", "generate", "inspect", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:

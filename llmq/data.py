@@ -26,7 +26,7 @@ MAX_HUB_DOCUMENTS = 20_000
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def load_documents(source: str, split: Literal["calibration", "eval"], revision: str | None = None) -> list[str]:
+def load_documents(source: str, split: Literal["train", "calibration", "eval"], revision: str | None = None) -> list[str]:
     """The non-empty documents of a source. split: which part of the bundled text. Raises `LlmqError` for what cannot be found or read."""
     if source == BUNDLED:
         return standard_library_documents(split)

@@ -100,16 +100,30 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class ActSpec:
-    """How the input of a linear layer is quantized before an integer matmul.
+    """How what flows between layers is quantized at inference.
 
-    kind: "none", or "int8-token": a scale per token from its own largest magnitude.
+    kind: of the inputs of linear layers, before an integer matmul: "none", "int8-token" (a scale per token from its own largest magnitude) or "int8-static" (a range per layer, stored).
+    kv_bits: of keys and values, 8, 4 or None; kv_before_rope: before the rotary embedding instead of after it (see `llmq.kv`).
     """
 
-    kind: Literal["none", "int8-token"] = "none"
+    kind: Literal["none", "int8-token", "int8-static"] = "none"
+    kv_bits: int | None = None
+    kv_before_rope: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "int8-token"):
-            raise LlmqError(f"unknown activation quantization {self.kind!r}: expected none or int8-token")
+        if self.kind not in ("none", "int8-token", "int8-static"):
+            raise LlmqError(f"unknown activation quantization {self.kind!r}: expected none, int8-token or int8-static")
+        if self.kv_bits not in (None, 8, 4):
+            raise LlmqError(f"keys and values of {self.kv_bits} bits: expected 8 or 4")
+
+    @property
+    def is_none(self) -> bool:
+        """Nothing but weights is quantized."""
+        return self == ActSpec()
+
+    def __str__(self) -> str:
+        parts = [self.kind] * (self.kind != "none") + ([f"{self.kv_bits}-bit keys and values"] if self.kv_bits else [])
+        return " and ".join(parts) or "none"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

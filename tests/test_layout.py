@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Each part may import the parts to its right and itself.
-LAYERS = ["cli", "commands", "ptq", "evaluation", "formats", "data", "models", "modules", "recipe", "qtensor", "fakequant", "quantizer", "spec", "corpus", "errors"]
+LAYERS = ["cli", "commands", "qat", "ptq", "evaluation", "formats", "kv", "data", "models", "modules", "recipe", "qtensor", "fakequant", "quantizer", "spec", "corpus", "errors"]
 
 
 def imports_of(path: Path):

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     job = prepare_job(args)
     source = sum(path.stat().st_size for path in set(job.shards.names.values()))
-    rate = _measured_rate()
+    rate = measured_rate()
     result = {
         "model": str(job.model_dir),
         "model_type": job.model.config.model_type,
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, _text(result)
 
 
-def _measured_rate() -> float:
+def measured_rate() -> float:
     """float32 matmul rate of this machine in FLOP/s, halved: a run also does work that is not matmul."""
     import torch
 

@@ -17,10 +17,10 @@ __all__ = ["FORMATS", "Format", "Specs", "choose_format"]
 def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec = ActSpec()) -> Format:
     """The format by name; "auto" takes `gptq` when it holds every layer exactly and other engines load it, else `llmq`. Raises `LlmqError` when the named one cannot hold a layer."""
     quantized = [(plan.layer, plan.spec) for plan in plans if plan.spec is not None]
-    if activations.kind != "none" and name not in ("auto", "llmq"):
-        raise LlmqError(f"format {name} cannot say that activations are quantized ({activations.kind}). Use --format llmq, which holds everything")
+    if not activations.is_none and name not in ("auto", "llmq"):
+        raise LlmqError(f"format {name} cannot say that activations are quantized ({activations}). Use --format llmq, which holds everything")
     if name == "auto":
-        fits = activations.kind == "none" and all(GPTQ_V1.refusal(spec, layer.shape) is None and engines_load(spec) for layer, spec in quantized)
+        fits = activations.is_none and all(GPTQ_V1.refusal(spec, layer.shape) is None and engines_load(spec) for layer, spec in quantized)
         return GPTQ_V1 if fits else NATIVE
     if name not in FORMATS:
         raise LlmqError(f"format {name!r}: expected auto or one of {', '.join(FORMATS)}")

@@ -85,6 +85,7 @@ class LlmqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from llmq.formats import FORMATS
         from llmq.formats.native import NATIVE
+        from llmq.kv import quantize_kv
         from llmq.modules import QuantLinear
         from llmq.spec import ActSpec
 
@@ -100,6 +101,7 @@ class LlmqQuantizer(HfQuantizer):
                 qtensor.validate(name)
                 specs[name] = qtensor.spec
                 model.set_submodule(name, QuantLinear(qtensor, bias, activations))
+        quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
         # In memory everything is native, and so is what `save_pretrained` writes.
         self.quantization_config = LlmqConfig(**NATIVE.config(specs), activations=activations.to_json())
         model.config.quantization_config = self.quantization_config

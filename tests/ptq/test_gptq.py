@@ -142,7 +142,7 @@ def test_hessian_of_many_columns_is_accumulated_in_blocks():
     stats.add(x[30:])
     whole = stats.finish().hessian
     assert torch.allclose(whole, 2 * x.T @ x / 40, atol=1e-5)
-    assert torch.equal(whole, whole.T)
+    assert torch.equal(whole[:256, 256:], whole[256:, :256].T)
 
 
 def test_output_error_is_the_mean_squared_difference(stats):

@@ -1,0 +1,131 @@
+"""`llmq qat MODEL OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmq.commands import common
+
+if TYPE_CHECKING:
+    from llmq.qat.run import QATJob
+    from llmq.qat.settings import QATSettings
+
+HELP = "Fine-tune a model through its quantizer, from a PTQ start to a packed checkpoint. For many GPUs: accelerate launch -m llmq qat ..."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=common.MODEL_HELP)
+    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("--scheme", default="w4", help="w8, w4, w3, w2 or ternary, with a8 and kv8 or kv4 behind where wanted: w4a8kv8 (default: w4)")
+    parser.add_argument("--group-size", type=int, metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; w2: 64)")
+    parser.add_argument("--asymmetric", action="store_true", help="a learned zero point per group (w2 always has one)")
+    parser.add_argument("--activations", choices=("int8-token", "int8-static"), default=None, help="which kind of INT8 activations a scheme with a8 has (default: int8-token)")
+    parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="another treatment for some layers, such as '*.layers.0.*=w8' or '*.down_proj=keep'")
+    parser.add_argument("--quantizer", choices=("lsq", "ste", "absmean"), default="lsq", help="learned scales, scales from the range (LLM-QAT), or absmean ternary (BitNet) (default: lsq)")
+    parser.add_argument("--init", choices=("rtn", "gptq", "blockwise"), default="gptq", help="the PTQ method of the start (default: gptq)")
+    parser.add_argument("--kv-before-rope", action="store_true", help="quantize keys before the rotary embedding, as LLM-QAT does")
+    parser.add_argument(
+        "--train", default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), 'bundled' (default), or 'generated' by the teacher"
+    )
+    parser.add_argument("--teacher", metavar="MODEL", help="full-precision teacher with the same vocabulary (default: the model itself)")
+    parser.add_argument("--max-tokens", type=float, metavar="N", help="training tokens (default: the text once)")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of --max-tokens")
+    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per window (default: 2048, or what the model has positions for)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per process and batch (default: 8)")
+    parser.add_argument("--accumulation", type=int, default=1, help="batches per optimizer step (default: 1)")
+    parser.add_argument("--lr-weights", type=float, help="peak learning rate of the weights (default: by model size and bits)")
+    parser.add_argument("--lr-scales", type=float, default=1e-4, help="peak learning rate of scales and zero points (default: 1e-4)")
+    parser.add_argument("--kl", type=float, default=1.0, help="weight of KL divergence to the teacher (default: 1)")
+    parser.add_argument("--ce", type=float, default=0.1, help="weight of cross entropy with the text (default: 0.1)")
+    phases = "share of the run"
+    parser.add_argument("--gradual", type=float, default=0.0, help=f"{phases} over which quantization is blended in (default: 0; try 0.1 for ternary)")
+    parser.add_argument("--activations-from", type=float, default=0.0, help=f"{phases} after which activations are quantized (default: 0)")
+    parser.add_argument("--freeze-scales", type=float, default=0.85, help=f"{phases} after which scales stop (default: 0.85)")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="arithmetic; master weights are float32 always (default: bf16)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-every", type=int, default=0, metavar="STEPS", help="(default: 100 times in the run)")
+    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="checkpoints to resume from (default: 5 times in the run)")
+    parser.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="held-out perplexity (default: 5 times in the run)")
+    parser.add_argument("--report-to", default="none", help="none, tensorboard or wandb, through the Trainer")
+    parser.add_argument("--plot", metavar="FILE", help="write loss and telemetry as a picture (needs matplotlib)")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--revision", help="revision of a Hub model")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that llmq wrote earlier")
+
+
+def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
+    """The settings of the options. max_length: tokens the model has positions for."""
+    from dataclasses import replace
+
+    from llmq.errors import LlmqError
+    from llmq.qat.losses import LossWeights
+    from llmq.qat.schedule import Phases
+    from llmq.qat.settings import QATSettings, Scheme
+
+    scheme = Scheme.parse(args.scheme)
+    grid = scheme.weights
+    grid = replace(grid, group_size=grid.group_size if args.group_size is None else args.group_size, symmetric=grid.symmetric and not args.asymmetric)
+    if args.activations and scheme.activations == "none":
+        raise LlmqError(f"--activations {args.activations}: the scheme {args.scheme} does not quantize activations; write {args.scheme}a8")
+    scheme = replace(scheme, weights=grid, activations=args.activations or scheme.activations)
+    length = args.sequence_length or min(2048, max_length)
+    if length > max_length:
+        raise LlmqError(f"--sequence-length {length}: the model has positions for {max_length} tokens only")
+    return QATSettings(
+        scheme, quantizer=args.quantizer, init=args.init, kv_before_rope=args.kv_before_rope, max_tokens=None if args.max_tokens is None else int(args.max_tokens), max_steps=args.max_steps,
+        sequence_length=length, batch_size=args.batch_size, accumulation=args.accumulation, lr_weights=args.lr_weights, lr_scales=args.lr_scales, precision=args.precision,
+        gradient_checkpointing=args.gradient_checkpointing, loss=LossWeights(args.kl, args.ce), seed=args.seed, log_every=args.log_every, save_every=args.save_every, eval_every=args.eval_every,
+        phases=Phases(gradual=args.gradual, activations=args.activations_from, freeze_scales=args.freeze_scales),
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
+    import torch
+
+    from llmq.formats.files import check_output
+    from llmq.models.load import load_config, resolve
+    from llmq.qat.run import fine_tune, prepare_job
+    from llmq.recipe import Rule
+
+    check_output(Path(args.out), args.overwrite)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    common.check_device(device)
+    model_dir = resolve(args.model, args.revision)
+    settings = read_settings(args, common.max_positions(load_config(model_dir)))
+    job = prepare_job(str(model_dir), settings, train=args.train, teacher=args.teacher, rules=tuple(Rule.parse(text) for text in args.rule))
+    for name, note in job.notes.items():
+        print(f"note: {name}: {note}", file=sys.stderr)
+    print(budget_line(job), file=sys.stderr, flush=True)
+    with common.progress("qat") as show:
+        report = fine_tune(
+            job, Path(args.out), device=device, overwrite=args.overwrite, report_to=args.report_to, show=lambda title, done, total, remark: show(done, total, f"{title} {remark}".strip())
+        )
+    if args.plot and report:
+        from llmq.qat.plot import plot_log
+
+        plot_log(Path(args.out) / "log.jsonl", Path(args.plot))
+    return {"out": args.out, **report}, _summary(args.out, report)
+
+
+def budget_line(job: QATJob) -> str:
+    """What the training will take, before it starts."""
+    from llmq.commands.plan import measured_rate
+
+    budget = job.budget()
+    hours = budget["flops"] / measured_rate() / 3600
+    return f"budget: {budget['tokens']:,} tokens in {budget['steps']:,} steps, {budget['bytes'] / 1e9:.2f} GB of weights and optimizer state and the activations of a batch, about {hours:.2f} h on this CPU"
+
+
+def _summary(out: str, report: dict[str, Any]) -> str:
+    if not report:
+        return "done (the report is printed by the main process)"
+    held_out = {name: score["perplexity"] for name, score in report["held_out"].items()}
+    pairs: dict[str, object] = {"written": f"{out}: {'the trained model' if report['shipped'] == 'trained' else 'the PTQ start, because training did not beat it on held-out text'}"}
+    pairs |= {f"held-out perplexity, {name.replace('_', ' ')}": f"{value:.3f}" for name, value in held_out.items()}
+    pairs |= {"loss": f"{report['first_loss']:.4f} -> {report['last_loss']:.4f}", "seconds": f"{report['seconds']:.0f}"}
+    return common.render_pairs(pairs)

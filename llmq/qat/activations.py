@@ -1,0 +1,98 @@
+"""Quantization of what flows between layers, with straight-through gradients.
+
+Layer inputs: one scale per token from its largest magnitude ("int8-token", LLM-QAT), or one range per layer, learned from the data as an exponential moving average of its minimum and maximum
+("int8-static", Jacob et al., 2018). Static ranges are only observed at first: quantizing with a range that still moves would chase its own noise. Near the end they are frozen.
+
+The switches (`enabled`, `observing`) are plain attributes that the schedule sets from the step number, so a resumed run sets them again; the ranges are buffers and travel with the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError
+from llmq_kernels.reference import fake_quantize_tokens
+
+EMA = 0.01  # weight of the newest batch in a moving range (Jacob et al., section 3.1)
+LEVELS = 255
+
+
+class _Rounded(torch.autograd.Function):
+    """A quantized value forward; backward the gradient where nothing was clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, kept: Tensor | None) -> Tensor:
+        ctx.save_for_backward(kept)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        return (gradients[0] if kept is None else gradients[0] * kept), None, None
+
+
+def fake_quantize_per_token(x: Tensor) -> Tensor:
+    """INT8 with one scale per token, for x `[..., K]`, in x's dtype. Nothing is clipped, so the gradient is the identity."""
+    value = fake_quantize_tokens(x.detach().reshape(-1, x.shape[-1])).view(x.shape).to(x.dtype)
+    return _Rounded.apply(x, value, None)
+
+
+def static_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero point (0..255, float32 scalars) of a range, widened to include 0 so that padding and ReLU zeros are exact."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / LEVELS).clamp_min(1e-8)
+    return scale, torch.round(-low / scale).clamp(0, LEVELS)
+
+
+def fake_quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """INT8 with one scale and zero point for all, in x's dtype. Gradient: the identity inside the range, zero outside."""
+    codes = torch.round(x.detach().float() / scale) + zero
+    kept = (codes >= 0) & (codes <= LEVELS)
+    value = (codes.clamp_(0, LEVELS) - zero) * scale
+    return _Rounded.apply(x, value.to(x.dtype), kept)
+
+
+class ActivationQuantizer(nn.Module):
+    """The node before a layer. kind: "int8-token" or "int8-static". enabled: quantize. observing: let the static range follow the data (while training)."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind not in ("int8-token", "int8-static"):
+            raise LlmqError(f"unknown activation quantization {kind!r}: expected none, int8-token or int8-static")
+        self.kind = kind
+        self.enabled = True
+        self.observing = kind == "int8-static"
+        if kind == "int8-static":
+            self.register_buffer("low", torch.tensor(torch.nan))
+            self.register_buffer("high", torch.tensor(torch.nan))
+
+    @classmethod
+    def of(cls, kind: str) -> ActivationQuantizer | None:
+        """The node, or None for "none"."""
+        return None if kind == "none" else cls(kind)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Move the range towards that of x. Under distributed training all processes see the extremes of the whole batch and so keep the same range."""
+        low, high = x.min().float(), x.max().float()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
+        first = bool(self.low.isnan())
+        self.low.copy_(low if first else torch.lerp(self.low, low, EMA))
+        self.high.copy_(high if first else torch.lerp(self.high, high, EMA))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "int8-token":
+            return fake_quantize_per_token(x) if self.enabled else x
+        if self.training and self.observing:
+            self.observe(x)
+        if not self.enabled or bool(self.low.isnan()):
+            return x
+        return fake_quantize_static(x, *static_range(self.low, self.high))

@@ -1,0 +1,282 @@
+"""Fine-tune a folder into a folder: PTQ start, training, freezing, and the choice of the better one.
+
+    OUT.qat/            everything of an unfinished run, kept until OUT is there
+      settings.json     what the run is; a second one with other settings is refused
+      start/            the PTQ result that training starts from (and falls back to)
+      trainer/          the Trainer's checkpoints
+      log.jsonl         loss and telemetry
+
+The same command continues an interrupted run wherever it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from llmq import data
+from llmq.errors import LlmqError
+from llmq.evaluation.perplexity import Perplexity, evaluate
+from llmq.evaluation.windows import Windows
+from llmq.formats import files
+from llmq.formats.load import load
+from llmq.formats.save import save
+from llmq.kv import quantize_kv
+from llmq.models.arch import find_blocks, quantizable_layers
+from llmq.models.load import load_config, load_tokenizer, meta_model, resolve
+from llmq.modules import quantized_modules
+from llmq.ptq.run import prepare as prepare_ptq
+from llmq.ptq.run import quantize_folder
+from llmq.qat.data import TokenWindows, split_windows
+from llmq.qat.generate import generate_windows
+from llmq.qat.settings import QATSettings
+from llmq.qat.student import Student
+from llmq.qat.trainer import QATTrainer, ScheduleCallback, training_arguments
+from llmq.qat.weights import freeze, prepare
+from llmq.recipe import Recipe, Rule
+from llmq.spec import ActSpec
+
+GENERATED = "generated"
+Show = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class QATJob:
+    """Everything known before anything is trained. windows, held_out: int64 `[n, T]`; windows is None while they are still to be generated. notes: layers that differ from what was asked."""
+
+    model_dir: Path
+    teacher_dir: Path
+    settings: QATSettings
+    recipe: Recipe
+    train: str
+    windows: Tensor | None
+    held_out: Tensor
+    n_parameters: int
+    notes: dict[str, str]
+
+    @property
+    def n_windows(self) -> int:
+        """Windows that are trained on once."""
+        if self.windows is not None:
+            return len(self.windows)
+        tokens = self.settings.max_tokens or (self.settings.max_steps or 0) * self.settings.tokens_per_batch * self.settings.accumulation
+        return -(-tokens // self.settings.sequence_length)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: a started run is continued only with all of it the same."""
+        return {
+            "model": str(self.model_dir), "teacher": str(self.teacher_dir), "train": self.train, "windows": None if self.windows is None else data.token_hash(self.windows),
+            "recipe": self.recipe.to_json(), "processes": PartialState().num_processes, **self.settings.to_json(),
+        }  # fmt: skip
+
+    def budget(self) -> dict[str, Any]:
+        """tokens, steps, peak memory of weights and optimizer in bytes, and floating-point operations of the training."""
+        n_processes = PartialState().num_processes
+        steps = self.settings.n_steps(self.n_windows, n_processes)
+        tokens = steps * self.settings.tokens_per_batch * self.settings.accumulation * n_processes
+        # Student forward and backward, teacher forward, heads once more in the backward pass.
+        return {"tokens": tokens, "steps": steps, "bytes": self.n_parameters * (4 * 4 + 4), "flops": 8.5 * self.n_parameters * tokens}
+
+
+def prepare_job(
+    model: str, settings: QATSettings, *, train: str = data.BUNDLED, teacher: str | None = None, calibration: str | None = None, rules: tuple[Rule, ...] = (), revision: str | None = None
+) -> QATJob:
+    """Resolve and check everything that can be checked before computing. Raises `LlmqError`."""
+    model_dir = resolve(model, revision)
+    config = load_config(model_dir)
+    if getattr(config, "quantization_config", None) is not None:
+        raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
+    skeleton = meta_model(config)
+    n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    settings = settings.with_rates(n_parameters)
+    activations = ActSpec(settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope)  # type: ignore[arg-type]
+    recipe = Recipe(rules=(*rules, Rule("*", settings.scheme.weights)), method=settings.init, sequence_length=settings.sequence_length, seed=settings.seed, activations=activations)
+    plans = recipe.plan(quantizable_layers(skeleton))
+    if train == GENERATED and settings.max_tokens is None and settings.max_steps is None:
+        raise LlmqError("--train generated: give --max-tokens or --max-steps, since generated text has no end")
+    windows, held_out = (None, torch.empty(0, settings.sequence_length, dtype=torch.int64)) if train == GENERATED else _read_text(model_dir, config, settings, train)
+    recipe = replace(recipe, samples=min(recipe.samples, 128))
+    return QATJob(model_dir, resolve(teacher, None) if teacher else model_dir, settings, recipe, train, windows, held_out, n_parameters, {p.layer.name: p.note for p in plans if p.note})
+
+
+def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str) -> tuple[Tensor, Tensor]:
+    row = data.tokenize(data.load_documents(train, "train"), load_tokenizer(model_dir))
+    data.check_vocabulary(row, config.get_text_config().vocab_size, train)
+    per_step = settings.batch_size * settings.accumulation * PartialState().num_processes
+    return split_windows(row, settings.sequence_length, settings.n_held_out, per_step, train)
+
+
+def work_dir_of(out_dir: Path) -> Path:
+    return out_dir.absolute().with_name(f".{out_dir.name}.qat")
+
+
+def check_identity(work_dir: Path, identity: dict[str, Any]) -> None:
+    """Start a run, or continue it. Raises `LlmqError` that names what differs from the run that was started."""
+    path = work_dir / "settings.json"
+    identity = json.loads(json.dumps(identity))
+    if path.exists():
+        started = json.loads(path.read_text())
+        different = [name for name in identity if identity[name] != started.get(name)]
+        if different:
+            name = different[0]
+            raise LlmqError(
+                f"{work_dir}: holds a run with other settings ({', '.join(different)}: {started.get(name)!r} there, {identity[name]!r} now); give the same ones to continue it, or remove the folder"
+            )
+        return
+    work_dir.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, identity)
+
+
+def fine_tune(job: QATJob, out_dir: Path, *, device: str = "cpu", overwrite: bool = False, report_to: str = "none", show: Show = lambda title, done, total, remark: None) -> dict[str, Any]:
+    """Run a job into a folder and return its report. Continues an interrupted run of the same job.
+
+    show: told of progress (title, done, total, remark). report_to: what the Trainer reports to, "none", "tensorboard" or "wandb". Raises `LlmqError` for bad input, `VerificationError` for a loss that is not finite.
+    """
+    state = PartialState()
+    started = time.monotonic()
+    work_dir = work_dir_of(out_dir)
+    if state.is_main_process:
+        files.check_output(out_dir, overwrite)
+        check_identity(work_dir, job.identity())
+    state.wait_for_everyone()
+    with state.main_process_first():
+        start_dir = _start(job, work_dir, device, show)
+        windows = _windows(job, work_dir, device, show)
+    model = student_model(job, start_dir)
+    train(model, job, windows, work_dir, device=device, report_to=report_to, show=show)
+    report: dict[str, Any] = {}
+    if state.is_main_process:
+        report = _ship(model.to("cpu"), job, start_dir, work_dir, out_dir, overwrite, time.monotonic() - started)
+        shutil.rmtree(work_dir)
+    state.wait_for_everyone()
+    return report
+
+
+def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
+    """The PTQ result, made once."""
+    start_dir = work_dir / "start"
+    if not start_dir.exists():
+        source = job.train if job.train != GENERATED else data.BUNDLED
+        ptq = prepare_ptq(str(job.model_dir), job.recipe, calibration=source)
+        total, done = len(find_blocks(ptq.model)[1]), 0
+
+        def on_block(report: Any) -> None:
+            nonlocal done
+            done += 1
+            show(f"{job.recipe.method} start", done, total, f"{report.seconds:.1f} s/block")
+
+        quantize_folder(ptq, start_dir, device=device, on_block=on_block)
+    return start_dir
+
+
+def _windows(job: QATJob, work_dir: Path, device: str, show: Show) -> Tensor:
+    if job.windows is not None:
+        return job.windows
+    teacher = load(job.teacher_dir, dtype="float32").to(device)
+    return generate_windows(teacher, job.n_windows, job.settings.sequence_length, work_dir, seed=job.settings.seed, on_batch=lambda done, total: show("generated", done, total, ""))
+
+
+def student_model(job: QATJob, start_dir: Path) -> PreTrainedModel:
+    """The model in float32 with its quantized layers in training, starting from the PTQ result."""
+    settings = job.settings
+    start = {name: module.qtensor() for name, module in quantized_modules(load(start_dir, dtype="float32")).items()}
+    model = load(job.model_dir, dtype="float32")
+    prepare(model, start, settings.quantizer, settings.scheme.activations)
+    quantize_kv(model, settings.scheme.kv_bits, before_rope=settings.kv_before_rope)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, show: Show) -> None:
+        self.show = show
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.show("training", state.global_step, state.max_steps, f"loss {float(logs['loss']):.4f}")
+
+
+def train(model: PreTrainedModel, job: QATJob, windows: Tensor, work_dir: Path, *, device: str = "cpu", report_to: str = "none", show: Show = lambda title, done, total, remark: None) -> None:
+    """Train in place, from the last checkpoint in `work_dir` where there is one."""
+    settings = job.settings
+    n_steps = settings.n_steps(len(windows), PartialState().num_processes)
+    trainer_dir = work_dir / "trainer"
+    student = Student(model, load(job.teacher_dir, dtype="float32"), settings.loss)
+    callbacks = [ScheduleCallback(student, settings, held_out_windows(job), work_dir / "log.jsonl"), _Progress(show)]
+    arguments = training_arguments(settings, n_steps, trainer_dir, device=device, report_to=report_to)
+    trainer = QATTrainer(settings=settings, model=student, args=arguments, train_dataset=TokenWindows(windows), callbacks=callbacks)
+    last = get_last_checkpoint(str(trainer_dir)) if trainer_dir.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    settings.phases.apply(student, 1.0)
+    model.eval()
+
+
+def held_out_windows(job: QATJob) -> Windows | None:
+    """The held-out windows as the evaluation takes them, or None for generated text."""
+    return Windows(job.held_out, "none", "", "") if len(job.held_out) else None
+
+
+def _ship(model: PreTrainedModel, job: QATJob, start_dir: Path, work_dir: Path, out_dir: Path, overwrite: bool, seconds: float) -> dict[str, Any]:
+    """Freeze, compare with the start on held-out text, and publish the better one."""
+    tokenizer = load_tokenizer(job.model_dir)
+    freeze(model, job.recipe.activations)
+    held_out = held_out_windows(job)
+    scores: dict[str, Perplexity] = {}
+    if held_out is not None:
+        scores = {"full_precision": evaluate(load(job.model_dir, dtype="float32"), held_out), "start": evaluate(load(start_dir, dtype="float32"), held_out), "trained": evaluate(model, held_out)}
+    improved = not scores or scores["trained"].value < scores["start"].value
+    staging = work_dir / "out"
+    shutil.rmtree(staging, ignore_errors=True)
+    if improved:
+        save(_in_source_dtype(model, job.model_dir), staging, tokenizer=tokenizer)
+    else:
+        shutil.copytree(start_dir, staging)
+    log = work_dir / "log.jsonl"
+    report = _report(job, scores, improved, log, seconds)
+    if log.exists():
+        shutil.copyfile(log, staging / "log.jsonl")
+    files.write_json(staging / "report.json", report)
+    (staging / files.MANIFEST).unlink()
+    files.write_manifest(staging)
+    files.publish(staging, out_dir)
+    return report
+
+
+def _in_source_dtype(model: PreTrainedModel, model_dir: Path) -> PreTrainedModel:
+    """Embeddings, norms and biases go back to the dtype that the source stores; packed weights and scales stay as they are."""
+    dtype = load_config(model_dir).dtype or torch.float32
+    model.config.dtype = dtype
+    return model.to(dtype)
+
+
+def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Path, seconds: float) -> dict[str, Any]:
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return {
+        "model": job.model_dir.name,
+        "teacher": job.teacher_dir.name,
+        "method": "qat",
+        "shipped": "trained" if improved else "start",
+        "verdict": None if scores else "no held-out text: nothing was compared",
+        "settings": job.settings.to_json(),
+        "activations": asdict(job.recipe.activations),
+        "train": {"source": job.train, "windows": list(job.windows.shape) if job.windows is not None else job.n_windows},
+        "budget": job.budget(),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "held_out": {name: score.to_json() for name, score in scores.items()},
+        "notes": job.notes,
+        "seconds": round(seconds, 2),
+    }

@@ -1,0 +1,98 @@
+"""What a fine-tuning run does, apart from model and texts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from llmq.errors import LlmqError
+from llmq.qat.losses import LossWeights
+from llmq.qat.schedule import Phases
+from llmq.qat.weights import QuantizerName
+from llmq.spec import QuantSpec
+
+_SCHEME = re.compile(r"(?P<weights>w[2348]|ternary)(?:a(?P<activations>8))?(?:kv(?P<kv>[48]))?")
+# Group sizes and zero points where nothing else is asked: those of the published low-bit results.
+_GRIDS = {"w8": QuantSpec("int8", -1), "w4": QuantSpec("int4", 128), "w3": QuantSpec("int3", 128), "w2": QuantSpec("int2", 64, symmetric=False), "ternary": QuantSpec("ternary", 128)}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """weights: the grid. activations: "none", "int8-token" or "int8-static". kv_bits: bits of keys and values, or None for full precision."""
+
+    weights: QuantSpec
+    activations: str = "none"
+    kv_bits: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """Read w4, w3, w2, w8 or ternary, with a8 and kv8 or kv4 behind where wanted: `w4a8kv8`. Raises `LlmqError` with the forms that exist."""
+        match = _SCHEME.fullmatch(text.strip().lower())
+        if not match:
+            raise LlmqError(f"unknown scheme {text!r}: expected w8, w4, w3, w2 or ternary, with a8 and kv8 or kv4 behind where wanted, such as w4a8kv8")
+        return cls(_GRIDS[match["weights"]], "int8-token" if match["activations"] else "none", int(match["kv"]) if match["kv"] else None)
+
+
+@dataclass(frozen=True)
+class QATSettings:
+    """scheme, quantizer: what is trained (see `llmq.qat.weights`). init: the method of the start, "rtn", "gptq" or "blockwise". kv_before_rope: quantize keys before the rotary embedding (LLM-QAT).
+
+    max_tokens, max_steps: length of the run, the first that is given; both None: one pass over the text. sequence_length, batch_size: of a process; accumulation: batches per step.
+    lr_weights, lr_scales: peaks; None: `default_rates`. precision: of the arithmetic; masters are float32 always. loss, phases: see there. log_every, save_every, eval_every: steps; 0: about
+    100, 5 and 5 times in a run. n_held_out: windows at the end of the text that are not trained on, for deciding whether training helped.
+    """
+
+    scheme: Scheme
+    quantizer: QuantizerName = "lsq"
+    init: Literal["rtn", "gptq", "blockwise"] = "gptq"
+    kv_before_rope: bool = False
+    max_tokens: int | None = None
+    max_steps: int | None = None
+    sequence_length: int = 2048
+    batch_size: int = 8
+    accumulation: int = 1
+    lr_weights: float | None = None
+    lr_scales: float = 1e-4
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    loss: LossWeights = field(default_factory=LossWeights)
+    phases: Phases = field(default_factory=Phases)
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    log_every: int = 0
+    save_every: int = 0
+    eval_every: int = 0
+    n_held_out: int = 32
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("bf16", "fp16", "fp32"):
+            raise LlmqError(f"precision {self.precision!r}: expected bf16, fp16 or fp32")
+        if self.sequence_length < 2 or self.batch_size < 1 or self.accumulation < 1:
+            raise LlmqError(f"batches of {self.batch_size} x {self.sequence_length} tokens, {self.accumulation} per step: expected at least one sequence of 2 tokens")
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def n_steps(self, n_windows: int, n_processes: int = 1) -> int:
+        """Optimizer steps for a text of `n_windows` windows."""
+        per_step = self.tokens_per_batch * self.accumulation * n_processes
+        if self.max_steps is not None:
+            return self.max_steps
+        tokens = self.max_tokens if self.max_tokens is not None else n_windows * self.sequence_length
+        return max(1, tokens // per_step)
+
+    def with_rates(self, n_parameters: int) -> QATSettings:
+        """These settings with the weights' learning rate filled in: tiny models stand, and coarse grids need, larger steps."""
+        return self if self.lr_weights is not None else replace(self, lr_weights=default_rate(self.scheme.weights, n_parameters))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def default_rate(spec: QuantSpec, n_parameters: int) -> float:
+    """Peak learning rate of the weights: 1e-5 at 1B parameters and more to 5e-5 at 200M and fewer for 4 bits; twice, four and ten times that at 3, 2 and ternary (spec's recipes)."""
+    small = min(1.0, max(0.0, (1e9 - n_parameters) / 8e8))
+    base = 1e-5 + small * 4e-5
+    return base * {"int8": 1, "int4": 1, "int3": 2, "int2": 4, "ternary": 10}[spec.code]

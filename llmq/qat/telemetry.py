@@ -1,0 +1,37 @@
+"""What a run says about its quantizers beside the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmq import quantizer
+from llmq.qat.weights import FakeQuantLinear, fake_quant_modules
+
+
+class Telemetry:
+    """Counts over all layers at each call: how many codes changed since the last one, how many are zero, how many weights lie outside their grid. Keeps one byte per weight."""
+
+    def __init__(self) -> None:
+        self._codes: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """flip_rate, zero_fraction, clip_fraction: shares of all weights in training; empty when nothing is quantized."""
+        n = flips = zeros = clipped = 0
+        for name, module in fake_quant_modules(model).items():
+            codes, is_zero, is_clipped = _count(module)
+            before = self._codes.get(name)
+            flips += 0 if before is None else int((codes != before).sum())
+            zeros, clipped, n = zeros + is_zero, clipped + is_clipped, n + codes.numel()
+            self._codes[name] = codes
+        return {"flip_rate": flips / n, "zero_fraction": zeros / n, "clip_fraction": clipped / n} if n else {}
+
+
+def _count(module: FakeQuantLinear) -> tuple[Tensor, int, int]:
+    scale, zero = module.quantizer.stored(module.weight)
+    spec = module.quantizer.spec
+    codes = quantizer.quantize(module.weight, scale, zero, spec)
+    value = quantizer.dequantize(codes, scale, zero, spec)
+    step = quantizer.dequantize(torch.ones_like(codes), scale, torch.zeros_like(scale), spec)
+    return codes, int((value == 0).sum()), int(((module.weight - value).abs() > 0.5 * step).sum())

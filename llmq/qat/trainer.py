@@ -1,0 +1,138 @@
+"""transformers' Trainer with the few things that quantization-aware training adds: its schedule, its learning rates, its telemetry and checkpoints of exact float32 masters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llmq.errors import LlmqError, VerificationError
+from llmq.evaluation.perplexity import evaluate
+from llmq.evaluation.windows import Windows
+from llmq.qat.settings import QATSettings
+from llmq.qat.student import Student
+from llmq.qat.telemetry import Telemetry
+from llmq.qat.weights import WeightQuantizer, fake_quant_modules
+
+WEIGHTS = "masters.safetensors"
+
+
+def training_arguments(settings: QATSettings, n_steps: int, out_dir: Path, *, device: str, report_to: str = "none") -> TrainingArguments:
+    """The Trainer's own arguments. Raises `LlmqError` for a precision that the device does not have."""
+    if settings.precision == "fp16" and device == "cpu":
+        raise LlmqError("--precision fp16 needs a GPU: CPUs have no fast float16 training; use bf16 or fp32")
+    return TrainingArguments(
+        output_dir=str(out_dir), max_steps=n_steps, per_device_train_batch_size=settings.batch_size, gradient_accumulation_steps=settings.accumulation, bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16", use_cpu=device == "cpu", max_grad_norm=settings.max_grad_norm, seed=settings.seed, data_seed=settings.seed, save_strategy="steps",
+        save_steps=settings.save_every or max(1, n_steps // 5), save_total_limit=2, logging_steps=settings.log_every or max(1, n_steps // 100), logging_nan_inf_filter=False, report_to=report_to,
+        remove_unused_columns=False, label_names=[], disable_tqdm=True, dataloader_drop_last=True, dataloader_pin_memory=device != "cpu", ddp_find_unused_parameters=False,
+    )  # fmt: skip
+
+
+class ScheduleCallback(TrainerCallback):
+    """Sets the quantizers' switches before every step, and scores the held-out windows with the hard quantizer."""
+
+    def __init__(self, student: Student, settings: QATSettings, held_out: Windows | None, log_path: Path) -> None:
+        self.student, self.settings, self.held_out, self.log_path = student, settings, held_out, log_path
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.settings.phases.apply(self.student, state.global_step / state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        every = self.settings.eval_every or max(1, state.max_steps // 5)
+        if self.held_out is not None and state.is_world_process_zero and (state.global_step % every == 0 or state.global_step == state.max_steps):
+            self._write({"step": state.global_step, "held_out_perplexity": held_out_perplexity(self.student, self.held_out)})
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self._write({"step": state.global_step, **{name: float(value) for name, value in logs.items()}})
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A resumed run writes the steps after its checkpoint again: drop what an interrupted one wrote beyond it."""
+        if state.is_world_process_zero and self.log_path.exists():
+            rows = [line for line in self.log_path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            self.log_path.write_text("".join(f"{row}\n" for row in rows))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.log_path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def held_out_perplexity(student: Student, windows: Windows) -> float:
+    """Perplexity at full quantization strength, whatever the schedule is at."""
+    modules = list(fake_quant_modules(student).values())
+    strengths, training = [module.strength for module in modules], student.training
+    for module in modules:
+        module.strength = 1.0
+    student.eval()
+    try:
+        return evaluate(student.model, windows).value
+    finally:
+        student.train(training)
+        for module, strength in zip(modules, strengths, strict=True):
+            module.strength = strength
+
+
+class QATTrainer(Trainer):
+    """settings: see `QATSettings`. The rest as in `transformers.Trainer`; the model is a `Student`."""
+
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LambdaLR | None
+
+    def __init__(self, *, settings: QATSettings, **options: Any) -> None:
+        super().__init__(**options)
+        self.settings = settings
+        self.telemetry = Telemetry()
+        self.parts: dict[str, Tensor] = {}
+        self.n_parts = 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW without weight decay; scales and zero points have a learning rate of their own."""
+        if self.optimizer is None:
+            assert self.settings.lr_weights is not None
+            scale_ids = {id(parameter) for module in self.model.modules() if isinstance(module, WeightQuantizer) for parameter in module.parameters(recurse=False)}
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            groups = [{"params": [p for p in trained if id(p) not in scale_ids], "lr": self.settings.lr_weights}, {"params": [p for p in trained if id(p) in scale_ids], "lr": self.settings.lr_scales}]
+            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        if self.lr_scheduler is None:
+            phases = self.settings.phases
+            factors = [lambda step: phases.learning_rate(step / num_training_steps), lambda step: phases.learning_rate(step / num_training_steps, scales=True)]
+            assert self.optimizer is not None
+            self.lr_scheduler = LambdaLR(self.optimizer, factors[: len(self.optimizer.param_groups)])
+        return self.lr_scheduler
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if not bool(torch.isfinite(loss.detach())):
+            raise VerificationError(f"step {self.state.global_step + 1}: the loss is {float(loss)}; {self._last_checkpoint()}; lower --lr-weights or use --precision fp32")
+        self.parts = {name: self.parts.get(name, 0) + outputs[name] for name in ("kl", "ce")}
+        self.n_parts += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def _last_checkpoint(self) -> str:
+        saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.n_parts:
+            logs = {**logs, **{name: float(value) / self.n_parts for name, value in self.parts.items()}, **self.telemetry(self.model)}
+            self.parts, self.n_parts = {}, 0
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_model(self.model if model is None else model, str(Path(resume_from_checkpoint) / WEIGHTS))

@@ -1,8 +1,8 @@
 """Quantized keys and values, for training and for inference by the same function.
 
 By default they are quantized after the rotary embedding, on what the cache holds: an attention function registered with transformers quantizes keys and values and hands over to SDPA, which works for
-every family that uses transformers' attention interface. Quantizing an already quantized token gives the same token (its largest magnitude stays the largest), so it does not matter that cached ones pass
-by again. Before the rotary embedding is what LLM-QAT does; there hooks on `k_proj` and `v_proj` quantize.
+every family that uses transformers' attention interface. Quantizing an already quantized token gives the same token (its largest magnitude stays the largest), so it does not matter that cached
+ones pass by again. Before the rotary embedding is what LLM-QAT does; there hooks on `k_proj` and `v_proj` quantize.
 
 The arithmetic is that of an INT8 or INT4 cache, but the cache itself still holds 16 or 32 bits: this measures what a quantized cache costs in quality; it does not yet save its memory.
 """

@@ -24,6 +24,7 @@ class QuantLinear(nn.Module):
     scale: Tensor
     zero: Tensor | None
     g_idx: Tensor | None
+    input_range: Tensor | None
     bias: Tensor | None
 
     def __init__(self, qtensor: QuantizedTensor, bias: Tensor | None = None, activations: ActSpec = ActSpec()) -> None:
@@ -31,7 +32,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = qtensor.shape
         self.spec: QuantSpec = qtensor.spec
         self.activations = activations
-        for name in ("packed", "scale", "zero", "g_idx"):
+        for name in ("packed", "scale", "zero", "g_idx", "input_range"):
             self.register_buffer(name, getattr(qtensor, name))
         self.register_buffer("bias", None if bias is None else bias.detach())
         self._prepared: PreparedWeight | None = None
@@ -40,7 +41,7 @@ class QuantLinear(nn.Module):
         """The weight in canonical form."""
         packed = self.packed if self._prepared is None else self._prepared.canonical_packed()
         assert packed is not None
-        return QuantizedTensor(packed, self.scale, self.zero, self.spec, (self.out_features, self.in_features), self.g_idx)
+        return QuantizedTensor(packed, self.scale, self.zero, self.spec, (self.out_features, self.in_features), self.g_idx, self.input_range)
 
     def _release(self) -> None:
         """Go back to the canonical words."""
@@ -64,10 +65,12 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
         self._release()
         scale_dtype = self.scale.dtype
-        before = self.scale
+        before, input_range = self.scale, self.input_range
         super()._apply(fn, recurse)
         if self.scale.dtype != scale_dtype:
             self.scale = before.to(self.scale.device)
+        if input_range is not None:
+            self.input_range = input_range.to(self.scale.device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

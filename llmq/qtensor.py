@@ -20,7 +20,8 @@ class QuantizedTensor:
     """A weight `[N, K]` in storage form.
 
     packed: int32 `[N, packed_width(K, bits)]`. scale: `[N, G]` in `spec.scale_dtype` (`[1, 1]` per tensor). zero: uint8, shaped like scale, or None where the code's
-    offset is the zero point. g_idx: int32 `[K]`, the group of each column, only where groups are not consecutive (act-order).
+    offset is the zero point. g_idx: int32 `[K]`, the group of each column, only where groups are not consecutive (act-order). input_range: float32 `[2]`, scale and zero point of
+    the layer's input, where that is quantized by a static range.
     """
 
     packed: Tensor
@@ -29,6 +30,7 @@ class QuantizedTensor:
     spec: QuantSpec
     shape: tuple[int, int]
     g_idx: Tensor | None = None
+    input_range: Tensor | None = None
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, g_idx: Tensor | None = None) -> QuantizedTensor:
@@ -47,7 +49,7 @@ class QuantizedTensor:
     @cached_property
     def n_bytes(self) -> int:
         """Bytes of all stored tensors."""
-        return sum(tensor.nbytes for tensor in (self.packed, self.scale, self.zero, self.g_idx) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (self.packed, self.scale, self.zero, self.g_idx, self.input_range) if tensor is not None)
 
     def codes(self) -> Tensor:
         """uint8 `[N, K]`."""
@@ -63,11 +65,11 @@ class QuantizedTensor:
             raise LlmqError("a tensor with one scale for the whole cannot be split by rows; quantize its parts one by one")
         zero = None if self.zero is None else self.zero[start:stop].contiguous()
         g_idx = None if self.g_idx is None else self.g_idx.clone()  # parts are stored one by one and must not share memory
-        return QuantizedTensor(self.packed[start:stop].contiguous(), self.scale[start:stop].contiguous(), zero, self.spec, (stop - start, self.shape[1]), g_idx)
+        return QuantizedTensor(self.packed[start:stop].contiguous(), self.scale[start:stop].contiguous(), zero, self.spec, (stop - start, self.shape[1]), g_idx, self.input_range)
 
     def as_packed(self, activations: str = "none") -> PackedWeight:
         """The same tensors as the kernels take them. activations: see `llmq.spec.ActSpec`."""
-        return PackedWeight(self.packed, self.scale, self.zero, self.g_idx, self.spec.levels, self.spec.columns_per_group(self.shape[1]), self.shape, activations)
+        return PackedWeight(self.packed, self.scale, self.zero, self.g_idx, self.spec.levels, self.spec.columns_per_group(self.shape[1]), self.shape, activations, self.input_range)
 
     def validate(self, name: str) -> None:
         """Check shapes, dtypes and values against the spec, and raise `LlmqError` that names the tensor. Kernels index by `g_idx`, so its range is memory safety."""
@@ -79,6 +81,7 @@ class QuantizedTensor:
             "scale": (self.scale, scale_shape, getattr(torch, self.spec.scale_dtype)),
             "zero": (self.zero, scale_shape, torch.uint8),
             "g_idx": (self.g_idx, (k,), torch.int32),
+            "input_range": (self.input_range, (2,), torch.float32),
         }
         for part, (tensor, shape, dtype) in expected.items():
             if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):

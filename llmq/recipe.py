@@ -72,7 +72,8 @@ class Recipe:
     damping: share of the mean diagonal added to the Hessian. search: choose scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes and scales after
     GPTQ (see `llmq.ptq.refine`). inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which corrects each layer for
     what the layers before it lost (GPTAQ), by the share alpha. samples, sequence_length, seed: the calibration windows. iterations, learning_rate, autocast: of block-wise tuning: steps per
-    block, their size as a share of the distance between two codes, and whether blocks run in bfloat16 meanwhile. activations: how layer inputs are quantized at inference.
+    block, their size as a share of the distance between two codes, and whether blocks run in bfloat16 meanwhile. activations: how activations are quantized at inference;
+    activation_range: how static ranges are chosen, "minmax", "percentile" or "mse" (see `llmq.ptq.ranges`).
     """
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
@@ -90,10 +91,13 @@ class Recipe:
     learning_rate: float = 0.02
     autocast: bool = False
     activations: ActSpec = field(default_factory=ActSpec)
+    activation_range: Literal["minmax", "percentile", "mse"] = "mse"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sequence_length < 2:
             raise LlmqError(f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens")
+        if self.activations.kind == "int8-static" and self.method == "rtn":
+            raise LlmqError("activations int8-static need calibration data for their ranges, which method rtn does not read; use --method gptq, or int8-token")
         if self.sweeps < 0:
             raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.packing import pack, unpack
-from llmq_kernels.reference import expand_groups, quantize_tokens
+from llmq_kernels.reference import expand_groups, quantize_static, quantize_tokens
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
@@ -230,7 +230,7 @@ def w8a8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
     """Why oneDNN's integer GEMM cannot take a weight, or None."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    if weight.activations != "int8-token":
+    if weight.activations not in ("int8-token", "int8-static"):
         return "it computes with INT8 activations only"
     if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
         return "this torch is built without oneDNN"
@@ -251,7 +251,14 @@ def w8a8_restore(weight: PackedWeight, state: State) -> Tensor:
 
 
 def w8a8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
-    """`x @ W.T` with x quantized per token; the sums are exact, scales are applied in float32."""
-    codes, scale = quantize_tokens(x)
-    out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, state["packed"], state["row_scale"], None, None, 1.0, 0, torch.float32, "none", [], "")
+    """`x @ W.T` with x quantized per token or by its static range; the sums are exact, scales are applied in float32."""
+    codes, scale, zero = _quantize_input(x, weight)
+    out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, zero, state["packed"], state["row_scale"], None, None, 1.0, 0, torch.float32, "none", [], "")
     return out.mul_(scale).to(x.dtype)
+
+
+def _quantize_input(x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor, int]:
+    """u8 codes `[M, K]`, float32 scale (per token `[M, 1]`, or one), zero point."""
+    if weight.input_range is None:
+        return *quantize_tokens(x), 128
+    return quantize_static(x, weight.input_range), weight.input_range[0], int(weight.input_range[1])

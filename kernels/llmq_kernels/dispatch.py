@@ -36,6 +36,9 @@ class Backend:
 def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     if weight.activations == "int8-token":
         return reference.matmul(reference.fake_quantize_tokens(x), weight.dequantize()).to(x.dtype)
+    if weight.activations == "int8-static":
+        assert weight.input_range is not None
+        return reference.matmul(reference.fake_quantize_static(x, weight.input_range), weight.dequantize()).to(x.dtype)
     return reference.matmul(x, weight.dequantize())
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEVELS = 255  # steps of an INT8 range
+
 
 def expand_groups(per_group: Tensor, k: int, group_size: int, g_idx: Tensor | None = None) -> Tensor:
     """Spread values per group `[N or 1, G]` over the columns: `[N or 1, k]`, or `[N or 1, 1]` when there is one group.
@@ -42,6 +44,18 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     values = x.float()
     scale = values.abs().amax(dim=1, keepdim=True).div_(127).clamp_min_(1e-8)
     return (values / scale).round_().add_(128).to(torch.uint8), scale
+
+
+def quantize_static(x: Tensor, input_range: Tensor) -> Tensor:
+    """INT8 activations with one scale and zero point for all: u8 codes shaped like x, x = scale * (code - zero). input_range: float32 `[2]`, scale and zero."""
+    scale, zero = input_range
+    return (x.float() / scale).round_().add_(zero).clamp_(0, LEVELS).to(torch.uint8)
+
+
+def fake_quantize_static(x: Tensor, input_range: Tensor) -> Tensor:
+    """x as `quantize_static` would store it, float32."""
+    scale, zero = input_range
+    return (quantize_static(x, input_range).float() - zero) * scale
 
 
 def fake_quantize_tokens(x: Tensor) -> Tensor:

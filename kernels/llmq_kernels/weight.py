@@ -15,7 +15,7 @@ from llmq_kernels.reference import dequantize_codes
 class PackedWeight:
     """`[N, K]` weight. packed: int32 words `[N, packed_width(K, bits)]`. scale: float `[N, G]` or `[1, 1]`. zero: uint8, shaped like scale, or None for `code.offset`.
     g_idx: int32 `[K]`, the group of each column, or None for consecutive groups of `group_size` columns.
-    activations: "none", or "int8-token" when x is quantized per token before an integer product."""
+    activations: "none"; "int8-token" when x is quantized per token before an integer product; "int8-static" when it is by the scale and zero point in input_range, float32 `[2]`."""
 
     packed: Tensor
     scale: Tensor
@@ -25,6 +25,7 @@ class PackedWeight:
     group_size: int
     shape: tuple[int, int]
     activations: str = "none"
+    input_range: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""

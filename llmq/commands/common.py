@@ -42,7 +42,10 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iterations", type=int, metavar="N", help="steps per block of --method blockwise (default: 200)")
     parser.add_argument("--learning-rate", type=float, help="size of these steps, as a share of the distance between two codes (default: 0.02)")
     parser.add_argument("--autocast", action="store_true", default=None, help="run blocks in bfloat16 while they are trained; faster where the hardware multiplies bfloat16")
-    parser.add_argument("--activations", choices=("none", "int8-token"), default=None, help="quantize layer inputs per token and multiply integers (with --bits 8; default: none)")
+    activations_help = "quantize layer inputs, per token or by a static range, and multiply integers (with --bits 8; default: none)"
+    parser.add_argument("--activations", choices=("none", "int8-token", "int8-static"), default=None, help=activations_help)
+    parser.add_argument("--activation-range", choices=("minmax", "percentile", "mse"), default=None, help="how static ranges are chosen (default: mse)")
+    parser.add_argument("--kv-bits", type=int, choices=(8, 4), help="quantize keys and values per token and head (default: not)")
     rule_help = "another treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; first match wins"
     parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help=rule_help)
     parser.add_argument("--recipe", metavar="FILE", help="a recipe as JSON (the 'recipe' of a report.json); other options override it")
@@ -65,7 +68,6 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
 
     from llmq.errors import LlmqError
     from llmq.recipe import Recipe, Rule
-    from llmq.spec import ActSpec
 
     base = Recipe(sequence_length=min(2048, max_length))
     if args.recipe:
@@ -75,11 +77,11 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
             raise LlmqError(f"--recipe {args.recipe}: not a recipe ({error}); expected the JSON that report.json holds under 'recipe'") from None
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
-    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "iterations", "learning_rate", "autocast")
+    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "iterations", "learning_rate", "autocast", "activation_range")
     options = {name: getattr(args, name) for name in names}
     options |= {"order": "act" if args.act_order else args.order, "search": False if args.no_search else None}
-    if args.activations:
-        base = replace(base, activations=ActSpec(args.activations))
+    if args.activations or args.kv_bits:
+        base = replace(base, activations=replace(base.activations, **{key: value for key, value in (("kind", args.activations), ("kv_bits", args.kv_bits)) if value}))
     recipe = replace(base, **{key: value for key, value in options.items() if value is not None})
     rules = tuple(Rule.parse(text) for text in args.rule)
     gives_spec = not args.recipe or args.bits or args.group_size is not None or args.asymmetric

@@ -101,10 +101,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for name, note in job.notes.items():
         print(f"note: {name}: {note}", file=sys.stderr)
     print(budget_line(job), file=sys.stderr, flush=True)
-    with common.progress("qat") as show:
-        report = fine_tune(
-            job, Path(args.out), device=device, overwrite=args.overwrite, report_to=args.report_to, show=lambda title, done, total, remark: show(done, total, f"{title} {remark}".strip())
-        )
+    with common.progress("qat") as bar:
+
+        def show(title: str, done: int, total: int, remark: str) -> None:
+            bar(done, total, f"{title} {remark}".strip())
+
+        report = fine_tune(job, Path(args.out), device=device, overwrite=args.overwrite, report_to=args.report_to, show=show)
     if args.plot and report:
         from llmq.qat.plot import plot_log
 

@@ -1,6 +1,6 @@
 """The `llmq` format: the in-memory tensors as they are, for everything that other formats cannot hold exactly.
 
-Per layer `packed`, `scale` and, where they exist, `zero` and `g_idx`. The config names the spec that most layers share and the layers that differ.
+Per layer `packed`, `scale` and, where they exist, `zero`, `g_idx` and `input_range`. The config names the spec that most layers share and the layers that differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VERSION = 1
 
 
 def _write(qtensor: QuantizedTensor) -> dict[str, Tensor]:
-    parts = {"packed": qtensor.packed, "scale": qtensor.scale, "zero": qtensor.zero, "g_idx": qtensor.g_idx}
+    parts = {"packed": qtensor.packed, "scale": qtensor.scale, "zero": qtensor.zero, "g_idx": qtensor.g_idx, "input_range": qtensor.input_range}
     return {suffix: part for suffix, part in parts.items() if part is not None}
 
 
@@ -32,7 +32,7 @@ def _read(name: str, tensors: dict[str, Tensor], config: dict[str, Any], shape: 
         spec = QuantSpec.from_json(config["exceptions"].get(name, config["spec"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise LlmqError(f"quantization_config: no usable spec for {name} ({error}); the checkpoint is damaged") from None
-    return QuantizedTensor(tensors["packed"], tensors["scale"], tensors.get("zero"), spec, shape, tensors.get("g_idx"))
+    return QuantizedTensor(tensors["packed"], tensors["scale"], tensors.get("zero"), spec, shape, tensors.get("g_idx"), tensors.get("input_range"))
 
 
 def _config(specs: Specs) -> dict[str, Any]:

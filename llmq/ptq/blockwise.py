@@ -4,9 +4,15 @@ GPTQ answers for each layer alone. Here all layers of a block are trained togeth
 inputs from the quantized model, targets from the full-precision one, squared error (Block-AP in EfficientQAT, Chen et al., 2024; SignRound, Cheng et al., 2023). It takes some hundred
 steps on the calibration windows that GPTQ has seen already, and the memory of one block with its optimizer.
 
-The scales and zero points start where GPTQ left them, the weights where they were. Starting the weights in the cells of GPTQ's codes gives a lower first error and a higher last one.
+The scales start where GPTQ left them, the weights where they were: off the grid, not in the cells of GPTQ's codes. From those cells the first error is lower and the last one higher
+(block 0 of a 5.8M-parameter Llama at w2g64-asym, GPTQ 0.034: after 100 steps 0.039 from the cells, after 200 from the weights 0.028). So few steps gain nothing; hundreds do. Zero points stay:
+learned ones cost 4% of held-out error.
 
-A few sequences are held out. The result is kept only if it is better on them than the start, so the stage can be left on without looking.
+The error is relative per token, since the norm that comes next divides by the token's length: perplexity 46.2 at w2g64-asym, against 46.4 with a plain sum of squares and 48.3 of GPTQ (256
+windows of a novel, full precision below 43). Targets halfway to what the full-precision block makes of the quantized model's inputs, which help GPTQ, cost 0.5% here.
+
+What is learned is also partly the noise of the calibration windows (at w2g64-asym the held-out error is a quarter above that of training), so some sequences are held out. A block's
+result is kept only if it is better on them than the start: the stage can be left on without looking.
 """
 
 from __future__ import annotations
@@ -44,8 +50,8 @@ class BlockwiseOptions:
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """tensors: by layer. start_error, error: squared distance from the targets over their energy on the held-out sequences, before and after; the start is kept when tuning does not lower it
-    (then they are equal). n_skipped: steps without a finite loss."""
+    """tensors: by layer. start_error, error: distance from the targets on the held-out sequences before and after, mean over tokens of the squared distance over the target's squared length;
+    the start is kept when tuning does not lower it (then they are equal). n_skipped: steps without a finite loss."""
 
     tensors: dict[str, QuantizedTensor]
     start_error: float

@@ -29,6 +29,7 @@ from llmq.ptq.activations import ActivationFile
 from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.gptq import GPTQOptions, gptq
+from llmq.ptq.ranges import RangeObserver
 from llmq.ptq.replay import SolvedParts
 from llmq.ptq.rtn import rtn
 from llmq.ptq.solver import SolverResult
@@ -66,7 +67,7 @@ class LayerReport:
 @dataclass(frozen=True)
 class BlockReport:
     """index, layers, seconds for the block; output_error: squared distance of the quantized block's outputs from the full-precision model's on the first batch, relative.
-    start_error, tuned_error: the same on the sequences that block-wise tuning holds out, before and after it; n_skipped_steps: its steps without a finite loss."""
+    start_error, tuned_error: mean over tokens of such a distance on the sequences that block-wise tuning holds out, before and after it; n_skipped_steps: its steps without a finite loss."""
 
     index: int
     layers: list[LayerReport]
@@ -129,6 +130,10 @@ class Engine:
         assert self.tokens is not None
         width = self.model.config.get_text_config().hidden_size
         return ActivationFile(self.work_dir / f"inputs-{stream}-{index:05d}.f32", self.tokens.shape[1], width)
+
+    @property
+    def _is_static(self) -> bool:
+        return self.recipe.activations.kind == "int8-static"
 
     @property
     def streams(self) -> list[str]:
@@ -280,6 +285,8 @@ class Engine:
                     original = linear_weight(block.get_submodule(layer))
                     if self.tunes and stats is not None:
                         self._untuned[layer] = original.clone(), stats
+                    if stats is not None and stats.ranges is not None:
+                        result = replace(result, tensor=replace(result.tensor, input_range=stats.ranges.range(self.recipe.activation_range)))
                     results[layer] = result
                     reports.append(_report(f"{name}.{layer}", original, result, stats))
                     original.copy_(result.tensor.dequantize())
@@ -295,7 +302,7 @@ class Engine:
         tuning = tune_block(block, weights, start, self.inputs_of(index), self.inputs_of(index + 1, "full-precision"), call, options)
         reports = []
         for layer, tensor in tuning.tensors.items():
-            results[layer] = replace(results[layer], tensor=tensor)
+            results[layer] = replace(results[layer], tensor=replace(tensor, input_range=results[layer].tensor.input_range))
             linear_weight(block.get_submodule(layer)).copy_(tensor.dequantize())
             reports.append(_report(f"{name}.{layer}", weights[layer], results[layer], untuned[layer][1]))
         return tuning, reports
@@ -317,7 +324,7 @@ class Engine:
         """Statistics of the inputs that a group of layers shares, on the stream that the recipe names."""
         layer = block.get_submodule(group[0])
         both = self.recipe.inputs == "both"
-        stats = LayerStats(linear_weight(layer).shape[1], self.device, cross=both, project=linear_weight(layer) if len(group) == 1 else None)
+        stats = LayerStats(linear_weight(layer).shape[1], self.device, cross=both, project=linear_weight(layer) if len(group) == 1 else None, ranges=RangeObserver() if self._is_static else None)
         exact_file = self._exact_inputs(block, index, group[0])
         exact_batches = exact_file.batches(self.batch_size) if both else itertools.repeat(None)
         with ExitStack() as stack:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.ptq.ranges import RangeObserver
+
 BLOCK_COLUMNS = 256  # of H that are accumulated together; smaller blocks skip more of the upper triangle, larger ones multiply faster
 
 
@@ -13,16 +15,17 @@ class LayerStats:
 
     hessian: float32 `[K, K]`; H is symmetric, so only blocks on and below the diagonal are accumulated, and `finish` mirrors them.
     cross: with inputs y that the same layer has in the full-precision model, `C = 2 / n * sum_t (y_t - x_t) x_t^T`, float32 `[K, K]`, or `P C` `[N, K]` for a projection P `[N, K]`; else None.
-    n_tokens: rows counted. n_dropped: rows left out because they held NaN or infinity.
+    ranges: extremes and samples of the inputs, for static activation ranges, or None. n_tokens: rows counted. n_dropped: rows left out because they held NaN or infinity.
 
     All that a solver wants of C is W C. For a layer that narrows (down_proj) it is cheaper to project the differences first, in time and in memory: `project` is then that layer's weight.
     """
 
-    def __init__(self, k: int, device: torch.device | str = "cpu", *, cross: bool = False, project: Tensor | None = None) -> None:
+    def __init__(self, k: int, device: torch.device | str = "cpu", *, cross: bool = False, project: Tensor | None = None, ranges: RangeObserver | None = None) -> None:
         self.hessian = torch.zeros(k, k, dtype=torch.float32, device=device)
         self.projection = None if project is None or 2 * project.shape[0] >= k else project.float()
         n_cross = k if self.projection is None else self.projection.shape[0]
         self.cross = torch.zeros(n_cross, k, dtype=torch.float32, device=device) if cross else None
+        self.ranges = ranges
         self.n_tokens = 0
         self.n_dropped = 0
 
@@ -37,6 +40,8 @@ class LayerStats:
         n_new = rows.shape[0]
         if n_new == 0:
             return
+        if self.ranges is not None:
+            self.ranges.add(rows)
         n_total = self.n_tokens + n_new
         share = {"beta": self.n_tokens / n_total, "alpha": 2 / n_total}
         for start in range(0, rows.shape[1], BLOCK_COLUMNS):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
-from llmq_kernels.reference import fake_quantize_tokens
+from llmq.ptq.ranges import static_range
+from llmq_kernels.reference import LEVELS, fake_quantize_static, fake_quantize_tokens
 
 EMA = 0.01  # weight of the newest batch in a moving range (Jacob et al., section 3.1)
-LEVELS = 255
 
 
 class _Rounded(torch.autograd.Function):
@@ -40,19 +40,12 @@ def fake_quantize_per_token(x: Tensor) -> Tensor:
     return _Rounded.apply(x, value, None)
 
 
-def static_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and integer zero point (0..255, float32 scalars) of a range, widened to include 0 so that padding and ReLU zeros are exact."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / LEVELS).clamp_min(1e-8)
-    return scale, torch.round(-low / scale).clamp(0, LEVELS)
-
-
-def fake_quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """INT8 with one scale and zero point for all, in x's dtype. Gradient: the identity inside the range, zero outside."""
-    codes = torch.round(x.detach().float() / scale) + zero
-    kept = (codes >= 0) & (codes <= LEVELS)
-    value = (codes.clamp_(0, LEVELS) - zero) * scale
-    return _Rounded.apply(x, value.to(x.dtype), kept)
+def fake_quantize_ranged(x: Tensor, input_range: Tensor) -> Tensor:
+    """INT8 with one scale and zero point for all (float32 `[2]`), in x's dtype. Gradient: the identity inside the range, zero outside."""
+    scale, zero = input_range
+    unclipped = torch.round(x.detach().float() / scale) + zero
+    kept = (unclipped >= 0) & (unclipped <= LEVELS)
+    return _Rounded.apply(x, fake_quantize_static(x.detach(), input_range).to(x.dtype), kept)
 
 
 class ActivationQuantizer(nn.Module):
@@ -88,6 +81,10 @@ class ActivationQuantizer(nn.Module):
         self.low.copy_(low if first else torch.lerp(self.low, low, EMA))
         self.high.copy_(high if first else torch.lerp(self.high, high, EMA))
 
+    def input_range(self) -> Tensor:
+        """Scale and zero point of a static range, float32 `[2]`."""
+        return static_range(self.low, self.high)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "int8-token":
             return fake_quantize_per_token(x) if self.enabled else x
@@ -95,4 +92,4 @@ class ActivationQuantizer(nn.Module):
             self.observe(x)
         if not self.enabled or bool(self.low.isnan()):
             return x
-        return fake_quantize_static(x, *static_range(self.low, self.high))
+        return fake_quantize_ranged(x, self.input_range())

@@ -34,7 +34,6 @@ def split_windows(row: Tensor, length: int, n_held_out: int, n_per_step: int, so
     if n_held_out:
         held[(torch.arange(n_held_out) * n) // n_held_out + n // (2 * n_held_out)] = True
     if n - n_held_out < n_per_step:
-        raise LlmqError(
-            f"training text {source}: {len(row)} tokens make {n - n_held_out} windows of {length} to train on, but one step needs {n_per_step}; give more text, a smaller --batch-size or --sequence-length"
-        )
+        has = f"{len(row)} tokens make {n - n_held_out} windows of {length} to train on, but one step needs {n_per_step}"
+        raise LlmqError(f"training text {source}: {has}; give more text, a smaller --batch-size or --sequence-length")
     return windows[~held], windows[held]

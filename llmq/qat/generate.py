@@ -1,7 +1,7 @@
 """Training text from the teacher itself, for those who have none (LLM-QAT, Liu et al., 2023, section 3.1).
 
-Each sequence starts from a token of the vocabulary, goes on greedily for three to five tokens and is then sampled from the teacher's own distribution: greedy starts keep the beginnings sensible, sampling
-keeps the texts diverse. Batches are written one by one, so an interrupted run goes on with the next batch; a batch depends on the seed and its number alone.
+Each sequence starts from a token of the vocabulary, goes on greedily for three to five tokens and is then sampled from the teacher's own distribution: greedy starts keep the beginnings
+sensible, sampling keeps the texts diverse. Batches are written one by one, so an interrupted run goes on with the next batch; a batch depends on the seed and its number alone.
 """
 
 from __future__ import annotations

@@ -141,7 +141,8 @@ def check_identity(work_dir: Path, identity: dict[str, Any]) -> None:
 def fine_tune(job: QATJob, out_dir: Path, *, device: str = "cpu", overwrite: bool = False, report_to: str = "none", show: Show = lambda title, done, total, remark: None) -> dict[str, Any]:
     """Run a job into a folder and return its report. Continues an interrupted run of the same job.
 
-    show: told of progress (title, done, total, remark). report_to: what the Trainer reports to, "none", "tensorboard" or "wandb". Raises `LlmqError` for bad input, `VerificationError` for a loss that is not finite.
+    show: told of progress (title, done, total, remark). report_to: what the Trainer reports to, "none", "tensorboard" or "wandb". Raises `LlmqError` for bad input, `VerificationError` for a
+    loss that is not finite.
     """
     state = PartialState()
     started = time.monotonic()

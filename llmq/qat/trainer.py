@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.perplexity import evaluate
@@ -87,6 +87,7 @@ class QATTrainer(Trainer):
 
     def __init__(self, *, settings: QATSettings, **options: Any) -> None:
         super().__init__(**options)
+        self.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the result
         self.settings = settings
         self.telemetry = Telemetry()
         self.parts: dict[str, Tensor] = {}

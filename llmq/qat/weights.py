@@ -1,7 +1,7 @@
 """Linear layers whose weight is trained through its quantizer, and the way in and out of them.
 
-A `FakeQuantLinear` holds the float32 master weight and a weight quantizer. Forward it multiplies with what will be stored, bit for bit; backward the gradient reaches master, scale and zero point. Three
-quantizers share the one rounding of `llmq.quantizer`:
+A `FakeQuantLinear` holds the float32 master weight and a weight quantizer. Forward it multiplies with what will be stored, bit for bit; backward the gradient reaches master, scale and zero
+point. Three quantizers share the one rounding of `llmq.quantizer`:
 
     lsq      scales (and zero points) are learned (Esser et al., 2020; asymmetric: LSQ+, Bhalgat et al., 2020): the default, since it can start from any quantized checkpoint as it is
     ste      scales follow the weights' range at every step (LLM-QAT, Liu et al., 2023); gradient straight through
@@ -14,6 +14,7 @@ the original weight nothing moves. Starting from dequantized values would put ev
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -104,7 +105,10 @@ class FakeQuantLinear(nn.Module):
     def qtensor(self) -> QuantizedTensor:
         """The weight as it will be stored. Its values are those of the last forward pass at full strength, bit for bit."""
         scale, zero = self.quantizer.stored(self.weight)
-        return QuantizedTensor.from_codes(quantizer.quantize(self.weight, scale, zero, self.quantizer.spec), scale, zero, self.quantizer.spec)
+        packed = QuantizedTensor.from_codes(quantizer.quantize(self.weight, scale, zero, self.quantizer.spec), scale, zero, self.quantizer.spec)
+        if self.activations is None or self.activations.kind != "int8-static":
+            return packed
+        return replace(packed, input_range=self.activations.input_range())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.quantizer.spec}, quantizer={self.quantizer.name}"

@@ -1,15 +1,15 @@
-"""Block-wise tuning: move the weights, scales and zero points of a whole block until its output is right.
+"""Block-wise tuning: move the weights and scales of a whole block until its output is right.
 
 GPTQ answers for each layer alone. Here all layers of a block are trained together, by gradient descent through the quantizer, against what the block computes in the full-precision model:
 inputs from the quantized model, targets from the full-precision one, squared error (Block-AP in EfficientQAT, Chen et al., 2024; SignRound, Cheng et al., 2023). It takes some hundred
 steps on the calibration windows that GPTQ has seen already, and the memory of one block with its optimizer.
 
 The scales start where GPTQ left them, the weights where they were: off the grid, not in the cells of GPTQ's codes. From those cells the first error is lower and the last one higher
-(block 0 of a 5.8M-parameter Llama at w2g64-asym, GPTQ 0.034: after 100 steps 0.039 from the cells, after 200 from the weights 0.028). So few steps gain nothing; hundreds do. Zero points stay:
+(block 0 of a 5.8M-parameter Llama at w2g64-asym, GPTQ 0.034: after 100 steps 0.039 from the cells and 0.035 from the weights, after 200 0.028). So few steps gain nothing; hundreds do. Zero points stay:
 learned ones cost 4% of held-out error.
 
-The error is relative per token, since the norm that comes next divides by the token's length: perplexity 46.2 at w2g64-asym, against 46.4 with a plain sum of squares and 48.3 of GPTQ (256
-windows of a novel, full precision below 43). Targets halfway to what the full-precision block makes of the quantized model's inputs, which help GPTQ, cost 0.5% here.
+The error is relative per token, since the norm that comes next divides by the token's length: perplexity 46.2 at w2g64-asym, against 46.4 with a plain sum of squares and 48.3 of GPTQ (first
+256 windows of a novel). Targets halfway to what the full-precision block makes of the quantized model's inputs, which help GPTQ, cost 0.5% here.
 
 What is learned is also partly the noise of the calibration windows (at w2g64-asym the held-out error is a quarter above that of training), so some sequences are held out. A block's
 result is kept only if it is better on them than the start: the stage can be left on without looking.

@@ -39,7 +39,8 @@ SCALE_RANGE = 4.0  # a scale may leave its start by this factor
 
 @dataclass(frozen=True)
 class BlockwiseOptions:
-    """iterations: optimizer steps per block. learning_rate: of the weights, in steps of their own grid; scales move so that the outermost code moves as far. Both fall to zero along a half cosine. autocast: run the block in bfloat16 while it trains, on float32 masters. seed: of the order of the sequences."""
+    """iterations: optimizer steps per block. learning_rate: of the weights, in steps of their own grid; scales move so that the outermost code moves as far. Both fall to zero along a half
+    cosine. autocast: run the block in bfloat16 while it trains, on float32 masters. seed: of the order of the sequences."""
 
     iterations: int = 200
     learning_rate: float = 0.02

@@ -97,7 +97,9 @@ def _factors(spec: QuantSpec) -> tuple[float, ...]:
 
 
 def round_codes(weight: Tensor, scale: Tensor, zero: Tensor | float, max_code: int) -> Tensor:
-    """Codes as whole numbers in float32, shaped like weight; scale and zero broadcast. Everything that rounds goes through this line."""
+    """Codes as whole numbers in float32, shaped like weight; scale and zero broadcast. Everything that rounds goes through here. zero: whole numbers, or one half-integer for all."""
+    if not isinstance(zero, Tensor) and zero % 1:
+        return (weight / scale).add_(zero).round_().clamp_(0, max_code)  # the levels lie half a step beside the whole numbers
     return (weight / scale).round_().add_(zero).clamp_(0, max_code)
 
 

@@ -4,6 +4,7 @@ w4g128        4-bit integers, symmetric, one scale per 128 columns
 w3g64-asym    3-bit integers with a zero point per group
 w8            8-bit integers, one scale per row
 w4-tensor     one scale for the whole tensor
+w2h-g64       2 bits at -1.5, -0.5, 0.5 and 1.5 steps
 ternary-g128  {-1, 0, 1} times a scale per 128 columns
 """
 
@@ -20,7 +21,7 @@ PER_ROW = -1
 PER_TENSOR = 0
 SMALLER_GROUPS = (128, 64, 32)
 
-_TEXT = re.compile(r"(?:w(?P<bits>\d+)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?")
+_TEXT = re.compile(r"(?:w(?P<bits>\d+h?)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class QuantSpec:
             raise LlmqError(f"unknown code {self.code!r}: expected one of {', '.join(CODES)}")
         if self.group_size < PER_ROW or self.group_size == 1:
             raise LlmqError(f"group size {self.group_size}: expected a number of columns from 2 up, -1 (one scale per row) or 0 (one per tensor)")
-        if self.code == "ternary" and not self.symmetric:
-            raise LlmqError("ternary codes are symmetric: -1, 0 and 1 have no zero point to move; leave out --asymmetric")
+        if self.code in ("ternary", "int2h") and not self.symmetric:
+            raise LlmqError(f"{self.code} codes are symmetric: they have no zero point to move; leave out --asymmetric")
         if self.scale_dtype not in ("float16", "bfloat16", "float32"):
             raise LlmqError(f"scale dtype {self.scale_dtype!r}: expected float16, bfloat16 or float32")
 
@@ -76,8 +77,8 @@ class QuantSpec:
         return replace(self, group_size=smaller[0]) if smaller else None
 
     def __str__(self) -> str:
-        name = "ternary" if self.code == "ternary" else f"w{self.bits}"
-        group = {PER_ROW: "", PER_TENSOR: "-tensor"}.get(self.group_size, f"{'-' if self.code == 'ternary' else ''}g{self.group_size}")
+        name = "ternary" if self.code == "ternary" else self.code.replace("int", "w")
+        group = {PER_ROW: "", PER_TENSOR: "-tensor"}.get(self.group_size, f"{'-' if self.code in ('ternary', 'int2h') else ''}g{self.group_size}")
         return name + group + ("" if self.symmetric else "-asym")
 
     @classmethod

@@ -35,6 +35,7 @@ CODES: dict[str, Code] = {
         Code("int4", 4, 16, 8.0),
         Code("int3", 3, 8, 4.0),
         Code("int2", 2, 4, 2.0),
+        Code("int2h", 2, 4, 1.5),  # levels at -1.5, -0.5, 0.5, 1.5 steps: no zero, but as many below as above
         Code("ternary", 2, 3, 1.0),
     )
 }

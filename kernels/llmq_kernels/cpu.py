@@ -68,8 +68,8 @@ def int4_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
         return f"it runs on the CPU, not on {device.type}"
     if weight.activations != "none":
         return f"it computes with bfloat16 activations, not {weight.activations}"
-    if weight.code.bits > 4:
-        return f"it holds codes of at most 4 bits, not {weight.code.name}"
+    if weight.code.bits > 4 or weight.code.offset % 1:
+        return f"it holds codes of at most 4 bits with whole zero points, not {weight.code.name}"
     if dtype != torch.bfloat16:
         return f"it is fast with bfloat16 activations only, not {dtype}"
     if weight.g_idx is not None:

@@ -53,7 +53,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, metavar="N", help="calibration windows (default: 128)")
     parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per calibration window (default: 2048, or what the model has positions for)")
     parser.add_argument("--seed", type=int, help="seed of the calibration windows (default: 0)")
-    parser.add_argument("--format", default="auto", help="auto, gptq, gptq_v2 or llmq (default: auto)")
+    parser.add_argument("--format", default="auto", help="auto, gptq, gptq_v2, bitnet or llmq (default: auto)")
     parser.add_argument("--strict", action="store_true", help="refuse any deviation from what was asked: other group sizes, kept layers, fallbacks")
     parser.add_argument("--revision", help="revision of a Hub model")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to run block by block on the GPU")

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--asymmetric", action="store_true", help="a learned zero point per group (w2 always has one)")
     parser.add_argument("--activations", choices=("int8-token", "int8-static"), default=None, help="which kind of INT8 activations a scheme with a8 has (default: int8-token)")
     parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="another treatment for some layers, such as '*.layers.0.*=w8' or '*.down_proj=keep'")
-    parser.add_argument("--quantizer", choices=("lsq", "ste", "absmean"), default="lsq", help="learned scales, scales from the range (LLM-QAT), or absmean ternary (BitNet) (default: lsq)")
+    quantizers = "learned scales, the same stretched over the range (ParetoQ; 2 bits and ternary), scales from the range (LLM-QAT), or absmean ternary (BitNet) (default: lsq)"
+    parser.add_argument("--quantizer", choices=("lsq", "seq", "ste", "absmean"), default="lsq", help=quantizers)
     parser.add_argument("--init", choices=("rtn", "gptq", "blockwise"), default="gptq", help="the PTQ method of the start (default: gptq)")
     parser.add_argument("--kv-before-rope", action="store_true", help="quantize keys before the rotary embedding, as LLM-QAT does")
     parser.add_argument(
@@ -69,6 +70,8 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
     scheme = Scheme.parse(args.scheme)
     grid = scheme.weights
     grid = replace(grid, group_size=grid.group_size if args.group_size is None else args.group_size, symmetric=grid.symmetric and not args.asymmetric)
+    if args.quantizer == "seq" and grid.code == "int2":
+        grid = replace(grid, code="int2h", symmetric=True)
     if args.activations and scheme.activations == "none":
         raise LlmqError(f"--activations {args.activations}: the scheme {args.scheme} does not quantize activations; write {args.scheme}a8")
     scheme = replace(scheme, weights=grid, activations=args.activations or scheme.activations)
@@ -97,16 +100,18 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     common.check_device(device)
     model_dir = resolve(args.model, args.revision)
     settings = read_settings(args, common.max_positions(load_config(model_dir)))
-    job = prepare_job(str(model_dir), settings, train=args.train, teacher=args.teacher, rules=tuple(Rule.parse(text) for text in args.rule))
-    for name, note in job.notes.items():
-        print(f"note: {name}: {note}", file=sys.stderr)
-    print(budget_line(job), file=sys.stderr, flush=True)
+    job = prepare_job(str(model_dir), settings, train=args.train, teacher=args.teacher, rules=tuple(Rule.parse(text) for text in args.rule), device=device)
+    if job.processes.is_main_process:
+        for name, note in job.notes.items():
+            print(f"note: {name}: {note}", file=sys.stderr)
+        print(budget_line(job), file=sys.stderr, flush=True)
     with common.progress("qat") as bar:
 
         def show(title: str, done: int, total: int, remark: str) -> None:
-            bar(done, total, f"{title} {remark}".strip())
+            if job.processes.is_main_process:
+                bar(done, total, f"{title} {remark}".strip())
 
-        report = fine_tune(job, Path(args.out), device=device, overwrite=args.overwrite, report_to=args.report_to, show=show)
+        report = fine_tune(job, Path(args.out), overwrite=args.overwrite, report_to=args.report_to, show=show)
     if args.plot and report:
         from llmq.qat.plot import plot_log
 
@@ -120,7 +125,8 @@ def budget_line(job: QATJob) -> str:
 
     budget = job.budget()
     hours = budget["flops"] / measured_rate() / 3600
-    return f"budget: {budget['tokens']:,} tokens in {budget['steps']:,} steps, {budget['bytes'] / 1e9:.2f} GB of weights and optimizer state and the activations of a batch, about {hours:.2f} h on this CPU"
+    memory = f"{budget['bytes'] / 1e9:.2f} GB of weights and optimizer state and the activations of a batch"
+    return f"budget: {budget['tokens']:,} tokens in {budget['steps']:,} steps, {memory}, about {hours:.2f} h on this CPU"
 
 
 def _summary(out: str, report: dict[str, Any]) -> str:
@@ -129,5 +135,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     held_out = {name: score["perplexity"] for name, score in report["held_out"].items()}
     pairs: dict[str, object] = {"written": f"{out}: {'the trained model' if report['shipped'] == 'trained' else 'the PTQ start, because training did not beat it on held-out text'}"}
     pairs |= {f"held-out perplexity, {name.replace('_', ' ')}": f"{value:.3f}" for name, value in held_out.items()}
-    pairs |= {"loss": f"{report['first_loss']:.4f} -> {report['last_loss']:.4f}", "seconds": f"{report['seconds']:.0f}"}
+    if report["last_loss"] is not None:
+        pairs["loss"] = f"{report['first_loss']:.4f} -> {report['last_loss']:.4f}"
+    pairs["seconds"] = f"{report['seconds']:.0f}"
     return common.render_pairs(pairs)

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Specs
+from llmq.formats.bitnet import BITNET
 from llmq.formats.gptq import GPTQ_V1, GPTQ_V2, engines_load
 from llmq.formats.native import NATIVE
 from llmq.recipe import LayerPlan
 from llmq.spec import ActSpec
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (GPTQ_V1, GPTQ_V2, NATIVE)}
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (GPTQ_V1, GPTQ_V2, BITNET, NATIVE)}
+
+_TOKENS = ActSpec("int8-token")
 
 __all__ = ["FORMATS", "Format", "Specs", "choose_format"]
 
 
 def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec = ActSpec()) -> Format:
-    """The format by name; "auto" takes `gptq` when it holds every layer exactly and other engines load it, else `llmq`. Raises `LlmqError` when the named one cannot hold a layer."""
+    """The format by name; "auto" takes `gptq` or `bitnet` when it holds every layer exactly and other engines load it, else `llmq`. Raises `LlmqError` when the named one cannot hold a layer."""
     quantized = [(plan.layer, plan.spec) for plan in plans if plan.spec is not None]
-    if not activations.is_none and name not in ("auto", "llmq"):
+    if name == "bitnet" and activations != _TOKENS:
+        raise LlmqError(f"format bitnet implies activations of 8 bits per token (--activations int8-token), not {activations}. Use --format llmq, which holds everything")
+    if not activations.is_none and name not in ("auto", "llmq", "bitnet"):
         raise LlmqError(f"format {name} cannot say that activations are quantized ({activations}). Use --format llmq, which holds everything")
     if name == "auto":
         fits = activations.is_none and all(GPTQ_V1.refusal(spec, layer.shape) is None and engines_load(spec) for layer, spec in quantized)
-        return GPTQ_V1 if fits else NATIVE
+        is_bitnet = activations == _TOKENS and all(BITNET.refusal(spec, layer.shape) is None for layer, spec in quantized)
+        return GPTQ_V1 if fits else BITNET if is_bitnet else NATIVE
     if name not in FORMATS:
         raise LlmqError(f"format {name!r}: expected auto or one of {', '.join(FORMATS)}")
     fmt = FORMATS[name]

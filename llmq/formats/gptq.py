@@ -32,6 +32,8 @@ def _refusal(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
     n, k = shape
     if spec.code == "ternary":
         return "it has no ternary codes"
+    if spec.levels.offset % 1:
+        return "it has whole zero points only"
     if spec.group_size == PER_TENSOR:
         return "it has no scale per tensor"
     if spec.scale_dtype != "float16":

@@ -27,8 +27,8 @@ class StoredLinear(nn.Module):
     def __init__(self, headers: dict[str, tuple[torch.dtype, tuple[int, ...]]], shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = shape
-        # Some models reach into their layers while they are initialised (GPT-2 into c_proj); this takes what they write.
-        self.weight = torch.empty(0)
+        if "weight" not in headers:  # some models reach into their layers while they are initialised (GPT-2 into c_proj); this takes what they write
+            self.weight = torch.empty(0)
         for suffix, (dtype, tensor_shape) in headers.items():
             self.register_buffer(suffix, torch.empty(tensor_shape, dtype=dtype, device="meta"))
 
@@ -38,7 +38,7 @@ class StoredLinear(nn.Module):
 
 @register_quantization_config(METHOD)
 class LlmqConfig(QuantizationConfigMixin):
-    """The `quantization_config` of an llmq folder, or of a GPTQ folder with `quant_method` rewritten and `format` added. Keys as in `llmq.formats`."""
+    """The `quantization_config` of an llmq folder, or of a GPTQ or BitNet folder with `quant_method` rewritten and `format` added. Keys as in `llmq.formats`."""
 
     def __init__(self, quant_method: str = METHOD, **settings: Any) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]

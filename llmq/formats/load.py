@@ -30,8 +30,12 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
         if fmt not in ("gptq", "gptq_v2"):
             raise LlmqError(f"GPTQ checkpoint format {fmt!r}: expected gptq or gptq_v2; quantize the original model with llmq instead")
         return {**settings, "quant_method": hf_quantizer.METHOD, "format": fmt, "checkpoint_format": fmt}
+    if method == "bitnet":
+        if settings.get("quantization_mode") != "offline":
+            raise LlmqError("BitNet checkpoint with online quantization: its weights are not quantized yet; load it with transformers, or take the packed (offline) one")
+        return {**settings, "quant_method": hf_quantizer.METHOD, "format": "bitnet", "activations": {"kind": "int8-token"}}
     if method != hf_quantizer.METHOD:
-        raise LlmqError(f"quantization method {method!r}: llmq loads llmq and gptq folders; quantize the original model with llmq instead")
+        raise LlmqError(f"quantization method {method!r}: llmq loads llmq, gptq and bitnet folders; quantize the original model with llmq instead")
     return settings
 
 

@@ -25,7 +25,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 def checkpoint_config(fmt: Format, plans: list[LayerPlan], *, act_order: bool, activations: ActSpec) -> dict[str, Any]:
     """The `quantization_config` for the linear layers of a model in a format."""
     config = fmt.config({plan.layer.name: plan.spec for plan in plans})
-    if not activations.is_none:
+    if not activations.is_none and fmt.name != "bitnet":  # which implies them
         config["activations"] = activations.to_json()
     return with_act_order(config) if act_order and config["quant_method"] == "gptq" else config
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from llmq import quantizer
+from llmq.errors import LlmqError
 from llmq.ptq.refine import refine
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats
@@ -97,6 +98,8 @@ def column_order(importance: Tensor, group_size: int, order: Order) -> Tensor:
 
 def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOptions = GPTQOptions()) -> SolverResult:
     """Quantize a float32 weight `[N, K]`. Falls back to plain rounding, and says so, when the Hessian stays singular with all its mean diagonal added."""
+    if spec.levels.offset % 1:
+        raise LlmqError(f"GPTQ has no column loop for {spec}, whose levels lie between whole numbers; use --method rtn, or w2g64-asym")
     diagonal = stats.hessian.diagonal().clone()
     dead = diagonal == 0
     n_dead = int(dead.sum())

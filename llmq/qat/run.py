@@ -64,6 +64,12 @@ class QATJob:
     held_out: Tensor
     n_parameters: int
     notes: dict[str, str]
+    device: str
+
+    @property
+    def processes(self) -> PartialState:
+        """The processes that train together, under `accelerate launch` or `torchrun`; one otherwise."""
+        return PartialState(cpu=self.device == "cpu")
 
     @property
     def n_windows(self) -> int:
@@ -77,12 +83,12 @@ class QATJob:
         """What decides the result: a started run is continued only with all of it the same."""
         return {
             "model": str(self.model_dir), "teacher": str(self.teacher_dir), "train": self.train, "windows": None if self.windows is None else data.token_hash(self.windows),
-            "recipe": self.recipe.to_json(), "processes": PartialState().num_processes, **self.settings.to_json(),
+            "recipe": self.recipe.to_json(), "processes": self.processes.num_processes, **self.settings.to_json(),
         }  # fmt: skip
 
     def budget(self) -> dict[str, Any]:
         """tokens, steps, peak memory of weights and optimizer in bytes, and floating-point operations of the training."""
-        n_processes = PartialState().num_processes
+        n_processes = self.processes.num_processes
         steps = self.settings.n_steps(self.n_windows, n_processes)
         tokens = steps * self.settings.tokens_per_batch * self.settings.accumulation * n_processes
         # Student forward and backward, teacher forward, heads once more in the backward pass.
@@ -90,7 +96,15 @@ class QATJob:
 
 
 def prepare_job(
-    model: str, settings: QATSettings, *, train: str = data.BUNDLED, teacher: str | None = None, calibration: str | None = None, rules: tuple[Rule, ...] = (), revision: str | None = None
+    model: str,
+    settings: QATSettings,
+    *,
+    train: str = data.BUNDLED,
+    teacher: str | None = None,
+    calibration: str | None = None,
+    rules: tuple[Rule, ...] = (),
+    revision: str | None = None,
+    device: str = "cpu",
 ) -> QATJob:
     """Resolve and check everything that can be checked before computing. Raises `LlmqError`."""
     model_dir = resolve(model, revision)
@@ -105,15 +119,17 @@ def prepare_job(
     plans = recipe.plan(quantizable_layers(skeleton))
     if train == GENERATED and settings.max_tokens is None and settings.max_steps is None:
         raise LlmqError("--train generated: give --max-tokens or --max-steps, since generated text has no end")
-    windows, held_out = (None, torch.empty(0, settings.sequence_length, dtype=torch.int64)) if train == GENERATED else _read_text(model_dir, config, settings, train)
+    windows, held_out = (
+        (None, torch.empty(0, settings.sequence_length, dtype=torch.int64)) if train == GENERATED else _read_text(model_dir, config, settings, train, PartialState(cpu=device == "cpu").num_processes)
+    )
     recipe = replace(recipe, samples=min(recipe.samples, 128))
-    return QATJob(model_dir, resolve(teacher, None) if teacher else model_dir, settings, recipe, train, windows, held_out, n_parameters, {p.layer.name: p.note for p in plans if p.note})
+    return QATJob(model_dir, resolve(teacher, None) if teacher else model_dir, settings, recipe, train, windows, held_out, n_parameters, {p.layer.name: p.note for p in plans if p.note}, device)
 
 
-def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str) -> tuple[Tensor, Tensor]:
+def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str, n_processes: int) -> tuple[Tensor, Tensor]:
     row = data.tokenize(data.load_documents(train, "train"), load_tokenizer(model_dir))
     data.check_vocabulary(row, config.get_text_config().vocab_size, train)
-    per_step = settings.batch_size * settings.accumulation * PartialState().num_processes
+    per_step = settings.batch_size * settings.accumulation * n_processes
     return split_windows(row, settings.sequence_length, settings.n_held_out, per_step, train)
 
 
@@ -138,13 +154,13 @@ def check_identity(work_dir: Path, identity: dict[str, Any]) -> None:
     files.write_json(path, identity)
 
 
-def fine_tune(job: QATJob, out_dir: Path, *, device: str = "cpu", overwrite: bool = False, report_to: str = "none", show: Show = lambda title, done, total, remark: None) -> dict[str, Any]:
+def fine_tune(job: QATJob, out_dir: Path, *, overwrite: bool = False, report_to: str = "none", show: Show = lambda title, done, total, remark: None) -> dict[str, Any]:
     """Run a job into a folder and return its report. Continues an interrupted run of the same job.
 
     show: told of progress (title, done, total, remark). report_to: what the Trainer reports to, "none", "tensorboard" or "wandb". Raises `LlmqError` for bad input, `VerificationError` for a
     loss that is not finite.
     """
-    state = PartialState()
+    state, device = job.processes, job.device
     started = time.monotonic()
     work_dir = work_dir_of(out_dir)
     if state.is_main_process:
@@ -155,7 +171,7 @@ def fine_tune(job: QATJob, out_dir: Path, *, device: str = "cpu", overwrite: boo
         start_dir = _start(job, work_dir, device, show)
         windows = _windows(job, work_dir, device, show)
     model = student_model(job, start_dir)
-    train(model, job, windows, work_dir, device=device, report_to=report_to, show=show)
+    train(model, job, windows, work_dir, report_to=report_to, show=show)
     report: dict[str, Any] = {}
     if state.is_main_process:
         report = _ship(model.to("cpu"), job, start_dir, work_dir, out_dir, overwrite, time.monotonic() - started)
@@ -209,14 +225,15 @@ class _Progress(TrainerCallback):
             self.show("training", state.global_step, state.max_steps, f"loss {float(logs['loss']):.4f}")
 
 
-def train(model: PreTrainedModel, job: QATJob, windows: Tensor, work_dir: Path, *, device: str = "cpu", report_to: str = "none", show: Show = lambda title, done, total, remark: None) -> None:
+def train(model: PreTrainedModel, job: QATJob, windows: Tensor, work_dir: Path, *, report_to: str = "none", show: Show = lambda title, done, total, remark: None) -> None:
     """Train in place, from the last checkpoint in `work_dir` where there is one."""
     settings = job.settings
-    n_steps = settings.n_steps(len(windows), PartialState().num_processes)
+    n_steps = settings.n_steps(len(windows), job.processes.num_processes)
     trainer_dir = work_dir / "trainer"
-    student = Student(model, load(job.teacher_dir, dtype="float32"), settings.loss)
+    teacher = load(job.teacher_dir, dtype="float32") if settings.loss.kl else None
+    student = Student(model, teacher, settings.loss)
     callbacks = [ScheduleCallback(student, settings, held_out_windows(job), work_dir / "log.jsonl"), _Progress(show)]
-    arguments = training_arguments(settings, n_steps, trainer_dir, device=device, report_to=report_to)
+    arguments = training_arguments(settings, n_steps, trainer_dir, device=job.device, report_to=report_to)
     trainer = QATTrainer(settings=settings, model=student, args=arguments, train_dataset=TokenWindows(windows), callbacks=callbacks)
     last = get_last_checkpoint(str(trainer_dir)) if trainer_dir.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

@@ -68,6 +68,8 @@ class QATSettings:
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp16", "fp32"):
             raise LlmqError(f"precision {self.precision!r}: expected bf16, fp16 or fp32")
+        if self.quantizer == "seq" and self.init != "rtn":
+            raise LlmqError("quantizer seq chooses its scales itself, so another start than plain rounding would be lost; give --init rtn")
         if self.sequence_length < 2 or self.batch_size < 1 or self.accumulation < 1:
             raise LlmqError(f"batches of {self.batch_size} x {self.sequence_length} tokens, {self.accumulation} per step: expected at least one sequence of 2 tokens")
 
@@ -95,4 +97,4 @@ def default_rate(spec: QuantSpec, n_parameters: int) -> float:
     """Peak learning rate of the weights: 1e-5 at 1B parameters and more to 5e-5 at 200M and fewer for 4 bits; twice, four and ten times that at 3, 2 and ternary (spec's recipes)."""
     small = min(1.0, max(0.0, (1e9 - n_parameters) / 8e8))
     base = 1e-5 + small * 4e-5
-    return base * {"int8": 1, "int4": 1, "int3": 2, "int2": 4, "ternary": 10}[spec.code]
+    return base * {"int8": 1, "int4": 1, "int3": 2, "int2": 4, "int2h": 4, "ternary": 10}[spec.code]

@@ -126,7 +126,8 @@ class QATTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.n_parts:
-            logs = {**logs, **{name: float(value) / self.n_parts for name, value in self.parts.items()}, **self.telemetry(self.model)}
+            means = self.accelerator.reduce(torch.stack(list(self.parts.values())) / self.n_parts, reduction="mean").tolist()
+            logs = {**logs, **dict(zip(self.parts, means, strict=True)), **self.telemetry(self.model)}
             self.parts, self.n_parts = {}, 0
         super().log(logs, start_time)
 

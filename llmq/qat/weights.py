@@ -1,9 +1,11 @@
 """Linear layers whose weight is trained through its quantizer, and the way in and out of them.
 
 A `FakeQuantLinear` holds the float32 master weight and a weight quantizer. Forward it multiplies with what will be stored, bit for bit; backward the gradient reaches master, scale and zero
-point. Three quantizers share the one rounding of `llmq.quantizer`:
+point. Four quantizers share the one rounding of `llmq.quantizer`:
 
     lsq      scales (and zero points) are learned (Esser et al., 2020; asymmetric: LSQ+, Bhalgat et al., 2020): the default, since it can start from any quantized checkpoint as it is
+    seq      the same on grids without a level to spare, starting from the largest magnitude (ParetoQ's stretched elastic quantization, Liu et al., 2025): 2 bits with levels at half-integers
+             ("w2h"), or ternary; every code then stands for an equal share of the range
     ste      scales follow the weights' range at every step (LLM-QAT, Liu et al., 2023); gradient straight through
     absmean  ternary codes under the mean magnitude of their group (BitNet b1.58, Ma et al., 2024); gradient straight through without a mask, so a weight far outside still moves
 
@@ -30,7 +32,7 @@ from llmq.qtensor import QuantizedTensor
 from llmq.spec import ActSpec, QuantSpec
 from llmq_kernels.reference import expand_groups
 
-QuantizerName = Literal["lsq", "ste", "absmean"]
+QuantizerName = Literal["lsq", "seq", "ste", "absmean"]
 CELL = 0.49  # masters keep this many steps of distance from their code's level at most: a little inside the cell, so that float32 rounding cannot change the code
 
 
@@ -57,7 +59,9 @@ class WeightQuantizer(nn.Module):
         if name == "absmean" and spec.code != "ternary":
             raise LlmqError(f"quantizer absmean is for ternary codes, not {spec}; use lsq or ste")
         self.spec, self.name = spec, name
-        learned = name == "lsq"
+        if name == "seq" and spec.code not in ("int2h", "ternary"):
+            raise LlmqError(f"quantizer seq is for 2-bit codes with half-integer levels (w2h) and ternary ones, not {spec}; use lsq")
+        learned = name in ("lsq", "seq")
         self.register_parameter("scale", nn.Parameter(scale.float().clone()) if learned and scale is not None else None)
         self.register_parameter("zero", nn.Parameter(zero.float().clone()) if learned and zero is not None else None)
 
@@ -121,6 +125,11 @@ def masters(original: Tensor, start: QuantizedTensor) -> Tensor:
     return torch.minimum(torch.maximum(original.float(), value - reach), value + reach)
 
 
+def stretched_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """SEQ's start `[N or 1, G]`: the range from -max|w| to max|w| in as many equal parts as there are codes."""
+    return 2 * quantizer.grouped(weight, spec).abs().amax(-1) / spec.levels.levels
+
+
 def fake_quant_modules(model: nn.Module) -> dict[str, FakeQuantLinear]:
     """Name -> module of every layer in training."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
@@ -135,7 +144,8 @@ def prepare(model: nn.Module, start: Mapping[str, QuantizedTensor], name: Quanti
         old = model.get_submodule(layer)
         original, bias = linear_weight(old), getattr(old, "bias", None)
         weight = masters(original, qtensor) if name == "lsq" else original
-        weight_quantizer = WeightQuantizer(qtensor.spec, name, qtensor.scale, qtensor.zero)
+        scale = stretched_scale(original.float(), qtensor.spec) if name == "seq" else qtensor.scale
+        weight_quantizer = WeightQuantizer(qtensor.spec, name, scale, qtensor.zero)
         model.set_submodule(layer, FakeQuantLinear(weight, bias, weight_quantizer, ActivationQuantizer.of(activations)))
 
 

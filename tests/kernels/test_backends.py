@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, linear, pack, select_backend
-from llmq_kernels.reference import fake_quantize_tokens, quantize_tokens
+from llmq_kernels.reference import fake_quantize_static, fake_quantize_tokens, quantize_tokens
 
 U = 2.0**-8
 BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -126,3 +126,16 @@ def test_override_is_honoured_or_refused(monkeypatch):
     monkeypatch.setenv("LLMQ_BACKEND", "warp-drive")
     with pytest.raises(ValueError, match="cpu-int4, cpu-int8"):
         select_backend(weight, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize(("n", "k", "m"), [(64, 128, 1), (48, 96, 7), (32, 256, 33)])
+def test_static_int8_activations_multiply_integers_exactly(n, k, m):
+    """W8A8 with a stored range: the sums are exact, so only the float32 scaling differs from the reference: a few units in the last place."""
+    codes = torch.randint(0, 256, (n, k), dtype=torch.uint8)
+    packed = PackedWeight(pack(codes, 8), (torch.rand(n, 1) / 100).half(), None, None, CODES["int8"], k, (n, k), "int8-static", torch.tensor([0.017, 101.0]))
+    x = torch.randn(m, k) * 2
+    expected = fake_quantize_static(x, packed.input_range).double() @ packed.dequantize().double().T
+    prepared = PreparedWeight(packed, torch.float32, torch.device("cpu"))
+    assert prepared.backend.name != "reference" or not torch.cpu._is_vnni_supported()
+    assert torch.allclose(prepared.linear(x).double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert float((expected - x.double() @ packed.dequantize().double().T).abs().max()) > 0, "the range clips and rounds"

@@ -1,0 +1,108 @@
+"""Activation and key/value nodes: values against the reference arithmetic, gradients by hand, moving ranges by their formula."""
+
+import pytest
+import torch
+from conftest import make_model
+
+from llmq.errors import LlmqError
+from llmq.kv import fake_quantize_heads, quantize_kv
+from llmq.ptq.ranges import RangeObserver, static_range
+from llmq.qat.activations import EMA, ActivationQuantizer, fake_quantize_per_token, fake_quantize_ranged
+from llmq_kernels.reference import fake_quantize_static
+
+
+def test_per_token_values_and_gradient():
+    x = (torch.randn(3, 5, 32) * 4).requires_grad_()
+    y = fake_quantize_per_token(x)
+    scale = x.detach().abs().amax(-1, keepdim=True) / 127
+    assert torch.allclose(y, (x / scale).round() * scale, atol=1e-6)
+    upstream = torch.randn_like(x)
+    y.backward(upstream)
+    assert torch.equal(x.grad, upstream)
+
+
+def test_static_values_and_gradient():
+    x = (torch.randn(200) * 2).requires_grad_()
+    found = static_range(torch.tensor(-1.0), torch.tensor(2.0))
+    scale, zero = 3 / 255, 85.0
+    assert found.tolist() == pytest.approx([scale, zero])
+    y = fake_quantize_ranged(x, found)
+    codes = (x.detach() / found[0]).round() + zero
+    assert torch.allclose(y, (codes.clamp(0, 255) - zero) * scale, atol=1e-5)
+    y.sum().backward()
+    assert torch.equal(x.grad, ((codes >= 0) & (codes <= 255)).float())
+    assert 0 < float(x.grad.mean()) < 1
+
+
+def test_ranges_move_start_late_and_freeze():
+    node = ActivationQuantizer("int8-static").train()
+    first, second = torch.randn(100), torch.randn(100) * 3
+    node.enabled = False
+    assert torch.equal(node(first), first)
+    node(second)
+    assert float(node.high) == pytest.approx(float(first.max() + EMA * (second.max() - first.max())))
+    assert float(node.low) == pytest.approx(float(first.min() + EMA * (second.min() - first.min())))
+    node.enabled, node.observing = True, False
+    before = node.input_range()
+    assert torch.equal(node(second), fake_quantize_static(second, before))
+    assert torch.equal(node.input_range(), before)
+    node.observing = True
+    node.eval()(second * 9)
+    assert torch.equal(node.input_range(), before), "evaluation does not move a range"
+
+
+def test_range_methods():
+    observer = RangeObserver()
+    values = torch.cat([torch.randn(20000), torch.tensor([300.0])])
+    observer.add(values)
+    observer.add(torch.tensor([float("nan")]))
+    widest, percentile, best = (observer.range(method) for method in ("minmax", "percentile", "mse"))
+    assert float(widest[0]) == pytest.approx((300 - float(values.min())) / 255, rel=1e-5)
+    assert percentile[0] < 0.1 * widest[0]
+    sample = torch.cat(observer._samples)
+    errors = [float((fake_quantize_static(sample, found) - sample).square().mean()) for found in (best, widest)]
+    assert errors[0] <= errors[1]
+    with pytest.raises(LlmqError, match="minmax, percentile, mse"):
+        observer.range("other")
+    with pytest.raises(LlmqError, match="no finite activation"):
+        RangeObserver().range()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_heads_are_quantized_one_by_one_and_only_once(bits):
+    x = (torch.randn(2, 3, 5, 16) * 3).requires_grad_()
+    y = fake_quantize_heads(x, bits)
+    scale = x.detach().abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert torch.allclose(y, (x / scale).round() * scale, atol=1e-6)
+    assert torch.allclose(fake_quantize_heads(y, bits), y, atol=1e-6)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
+def test_keys_and_values_after_rope(model_type):
+    """The whole text at once and token by token with a cache compute the same function."""
+    model, plain = make_model(model_type), make_model(model_type)
+    quantize_kv(model, 4)
+    ids = torch.randint(2, 2048, (1, 12))
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        assert not torch.allclose(whole, plain(input_ids=ids).logits, atol=1e-3)
+        cache, steps = None, []
+        for i in range(12):
+            out = model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-4)
+
+
+def test_keys_and_values_before_rope_and_errors():
+    model, plain = make_model("llama"), make_model("llama")
+    quantize_kv(model, 4, before_rope=True)
+    ids = torch.randint(2, 2048, (1, 12))
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-3)
+    with pytest.raises(LlmqError, match="8 or 4"):
+        quantize_kv(model, 5)
+    with pytest.raises(LlmqError, match="k_proj"):
+        quantize_kv(make_model("gpt2"), 8, before_rope=True)

@@ -1,0 +1,173 @@
+"""Fine-tuning as a whole: from a folder to a folder, killed and continued, on two processes, and with everything that can go wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import llmq
+from llmq.cli import main
+from llmq.models.load import load_config
+from llmq.qat import trainer as trainer_module
+from llmq.qat.student import Student
+
+_KILLER = """
+import os, signal, sys
+from llmq.qat.trainer import QATTrainer
+original, last = QATTrainer.compute_loss, int(sys.argv[1])
+def killing(self, *args, **kwargs):
+    if self.state.global_step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args, **kwargs)
+QATTrainer.compute_loss = killing
+from llmq.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def arguments(model_folder, calibration_file):
+    folder = model_folder()
+    shape = ["--sequence-length", "32", "--batch-size", "4", "--max-steps", "6", "--log-every", "1", "--precision", "fp32", "--init", "rtn", "--group-size", "32"]
+    return ["qat", str(folder), "OUT", "--train", str(calibration_file), "--lr-weights", "1e-3", "--device", "cpu", *shape]
+
+
+def at(arguments, out, *more):
+    return [*(str(out) if argument == "OUT" else argument for argument in arguments), *more]
+
+
+def losses(out):
+    return [(row["step"], row["loss"], row["kl"]) for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "fmt"),
+    [
+        ("w4", [], "gptq"),
+        ("w2", ["--precision", "bf16", "--gradient-checkpointing"], "llmq"),
+        ("ternarya8kv8", ["--quantizer", "absmean", "--gradual", "0.5", "--activations-from", "0.5"], "llmq"),
+        ("w8a8kv4", ["--activations", "int8-static", "--init", "gptq", "--kv-before-rope"], "llmq"),
+    ],
+)
+def test_from_a_folder_to_a_folder(scheme, options, fmt, arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(at(arguments, out, "--scheme", scheme, "--json", *options)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["shipped"] == ("trained" if report["held_out"]["trained"]["perplexity"] < report["held_out"]["start"]["perplexity"] else "start")
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    assert {"kl", "ce", "grad_norm", "flip_rate", "zero_fraction", "clip_fraction"} <= training[-1].keys()
+    assert sum("held_out_perplexity" in row for row in rows) == 6
+    assert any(row.get("flip_rate", 0) > 0 for row in rows)
+    assert not list(tmp_path.glob(".out*"))
+    config = load_config(out).quantization_config
+    assert config["quant_method"] == fmt
+    # What was measured is what is on the disk: the score of the held-out text again, from the folder.
+    model = llmq.load(out, dtype="float32")
+    assert torch.isfinite(model(input_ids=torch.arange(2, 20)[None]).logits).all()
+    assert main(["compare", str(arguments[1]), str(out), "--sequence-length", "32", "--max-windows", "4", "--json"]) == 0
+
+
+def test_the_start_is_shipped_when_training_made_it_worse(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer_module.QATTrainer, "compute_loss", lambda self, model, inputs, **kwargs: -10 * model(**inputs)["loss"])
+    out = tmp_path / "out"
+    assert main(at(arguments, out, "--lr-weights", "0.05")) == 0
+    assert "training did not beat it" in capsys.readouterr().out
+    assert json.loads((out / "report.json").read_text())["shipped"] == "start"
+    llmq.load(out)
+
+
+@pytest.mark.slow
+def test_killed_and_continued_is_never_disturbed(arguments, tmp_path):
+    options = ["--save-every", "2", "--gradual", "0.5", "--scheme", "w4a8", "--activations", "int8-static", "--init", "gptq"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for out, kills in ((whole, [99]), (broken, [3, 99])):
+        for kill in kills:
+            done = subprocess.run([sys.executable, "-c", _KILLER, str(kill), *at(arguments, out, *options)], env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == (0 if kill == 99 else -signal.SIGKILL), done.stderr
+        if len(kills) > 1:
+            assert (tmp_path / "broken").is_dir()
+    assert losses(broken) == losses(whole)
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(arguments, tmp_path):
+    """Gradients are averaged over processes, so losses agree up to the order of float32 sums: 1e-4 relative after six steps of 1e-3."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    single = [sys.executable, "-m", "llmq", *at(arguments, one, "--batch-size", "8", "--scheme", "ternarya8", "--activations", "int8-static", "--init", "gptq")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    double = [*launch, "-m", "llmq", *at(arguments, two, "--scheme", "ternarya8", "--activations", "int8-static", "--init", "gptq")]
+    for command in (single, double):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for (step, loss, kl), (other_step, other_loss, other_kl) in zip(losses(one), losses(two), strict=True):
+        assert step == other_step
+        assert loss == pytest.approx(other_loss, rel=1e-4)
+        assert kl == pytest.approx(other_kl, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(arguments, tmp_path, capsys, monkeypatch):
+    forward = Student.forward
+    calls = []
+
+    def broken(self, input_ids):
+        outputs = forward(self, input_ids)
+        calls.append(1)
+        return {**outputs, "loss": outputs["loss"] * float("nan")} if len(calls) == 4 else outputs
+
+    monkeypatch.setattr(Student, "forward", broken)
+    out = tmp_path / "out"
+    assert main(at(arguments, out, "--save-every", "2")) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "step 4: the loss is nan" in message
+    assert "checkpoint-2" in message
+    assert not out.exists()
+    monkeypatch.setattr(Student, "forward", forward)
+    # Another run in its place is refused, and says what differs; the same one goes on.
+    assert main(at(arguments, out, "--save-every", "2", "--lr-scales", "1e-2")) == 2
+    assert "lr_scales: 0.0001 there, 0.01 now" in capsys.readouterr().err
+    assert main(at(arguments, out, "--save-every", "2")) == 0
+    assert [step for step, _, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_generated_text(arguments, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    arguments = [*arguments]
+    arguments[arguments.index("--train") + 1] = "generated"
+    assert main(at(arguments, out, "--max-steps", "2", "--sequence-length", "12", "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["train"] == {"source": "generated", "windows": 8}
+    assert report["verdict"] == "no held-out text: nothing was compared"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme", "w5"], "unknown scheme 'w5'"),
+        (["--sequence-length", "4096"], "positions for 128 tokens only"),
+        (["--batch-size", "100000"], "one step needs 100000"),
+        (["--activations", "int8-static"], "write w4a8"),
+        (["--train", "missing.txt"], "no such file"),
+        (["--precision", "fp16"], "needs a GPU"),
+        (["--rule", "*.nothing=w8"], "matches none"),
+    ],
+)
+def test_bad_input(options, message, arguments, tmp_path, capsys):
+    assert main(at(arguments, tmp_path / "out", *options)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_vocabulary(arguments, model_folder, tmp_path, capsys):
+    teacher = model_folder(name="teacher", vocab_size=1024)
+    assert main(at(arguments, tmp_path / "out", "--teacher", str(teacher))) == 2
+    assert "vocabulary of 1024" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Recipe
-from llmq.spec import QuantSpec
+from llmq.spec import ActSpec, QuantSpec
 
 LENGTH, N_SEQUENCES = 32, 128
 
@@ -189,3 +189,10 @@ def test_impossible_settings(options, message):
 def test_calibration_text_is_needed():
     with pytest.raises(LlmqError, match="method blockwise needs calibration text"):
         llmq.quantize(make_model(), recipe())
+
+
+def test_static_activation_ranges_survive_tuning():
+    model = make_model()
+    tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 4, LENGTH, 0, "text").tokens
+    llmq.quantize(model, recipe("w8", activations=ActSpec("int8-static"), iterations=2), tokens)
+    assert all(module.qtensor().input_range is not None for module in quantized_modules(model).values())

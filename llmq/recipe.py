@@ -68,15 +68,16 @@ class LayerPlan:
 class Recipe:
     """Everything that decides the result, apart from the model and the texts.
 
-    rules: ordered, first match wins. method: "rtn" or "gptq". order: the column order of GPTQ (see `llmq.ptq.gptq`). damping: share of the mean diagonal added to the Hessian.
-    search: choose scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes and scales after GPTQ (see `llmq.ptq.refine`).
-    inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which corrects each layer for what the layers before
-    it lost (GPTAQ), by the share alpha. samples, sequence_length, seed: the calibration windows. activations: how activations are quantized at inference; activation_range: how static ranges are
-    chosen, "minmax", "percentile" or "mse" (see `llmq.ptq.ranges`).
+    rules: ordered, first match wins. method: "rtn", "gptq", or "blockwise", which starts from GPTQ (see `llmq.ptq.blockwise`). order: the column order of GPTQ (see `llmq.ptq.gptq`).
+    damping: share of the mean diagonal added to the Hessian. search: choose scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes and scales after
+    GPTQ (see `llmq.ptq.refine`). inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which corrects each layer for
+    what the layers before it lost (GPTAQ), by the share alpha. samples, sequence_length, seed: the calibration windows. iterations, learning_rate, autocast: of block-wise tuning: steps per
+    block, their size as a share of the distance between two codes, and whether blocks run in bfloat16 meanwhile. activations: how activations are quantized at inference;
+    activation_range: how static ranges are chosen, "minmax", "percentile" or "mse" (see `llmq.ptq.ranges`).
     """
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: Literal["rtn", "gptq", "blockwise"] = "gptq"
     order: Literal["group", "static", "none", "act"] = "group"
     damping: float = 0.01
     search: bool = True
@@ -86,6 +87,9 @@ class Recipe:
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0
+    iterations: int = 200
+    learning_rate: float = 0.02
+    autocast: bool = False
     activations: ActSpec = field(default_factory=ActSpec)
     activation_range: Literal["minmax", "percentile", "mse"] = "mse"
 
@@ -98,6 +102,17 @@ class Recipe:
             raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:
             raise LlmqError(f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at most 1 (0.01 is usual)")
+
+        if self.method not in ("rtn", "gptq", "blockwise"):
+            raise LlmqError(f"unknown method {self.method!r}: expected rtn, gptq or blockwise")
+        if self.iterations < 1:
+            raise LlmqError(f"iterations {self.iterations}: expected 1 or more steps per block; use --method gptq for none")
+        if not 0 < self.learning_rate <= 1:
+            raise LlmqError(f"learning rate {self.learning_rate}: expected a share of a step between two codes, above 0 and at most 1 (0.02 is usual)")
+        if self.method == "blockwise" and self.order == "act":
+            raise LlmqError(
+                "block-wise tuning needs groups of consecutive columns, and true act-order stores other ones: leave out --act-order (--order group sorts columns too), or use --method gptq"
+            )
 
     @classmethod
     def uniform(cls, spec: str | QuantSpec, **options: Any) -> Recipe:

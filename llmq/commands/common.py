@@ -35,7 +35,7 @@ def add_compute_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """What `plan` and `quantize` have in common: everything that makes a recipe."""
-    parser.add_argument("--method", choices=("rtn", "gptq"), default=None, help="default: gptq")
+    parser.add_argument("--method", choices=("rtn", "gptq", "blockwise"), default=None, help="blockwise: GPTQ, then every block is trained; best below 4 bits (default: gptq)")
     parser.add_argument("--bits", choices=("2", "3", "4", "8", "ternary"), default=None, help="default: 4")
     parser.add_argument("--group-size", type=int, metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: -1)")
     parser.add_argument("--asymmetric", action="store_true", help="store a zero point per group")
@@ -46,6 +46,9 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweeps", type=int, help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)")
     parser.add_argument("--inputs", choices=("quantized", "full-precision", "both"), default=None, help="inputs that layers are measured on; both: also correct for earlier losses (default: both)")
     parser.add_argument("--alpha", type=float, help="share of that correction (default: 0.5)")
+    parser.add_argument("--iterations", type=int, metavar="N", help="steps per block of --method blockwise (default: 200)")
+    parser.add_argument("--learning-rate", type=float, help="size of these steps, as a share of the distance between two codes (default: 0.02)")
+    parser.add_argument("--autocast", action="store_true", default=None, help="run blocks in bfloat16 while they are trained; faster where the hardware multiplies bfloat16")
     activations_help = "quantize layer inputs, per token or by a static range, and multiply integers (with --bits 8; default: none)"
     parser.add_argument("--activations", choices=("none", "int8-token", "int8-static"), default=None, help=activations_help)
     parser.add_argument("--activation-range", choices=("minmax", "percentile", "mse"), default=None, help="how static ranges are chosen (default: mse)")
@@ -81,7 +84,7 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
             raise LlmqError(f"--recipe {args.recipe}: not a recipe ({error}); expected the JSON that report.json holds under 'recipe'") from None
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
-    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "activation_range")
+    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "iterations", "learning_rate", "autocast", "activation_range")
     options = {name: getattr(args, name) for name in names}
     options |= {"order": "act" if args.act_order else args.order, "search": False if args.no_search else None}
     if args.activations or args.kv_bits:

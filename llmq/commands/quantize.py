@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _remark(report: BlockReport, n_left: int) -> str:
     errors = "  ".join(f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in report.layers if layer.error is not None)
-    return f"{report.seconds:.1f} s/block, about {report.seconds * n_left:.0f} s left  {errors}"
+    tuned = "" if report.tuned_error is None else f"block {report.start_error:.1e} -> {report.tuned_error:.1e}  "
+    return f"{report.seconds:.1f} s/block, about {report.seconds * n_left:.0f} s left  {tuned}{errors}"
 
 
 def _summary(out: str, report: dict[str, Any]) -> str:
@@ -69,6 +70,10 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     if errors:
         ours, rounded = (sum(column) / len(errors) for column in zip(*errors, strict=True))
         pairs["output error"] = f"{ours:.2e} of the layers' output on average; plain rounding: {rounded:.2e}"
+    if tuned := report["tuned_blocks"]:
+        n_lower = sum(block["tuned_error"] < block["start_error"] for block in tuned)
+        before, after = (sum(block[key] for block in tuned) / len(tuned) for key in ("start_error", "tuned_error"))
+        pairs["block error"] = f"{before:.2e} -> {after:.2e} of the blocks' output on held-out windows; tuning helped in {n_lower} of {len(tuned)} blocks"
     if report["fallbacks"]:
         pairs["fallbacks"] = f"{len(report['fallbacks'])} layers fell back to plain rounding: {', '.join(report['fallbacks'][:3])}"
     if report["n_dead_columns"] or report["n_dropped_rows"]:

@@ -85,6 +85,11 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def weight_as_stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """The inverse of `linear_weight`: `[N, K]` as the layer's own `weight` has it (a view)."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and module of the list of transformer blocks. Raises `LlmqError` when there is none, or more than one."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)

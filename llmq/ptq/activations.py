@@ -8,9 +8,10 @@ interrupted run resumes from. Memory-mapping was not taken because mapped pages 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -40,12 +41,24 @@ class ActivationFile:
             remaining = self.n_sequences
             while remaining:
                 batch = torch.empty(min(batch_size, remaining), self.length, self.width, dtype=self.dtype)
-                buffer = _bytes_of(batch)
-                n_read = 0
-                while n_read < len(buffer):
-                    n_read += file.readinto(buffer[n_read:]) or _truncated(self.path)
+                self._fill(file, batch)
                 remaining -= len(batch)
                 yield batch
+
+    def sequences(self, indices: Sequence[int]) -> Tensor:
+        """Single sequences `[len(indices), length, width]`, in any order."""
+        found = torch.empty(len(indices), self.length, self.width, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            for i, index in enumerate(indices):
+                file.seek(index * self.sequence_bytes)
+                self._fill(file, found[i])
+        return found
+
+    def _fill(self, file: FileIO, tensor: Tensor) -> None:
+        buffer = _bytes_of(tensor)
+        n_read = 0
+        while n_read < len(buffer):
+            n_read += file.readinto(buffer[n_read:]) or _truncated(self.path)
 
     @contextmanager
     def appender(self, *, durable: bool = True) -> Iterator[Callable[[Tensor], None]]:

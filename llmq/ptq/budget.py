@@ -6,6 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from llmq.models.arch import find_blocks
+from llmq.ptq.blockwise import sequences_per_step
 from llmq.ptq.engine import batch_size
 
 if TYPE_CHECKING:
@@ -35,7 +36,26 @@ def peak_bytes(job: Job) -> int:
     length = job.tokens.tokens.shape[1]
     batch = 4 * batch_size(job.plans, length) * length * widest * 4
     embedding = 4 * sum(prod(p.shape) for name, p in job.model.named_parameters() if not name.startswith(prefix + ".")) * 2
-    return int(max(embedding, block + solve + batch))
+    return int(max(embedding, block + max(solve, _tuning_bytes(job)) + batch))
+
+
+def _tuning_bytes(job: Job) -> int:
+    """What block-wise tuning holds beside the block: the full-precision weights and Hessians, and of each weight a master, its gradient, two moments, its value and the value's gradient; and the
+    activations of a step, about twelve of the widest kind."""
+    if job.recipe.method != "blockwise" or job.tokens is None:
+        return 0
+    first = _first_block(job)
+    n_sequences, length = job.tokens.tokens.shape
+    step = 12 * 4 * sequences_per_step(n_sequences, length) * length * max(max(shape) for shape in first)
+    return 7 * 4 * sum(prod(shape) for shape in first) + 4 * sum(k * k for _, k in first) + step
+
+
+def _first_block(job: Job) -> list[tuple[int, int]]:
+    """Shapes of the quantized layers of the first block that has any."""
+    planned = [plan.layer for plan in job.plans if plan.spec]
+    prefix, _ = find_blocks(job.model)
+    index = planned[0].name.removeprefix(prefix + ".").partition(".")[0]
+    return [layer.shape for layer in planned if layer.name.startswith(f"{prefix}.{index}.")]
 
 
 def flops(job: Job) -> float:
@@ -47,4 +67,13 @@ def flops(job: Job) -> float:
     hessians = sum(2 * n_tokens * plan.layer.shape[1] ** 2 for plan in job.plans if plan.spec) / 2  # about half of the layers share an input
     solves = sum(k**3 + 6 * n * k * k for n, k in (plan.layer.shape for plan in job.plans if plan.spec))
     search = sum(31 * 8 * prod(plan.layer.shape) for plan in job.plans if plan.spec) * 8  # memory-bound: counted eightfold
-    return float(forward + hessians + solves + search)
+    return float(forward + hessians + solves + search) + _tuning_flops(job)
+
+
+def _tuning_flops(job: Job) -> float:
+    """Three matmuls per weight and token of every step, doubled: attention, the quantizer and the optimizer take about as long on small blocks."""
+    if job.recipe.method != "blockwise" or job.tokens is None:
+        return 0.0
+    n_sequences, length = job.tokens.tokens.shape
+    n_tokens = job.recipe.iterations * sequences_per_step(n_sequences, length) * length
+    return 2.0 * 3 * 2 * n_tokens * sum(prod(plan.layer.shape) for plan in job.plans)

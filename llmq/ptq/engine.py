@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from llmq.errors import LlmqError, VerificationError
 from llmq.models.arch import find_blocks, linear_shape, linear_weight
 from llmq.ptq.activations import ActivationFile
+from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.gptq import GPTQOptions, gptq
 from llmq.ptq.ranges import RangeObserver
@@ -65,12 +66,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """index, layers, seconds for the block; output_error: squared distance of the quantized block's outputs from the full-precision block's on the same inputs, relative."""
+    """index, layers, seconds for the block; output_error: squared distance of the quantized block's outputs from the full-precision model's on the first batch, relative.
+    start_error, tuned_error: mean over tokens of such a distance on the sequences that block-wise tuning holds out, before and after it; n_skipped_steps: its steps without a finite loss."""
 
     index: int
     layers: list[LayerReport]
     seconds: float
     output_error: float | None = None
+    start_error: float | None = None
+    tuned_error: float | None = None
+    n_skipped_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +106,7 @@ class Engine:
     on_block: Callable[[BlockReport], None] = lambda report: None
     device: str = "cpu"
     _calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+    _untuned: dict[str, tuple[Tensor, LayerStats]] = field(default_factory=dict)  # full-precision weights of the block whose layers are solved, and what they were solved with
 
     def __post_init__(self) -> None:
         self.prefix, self.blocks = find_blocks(self.model)
@@ -131,7 +137,12 @@ class Engine:
 
     @property
     def streams(self) -> list[str]:
-        return ["quantized"] if self.recipe.inputs == "quantized" else ["quantized", "full-precision"]
+        return ["quantized"] if self.recipe.inputs == "quantized" and not self.tunes else ["quantized", "full-precision"]
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a block is tuned as a whole after its layers are solved."""
+        return self.recipe.method == "blockwise"
 
     def _record_calls(self, first_block: int) -> None:
         """Keep each block's own arguments per batch size and, at the start of a run, write the inputs of block 0."""
@@ -155,6 +166,8 @@ class Engine:
         else:
             for _ in embed({len(batch): batch for batch in batches}.values()):
                 pass
+        if self.tunes and (size := sequences_per_step(*self.tokens.shape)) not in self._calls:
+            next(embed([self.tokens[:size]]))
         for name in loaded:
             set_module_tensor_to_device(self.model, name, "meta")
 
@@ -191,6 +204,10 @@ class Engine:
             groups = self._groups(index, block, name, targets)
         exact_output = self._advance(block, index, "full-precision", [group[0] for group in groups]) if "full-precision" in self.streams and self.tokens is not None else None
         results, layer_reports = self._solve_block(index, block, name, targets, groups, parts)
+        tuning = None
+        if self.tunes and parts is not None and results:
+            parts.discard()  # its layers are about to change
+            tuning, layer_reports = self._tune(index, block, name, results)
         first_output = None
         if parts is not None:
             with parts.playing(results):
@@ -202,6 +219,8 @@ class Engine:
 
         quantized = {f"{name}.{layer}": result.tensor for layer, result in results.items()}
         report = BlockReport(index, layer_reports, time.monotonic() - started, error)
+        if tuning is not None:
+            report = replace(report, start_error=tuning.start_error, tuned_error=tuning.error, n_skipped_steps=tuning.n_skipped)
         read_back = self.store(BlockResult(report, quantized, kept))
         self._verify(index, block, name, read_back, quantized, first_output)
         self.seal(report)
@@ -229,7 +248,7 @@ class Engine:
         first: Tensor | None = None
         with ExitStack() as stack:
             exact = {layer: stack.enter_context(self._exact_inputs(block, index, layer).appender(durable=False)) for layer in layers} if self.recipe.inputs == "both" else {}
-            is_last = index == len(self.blocks) - 1
+            is_last = index == len(self.blocks) - 1 and not (self.tunes and stream == "full-precision")  # these are what the last block is tuned towards
             append = None if is_last else stack.enter_context(self.inputs_of(index + 1, stream).appender())
             for call, hidden in self._batches(index, stream):
                 if is_last and not exact and first is not None:
@@ -264,12 +283,29 @@ class Engine:
                 solved = _solve(weight, stats, spec, self.recipe)
                 for layer, result in zip(layers, _split(solved, [_rows(block, layer) for layer in layers]), strict=True):
                     original = linear_weight(block.get_submodule(layer))
+                    if self.tunes and stats is not None:
+                        self._untuned[layer] = original.clone(), stats
                     if stats is not None and stats.ranges is not None:
                         result = replace(result, tensor=replace(result.tensor, input_range=stats.ranges.range(self.recipe.activation_range)))
                     results[layer] = result
                     reports.append(_report(f"{name}.{layer}", original, result, stats))
                     original.copy_(result.tensor.dequantize())
         return results, reports
+
+    def _tune(self, index: int, block: nn.Module, name: str, results: dict[str, SolverResult]) -> tuple[BlockTuning, list[LayerReport]]:
+        """Tune the solved block as a whole: its results, its weights and the reports of its layers become those of the tuned ones."""
+        assert self.tokens is not None
+        recipe, (untuned, self._untuned) = self.recipe, (self._untuned, {})
+        options = BlockwiseOptions(recipe.iterations, recipe.learning_rate, recipe.autocast, seed=recipe.seed * len(self.blocks) + index)
+        call = self._calls[sequences_per_step(*self.tokens.shape)][index]
+        weights, start = {layer: weight for layer, (weight, _) in untuned.items()}, {layer: result.tensor for layer, result in results.items()}
+        tuning = tune_block(block, weights, start, self.inputs_of(index), self.inputs_of(index + 1, "full-precision"), call, options)
+        reports = []
+        for layer, tensor in tuning.tensors.items():
+            results[layer] = replace(results[layer], tensor=replace(tensor, input_range=results[layer].tensor.input_range))
+            linear_weight(block.get_submodule(layer)).copy_(tensor.dequantize())
+            reports.append(_report(f"{name}.{layer}", weights[layer], results[layer], untuned[layer][1]))
+        return tuning, reports
 
     def _solved_parts(self, block: nn.Module, targets: Collection[str]) -> SolvedParts | None:
         return None if self.tokens is None else SolvedParts(block, targets, self.work_dir, self.tokens.shape[1], self.batch_size)

@@ -40,6 +40,7 @@ def build_report(job: Job, blocks: list[dict[str, Any]], *, source_bytes: int, s
         "resumed_at_block": resumed_at,
         "seconds": round(seconds, 2),
         "seconds_per_block": [round(block["seconds"], 3) for block in blocks],
+        "tuned_blocks": [{key: block[key] for key in ("index", "start_error", "tuned_error", "n_skipped_steps")} for block in blocks if block["tuned_error"] is not None],
         "layers": layers,
         "device": device,
         "versions": {"llmq": llmq.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},

@@ -77,6 +77,22 @@ def test_plan_tells_what_would_happen_and_runs_nothing(llmq, model_folder, calib
     assert plan["planned_seconds"] >= 0
 
 
+def test_block_wise_tuning_is_planned_run_and_reported(llmq, model_folder, calibration_file, tmp_path):
+    folder = model_folder()
+    plans = [json.loads(llmq("plan", folder, *small(calibration_file), "--method", method, "--json")[1]) for method in ("gptq", "blockwise")]
+    assert plans[0]["planned_peak_bytes"] < plans[1]["planned_peak_bytes"]
+    assert plans[1]["recipe"]["iterations"] == 200
+    code, stdout, stderr = llmq("quantize", folder, tmp_path / "out", *small(calibration_file), "--method", "blockwise", "--iterations", "2", "--autocast")
+    assert code == 0, stderr
+    assert "block error" in stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["method"] == "blockwise"
+    assert [block["index"] for block in report["tuned_blocks"]] == [0, 1]
+    code, _, stderr = llmq("quantize", folder, tmp_path / "other", *small(calibration_file), "--method", "blockwise", "--act-order")
+    assert code == 2
+    assert "leave out --act-order" in stderr
+
+
 def test_planned_size_is_the_size(llmq, model_folder, calibration_file, tmp_path):
     folder = model_folder(hidden_size=256, intermediate_size=512, dtype=torch.bfloat16)
     options = small(calibration_file)

@@ -1,6 +1,7 @@
 """A run killed with SIGKILL continues where it stopped and gives the same bytes as one that was never disturbed."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -78,6 +79,19 @@ def test_killed_anywhere_resumes_to_the_same_bytes(arguments, tmp_path):
         assert (out / MANIFEST).is_file()
         assert not list(tmp_path.glob(f".out-{i}*")), kill
     assert "resuming after block 1" in resumed.stderr or "resuming after block 2" in resumed.stderr
+
+
+@pytest.mark.slow
+def test_block_wise_tuning_resumes_to_the_same_bytes(arguments, tmp_path):
+    weak_start = ["--no-search", "--sweeps", "0", "--damping", "1"]
+    tuned = [*arguments, *weak_start, "--bits", "2", "--method", "blockwise", "--iterations", "20", "--learning-rate", "0.05"]
+    assert run(tuned, tmp_path / "reference").returncode == 0
+    assert run(tuned, tmp_path / "out", ("llmq.ptq.engine", "tune_block", 2)).returncode == -signal.SIGKILL  # GPTQ of block 1 done, its tuning not begun
+    resumed = run(tuned, tmp_path / "out")
+    assert "resuming after block 0" in resumed.stderr
+    assert digests(tmp_path / "out") == digests(tmp_path / "reference")
+    starts, ends = ([block[key] for block in json.loads((tmp_path / "out" / "report.json").read_text())["tuned_blocks"]] for key in ("start_error", "tuned_error"))
+    assert all(end < start for start, end in zip(starts, ends, strict=True))  # or there would be no training to repeat
 
 
 @pytest.mark.slow

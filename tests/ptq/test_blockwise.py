@@ -1,0 +1,198 @@
+"""Block-wise tuning: never worse than its start, the same every time, and what comes out is what was trained."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_model
+
+import llmq
+from llmq.data import calibration_windows
+from llmq.errors import LlmqError
+from llmq.models.arch import block_layers, linear_weight
+from llmq.modules import quantized_modules
+from llmq.ptq.activations import ActivationFile
+from llmq.ptq.blockwise import BlockwiseOptions, _Master, sequences_per_step, tune_block
+from llmq.ptq.capture import BlockRecorder
+from llmq.ptq.run import prepare, quantize_folder
+from llmq.qtensor import QuantizedTensor
+from llmq.recipe import Recipe
+from llmq.spec import ActSpec, QuantSpec
+
+LENGTH, N_SEQUENCES = 32, 128
+
+
+def recipe(spec="w2g32-asym", **options):
+    """A weak start (plain GPTQ, all but overdamped) that few steps can beat."""
+    weak = {"search": False, "sweeps": 0, "damping": 1.0, "iterations": 30, "learning_rate": 0.05}
+    return Recipe.uniform(spec, method="blockwise", **{"samples": 128, "sequence_length": LENGTH, **weak, **options})
+
+
+class Problem:
+    """Block 0 of a small model, its inputs and outputs in files, and plain rounding as the start."""
+
+    def __init__(self, folder, model_type="llama", spec="w2g32-asym", n_sequences=N_SEQUENCES):
+        model = make_model(model_type)
+        blocks = model.get_submodule("transformer.h" if model_type == "gpt2" else "model.layers")
+        batch = sequences_per_step(n_sequences, LENGTH)
+        hidden, _ = BlockRecorder(model, blocks).run(torch.randint(2, 2048, (n_sequences, LENGTH)))
+        _, calls = BlockRecorder(model, blocks).run(torch.randint(2, 2048, (batch, LENGTH)))
+        self.block, self.call = blocks[0], calls[0]
+        self.inputs, self.targets = (ActivationFile(folder / name, LENGTH, hidden.shape[-1]) for name in ("in.f32", "out.f32"))
+        with torch.no_grad(), self.inputs.appender() as append, self.targets.appender() as append_target:
+            for part in hidden.split(batch):
+                append(part)
+                append_target(self.call.run(self.block, part))
+        self.weights = {name: linear_weight(layer).detach().clone() for name, layer in block_layers(self.block)}
+        self.start = {name: QuantizedTensor.quantize(weight, QuantSpec.parse(spec)) for name, weight in self.weights.items()}
+
+    def tune(self, **options):
+        return tune_block(self.block, self.weights, self.start, self.inputs, self.targets, self.call, BlockwiseOptions(**{"iterations": 30, "learning_rate": 0.05, **options}))
+
+
+@pytest.mark.parametrize(("model_type", "spec"), [("llama", "w2g32-asym"), ("llama", "w3g32"), ("gpt2", "ternary-g32"), ("gemma2", "w4-tensor")])
+def test_tuning_lowers_the_held_out_error(model_type, spec, tmp_path):
+    problem = Problem(tmp_path, model_type, spec)
+    state = {name: tensor.clone() for name, tensor in problem.block.state_dict().items()}
+    tuning = problem.tune()
+    assert 0 < tuning.error < 0.95 * tuning.start_error
+    assert tuning.n_skipped == 0
+    for name, tensor in tuning.tensors.items():
+        tensor.validate(name)
+        assert not torch.equal(tensor.packed, problem.start[name].packed)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in problem.block.state_dict().items())
+
+
+def test_the_reported_error_is_that_of_the_packed_result(tmp_path):
+    """Seen from outside: put the packed weights into the block and measure on all sequences; the gain must be there too."""
+    problem = Problem(tmp_path)
+    tuning = problem.tune()
+
+    @torch.no_grad()
+    def error(tensors):
+        for name, tensor in tensors.items():
+            linear_weight(problem.block.get_submodule(name)).copy_(tensor.dequantize())
+        batch = sequences_per_step(N_SEQUENCES, LENGTH)
+        outputs = [problem.call.run(problem.block, hidden) for hidden in problem.inputs.batches(batch)]
+        target = torch.cat(list(problem.targets.batches(batch)))
+        return float(((torch.cat(outputs) - target).square().sum(-1) / target.square().sum(-1)).mean())
+
+    before, after = error(problem.start), error(tuning.tensors)
+    assert after < before
+    # Half of the sequences are held out here, so both figures estimate the same error.
+    assert before == pytest.approx(tuning.start_error, rel=0.2)
+    assert after == pytest.approx(tuning.error, rel=0.2)
+
+
+def test_a_start_that_cannot_be_beaten_is_kept(tmp_path):
+    problem = Problem(tmp_path)
+    tuning = problem.tune(learning_rate=1.0, iterations=3)
+    assert tuning.error == tuning.start_error
+    assert all(torch.equal(tensor.packed, problem.start[name].packed) for name, tensor in tuning.tensors.items())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_equal_seeds_give_equal_bits_and_others_do_not(autocast, tmp_path):
+    problem = Problem(tmp_path)
+    first, again, other = (problem.tune(seed=seed, iterations=10, autocast=autocast).tensors for seed in (0, 0, 1))
+    for name, tensor in first.items():
+        assert torch.equal(tensor.packed, again[name].packed)
+        assert torch.equal(tensor.scale, again[name].scale)
+    assert any(not torch.equal(tensor.packed, other[name].packed) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("spec", ["w4g32", "w2g32-asym", "ternary", "w4-tensor", "w8"])
+def test_what_was_trained_is_what_is_packed(spec):
+    weight = torch.randn(24, 96)
+    master = _Master(weight, QuantizedTensor.quantize(weight, QuantSpec.parse(spec)), 0.02)
+    with torch.no_grad():
+        master.weight.add_(torch.randn_like(weight), alpha=0.3)
+        master.scale.mul_(torch.rand_like(master.scale) * 6)
+    master.keep_in_range()
+    stored = master.freeze()
+    stored.validate("weight")
+    assert torch.equal(master.value(), stored.dequantize())
+    assert torch.equal(master.freeze().packed, stored.packed)
+
+
+def test_tiny_scales_do_not_vanish():
+    """An almost empty group: its float16 scale is not a normal number, and a quarter of it would be zero, which stands for one."""
+    weight = torch.randn(4, 64)
+    weight[:, 32:] *= 1e-7
+    master = _Master(weight, QuantizedTensor.quantize(weight, QuantSpec("int4", 32)), 0.02)
+    with torch.no_grad():
+        master.scale.zero_()
+    master.keep_in_range()
+    assert float(master.freeze().dequantize()[:, 32:].abs().max()) < 1e-5
+
+
+def test_sequences_with_nan_are_skipped_and_counted(tmp_path):
+    problem = Problem(tmp_path)
+    hidden = torch.cat(list(problem.inputs.batches(8)))
+    held_out = torch.randperm(N_SEQUENCES, generator=torch.Generator().manual_seed(0))[:64]
+    damaged = next(i for i in range(N_SEQUENCES) if i not in held_out.tolist())
+    hidden[damaged, 3] = torch.nan
+    with problem.inputs.appender() as append:
+        append(hidden)
+    tuning = problem.tune(iterations=8)
+    assert tuning.n_skipped == 8  # one step takes every sequence that is not held out
+    assert tuning.error <= tuning.start_error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_quantize_save_reload(model_type, model_folder, calibration_file, tmp_path):
+    """The engine's promises hold: what is loaded computes what was trained, in a folder and in memory."""
+    folder, out = model_folder(model_type), tmp_path / "out"
+    job = prepare(str(folder), recipe(), calibration=str(calibration_file))
+    report = quantize_folder(job, out)
+    assert report == json.loads((out / "report.json").read_text())
+    assert len(report["tuned_blocks"]) == 2
+    assert all(block["tuned_error"] <= block["start_error"] for block in report["tuned_blocks"])
+    assert any(block["tuned_error"] < block["start_error"] for block in report["tuned_blocks"])
+    assert all(0 < layer["error"] < 1 for layer in report["layers"])
+    loaded, in_memory = llmq.load(out, dtype="float32"), make_model(model_type)
+    llmq.quantize(in_memory, recipe(), job.tokens.tokens)
+    assert len(quantized_modules(loaded)) == report["n_quantized_layers"]
+    tokens = torch.randint(2, 2048, (4, LENGTH))
+    assert torch.equal(loaded(tokens, use_cache=False).logits, in_memory(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "full-precision", "both"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_few_sequences_and_every_kind_of_start(inputs, samples):
+    model = make_model(num_hidden_layers=3)
+    tokens = calibration_windows(torch.randint(2, 2048, (3000,)), samples, LENGTH, 0, "text").tokens
+    reports = llmq.quantize(model, recipe(inputs=inputs, iterations=2), tokens)
+    assert [block.tuned_error is not None for block in reports] == [True] * 3
+
+
+def test_blocks_that_are_kept_are_passed_by():
+    from llmq.recipe import Rule
+
+    model = make_model()
+    tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 4, LENGTH, 0, "text").tokens
+    rules = (Rule.parse("*.layers.0.*=keep"), Rule.parse("*=w4g32"))
+    first, second = llmq.quantize(model, Recipe(rules=rules, method="blockwise", iterations=2, samples=4, sequence_length=LENGTH), tokens)
+    assert first.tuned_error is None
+    assert second.tuned_error is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"order": "act"}, "act-order"), ({"iterations": 0}, "iterations 0"), ({"learning_rate": 0.0}, "learning rate"), ({"learning_rate": 2.0}, "learning rate")]
+)
+def test_impossible_settings(options, message):
+    with pytest.raises(LlmqError, match=message):
+        recipe(**options)
+
+
+def test_calibration_text_is_needed():
+    with pytest.raises(LlmqError, match="method blockwise needs calibration text"):
+        llmq.quantize(make_model(), recipe())
+
+
+def test_static_activation_ranges_survive_tuning():
+    model = make_model()
+    tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 4, LENGTH, 0, "text").tokens
+    llmq.quantize(model, recipe("w8", activations=ActSpec("int8-static"), iterations=2), tokens)
+    assert all(module.qtensor().input_range is not None for module in quantized_modules(model).values())

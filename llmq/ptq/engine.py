@@ -29,6 +29,7 @@ from llmq.ptq.activations import ActivationFile
 from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.gptq import GPTQOptions, gptq
+from llmq.ptq.memory import release_freed_memory
 from llmq.ptq.ranges import RangeObserver
 from llmq.ptq.replay import SolvedParts
 from llmq.ptq.rtn import rtn
@@ -278,6 +279,7 @@ class Engine:
             stats = None
             if parts is not None:
                 stats = self._measure(index, block, group, parts, results)
+                release_freed_memory()
             for layers, spec in _by_spec(group, targets):
                 weight = torch.cat([linear_weight(block.get_submodule(layer)) for layer in layers]).float()
                 solved = _solve(weight, stats, spec, self.recipe)

@@ -60,9 +60,10 @@ def _factor_of_reversed(reversed_hessian: Tensor) -> Tensor | None:
     del reversed_hessian
     if int(info) != 0:
         return None
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    del lower, identity
+    # The identity turns into the inverse in place: transposed, it already has the column order that LAPACK writes.
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
     return inverse.flip(0, 1) if bool(torch.isfinite(inverse.sum())) else None
 
 
@@ -118,9 +119,11 @@ def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOption
     tensor = solve.result()
     del solve, factor
     if options.sweeps:
-        hessian = stats.hessian.clone()
-        hessian.diagonal().add_(_ridge(hessian, dead, damping))
-        tensor = refine(weight, tensor, hessian, options.sweeps)
+        # Damped in place and put back exactly: a copy of H would be the largest thing in memory here.
+        damped = stats.hessian.diagonal()
+        damped.add_(_ridge(stats.hessian, dead, damping))
+        tensor = refine(weight, tensor, stats.hessian, options.sweeps)
+        damped.copy_(diagonal)
     return SolverResult(tensor, damping, n_dead)
 
 

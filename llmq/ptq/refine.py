@@ -31,8 +31,10 @@ class _Descent:
         self.scale_t = tensor.scale.float().T.contiguous()  # [G, N or 1]
         zero = tensor.zero
         self.zero_t = torch.full_like(self.scale_t, self.spec.levels.offset) if zero is None else zero.float().T.contiguous()
-        self.integers_t = tensor.codes().T.float() - self.zero_t[self.group_of]  # code - zero, [K, N]
-        residual_t = weight.T - self.integers_t * self.scale_t[self.group_of]
+        self.integers_t = tensor.codes().T.float()
+        self.integers_t -= self.zero_t[self.group_of]  # code - zero, [K, N]
+        residual_t = self.scale_t[self.group_of].mul_(self.integers_t) if self.scale_t.shape[1] > 1 else self.integers_t * self.scale_t[self.group_of]
+        torch.sub(weight.T, residual_t, out=residual_t)
         self.product_t = hessian @ residual_t
 
     def sweep_scales(self) -> None:

@@ -17,7 +17,7 @@ from types import FrameType
 from llmq import __version__
 from llmq.errors import LlmqError
 
-COMMANDS = ("plan", "quantize", "qat", "eval", "compare", "generate", "inspect", "doctor")
+COMMANDS = ("plan", "quantize", "qat", "eval", "compare", "generate", "inspect", "bench", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = "; the same command continues where it stopped" if args.command == "quantize" else ""
         return _fail(args.json, f"interrupted{hint}", 130)
     except ValueError as error:
-        if "LLMQ_BACKEND" not in str(error):
+        if "LLMQ_BACKEND" not in str(error) and "LLMQ_COMPUTE" not in str(error):
             raise
         return _fail(args.json, str(error), 2)
     except OSError as error:

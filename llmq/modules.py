@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmq.errors import LlmqError
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import ActSpec, QuantSpec
+from llmq_kernels.compute import at_run_time, default_mode
 from llmq_kernels.dispatch import PreparedWeight
+from llmq_kernels.weight import PackedWeight
 
 
 class QuantLinear(nn.Module):
@@ -18,6 +22,10 @@ class QuantLinear(nn.Module):
 
     The packed tensors are buffers, so `state_dict`, `.to(device)` and safetensors treat them as weights. Scales keep their stored dtype under `.to(dtype)` and `.half()`:
     casting them would change every weight of the layer. A backend may keep the words in its own layout; then that is the only copy, and `qtensor` inverts it.
+
+    Prepared tensors are buffers too, but not saved ones: that counts them as the module's memory and tells CUDA graphs that their addresses stay. `torch.compile(fullgraph=True)` works before and
+    after the first call. Where a module is traced before it is prepared, it prepares itself and the trace starts over; models that are compiled block by block should call `prepare` first, so that
+    all blocks look alike to the compiler.
     """
 
     packed: Tensor | None
@@ -26,16 +34,21 @@ class QuantLinear(nn.Module):
     g_idx: Tensor | None
     input_range: Tensor | None
     bias: Tensor | None
+    _ready_dtype: torch.dtype | None
+    _ready_device: torch.device | None
+    _prepared_names: tuple[str, ...]
 
     def __init__(self, qtensor: QuantizedTensor, bias: Tensor | None = None, activations: ActSpec = ActSpec()) -> None:
         super().__init__()
         self.out_features, self.in_features = qtensor.shape
         self.spec: QuantSpec = qtensor.spec
         self.activations = activations
+        self.compute = default_mode()
         for name in ("packed", "scale", "zero", "g_idx", "input_range"):
             self.register_buffer(name, getattr(qtensor, name))
         self.register_buffer("bias", None if bias is None else bias.detach())
         self._prepared: PreparedWeight | None = None
+        self._forget()
 
     def qtensor(self) -> QuantizedTensor:
         """The weight in canonical form."""
@@ -43,18 +56,51 @@ class QuantLinear(nn.Module):
         assert packed is not None
         return QuantizedTensor(packed, self.scale, self.zero, self.spec, (self.out_features, self.in_features), self.g_idx, self.input_range)
 
+    def _as_packed(self, dtype: torch.dtype, device: torch.device) -> PackedWeight:
+        return at_run_time(self.qtensor().as_packed(self.activations.kind), self.compute, dtype, device)
+
+    def set_compute(self, mode: str) -> None:
+        """Whether activations may be rounded at run time: see `llmq_kernels.compute`."""
+        self._release()
+        self.compute = mode
+
+    def prepare(self, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+        """Lay the weight out for activations of `dtype` on `device` (default: where the weight is). The first forward pass does this by itself."""
+        device = self.scale.device if device is None else torch.device(device)
+        if self._prepared is not None and self._prepared.dtype == dtype and self._prepared.device == device:
+            return
+        self._release()
+        self._prepared = prepared = PreparedWeight(self._as_packed(dtype, device), dtype, device)
+        self.packed = None
+        self._ready_dtype, self._ready_device, self._layout = dtype, device, prepared.layout
+        self._prepared_names = tuple(f"prepared_{i}" for i in range(len(prepared.tensors)))
+        for name, tensor in zip(self._prepared_names, prepared.tensors, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _forget(self) -> None:
+        for name in getattr(self, "_prepared_names", ()):
+            delattr(self, name)
+        self._ready_dtype = self._ready_device = None
+        self._layout = ""
+        self._prepared_names = ()
+
     def _release(self) -> None:
         """Go back to the canonical words."""
         if self._prepared is not None:
             self.packed = self._prepared.canonical_packed()
             self._prepared = None
+            self._forget()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            if self._ready_dtype != x.dtype or self._ready_device != x.device:
+                _prepare_in_trace(self, x.dtype, x.device)
+            return torch.ops.llmq.linear(x, [getattr(self, name) for name in self._prepared_names], self._layout, self.bias)
         prepared = self._prepared
         if prepared is None or prepared.dtype != x.dtype or prepared.device != x.device:
-            self._release()
-            prepared = self._prepared = PreparedWeight(self.qtensor().as_packed(self.activations.kind), x.dtype, x.device)
-            self.packed = None
+            self.prepare(x.dtype, x.device)
+            prepared = self._prepared
+            assert prepared is not None
         return prepared.linear(x, self.bias)
 
     @property
@@ -81,6 +127,22 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, backend={self.backend}"
 
 
+@torch.compiler.assume_constant_result
+def _prepare_in_trace(module: QuantLinear, dtype: torch.dtype, device: torch.device) -> None:
+    """Prepare a module while Dynamo traces it, and have the trace start over with the module as it is then: what was traced so far stands on guards that no longer hold."""
+    module.prepare(dtype, device)
+    restart = getattr(torch._dynamo.exc, "UnspecializeRestartAnalysis", None)
+    if restart is None:
+        raise LlmqError("this version of torch cannot prepare a quantized weight while it traces; call llmq.modules.prepare(model, dtype) before torch.compile")
+    raise restart(restart_reason="a quantized weight was laid out for its backend")
+
+
+def prepare(model: nn.Module, dtype: torch.dtype) -> None:
+    """Lay out every quantized weight for activations of `dtype` on the device it is on, before compiling or capturing."""
+    for module in quantized_modules(model).values():
+        module.prepare(dtype)
+
+
 def swap(model: nn.Module, tensors: Mapping[str, QuantizedTensor], activations: ActSpec = ActSpec()) -> None:
     """Replace the named linear layers by `QuantLinear` modules, in place, keeping their biases."""
     for name, qtensor in tensors.items():
@@ -92,3 +154,8 @@ def swap(model: nn.Module, tensors: Mapping[str, QuantizedTensor], activations: 
 def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
     """Name -> module of every quantized layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def backends_in_use(model: nn.Module) -> dict[str, int]:
+    """How many quantized layers each backend multiplied in the last forward pass."""
+    return dict(Counter(module.backend or "not run yet" for module in quantized_modules(model).values()))

@@ -4,33 +4,46 @@ A backend is one frozen record: what it accepts, how it prepares a weight once, 
 `BACKENDS` that accepts a weight is used; `LLMQ_BACKEND=name` asks for one by name, and then its refusal is an error, never a silent fallback.
 
 A backend may keep a weight in a layout of its own. That layout then replaces the canonical words (one copy is resident) and `restore` gives the canonical words back, for saving.
+
+Compilers and autograd see one operator, `llmq::linear`, whichever backend is behind it: tensors in a list, their meaning in a string. `torch.compile` puts it into the graph as a whole and asks
+its fake implementation for shapes; autograd gets the gradient with respect to x as the product with the dequantized weight, which is what an adapter on a quantized base needs. (With INT8
+activations that is the straight-through gradient.) Outside of both, the backend is called directly and none of this costs anything.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq_kernels import cpu, reference
+from llmq_kernels import cpu, cpu_compiled, reference, triton_backend
+from llmq_kernels.codes import CODES
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
+_TENSORS = tuple(field.name for field in fields(PackedWeight) if "Tensor" in str(field.type))  # what travels as tensors; the rest travels as text
 
 
 @dataclass(frozen=True)
 class Backend:
     """refusal(weight, dtype, device): why this backend cannot take the weight, or None when it can. prepare(weight, dtype): tensors in the backend's own layout; when
-    it returns a tensor named `packed`, that replaces the canonical words. linear(x, weight, state): `x @ W.T` in x's dtype for x `[M, K]`. restore(weight, state): canonical words."""
+    it returns a tensor named `packed`, that replaces the canonical words. linear(x, weight, state): `x @ W.T` in x's dtype for x `[M, K]`. restore(weight, state): canonical words.
+    bias_linear(x, weight, state, bias): the same with the bias added, for backends that do so on the way. dequantize(weight, state, dtype): `[N, K]` from the backend's own layout,
+    for gradients; by default from the restored words."""
 
     name: str
     refusal: Callable[[PackedWeight, torch.dtype, torch.device], str | None]
     prepare: Callable[[PackedWeight, torch.dtype], State]
     linear: Callable[[Tensor, PackedWeight, State], Tensor]
     restore: Callable[[PackedWeight, State], Tensor]
+    bias_linear: Callable[[Tensor, PackedWeight, State, Tensor], Tensor] | None = None
+    dequantize: Callable[[PackedWeight, State, torch.dtype], Tensor] | None = None
 
 
 def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
@@ -39,10 +52,17 @@ def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     if weight.activations == "int8-static":
         assert weight.input_range is not None
         return reference.matmul(reference.fake_quantize_static(x, weight.input_range), weight.dequantize()).to(x.dtype)
+    if weight.activations == "int8-group":
+        group = reference.activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else weight.shape[1])
+        return reference.matmul(reference.fake_quantize_groups(x, group), weight.dequantize()).to(x.dtype)
     return reference.matmul(x, weight.dequantize())
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend("triton", triton_backend.refusal, triton_backend.prepare, triton_backend.linear, triton_backend.restore, triton_backend.linear, triton_backend.dequantize),
+    Backend("triton-int8", triton_backend.int8_refusal, triton_backend.int8_prepare, triton_backend.linear, triton_backend.int8_restore, triton_backend.linear),
+    Backend("cpu-amx", cpu_compiled.amx_refusal, cpu_compiled.prepare, cpu_compiled.amx_linear, cpu_compiled.restore),
+    Backend("cpu-vnni", cpu_compiled.int8_refusal, cpu_compiled.prepare, cpu_compiled.int8_linear, cpu_compiled.restore),
     Backend("cpu-int4", cpu.int4_refusal, cpu.int4_prepare, cpu.int4_linear, cpu.int4_restore),
     Backend("cpu-int8", cpu.int8_refusal, cpu.int8_prepare, cpu.int8_linear, cpu.int8_restore),
     Backend("cpu-w8a8", cpu.w8a8_refusal, cpu.w8a8_prepare, cpu.w8a8_linear, cpu.w8a8_restore),
@@ -50,35 +70,48 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
+def backend_named(name: str) -> Backend:
+    """The backend of that name. Raises `ValueError` with the names that exist."""
+    chosen = next((backend for backend in BACKENDS if backend.name == name), None)
+    if chosen is None:
+        raise ValueError(f"LLMQ_BACKEND={name}: no such backend; choose one of {', '.join(backend.name for backend in BACKENDS)}")
+    return chosen
+
+
 def select_backend(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Backend:
     """The backend for activations of `dtype` on `device`. Raises `ValueError` when `LLMQ_BACKEND` names one that is unknown or refuses the weight."""
     asked = os.environ.get("LLMQ_BACKEND")
     if not asked:
         return next(backend for backend in BACKENDS if backend.refusal(weight, dtype, device) is None)
-    chosen = next((backend for backend in BACKENDS if backend.name == asked), None)
-    if chosen is None:
-        raise ValueError(f"LLMQ_BACKEND={asked}: no such backend; choose one of {', '.join(backend.name for backend in BACKENDS)}")
+    chosen = backend_named(asked)
     if reason := chosen.refusal(weight, dtype, device):
         raise ValueError(f"LLMQ_BACKEND={asked} cannot take this weight: {reason}. Unset LLMQ_BACKEND to let llmq choose")
     return chosen
 
 
 class PreparedWeight:
-    """A weight bound to the backend that will multiply with it."""
+    """A weight bound to the backend that will multiply with it.
+
+    tensors: everything that a product reads. layout: what they are, as text; both together are the arguments of `llmq::linear`.
+    """
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> None:
         self.backend = select_backend(weight, dtype, device)
         self.dtype, self.device = dtype, device
         self.state = self.backend.prepare(weight, dtype)
         self.weight = replace(weight, packed=self.state["packed"]) if "packed" in self.state else weight
+        own = {name: getattr(self.weight, name) for name in _TENSORS}
+        named = {f"weight.{name}": tensor for name, tensor in own.items() if tensor is not None}
+        named |= {f"state.{name}": tensor for name, tensor in self.state.items() if name != "packed"}
+        self.tensors = list(named.values())
+        meaning = {"code": weight.code.name, "group_size": weight.group_size, "shape": weight.shape, "activations": weight.activations}
+        self.layout = json.dumps({"backend": self.backend.name, "replaced": "packed" in self.state, **meaning, "names": list(named)})
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias` for x `[..., K]` of the dtype and on the device this was prepared for; returns `[..., N]` in x's dtype."""
-        flat = x.reshape(-1, x.shape[-1])
-        out = self.backend.linear(flat, self.weight, self.state)
-        if bias is not None:
-            out = out + bias.to(out.dtype)
-        return out.view(*x.shape[:-1], self.weight.shape[0])
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return torch.ops.llmq.linear(x, self.tensors, self.layout, bias)
+        return _product(self.backend, x, self.weight, self.state, bias)
 
     def canonical_packed(self) -> Tensor:
         """The canonical words, whatever the backend made of them."""
@@ -88,3 +121,74 @@ class PreparedWeight:
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` in one call, for tests and experiments; modules keep the prepared weight."""
     return PreparedWeight(weight, x.dtype, x.device).linear(x, bias)
+
+
+def _product(backend: Backend, x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    if bias is not None and backend.bias_linear is not None:
+        out = backend.bias_linear(flat, weight, state, bias)
+    else:
+        out = backend.linear(flat, weight, state)
+        if bias is not None:
+            out = out + bias.to(out.dtype)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+# --- one operator for compilers and autograd ------------------------------------------------------------------------------
+
+
+@cache
+def _decoded(layout: str) -> dict[str, Any]:
+    return json.loads(layout)
+
+
+def _rebuild(tensors: list[Tensor], layout: str) -> tuple[Backend, PackedWeight, State]:
+    meaning = _decoded(layout)
+    named = dict(zip(meaning["names"], tensors, strict=True))
+    own: dict[str, Any] = {name: named.get(f"weight.{name}") for name in _TENSORS}
+    weight = PackedWeight(**own, code=CODES[meaning["code"]], group_size=meaning["group_size"], shape=tuple(meaning["shape"]), activations=meaning["activations"])
+    state = {name.removeprefix("state."): tensor for name, tensor in named.items() if name.startswith("state.")}
+    if meaning["replaced"]:
+        state["packed"] = weight.packed
+    return backend_named(meaning["backend"]), weight, state
+
+
+@torch.library.custom_op("llmq::linear", mutates_args=())
+def _linear_op(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
+    backend, weight, state = _rebuild(tensors, layout)
+    return _product(backend, x, weight, state, bias)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _decoded(layout)["shape"][0])
+
+
+@torch.library.custom_op("llmq::linear_input_gradient", mutates_args=())
+def _gradient_op(gradient: Tensor, tensors: list[Tensor], layout: str) -> Tensor:
+    backend, weight, state = _rebuild(tensors, layout)
+    if backend.dequantize is not None:
+        values = backend.dequantize(weight, state, gradient.dtype)
+    else:
+        values = (replace(weight, packed=backend.restore(weight, state)) if "packed" in state else weight).dequantize().to(gradient.dtype)
+    return gradient @ values
+
+
+@_gradient_op.register_fake
+def _(gradient: Tensor, tensors: list[Tensor], layout: str) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], _decoded(layout)["shape"][1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, tensors, ctx.layout, bias = inputs
+    ctx.bias_dtype = None if bias is None or not bias.requires_grad else bias.dtype
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[None], None, Tensor | None]:
+    tensors = list(ctx.saved_tensors)
+    bias = None if ctx.bias_dtype is None else gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return torch.ops.llmq.linear_input_gradient(gradient.contiguous(), tensors, ctx.layout), [None] * len(tensors), None, bias
+
+
+torch.library.register_autograd("llmq::linear", _backward, setup_context=_setup_context)

@@ -62,3 +62,25 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
     """x as `quantize_tokens` would store it, float32."""
     codes, scale = quantize_tokens(x)
     return (codes.float() - 128) * scale
+
+
+def activation_group(bits: int, group_size: int) -> int:
+    """Columns that share a scale of INT8 activations quantized per token and group, for a weight with groups of `group_size` columns (K, when it has one scale per row): the largest of 128, 64 and 32
+    that divides it. A weight per row has activations in groups of 128; with 8 bits it is 64 at most, a group being as wide as what one 64-byte load holds."""
+    size = next((size for size in (128, 64, 32) if group_size % size == 0), 128)
+    return min(size, 64) if bits == 8 else size
+
+
+def quantize_groups(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """INT8 activations with a scale per token and group of columns: int8 codes `[M, K]` in -127 .. 127 and float32 scales `[M, ceil(K / group_size)]`."""
+    m, k = x.shape
+    n_groups = -(-k // group_size)
+    groups = torch.nn.functional.pad(x.float(), (0, n_groups * group_size - k)).view(m, n_groups, group_size)
+    scale = groups.abs().amax(dim=2).div_(127).clamp_min_(1e-8)
+    return (groups / scale[..., None]).round_().to(torch.int8).view(m, -1)[:, :k], scale
+
+
+def fake_quantize_groups(x: Tensor, group_size: int) -> Tensor:
+    """x as `quantize_groups` would store it, float32."""
+    codes, scale = quantize_groups(x, group_size)
+    return codes.float() * expand_groups(scale, x.shape[1], group_size)

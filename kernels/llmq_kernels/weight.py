@@ -15,7 +15,8 @@ from llmq_kernels.reference import dequantize_codes
 class PackedWeight:
     """`[N, K]` weight. packed: int32 words `[N, packed_width(K, bits)]`. scale: float `[N, G]` or `[1, 1]`. zero: uint8, shaped like scale, or None for `code.offset`.
     g_idx: int32 `[K]`, the group of each column, or None for consecutive groups of `group_size` columns.
-    activations: "none"; "int8-token" when x is quantized per token before an integer product; "int8-static" when it is by the scale and zero point in input_range, float32 `[2]`."""
+    activations: "none"; "int8-token" when x is quantized per token before an integer product; "int8-static" when it is by the scale and zero point in input_range, float32 `[2]`: both as the
+    checkpoint says. "int8-group" when x is quantized per token and group, as whoever runs the model says: that is never stored."""
 
     packed: Tensor
     scale: Tensor

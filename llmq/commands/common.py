@@ -24,6 +24,13 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="auto, float32, bfloat16 or float16 (default: float32, free of kernel rounding)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--revision", help="revision of a Hub model")
+    add_compute_argument(parser)
+
+
+def add_compute_argument(parser: argparse.ArgumentParser) -> None:
+    """Whether activations may be rounded at run time."""
+    compute_help = "int8: quantized layers on a CPU round their activations to INT8 per token and group, which is faster (default: $LLMQ_COMPUTE, else exact)"
+    parser.add_argument("--compute", choices=("exact", "int8"), default=None, help=compute_help)
 
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from llmq.commands import common
 HELP = "Print versions, devices, the backends that work here, and what is missing."
 
 REQUIRED = ("torch", "transformers", "datasets", "accelerate", "safetensors", "huggingface-hub", "rich", "wrapt")
-OPTIONAL = {"triton": "GPU kernels", "lm-eval": "llmq[eval]: task evaluation", "gguf": "llmq[gguf]: GGUF export", "matplotlib": "llmq[plots]: plots"}
+OPTIONAL = {"triton": "GPU kernels", "llvmlite": "llmq[cpu]: fast CPU kernels", "lm-eval": "llmq[eval]: task evaluation", "gguf": "llmq[gguf]: GGUF export", "matplotlib": "llmq[plots]: plots"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,15 +39,19 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     codes, scale = torch.zeros(64, 128, dtype=torch.uint8), torch.ones(64, 1, dtype=torch.float16)
     backends = {}
+    places = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for backend in BACKENDS:
+        # Grouped by what a user can change last: the first reason shown is that of 4-bit weights.
         reasons = [
-            backend.refusal(PackedWeight(pack(codes, code.bits), scale, None, None, code, 128, (64, 128)), dtype, torch.device("cpu"))
-            for code in CODES.values()
+            backend.refusal(PackedWeight(pack(codes, code.bits), scale, None, None, code, 128, (64, 128), activations), dtype, place)
+            for place in places
+            for activations in ("none", "int8-token")
+            for code in sorted(CODES.values(), key=lambda code: code.name != "int4")
             for dtype in (torch.bfloat16, torch.float32)
         ]
         backends[backend.name] = None if None in reasons else reasons[0]
     packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
-    result = {
+    result: dict[str, Any] = {
         "llmq": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -55,10 +59,21 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "devices": devices,
         "backends": {name: reason or "works here" for name, reason in backends.items()},
         "backend_override": os.environ.get("LLMQ_BACKEND"),
+        "compute": os.environ.get("LLMQ_COMPUTE") or "exact",
+        "compiled_kernels": _compiled_kernels(),
         "missing": [name for name in REQUIRED if packages[name] is None],
         "missing_optional": {name: purpose for name, purpose in OPTIONAL.items() if packages[name] is None},
     }
     return result, _text(result)
+
+
+def _compiled_kernels() -> dict[str, Any]:
+    """What the kernels that llmq compiles for the CPU have here."""
+    from llmq_kernels import jit
+
+    reason = jit.missing()
+    forms = {form: "works here" if jit.supports(form) else reason or "not on this CPU or system" for form in jit.FORMS}
+    return {"forms": forms, "threads": jit.threads_of(), "cache": str(jit.cache_dir())}
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -66,6 +81,10 @@ def _text(result: dict[str, Any]) -> str:
     pairs |= {name: number or "-" for name, number in result["packages"].items()}
     pairs |= {"devices": ", ".join(result["devices"])}
     pairs |= {f"backend {name}": state for name, state in result["backends"].items()}
+    pairs["compute"] = f"{result['compute']} (--compute int8 or LLMQ_COMPUTE=int8 rounds activations to INT8, for speed)"
+    compiled = result["compiled_kernels"]
+    pairs |= {f"kernels for {form}": state for form, state in compiled["forms"].items()}
+    pairs["compiled kernels"] = f"in {compiled['threads']}, kept in {compiled['cache']}"
     if result["missing"]:
         pairs["missing"] = f"{', '.join(result['missing'])}: pip install llmq brings them"
     for name, purpose in result["missing_optional"].items():

@@ -21,14 +21,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.evaluation.perplexity import evaluate
     from llmq.formats.load import load
     from llmq.models.load import load_config, resolve
+    from llmq.modules import backends_in_use
 
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
     windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
-    model = load(model_dir, dtype=args.dtype, device=args.device)
+    model = load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
     with common.progress("windows") as show:
         result = evaluate(model, windows, show)
-    summary = {"model": args.model, "data": args.data, **result.to_json()}
+    summary = {"model": args.model, "data": args.data, **result.to_json(), "backends": backends_in_use(model)}
     low, high = result.ci95
     conditions = f"{windows.n_targets} tokens, protocol gptq at {windows.tokens.shape[1]}, BOS {windows.bos}, {result.dtype}"
     return summary, f"perplexity {result.value:.4f}  (95% interval {low:.4f} to {high:.4f}; {conditions})"

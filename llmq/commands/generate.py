@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as stored)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--revision", help="revision of a Hub model")
+    common.add_compute_argument(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.errors import LlmqError
     from llmq.formats.load import load
     from llmq.models.load import load_tokenizer, resolve
+    from llmq.modules import backends_in_use
 
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     n_prompt = inputs["input_ids"].shape[1]
     if n_prompt == 0:
         raise LlmqError("--prompt: no tokens; give some text to go on from")
-    model = load(model_dir, dtype=args.dtype, device=args.device)
+    model = load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
     check_vocabulary(inputs["input_ids"], model.config.get_text_config().vocab_size, "--prompt")
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
@@ -58,5 +60,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "seconds": seconds,
         "tokens_per_second": rate,
         "weight_gb_per_second": rate * weight_bytes / 1e9,
+        "backends": backends_in_use(model),
     }
     return result, ""

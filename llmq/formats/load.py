@@ -12,6 +12,8 @@ from transformers.utils import logging as transformers_logging
 from llmq.errors import LlmqError
 from llmq.formats import hf_quantizer
 from llmq.models.load import ShardReader, load_config, resolve
+from llmq.modules import quantized_modules
+from llmq_kernels.compute import MODES, default_mode, refusal
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,13 +41,16 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
     return settings
 
 
-def load(model: str | os.PathLike[str], *, revision: str | None = None, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load(model: str | os.PathLike[str], *, revision: str | None = None, dtype: str = "auto", device: str = "cpu", compute: str | None = None) -> PreTrainedModel:
     """A causal LM from a folder, a Hub id or "tiny": quantized in `llmq` or `gptq` format (also GPTQModel's and AutoRound's), or in full precision.
 
-    dtype: of activations and unquantized weights: "auto" (as stored), "float32", "bfloat16", "float16". Raises `LlmqError` when anything is missing, left over or damaged.
+    dtype: of activations and unquantized weights: "auto" (as stored), "float32", "bfloat16", "float16".
+    compute: "exact", or "int8" to let quantized layers round their activations to INT8 per token and group on a CPU, which is faster (default: what LLMQ_COMPUTE says, else "exact"). Raises
+    `LlmqError` when anything is missing, left over or damaged.
     """
     if dtype not in _DTYPES:
         raise LlmqError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    compute = _checked_compute(compute, device)
     model_dir = resolve(model, revision)
     config = load_config(model_dir)
     settings = quantization_settings(config)
@@ -62,4 +67,18 @@ def load(model: str | os.PathLike[str], *, revision: str | None = None, dtype: s
         if info.get(kind):
             raise LlmqError(f"{model_dir}: {len(info[kind])} {kind.replace('_', ' ')}, the first being {sorted(map(str, info[kind]))[0]}; the checkpoint is incomplete")
     quantized: PreTrainedModel = loaded.to(device).eval()
+    for module in quantized_modules(quantized).values():
+        module.set_compute(compute)
     return quantized
+
+
+def _checked_compute(mode: str | None, device: str) -> str:
+    try:
+        mode = mode or default_mode()
+    except ValueError as error:
+        raise LlmqError(str(error)) from None
+    if mode not in MODES:
+        raise LlmqError(f"compute {mode!r}: expected one of {', '.join(MODES)}")
+    if reason := refusal(mode, torch.device(device)):
+        raise LlmqError(f"compute {mode}: {reason}; without it (compute exact) the model runs here, too")
+    return mode

@@ -41,37 +41,37 @@ INT4_CASES = [
 
 @pytest.mark.parametrize("m", [1, 3, 48, 49, 130])
 @pytest.mark.parametrize(("code", "group", "n", "k", "asymmetric"), INT4_CASES)
-def test_int4_backend(code, group, n, k, asymmetric, m):
+def test_int4_backend(code, group, n, k, asymmetric, m, monkeypatch):
     weight = make_weight(code, group, n, k, asymmetric, seed=m)
     if reason := BY_NAME["cpu-int4"].refusal(weight, torch.bfloat16, CPU):
         pytest.skip(f"this machine: {reason}")
+    monkeypatch.setenv("LLMQ_BACKEND", "cpu-int4")
     x = torch.randn(m, k).bfloat16()
     prepared = PreparedWeight(weight, torch.bfloat16, CPU)
-    assert prepared.backend.name == "cpu-int4"
     assert relative_error(prepared.linear(x), x.double() @ weight.dequantize().double().T) < 2 * U
     assert torch.equal(prepared.canonical_packed(), weight.packed)
 
 
 @pytest.mark.parametrize("m", [1, 12, 13, 300])
 @pytest.mark.parametrize(("n", "k"), [(96, 512), (77, 300)])
-def test_int8_backend(n, k, m):
+def test_int8_backend(n, k, m, monkeypatch):
+    monkeypatch.setenv("LLMQ_BACKEND", "cpu-int8")
     weight = make_weight("int8", k, n, k)
     x = torch.randn(m, k).bfloat16()
     prepared = PreparedWeight(weight, torch.bfloat16, CPU)
-    assert prepared.backend.name == "cpu-int8"
     assert relative_error(prepared.linear(x), x.double() @ weight.dequantize().double().T) < 2 * U
     assert torch.equal(prepared.canonical_packed(), weight.packed)
 
 
 @pytest.mark.parametrize("m", [1, 5, 64])
 @pytest.mark.parametrize(("n", "k"), [(96, 512), (77, 300)])
-def test_w8a8_backend_is_exact_up_to_float32_scaling(n, k, m):
+def test_w8a8_backend_is_exact_up_to_float32_scaling(n, k, m, monkeypatch):
     weight = make_weight("int8", k, n, k, activations="int8-token")
     if reason := BY_NAME["cpu-w8a8"].refusal(weight, torch.float32, CPU):
         pytest.skip(f"this machine: {reason}")
+    monkeypatch.setenv("LLMQ_BACKEND", "cpu-w8a8")
     x = torch.randn(m, k)
     prepared = PreparedWeight(weight, torch.float32, CPU)
-    assert prepared.backend.name == "cpu-w8a8"
     expected = fake_quantize_tokens(x).double() @ weight.dequantize().double().T
     assert relative_error(prepared.linear(x), expected) < 4 * 2.0**-24 * 3
     assert torch.equal(prepared.canonical_packed(), weight.packed)
@@ -124,7 +124,7 @@ def test_override_is_honoured_or_refused(monkeypatch):
     with pytest.raises(ValueError, match="cannot take this weight"):
         select_backend(weight, torch.bfloat16, CPU)
     monkeypatch.setenv("LLMQ_BACKEND", "warp-drive")
-    with pytest.raises(ValueError, match="cpu-int4, cpu-int8"):
+    with pytest.raises(ValueError, match="cpu-int4, cpu-int8, cpu-w8a8"):
         select_backend(weight, torch.bfloat16, CPU)
 
 

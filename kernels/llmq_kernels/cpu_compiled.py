@@ -1,0 +1,213 @@
+"""Backends whose kernels llmq compiles itself: `cpu-amx` (bfloat16 activations, exact) and `cpu-vnni` (INT8 activations). Both read the one layout of `cpu_layout`.
+
+What is exact stays exact: `cpu-amx` takes weights whose activations are "none" and rounds nothing but the dequantized weight and the result to bfloat16. `cpu-vnni` takes "int8-token", which the
+checkpoint asks for, and "int8-group", which whoever runs the model asks for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per token, and about twice the speed
+of int4pack for one token.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from llmq_kernels import cpu, jit
+from llmq_kernels.cpu_layout import BAND, Layout, arrange, arrange_scale, restore_codes
+from llmq_kernels.packing import pack, unpack
+from llmq_kernels.reference import activation_group
+from llmq_kernels.weight import PackedWeight
+
+State = dict[str, Tensor]
+FEW_TOKENS = 32  # up to here rows of W are shared out in small portions, above in portions whose codes stay in the second-level cache while all tokens pass
+TILE_TOKENS = 6  # from here on INT8 activations go to the tile unit; measured at 4096 x 4096
+TILE_TOKENS_WHOLE = 3  # the same where rows and tokens have one scale each
+INT8_FORMS = ("avx512vnni", "avxvnni", "avx2")
+
+
+# --- what the kernels take --------------------------------------------------------------------------------------------------
+
+
+def _common_refusal(weight: PackedWeight, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    if weight.g_idx is not None:
+        return "it has no act-order groups"
+    if weight.code.offset % 1:
+        return f"it has whole zero points only, not the {weight.code.offset} of {weight.code.name}"
+    if weight.scale.shape[1] > 1 and weight.group_size % 32:
+        return f"it needs groups that are multiples of 32, not {weight.group_size}"
+    return jit.missing()
+
+
+def amx_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the tile unit cannot take a weight, or None."""
+    if weight.activations != "none":
+        return f"it computes with bfloat16 activations, not {weight.activations}"
+    if dtype != torch.bfloat16:
+        return f"it computes with bfloat16 activations, not {dtype}"
+    if weight.code.bits == 8 and (weight.zero is not None or weight.scale.shape[1] > 1):
+        return "it takes 8-bit codes with one scale per row or tensor and without zero points only"
+    if reason := _common_refusal(weight, device):
+        return reason
+    return None if jit.supports("amx") else "this CPU or system has no AMX tiles for bfloat16"
+
+
+def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the integer kernels cannot take a weight, or None."""
+    if weight.activations == "none":
+        return "it computes with INT8 activations, which neither this weight's checkpoint nor --compute asks for"
+    if weight.activations not in ("int8-token", "int8-group"):
+        return f"it quantizes activations per token or per token and group, not {weight.activations}"
+    if reason := _common_refusal(weight, device) or int8_machine_refusal():
+        return reason
+    if weight.activations == "int8-token" and not jit.supports("amx") and cpu.w8a8_refusal(weight, dtype, device) is None:
+        return "without AMX, oneDNN (cpu-w8a8) is faster with 8-bit weights and more than a few tokens"
+    return None
+
+
+def int8_machine_refusal() -> str | None:
+    """Why no integer kernel runs on this machine, or None."""
+    return jit.missing() or (None if int8_form() else "this CPU has no AVX2")
+
+
+@cache
+def int8_form() -> str | None:
+    """The widest form of the integer kernels that this CPU runs."""
+    return next((form for form in INT8_FORMS if jit.supports(form)), None)
+
+
+# --- the layout, once per weight ------------------------------------------------------------------------------------------
+
+
+def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
+    """Codes in bands, in place of the canonical words, and float32 scales in bands; with zero points also `-scale * zero`."""
+    n, k = weight.shape
+    layout = Layout(weight.code.bits, n, k)
+    n_groups = -(-layout.k_padded // _columns_per_group(weight))
+
+    def in_bands(values: Tensor) -> Tensor:
+        return arrange_scale(torch.nn.functional.pad(values, (0, n_groups - values.shape[1])), n, layout.n_bands)
+
+    state = {"packed": arrange(unpack(weight.packed, weight.code.bits, k), weight.code.bits), "band_scale": in_bands(weight.scale.float())}
+    if weight.zero is not None:
+        state["band_shift"] = in_bands(-weight.scale.float() * weight.zero.float())
+    return state
+
+
+def restore(weight: PackedWeight, state: State) -> Tensor:
+    """The canonical words."""
+    return pack(restore_codes(state["packed"], weight.code.bits, *weight.shape), weight.code.bits)
+
+
+def _columns_per_group(weight: PackedWeight) -> int:
+    """Columns per scale; one group spans the padding too."""
+    return Layout(weight.code.bits, *weight.shape).k_padded if weight.scale.shape[1] == 1 else weight.group_size
+
+
+def _base_group(weight: PackedWeight) -> int:
+    """The largest of 128, 64, 32 that divides the group."""
+    return 128 if weight.scale.shape[1] == 1 else next(size for size in (128, 64, 32) if weight.group_size % size == 0)
+
+
+def _weight_pointers(state: State) -> tuple[int, int, int]:
+    shift = state.get("band_shift")
+    return state["packed"].data_ptr(), state["band_scale"].data_ptr(), 0 if shift is None else shift.data_ptr()
+
+
+def _padded(x: Tensor, k_padded: int) -> Tensor:
+    return (x if x.shape[1] == k_padded else torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))).contiguous()
+
+
+def _straight_through(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
+    """With gradients to x: the product with the dequantized weight."""
+    canonical = PackedWeight(restore(weight, state), weight.scale, weight.zero, None, weight.code, weight.group_size, weight.shape)
+    return torch.nn.functional.linear(x, canonical.dequantize().to(x.dtype))
+
+
+# --- bfloat16 activations -----------------------------------------------------------------------------------------------------
+
+
+def amx_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
+    """`x @ W.T` for bfloat16 x `[M, K]`."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _straight_through(x, weight, state)
+    (n, k), m = weight.shape, x.shape[0]
+    layout = Layout(weight.code.bits, n, k)
+    x = _padded(x, layout.k_padded)
+    out = x.new_empty(m, n)
+    tiles = torch.empty(-(-m // 16) * 16 * layout.k_padded, dtype=torch.bfloat16)
+    jit.kernel("amx", "cpu_amx", "pack_kernel")(x.data_ptr(), tiles.data_ptr(), m, layout.k_padded // 64, layout.k_padded * 2)
+    kernel = jit.kernel("amx", "cpu_amx", "gemm_kernel", weight.code.bits, _base_group(weight), weight.zero is not None, int(weight.code.offset))
+    sizes = (layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    kernel(*_weight_pointers(state), tiles.data_ptr(), out.data_ptr(), n, m, *sizes)
+    return out
+
+
+def _bands_per_item(n_bands: int, m: int) -> int:
+    """How many bands of rows a thread takes at a time: an even number, and several portions for each thread."""
+    portions = n_bands // (4 * torch.get_num_threads()) // 2 * 2
+    return max(2, min(4 if m <= FEW_TOKENS else BAND, portions))
+
+
+# --- INT8 activations ---------------------------------------------------------------------------------------------------------
+
+
+def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
+    """`x @ W.T` for x `[M, K]`, quantized on the way; sums are exact within groups and float32 between them."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _straight_through(x, weight, state)
+    form = int8_form()
+    assert form is not None
+    return int8_product(x, weight, state, form).to(x.dtype)
+
+
+def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, on_tiles: bool | None = None) -> Tensor:
+    """float32 `[M, N]` by the kernels of one form. on_tiles: whether the tile unit takes the product, by default where there is one and enough tokens to fill it."""
+    (n, k), m = weight.shape, x.shape[0]
+    layout = Layout(weight.code.bits, n, k)
+    group = activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else k)
+    x_codes, x_scale, x_sum = quantize(_padded(x.float(), layout.k_padded), group, weight.activations == "int8-token", form)
+    if on_tiles is None:
+        on_tiles = m >= (TILE_TOKENS_WHOLE if _is_whole(weight) else TILE_TOKENS) and group >= 64 and jit.supports("amx")
+    if on_tiles:
+        return _tile_product(x_codes, x_scale, x_sum, weight, state, layout, group)
+    out = torch.empty(m, n)
+    kernel = jit.kernel(form, "cpu_int8", "gemm_kernel", form, weight.code.bits, group, weight.zero is not None, int(weight.code.offset))
+    activations = (x_codes.data_ptr(), x_scale.data_ptr(), x_sum.data_ptr())
+    kernel(*_weight_pointers(state), *activations, out.data_ptr(), n, m, layout.n_bands, layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    return out
+
+
+def _is_whole(weight: PackedWeight) -> bool:
+    """One scale on both sides: all of K is one group."""
+    return weight.activations == "int8-token" and weight.scale.shape[1] == 1
+
+
+def _tile_product(x_codes: Tensor, x_scale: Tensor, x_sum: Tensor, weight: PackedWeight, state: State, layout: Layout, group: int) -> Tensor:
+    m, k = x_codes.shape
+    if _is_whole(weight):
+        group, x_scale, x_sum = 0, x_scale[:, :1], x_sum.sum(1, keepdim=True)
+    scale, start, total = (_by_token_tile(values) for values in (x_scale, (x_sum * -weight.code.offset).int(), x_scale * x_sum))
+    tiles, out = torch.empty(-(-m // 16) * 16, k, dtype=torch.int8), torch.empty(m, weight.shape[0])
+    jit.kernel("amx", "cpu_amx_int8", "pack_kernel")(x_codes.data_ptr(), tiles.data_ptr(), m, k // 64)
+    kernel = jit.kernel("amx", "cpu_amx_int8", "gemm_kernel", weight.code.bits, group, weight.zero is not None)
+    activations = (tiles.data_ptr(), scale.data_ptr(), start.data_ptr(), total.data_ptr())
+    sizes = (layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    kernel(*_weight_pointers(state), *activations, out.data_ptr(), weight.shape[0], m, *sizes)
+    return out
+
+
+def _by_token_tile(values: Tensor) -> Tensor:
+    """`[M, G]` as `[token tiles, G, 16]`."""
+    m, n_groups = values.shape
+    return torch.nn.functional.pad(values, (0, 0, 0, -m % 16)).view(-1, 16, n_groups).transpose(1, 2).contiguous()
+
+
+def quantize(x: Tensor, group: int, per_token: bool, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 codes of float32 x `[M, K]`, and per group of columns a scale and the sum of the codes, `[M, K / group]`."""
+    m, k = x.shape
+    codes, scale, total = torch.empty(m, k, dtype=torch.int8), torch.empty(m, k // group), torch.empty(m, k // group)
+    kernel = jit.kernel(form, "cpu_int8", "quantize_kernel", group)
+    kernel(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), total.data_ptr(), m, k, k if per_token else group, threads=1 if m == 1 else None)
+    return codes, scale, total

@@ -1,0 +1,200 @@
+"""From LLVM's text to code that runs on torch's own threads.
+
+llvmlite, a pip package, compiles; nobody needs a C compiler. The machine code is kept in the user's cache folder (`LLMQ_CACHE_DIR`, else `$XDG_CACHE_HOME/llmq`, else `~/.cache/llmq`) under a hash
+of the kernel's text, the target and LLVM's version, so a warm start loads a file; a folder that cannot be written costs a compilation per process and nothing else.
+
+Threads: kernels run in the OpenMP pool that torch itself uses, started through libgomp's `GOMP_parallel` (LLVM's and Intel's OpenMP have it too) as found from libtorch_cpu. So one thread count,
+`torch.set_num_threads`, rules both, and no second pool competes with spinning threads of the first. Where torch has another runtime, Python threads do it: ctypes lets go of the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+Kernel = Callable[..., None]
+
+# x86 levels that kernels are written for. The features are what LLVM may use in the compiled code.
+AVX2 = "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt"
+FORMS: dict[str, str] = {
+    "avx2": AVX2,
+    "avxvnni": AVX2 + ",+avxvnni",
+    "avx512vnni": AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni",
+    "amx": AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni,+avx512bf16,+amx-tile,+amx-bf16,+amx-int8",
+}
+
+
+@cache
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"its kernels are written for x86-64, not {platform.machine()}"
+    try:
+        import llvmlite.binding  # noqa: F401
+    except ImportError:
+        return "llvmlite is not installed (pip install 'llmq[cpu]')"
+    return None
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """LLVM's names of the features of this CPU that the system lets programs use."""
+    from llvmlite import binding
+
+    return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
+
+
+@cache
+def supports(form: str) -> bool:
+    """Whether this CPU can run a form."""
+    if missing() is not None or not cpu_flags().issuperset(FORMS[form].replace("+", "").split(",")):
+        return False
+    return form != "amx" or _tiles_allowed()
+
+
+def _tiles_allowed() -> bool:
+    """Ask Linux for the 8 KB of tile registers, once per process: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)."""
+    if platform.system() != "Linux":
+        return False
+    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+
+
+# --- compiling ----------------------------------------------------------------------------------------------------------
+
+
+def _machine(form: str) -> object:
+    """LLVM's target machine with the features of a form."""
+    from llvmlite import binding
+
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    triple = binding.get_default_triple()
+    return binding.Target.from_triple(triple).create_target_machine(cpu="x86-64", features=FORMS[form], opt=3, reloc="pic", codemodel="jitdefault", jit=True)
+
+
+def _optimized(text: str, machine: object) -> object:
+    from llvmlite import binding
+
+    module = binding.parse_assembly(text)
+    module.verify()
+    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
+    builder.getModulePassManager().run(module, builder)
+    return module
+
+
+def assembly(text: str, form: str) -> str:
+    """The assembly of a kernel, for any form, whatever this CPU is."""
+    machine = _machine(form)
+    return machine.emit_assembly(_optimized(text, machine))  # type: ignore[attr-defined]
+
+
+def cache_dir() -> Path:
+    """Where machine code is kept."""
+    if asked := os.environ.get("LLMQ_CACHE_DIR"):
+        return Path(asked)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmq"
+
+
+@cache
+def _sources() -> bytes:
+    """Everything that a kernel's machine code depends on, beside its parameters."""
+    import llvmlite
+
+    folder = Path(__file__).parent
+    return b"".join(path.read_bytes() for path in (Path(__file__), folder / "emit.py", *sorted(folder.glob("cpu_*.py")))) + llvmlite.__version__.encode()
+
+
+def _object_code(form: str, module: str, function: str, parameters: tuple[object, ...]) -> bytes:
+    """Machine code from the cache, or written, compiled and put there. A warm start does not even write the kernel's text."""
+    key = hashlib.sha256(_sources() + repr((form, platform.system(), module, function, parameters)).encode()).hexdigest()[:32]
+    path = cache_dir() / "kernels" / f"{key}.o"
+    try:
+        return path.read_bytes()
+    except OSError:
+        machine = _machine(form)
+        code: bytes = machine.emit_object(_optimized(kernel_text(module, function, *parameters), machine))  # type: ignore[attr-defined]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, path)  # whole or not at all, whoever else writes it
+    except OSError:
+        pass  # a cache that cannot be written is no error
+    return code
+
+
+def kernel_text(module: str, function: str, *parameters: object) -> str:
+    """LLVM's text of `llmq_kernels.module.function(*parameters)`. Imported by name, since these modules need llvmlite."""
+    text: str = getattr(importlib.import_module(f"llmq_kernels.{module}"), function)(*parameters)
+    return text
+
+
+_ENGINES: list[object] = []  # keeps the code alive
+
+
+def _load(code: bytes, symbol: str) -> int:
+    """The address of a function of an object file."""
+    from llvmlite import binding
+
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine("avx2"))
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _ENGINES.append(engine)
+    return int(engine.get_function_address(symbol))
+
+
+# --- running ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _gomp_parallel() -> Callable[[int, object, int, int], None] | None:
+    """`GOMP_parallel(function, argument, n_threads, flags)` of the OpenMP runtime that torch is linked with."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        function = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return function  # type: ignore[no-any-return]
+
+
+@cache
+def _python_threads(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, "llmq-kernel")
+
+
+def threads_of() -> str:
+    """Whose threads run the kernels."""
+    return "torch's OpenMP pool" if _gomp_parallel() else "Python threads"
+
+
+@cache
+def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
+    """The kernel whose text `llmq_kernels.module.function(*parameters)` writes, as a function of its int64 arguments (without the counter). threads: as many as torch has, or a number."""
+    if not supports(form):
+        raise RuntimeError(f"kernel {module}.{function}: this CPU or system cannot run its {form} form; ask jit.supports first")
+    address = _load(_object_code(form, module, function, parameters), "kernel")
+    single = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    parallel = _gomp_parallel()
+
+    def run(*arguments: int, threads: int | None = None) -> None:
+        array = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
+        n_threads = threads or torch.get_num_threads()
+        if n_threads == 1:
+            single(array)
+        elif parallel is not None:
+            parallel(address, array, n_threads, 0)
+        else:
+            list(_python_threads(n_threads).map(single, [array] * n_threads))
+
+    return run

@@ -1,0 +1,1 @@
+"""Timing of kernels and of decoding, for `llmq bench` and the scripts."""

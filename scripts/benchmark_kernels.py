@@ -1,0 +1,110 @@
+"""Everything that needs a GPU, in one call of under ten minutes: the GPU tests, tuning, the kernel table and decoding. Writes JSON (and a plot where matplotlib is installed) to a folder.
+
+    python scripts/benchmark_kernels.py --out gpu-results
+
+A step that fails is reported at the end and does not stop the others; the exit code is 1 then. The tuned file in the folder can be shipped as `kernels/llmq_kernels/tuned/<gpu>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq.benchmark import kernels, plot
+from llmq.benchmark.decode import compare_decode
+from llmq_kernels import triton_tuning
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_tests(out: Path) -> dict[str, Any]:
+    """`pytest -m gpu`; its whole output goes to a file."""
+    parallel = ["-n", "6"] if find_spec("xdist") else []  # most of the time goes into compiling some 200 kernels
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *parallel, "tests/kernels"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    (out / "tests.txt").write_text(done.stdout + done.stderr)
+    last = done.stdout.strip().splitlines()[-1]
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with {done.returncode}: {last}; see tests.txt")
+    return {"result": last}
+
+
+def tune(device: torch.device, seconds: float, out: Path) -> dict[str, Any]:
+    """Tuned choices, for this user and as a file to ship."""
+    results = kernels.tune(kernels.GPU_SHAPES, kernels.GPU_ROWS, [kernels.Kind(text) for text in kernels.GPU_WEIGHTS], device, seconds)
+    chip = triton_tuning.chip_of(device)
+    name = f"{triton_tuning.slug(chip.name)}.json"
+    for path in (triton_tuning.cache_dir() / name, out / name):
+        triton_tuning.save(chip, path, versions())
+    return {"problems": len(results), "seconds_by_candidate": results}
+
+
+def table(device: torch.device, out: Path) -> dict[str, Any]:
+    """Every shape, M and kind of weight."""
+    rows = []
+    for row in kernels.measure(kernels.GPU_SHAPES, kernels.GPU_ROWS, [kernels.Kind(text) for text in kernels.GPU_WEIGHTS], device):
+        rows.append(row)
+        others = ", ".join(f"{name} {row['bf16_seconds'] / other['seconds']:.2f}" for name, other in row["others"].items() if "seconds" in other)
+        print(f"{row['n']:6}x{row['k']:<6}{row['weights']:11}M={row['m']:<5}{row['ratio']:6.2f} x bfloat16, {row['share_of_copy_bandwidth']:4.0%} of copy; {others}", flush=True)
+    if find_spec("matplotlib"):
+        plot.ratios(rows, str(out / "kernels.png"))
+    return {"rows": rows}
+
+
+def versions() -> dict[str, Any]:
+    """What the figures were measured with."""
+    from importlib.metadata import version
+
+    return {"torch": torch.__version__, "triton": version("triton"), "device": torch.cuda.get_device_name(), "driver_cuda": torch.version.cuda, "measured_at": time.strftime("%Y-%m-%d")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--tune-seconds", type=float, default=150)
+    parser.add_argument("--layers", type=int, default=32, help="blocks of the synthetic Llama-3-8B")
+    parser.add_argument("--only", nargs="+", choices=("tests", "defaults", "tune", "kernels", "decode"), help="some of the steps")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("scripts/benchmark_kernels.py: no CUDA device; 'llmq bench' times the CPU kernels", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda", 0)
+    few = [kernels.Kind("w4g128")]
+    steps: dict[str, Callable[[], Any]] = {
+        "tests": lambda: run_tests(args.out),
+        "defaults": lambda: {"rows": list(kernels.measure([(4096, 4096)], (1, 16, 64, 256), few, device))},  # before tuning: what the rules of thumb give
+        "tune": lambda: tune(device, args.tune_seconds, args.out),
+        "kernels": lambda: table(device, args.out),
+        "decode": lambda: compare_decode(device, num_hidden_layers=args.layers),
+    }
+    failed = []
+    for name, step in steps.items():
+        if args.only and name not in args.only:
+            continue
+        started = time.monotonic()
+        try:
+            result = step()
+        except Exception as error:  # the next step may still tell something, and machine time is scarce
+            traceback.print_exc()
+            result = {"failed": f"{type(error).__name__}: {error}"}
+            failed.append(name)
+        result |= {"step_seconds": time.monotonic() - started, **versions()}
+        (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{name}: {result.get('failed', 'done')} in {result['step_seconds']:.0f} s", flush=True)
+        if name == "decode":
+            print({key: value for key, value in result.items() if "tokens" in key or key == "ratio"}, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The kernels that llmq compiles for the CPU.
+
+Bit equality, not tolerances: scales are powers of two and activations are integers whose largest in each group is 127, so their scale is 1 and every product and sum of the kernels is an integer
+times a power of two below 2^24. Whatever the order of additions, float32 is exact then, and the result has to be equal to integer arithmetic. Tests with arbitrary scales follow, with a tolerance
+from the number of groups.
+"""
+
+import dataclasses
+import os
+import re
+
+import pytest
+import torch
+from packed_weights import make_weight, relative_error
+
+from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, jit, pack, select_backend, unpack
+from llmq_kernels import cpu_compiled as compiled
+from llmq_kernels.cpu_layout import Layout, arrange, restore_codes
+from llmq_kernels.reference import activation_group, fake_quantize_groups, fake_quantize_tokens, quantize_groups, quantize_tokens
+
+CPU = torch.device("cpu")
+FORMS = ("avx512vnni", "avxvnni", "avx2")
+# code, columns per group (None: one scale per row), rows, columns, zero points. Rows and columns that fill neither bands nor blocks; as few kernels as cover all of their parts.
+CASES = [("int4", 128, 80, 512, False), ("int4", 96, 37, 192, True), ("int3", 64, 33, 300, True), ("int3", 128, 16, 512, False), ("ternary", None, 40, 330, False), ("int8", None, 37, 300, False)]
+IDS = [f"{code}-{group}-{'asymmetric' if asymmetric else 'symmetric'}" for code, group, _, _, asymmetric in CASES]
+
+
+def need(form):
+    if reason := jit.missing():
+        pytest.skip(reason)
+    if not jit.supports(form):
+        pytest.skip(f"this CPU or system cannot run {form}")
+
+
+def power_of_two_weight(code_name, group, n, k, asymmetric, activations="none"):
+    code = CODES[code_name]
+    n_groups = -(-k // (group or k))
+    codes = torch.randint(0, code.levels, (n, k), dtype=torch.uint8)
+    scale = 2.0 ** -torch.randint(3, 6, (n, n_groups)).half()
+    zero = torch.randint(0, code.levels, (n, n_groups), dtype=torch.uint8) if asymmetric else None
+    return PackedWeight(pack(codes, code.bits), scale, zero, None, code, group or k, (n, k), activations)
+
+
+def integers(m, k, group, largest):
+    """float32 integers with the largest magnitude in the first column of each group."""
+    x = torch.randint(-largest, largest + 1, (m, k)).float()
+    x[:, ::group] = largest * torch.where(torch.rand(m, -(-k // group)) < 0.5, -1.0, 1.0)
+    return x
+
+
+def group_of(weight):
+    return activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else weight.shape[1])
+
+
+# --- layout -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 256), (33, 257), (70, 511)])
+def test_layout_is_inverted_exactly(bits, n, k):
+    codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
+    stored = arrange(codes, bits)
+    layout = Layout(bits, n, k)
+    assert stored.shape == (layout.n_bands, layout.n_blocks, layout.block_bytes)
+    assert torch.equal(restore_codes(stored, bits, n, k), codes)
+
+
+@pytest.mark.parametrize(("code", "group", "n", "k", "asymmetric"), [*CASES, ("int4", 0, 20, 100, True), ("ternary", 0, 20, 100, False)])
+def test_canonical_words_come_back(code, group, n, k, asymmetric):
+    weight = make_weight(code, -1 if group is None else group, n, k, asymmetric=asymmetric)
+    assert torch.equal(compiled.restore(weight, compiled.prepare(weight, torch.bfloat16)), weight.packed)
+
+
+# --- exactness --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_integer_kernels_are_exact(case, form):
+    need(form)
+    for activations in ("int8-group", "int8-token"):
+        weight = power_of_two_weight(*case, activations)
+        state = compiled.prepare(weight, torch.float32)
+        for m in (1, 6):  # more tokens than the register block holds, and not a multiple
+            x = integers(m, weight.shape[1], group_of(weight), 127)
+            expected = x.double() @ weight.dequantize().double().T
+            assert torch.equal(compiled.int8_product(x, weight, state, form, on_tiles=False).double(), expected), (activations, m)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_integer_tiles_are_exact(case):
+    need("amx")
+    for activations in ("int8-group", "int8-token"):
+        weight = power_of_two_weight(*case, activations)
+        if group_of(weight) < 64:
+            continue  # the vector kernels do these
+        state = compiled.prepare(weight, torch.float32)
+        for m in (1, 49):  # one token tile, and two pairs of which the last is half filled
+            x = integers(m, weight.shape[1], group_of(weight), 127)
+            expected = x.double() @ weight.dequantize().double().T
+            assert torch.equal(compiled.int8_product(x, weight, state, "avx512vnni", on_tiles=True).double(), expected), (activations, m)
+
+
+@pytest.mark.parametrize("case", [*CASES, ("int2", 32, 40, 320, False)], ids=[*IDS, "int2-32-symmetric"])
+def test_bfloat16_tiles_are_exact(case):
+    need("amx")
+    weight = power_of_two_weight(*case)
+    state = compiled.prepare(weight, torch.bfloat16)
+    for m in (1, 33):
+        x = integers(m, weight.shape[1], 32, 31)
+        expected = (x.double() @ weight.dequantize().double().T).float().bfloat16()
+        assert torch.equal(compiled.amx_linear(x.bfloat16(), weight, state), expected), m
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_activations_are_quantized_as_the_reference_does(form, group):
+    need(form)
+    x = torch.randn(3, 512) * torch.logspace(-4, 4, 3)[:, None]
+    x[1, :group] = 0
+    codes, scale, total = compiled.quantize(x, group, False, form)
+    expected_codes, expected_scale = quantize_groups(x, group)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(total, expected_codes.view(3, -1, group).sum(-1).float())
+
+
+# --- any scales -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activations", ["int8-group", "int8-token"])
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("group", [128, 0])
+def test_any_scales(activations, m, group):
+    """Each group adds at most three roundings to float32 (factor, product, sum), of 2^-24 each."""
+    if reason := jit.missing():
+        pytest.skip(reason)
+    weight = make_weight("int4", group, 80, 512, asymmetric=not group, activations=activations)
+    x = torch.randn(m, 512)
+    prepared = PreparedWeight(weight, torch.float32, CPU)
+    assert prepared.backend.name == "cpu-vnni"
+    quantized = fake_quantize_tokens(x) if activations == "int8-token" else fake_quantize_groups(x, 128)
+    assert relative_error(prepared.linear(x), quantized.double() @ weight.dequantize().double().T) < 3 * 4 * 2.0**-24
+    assert torch.equal(prepared.canonical_packed(), weight.packed)
+    # Quantization moves each activation by at most half a step.
+    half_step = (quantize_tokens(x)[1] if activations == "int8-token" else quantize_groups(x, 128)[1].repeat_interleave(128, 1)) / 2
+    bound = half_step.double().expand_as(x) @ weight.dequantize().double().abs().T
+    assert torch.all((prepared.linear(x).double() - x.double() @ weight.dequantize().double().T).abs() <= bound * (1 + 1e-4))
+
+
+def test_bias_and_leading_dimensions():
+    need("amx")
+    weight, bias, x = make_weight("int4", 128, 64, 256), torch.randn(64), torch.randn(2, 3, 256).bfloat16()
+    prepared = PreparedWeight(weight, torch.bfloat16, CPU)
+    assert prepared.backend.name == "cpu-amx"
+    expected = x.double() @ weight.dequantize().double().T + bias.double()
+    out = prepared.linear(x, bias)
+    assert out.shape == (2, 3, 64)
+    assert relative_error(out, expected) < 2 * 2.0**-8
+
+
+# --- who is asked -----------------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_bit_activations_are_never_quantized():
+    for code in CODES:
+        weight = make_weight(code, 128, 64, 128)
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
+            assert "INT8 activations" in compiled.int8_refusal(weight, dtype, CPU)
+            assert select_backend(weight, dtype, CPU).name not in ("cpu-vnni", "cpu-w8a8")
+
+
+def test_without_tiles_onednn_does_what_it_can(monkeypatch):
+    weight = make_weight("int8", -1, 64, 128, activations="int8-token")
+    if reason := jit.missing() or next(backend for backend in BACKENDS if backend.name == "cpu-w8a8").refusal(weight, torch.float32, CPU):
+        pytest.skip(reason)
+    supports = jit.supports
+    monkeypatch.setattr(jit, "supports", lambda form: form != "amx" and supports(form))
+    assert select_backend(weight, torch.float32, CPU).name == "cpu-w8a8"
+    assert select_backend(dataclasses.replace(weight, activations="int8-group"), torch.float32, CPU).name == "cpu-vnni"
+
+
+def test_refusals():
+    weight = make_weight("int4", 128, 64, 128)
+    assert "int8-static" in compiled.int8_refusal(dataclasses.replace(weight, activations="int8-static"), torch.float32, CPU)
+    assert "act-order" in compiled.amx_refusal(dataclasses.replace(weight, g_idx=torch.zeros(128, dtype=torch.int32)), torch.bfloat16, CPU)
+    assert "multiples of 32" in compiled.amx_refusal(make_weight("int4", 40, 64, 120), torch.bfloat16, CPU)
+    assert "float16" in compiled.amx_refusal(weight, torch.float16, CPU)
+    assert "not on cuda" in compiled.amx_refusal(weight, torch.bfloat16, torch.device("cuda"))
+    assert "zero points" in compiled.amx_refusal(make_weight("int8", 128, 64, 128, asymmetric=True), torch.bfloat16, CPU)
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------------
+
+# form, module, function, parameters -> instructions that must and must not be there
+ASSEMBLY = [
+    ("avx512vnni", "cpu_int8", ("avx512vnni", 4, 128, False, 8), ["vpdpbusd", "%zmm"], []),
+    ("avxvnni", "cpu_int8", ("avxvnni", 4, 128, False, 8), ["vpdpbusd", "%ymm"], ["%zmm"]),
+    ("avx2", "cpu_int8", ("avx2", 4, 128, False, 8), ["vpmaddubsw", "vpmaddwd", "%ymm"], ["vpdpbusd", "%zmm"]),
+    ("amx", "cpu_amx", (4, 128, False, 8), ["tdpbf16ps", "vpermw", "vcvtneps2bf16"], []),
+    ("amx", "cpu_amx_int8", (4, 128, False), ["tdpbusd"], []),
+]
+
+
+@pytest.mark.parametrize(("form", "module", "parameters", "present", "absent"), ASSEMBLY, ids=[f"{row[1]}-{row[0]}" for row in ASSEMBLY])
+def test_every_form_compiles_whatever_this_cpu_is(form, module, parameters, present, absent):
+    if reason := jit.missing():
+        pytest.skip(reason)
+    text = jit.assembly(jit.kernel_text(module, "gemm_kernel", *parameters), form)
+    assert all(name in text for name in present)
+    assert not [name for name in absent if name in text]
+    assert set(re.findall(r"\$(\w+)@GOT\b", text)) <= {"memcpy", "memset"}  # all that would have to be linked
+
+
+def test_machine_code_is_kept_and_found(tmp_path, monkeypatch):
+    need("avx2")
+    monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path / "cache"))
+    arguments = ("avx2", "cpu_int8", "quantize_kernel", (64,))
+    code = jit._object_code(*arguments)
+    assert [path.read_bytes() for path in (tmp_path / "cache" / "kernels").iterdir()] == [code]
+    monkeypatch.setattr(jit, "kernel_text", lambda *_: pytest.fail("compiled again"))
+    assert jit._object_code(*arguments) == code
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    need("avx2")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path / "file"))
+    assert len(jit._object_code("avx2", "cpu_int8", "quantize_kernel", (32,))) > 0
+
+
+def test_any_number_and_kind_of_threads(monkeypatch):
+    need("avx2")
+    weight = make_weight("int4", 128, 300, 512, activations="int8-group")
+    state, x, n_threads = compiled.prepare(weight, torch.float32), torch.randn(6, 512), torch.get_num_threads()
+    expected = compiled.int8_product(x, weight, state, "avx2", on_tiles=False)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(compiled.int8_product(x, weight, state, "avx2", on_tiles=False), expected)
+        monkeypatch.setattr(jit, "_gomp_parallel", lambda: None)
+        jit.kernel.cache_clear()
+        assert jit.threads_of() == "Python threads"
+        assert torch.equal(compiled.int8_product(x, weight, state, "avx2", on_tiles=False), expected)
+    finally:
+        torch.set_num_threads(n_threads)
+        jit.kernel.cache_clear()
+
+
+def test_nothing_works_without_llvmlite_but_says_so(monkeypatch):
+    monkeypatch.setattr(jit, "missing", lambda: "llvmlite is not installed (pip install 'llmq[cpu]')")
+    weight = make_weight("int4", 128, 64, 128)
+    assert "llmq[cpu]" in compiled.amx_refusal(weight, torch.bfloat16, CPU)
+    assert select_backend(weight, torch.bfloat16, CPU).name in ("cpu-int4", "reference")
+
+
+def test_kernels_on_this_machine_are_used():
+    """What doctor reports and what is selected agree."""
+    weight = make_weight("int4", 128, 64, 128)
+    assert (select_backend(weight, torch.bfloat16, CPU).name == "cpu-amx") == (jit.missing() is None and jit.supports("amx"))
+    assert os.environ.get("LLMQ_BACKEND") is None
+    assert torch.equal(unpack(weight.packed, 4, 128), restore_codes(arrange(unpack(weight.packed, 4, 128), 4), 4, 64, 128))

@@ -1,0 +1,132 @@
+"""The GPU layouts are permutations of the canonical codes and go back without loss; choices of tiles are kept, found again and fit their chips."""
+
+import json
+
+import pytest
+import torch
+from packed_weights import make_weight
+
+from llmq_kernels import triton_layout as layout
+from llmq_kernels import triton_tuning as tuning
+from llmq_kernels import unpack
+from llmq_kernels.packing import packed_width
+from llmq_kernels.triton_tuning import CHIPS, Choice, Problem
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(5, 128), (3, 77), (7, 320)])
+@pytest.mark.parametrize("code", ["ternary", "int2", "int3", "int4", "int8"])
+def test_there_and_back(code, n, k, act_order):
+    weight = make_weight(code, 32, n, k, act_order=act_order)
+    words = layout.pack_units(weight)
+    assert words.shape == (n, packed_width(layout.padded_columns(k), weight.code.bits))
+    assert torch.equal(layout.unpack_units(weight, words), weight.packed)
+    if weight.code.bits != 3:
+        assert torch.equal(layout.unpack_bytes(weight, layout.pack_bytes(weight)), weight.packed)
+
+
+def test_nothing_grows_where_k_is_a_multiple_of_128():
+    for code in ("ternary", "int3", "int4", "int8"):
+        weight = make_weight(code, 128, 6, 384)
+        assert layout.pack_units(weight).nbytes == weight.packed.nbytes
+
+
+def test_units_hold_what_a_tensor_core_thread_holds():
+    """Unit j of a block of 32 holds columns {2j, 2j + 1, 2j + 8, 2j + 9} of both halves; codes half a unit apart are neighbours in memory of x."""
+    weight = make_weight("int4", 128, 4, 128)
+    codes, words = unpack(weight.packed, 4, 128).int(), layout.pack_units(weight)
+    for block in range(4):
+        for unit in range(4):
+            word = words[:, block * 4 + unit]
+            for pair in range(4):
+                column = block * 32 + pair // 2 * 16 + pair % 2 * 8 + unit * 2
+                assert torch.equal((word >> (4 * pair)) & 15, codes[:, column])
+                assert torch.equal((word >> (4 * pair + 16)) & 15, codes[:, column + 1])
+
+
+def test_bytes_hold_every_sixteenth_column():
+    weight = make_weight("ternary", 128, 4, 128)
+    stored = layout.pack_bytes(weight).view(torch.uint8).int()
+    codes = unpack(weight.packed, 2, 128).int()
+    for byte in range(32):
+        for field in range(4):
+            assert torch.equal((stored[:, byte] >> (2 * field)) & 3, codes[:, byte // 16 * 64 + 16 * field + byte % 16])
+
+
+def test_uneven_act_order_groups_are_refused():
+    weight = make_weight("int4", 32, 4, 64, act_order=True)
+    assert layout.act_order_refusal(weight) is None
+    weight.g_idx[weight.g_idx == 0] = 1
+    assert "0 to 64 columns" in layout.act_order_refusal(weight)
+
+
+def problems():
+    for kind, bits, group in (("float", 4, 128), ("float", 2, 32), ("float", 3, 0), ("float", 8, 64), ("int8", 2, 64), ("int8", 4, 0), ("int8", 8, 0)):
+        for n, k in ((4096, 4096), (28672, 4096), (4096, 14336), (96, 128)):
+            for m in (1, 2, 8, 64, 256, 4096):
+                yield Problem(kind, bits, group, "bfloat16", n, k, m)
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_choices_fit_their_chip(arch):
+    chip = CHIPS[arch]
+    for problem in problems():
+        choices = list(tuning.candidates(problem, chip))
+        assert choices[0] == tuning.default_choice(problem, chip)
+        assert len(choices) == len(set(choices)) <= 40
+        for choice in choices:
+            assert tuning.fits(problem, choice, chip)
+            assert problem.group % choice.block_k == 0 or choice.method != "gemm"
+
+
+def test_rows_of_x_are_rounded_up():
+    assert [tuning.bucket(m) for m in (1, 2, 3, 5, 64, 65, 100000)] == [1, 2, 4, 8, 64, 128, 4096]
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMQ_CACHE", str(tmp_path))
+    tuning.forget()
+    yield tuning.Chip("sm_90", 132, 227 << 10, "Some GPU 3000")
+    tuning.forget()
+
+
+def test_the_fastest_candidate_is_kept_on_disk(gpu):
+    problem = Problem("float", 4, 128, "bfloat16", 4096, 4096, 16)
+    favourite = [choice for choice in tuning.candidates(problem, gpu) if choice.stages == 3][-1]
+
+    def measure(choice):
+        if choice.stages == 5:
+            raise RuntimeError("out of resource")
+        return 1.0 if choice == favourite else 2.0
+
+    best, seconds = tuning.tune(problem, gpu, measure)
+    assert best == favourite == tuning.choose(problem, gpu)
+    assert 5 < len(seconds) < len(list(tuning.candidates(problem, gpu)))
+    path = tuning.cache_dir() / f"{tuning.slug(gpu.name)}.json"
+    assert path.name == "some_gpu_3000.json"
+    tuning.save(gpu, path, {"triton": "x"})
+    tuning.forget()
+    assert tuning.choose(problem, gpu) == favourite
+    assert tuning.choose(Problem("float", 4, 128, "bfloat16", 4096, 4096, 32), gpu) == tuning.default_choice(Problem("float", 4, 128, "bfloat16", 4096, 4096, 32), gpu)
+    assert json.loads(path.read_text())["gpu"] == gpu.name
+
+
+def test_a_damaged_file_names_itself(gpu):
+    path = tuning.cache_dir() / "some_gpu_3000.json"
+    path.parent.mkdir()
+    path.write_text('{"choices": {"a": {"method": "gemm", "block_q": 3}}}')
+    with pytest.raises(ValueError, match=r"some_gpu_3000\.json: not a file of tuned choices"):
+        tuning.choose(Problem("float", 4, 128, "bfloat16", 64, 64, 1), gpu)
+
+
+def test_no_candidate_runs(gpu):
+    def measure(choice):
+        raise RuntimeError("out of resource")
+
+    with pytest.raises(RuntimeError, match="no candidate for float/w4"):
+        tuning.tune(Problem("float", 4, 128, "bfloat16", 64, 64, 1), gpu, measure)
+
+
+def test_choice_is_one_line_of_json():
+    assert Choice(**json.loads(json.dumps({"method": "gemm", "block_m": 32}))).block_m == 32

@@ -73,7 +73,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     if tuned := report["tuned_blocks"]:
         n_lower = sum(block["tuned_error"] < block["start_error"] for block in tuned)
         before, after = (sum(block[key] for block in tuned) / len(tuned) for key in ("start_error", "tuned_error"))
-        pairs["block error"] = f"{before:.2e} -> {after:.2e} of the blocks' output on held-out windows; tuning helped in {n_lower} of {len(tuned)} blocks"
+        pairs["block error"] = f"{before:.2e} -> {after:.2e} of the blocks' output; tuning helped in {n_lower} of {len(tuned)} blocks"
     if report["fallbacks"]:
         pairs["fallbacks"] = f"{len(report['fallbacks'])} layers fell back to plain rounding: {', '.join(report['fallbacks'][:3])}"
     if report["n_dead_columns"] or report["n_dropped_rows"]:

@@ -68,7 +68,7 @@ class LayerReport:
 @dataclass(frozen=True)
 class BlockReport:
     """index, layers, seconds for the block; output_error: squared distance of the quantized block's outputs from the full-precision model's on the first batch, relative.
-    start_error, tuned_error: mean over tokens of such a distance on the sequences that block-wise tuning holds out, before and after it; n_skipped_steps: its steps without a finite loss."""
+    start_error, tuned_error: mean over tokens of such a distance before and after block-wise tuning; n_skipped_steps: its steps without a finite loss."""
 
     index: int
     layers: list[LayerReport]

@@ -51,7 +51,7 @@ class Problem:
 
 
 @pytest.mark.parametrize(("model_type", "spec"), [("llama", "w2g32-asym"), ("llama", "w3g32"), ("gpt2", "ternary-g32"), ("gemma2", "w4-tensor")])
-def test_tuning_lowers_the_held_out_error(model_type, spec, tmp_path):
+def test_tuning_lowers_the_error(model_type, spec, tmp_path):
     problem = Problem(tmp_path, model_type, spec)
     state = {name: tensor.clone() for name, tensor in problem.block.state_dict().items()}
     tuning = problem.tune()
@@ -79,9 +79,9 @@ def test_the_reported_error_is_that_of_the_packed_result(tmp_path):
 
     before, after = error(problem.start), error(tuning.tensors)
     assert after < before
-    # Half of the sequences are held out here, so both figures estimate the same error.
-    assert before == pytest.approx(tuning.start_error, rel=0.2)
-    assert after == pytest.approx(tuning.error, rel=0.2)
+    # Two steps take all sequences here, so both figures are means over the same tokens, summed in another order.
+    assert before == pytest.approx(tuning.start_error, rel=1e-4)
+    assert after == pytest.approx(tuning.error, rel=1e-4)
 
 
 def test_a_start_that_cannot_be_beaten_is_kept(tmp_path):
@@ -129,14 +129,12 @@ def test_tiny_scales_do_not_vanish():
 def test_sequences_with_nan_are_skipped_and_counted(tmp_path):
     problem = Problem(tmp_path)
     hidden = torch.cat(list(problem.inputs.batches(8)))
-    held_out = torch.randperm(N_SEQUENCES, generator=torch.Generator().manual_seed(0))[:64]
-    damaged = next(i for i in range(N_SEQUENCES) if i not in held_out.tolist())
-    hidden[damaged, 3] = torch.nan
+    hidden[5, 3] = torch.nan
     with problem.inputs.appender() as append:
         append(hidden)
     tuning = problem.tune(iterations=8)
-    assert tuning.n_skipped == 8  # one step takes every sequence that is not held out
-    assert tuning.error <= tuning.start_error
+    assert tuning.n_skipped == 4  # two steps take all sequences, and one of them the damaged one
+    assert all(bool(torch.isfinite(tensor.scale).all()) for tensor in tuning.tensors.values())
 
 
 @torch.no_grad()

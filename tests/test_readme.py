@@ -32,6 +32,8 @@ def run(command):
         arguments += ["--samples", "8"]
     if arguments[0] in ("eval", "compare"):
         arguments += ["--max-windows", "8"]
+    if arguments[0] == "qat":
+        arguments += ["--train", "README.md"]
     if arguments[0] == "bench":
         arguments += ["--device", "cpu", "--shapes", "128x128", "--rows", "1", "--repeats", "1"]
     assert main(arguments) == 0, command

@@ -32,6 +32,8 @@ def run(command):
         arguments += ["--samples", "8"]
     if arguments[0] in ("eval", "compare"):
         arguments += ["--max-windows", "8"]
+    if "--iterations" in arguments:
+        arguments += ["--iterations", "2"]
     if arguments[0] == "qat":
         arguments += ["--train", "README.md"]
     if arguments[0] == "bench":
@@ -88,13 +90,13 @@ def test_commands_of_the_quickstart(tmp_path):
         "eval_perplexity.py tiny --max-characters 20000",
         "generate.py tiny --max-new-tokens 4",
         "benchmark_cpu.py --n 256 --k 256 --copies 1 --repeats 1 --rows 1 40",
-        "quality_table.py tiny --seeds 1 --samples 8 --specs w4g128 --max-windows 8",
-        "qat_finetune.py tiny example --steps 2 --batch-size 2 --sequence-length 32",
-        "qat_table.py tiny --steps 2 --batch-size 2 --sequence-length 32 --schemes w4a8kv8 ternary --ptq rtn --init rtn --max-windows 4",
+        "quality_table.py tiny --seeds 1 --samples 8 --specs w4g128 --max-windows 8 --methods gptq",
+        "qat_finetune.py tiny example --train {readme} --steps 2 --batch-size 2 --sequence-length 32",
+        "qat_table.py tiny --train {readme} --steps 2 --batch-size 2 --sequence-length 32 --schemes w4a8kv8 ternary --ptq rtn --init rtn --max-windows 4",
         "measure_memory.py --depths 1 --width 128 --intermediate 256 --vocabulary 2048 --samples 2 --sequence-length 32",
     ],
 )
 def test_scripts(command, tmp_path):
-    script, *arguments = command.split()
+    script, *arguments = command.format(readme=ROOT / "README.md").split()
     done = subprocess.run([sys.executable, ROOT / "scripts" / script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -47,10 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     except LlmqError as error:
         return _fail(args.json, str(error), error.exit_code)
     except KeyboardInterrupt:
-        hint = "; the same command continues where it stopped" if args.command == "quantize" else ""
+        hint = "; the same command continues where it stopped" if args.command in ("quantize", "qat") else ""
         return _fail(args.json, f"interrupted{hint}", 130)
     except ValueError as error:
-        if "LLMQ_BACKEND" not in str(error) and "LLMQ_COMPUTE" not in str(error):
+        from llmq_kernels.errors import SettingError  # here, because it imports torch
+
+        if not isinstance(error, SettingError):
             raise
         return _fail(args.json, str(error), 2)
     except OSError as error:

@@ -26,6 +26,24 @@ from llmq import quantizer
 from llmq.spec import PER_TENSOR, QuantSpec
 
 
+def straight_through(x: Tensor, value: Tensor, kept: Tensor | None = None) -> Tensor:
+    """`value` going forward; going back, x gets the gradient as it is, or only where the mask `kept` is true. All three have x's shape."""
+    passed: Tensor = _StraightThrough.apply(x, value, kept)
+    return passed
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, kept: Tensor | None) -> Tensor:
+        ctx.save_for_backward(kept)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        return (gradients[0] if kept is None else gradients[0] * kept), None, None
+
+
 def fake_quantize_ste(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, scale_gradient: float = 1.0) -> Tensor:
     """The weight as it will be after storage, float32 `[N, K]`, with gradients to weight, scale and zero (see the module's text).
 

@@ -12,34 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from llmq.errors import LlmqError
+from llmq.fakequant import straight_through
 
 KV_BITS = (8, 4)
 
 
-class _PerToken(torch.autograd.Function):
-    """Symmetric, one scale per token and head (the last dimension); nothing is clipped, so the gradient is the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, largest: int) -> Tensor:
-        values = x.float()
-        scale = values.abs().amax(dim=-1, keepdim=True).div_(largest).clamp_min_(1e-8)
-        return (values / scale).round_().mul_(scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
 def fake_quantize_heads(x: Tensor, bits: int) -> Tensor:
-    """x `[..., head_dim]` with every head of every token on a symmetric grid of `2^bits - 1` levels."""
-    return _PerToken.apply(x, 2 ** (bits - 1) - 1)
+    """x `[..., head_dim]` with every head of every token on a symmetric grid of `2^bits - 1` levels. Nothing is clipped, so the gradient is the identity."""
+    values = x.detach().float()
+    scale = values.abs().amax(dim=-1, keepdim=True).div_(2 ** (bits - 1) - 1).clamp_min_(1e-8)
+    return straight_through(x, (values / scale).round_().mul_(scale).to(x.dtype))
 
 
 def _attention(bits: int) -> Callable[..., Any]:

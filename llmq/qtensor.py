@@ -43,7 +43,11 @@ class QuantizedTensor:
     @classmethod
     def quantize(cls, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QuantizedTensor:
         """Round a float32 weight `[N, K]` to the nearest codes (RTN), with the scales of `quantizer.choose_scale`."""
-        scale, zero = quantizer.choose_scale(weight, spec, importance)
+        return cls.round(weight, *quantizer.choose_scale(weight, spec, importance), spec)
+
+    @classmethod
+    def round(cls, weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> QuantizedTensor:
+        """Round a float32 weight `[N, K]` to the nearest codes of a grid that is given; scale and zero as `quantizer.choose_scale` gives them."""
         return cls.from_codes(quantizer.quantize(weight, scale, zero, spec), scale, zero, spec)
 
     @cached_property

@@ -15,16 +15,17 @@ from dataclasses import replace
 import torch
 
 from llmq_kernels import cpu_compiled
+from llmq_kernels.errors import SettingError
 from llmq_kernels.weight import PackedWeight
 
 MODES = ("exact", "int8")
 
 
 def default_mode() -> str:
-    """What `LLMQ_COMPUTE` says, else "exact". Raises `ValueError` for anything else."""
+    """What `LLMQ_COMPUTE` says, else "exact". Raises `SettingError` for anything else."""
     mode = os.environ.get("LLMQ_COMPUTE") or "exact"
     if mode not in MODES:
-        raise ValueError(f"LLMQ_COMPUTE={mode}: expected one of {', '.join(MODES)}")
+        raise SettingError(f"LLMQ_COMPUTE={mode}: expected one of {', '.join(MODES)}")
     return mode
 
 

@@ -129,8 +129,6 @@ def int4_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     n, k = weight.shape
     scale_and_zero = state["scale_and_zero"]
     group = k // scale_and_zero.shape[0]
-    if x.requires_grad and torch.is_grad_enabled():
-        return torch.nn.functional.linear(x, _int4_values(state, n, k).to(x.dtype))
     if x.shape[0] <= INT4_MAX_ROWS:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), state["packed"], group, scale_and_zero)
     if n % band_rows():
@@ -217,7 +215,7 @@ def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     """`x @ W.T` for bfloat16 x `[M, K]`."""
     codes = state["packed"]
     # The operator reads past the end of shapes that are not multiples of its registers: 77 x 300 ends the process.
-    if x.shape[0] <= INT8_MAX_ROWS and not x.requires_grad and codes.shape[0] % 16 == 0 and codes.shape[1] % 32 == 0:
+    if x.shape[0] <= INT8_MAX_ROWS and codes.shape[0] % 16 == 0 and codes.shape[1] % 32 == 0:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, state["row_scale"])
     blocks = [torch.nn.functional.linear(x, block.to(x.dtype)) for block in codes.split(BLOCK_ROWS)]
     return (torch.cat(blocks, dim=1).float() * state["row_scale_float"]).to(x.dtype)

@@ -119,19 +119,11 @@ def _padded(x: Tensor, k_padded: int) -> Tensor:
     return (x if x.shape[1] == k_padded else torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))).contiguous()
 
 
-def _straight_through(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
-    """With gradients to x: the product with the dequantized weight."""
-    canonical = PackedWeight(restore(weight, state), weight.scale, weight.zero, None, weight.code, weight.group_size, weight.shape)
-    return torch.nn.functional.linear(x, canonical.dequantize().to(x.dtype))
-
-
 # --- bfloat16 activations -----------------------------------------------------------------------------------------------------
 
 
 def amx_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     """`x @ W.T` for bfloat16 x `[M, K]`."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return _straight_through(x, weight, state)
     (n, k), m = weight.shape, x.shape[0]
     layout = Layout(weight.code.bits, n, k)
     x = _padded(x, layout.k_padded)
@@ -155,8 +147,6 @@ def _bands_per_item(n_bands: int, m: int) -> int:
 
 def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     """`x @ W.T` for x `[M, K]`, quantized on the way; sums are exact within groups and float32 between them."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return _straight_through(x, weight, state)
     form = int8_form()
     assert form is not None
     return int8_product(x, weight, state, form).to(x.dtype)

@@ -13,7 +13,7 @@ For more tokens unpacked codes are kept for 4 of them.
 from __future__ import annotations
 
 from llmq_kernels.cpu_layout import Layout
-from llmq_kernels.emit import F32, I1, I8, I16, I32, Emitter, Value, vector
+from llmq_kernels.emit import F32, I1, I8, I16, I32, Emitter, Value, Variable, vector
 
 GEMM_ARGUMENTS = ("codes", "scale", "shift", "x", "x_scale", "x_sum", "out", "n", "m", "n_bands", "n_blocks", "n_groups", "columns_per_group")
 QUANTIZE_ARGUMENTS = ("x", "codes", "scale", "sum", "m", "k", "span")
@@ -137,7 +137,7 @@ class Block:
                 self._group(block, first_row, first_token, i, range(start, start + self.activation_group), sums)
         self._write(band, first_row, first_token, sums, corrections)
 
-    def _factors(self, band: Value, first_row: Value, first_token: Value, i: Value, start: int, corrections: list) -> None:  # type: ignore[type-arg]
+    def _factors(self, band: Value, first_row: Value, first_token: Value, i: Value, start: int, corrections: list[Variable]) -> None:
         """Scale of the weight times scale of the activations, and the share of the zero points."""
         e, per_row = self.e, vector(F32, self.n_rows)
         place = ((band * self.n_groups + (i * self.layout.columns + start) // e.argument("columns_per_group")) * 16 + first_row) * 4
@@ -152,7 +152,7 @@ class Block:
                 share, weight = scale, x_sum * x_scale * float(-self.offset)
             corrections[t].set(e.fma(share, e.splat(weight, self.n_rows), corrections[t].get()))
 
-    def _group(self, block: Value, first_row: Value, first_token: Value, i: Value, columns: range, sums: list) -> None:  # type: ignore[type-arg]
+    def _group(self, block: Value, first_row: Value, first_token: Value, i: Value, columns: range, sums: list[list[Variable]]) -> None:
         e, lanes = self.e, vector(F32, self.width // 4)
         x = []
         for t in range(self.n_tokens):
@@ -167,7 +167,7 @@ class Block:
                 factor = e.splat(e.load(F32, self.factors, 64 * t + 4 * r, align=4), self.width // 4)
                 sums[r][t].set(e.fma(total, factor, sums[r][t].get()))
 
-    def _write(self, band: Value, first_row: Value, first_token: Value, sums: list, corrections: list) -> None:  # type: ignore[type-arg]
+    def _write(self, band: Value, first_row: Value, first_token: Value, sums: list[list[Variable]], corrections: list[Variable]) -> None:
         e, n = self.e, self.e.argument("n")
         for t in range(self.n_tokens):
             e.store(corrections[t].get(), self.factors, 64 * t)

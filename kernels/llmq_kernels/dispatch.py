@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmq_kernels import cpu, cpu_compiled, reference, triton_backend
 from llmq_kernels.codes import CODES
+from llmq_kernels.errors import SettingError
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
@@ -74,18 +75,18 @@ def backend_named(name: str) -> Backend:
     """The backend of that name. Raises `ValueError` with the names that exist."""
     chosen = next((backend for backend in BACKENDS if backend.name == name), None)
     if chosen is None:
-        raise ValueError(f"LLMQ_BACKEND={name}: no such backend; choose one of {', '.join(backend.name for backend in BACKENDS)}")
+        raise SettingError(f"LLMQ_BACKEND={name}: no such backend; choose one of {', '.join(backend.name for backend in BACKENDS)}")
     return chosen
 
 
 def select_backend(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Backend:
-    """The backend for activations of `dtype` on `device`. Raises `ValueError` when `LLMQ_BACKEND` names one that is unknown or refuses the weight."""
+    """The backend for activations of `dtype` on `device`. Raises `SettingError` when `LLMQ_BACKEND` names one that is unknown or refuses the weight."""
     asked = os.environ.get("LLMQ_BACKEND")
     if not asked:
         return next(backend for backend in BACKENDS if backend.refusal(weight, dtype, device) is None)
     chosen = backend_named(asked)
     if reason := chosen.refusal(weight, dtype, device):
-        raise ValueError(f"LLMQ_BACKEND={asked} cannot take this weight: {reason}. Unset LLMQ_BACKEND to let llmq choose")
+        raise SettingError(f"LLMQ_BACKEND={asked} cannot take this weight: {reason}. Unset LLMQ_BACKEND to let llmq choose")
     return chosen
 
 

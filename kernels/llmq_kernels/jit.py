@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -39,11 +40,7 @@ def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"its kernels are written for x86-64, not {platform.machine()}"
-    try:
-        import llvmlite.binding  # noqa: F401
-    except ImportError:
-        return "llvmlite is not installed (pip install 'llmq[cpu]')"
-    return None
+    return None if find_spec("llvmlite") else "llvmlite is not installed (pip install 'llmq[cpu]')"
 
 
 @cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ def weight_bytes(weight: PackedWeight) -> int:
 
 def calls(functions: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[timing.Call]:
     """Each function with x bound."""
-    return [lambda function=function: function(x) for function in functions]  # type: ignore[misc]
+    return [partial(function, x) for function in functions]
 
 
 def prepared_copies(kind: Kind, n: int, k: int, device: torch.device) -> list[PreparedWeight]:
@@ -72,7 +74,7 @@ def measure(shapes: Sequence[tuple[int, int]], rows: Sequence[int], kinds: Seque
     bandwidth = timing.copy_bandwidth(device)
     for n, k in shapes:
         dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) * 0.01 for _ in range(timing.copies_for(2 * n * k, device))]
-        linears = [lambda x, weight=weight: torch.nn.functional.linear(x, weight) for weight in dense]
+        linears = [partial(torch.nn.functional.linear, weight=weight) for weight in dense]
         inputs = {m: torch.randn(m, k, device=device, dtype=torch.bfloat16) for m in rows}
         baseline = {m: timing.seconds(calls(linears, x), device, repeats) for m, x in inputs.items()}
         others = rivals.seconds(n, k, inputs, device, repeats) if any(kind.text == "w4g128" for kind in kinds) else {}
@@ -98,8 +100,6 @@ def choice_of(prepared: PreparedWeight, x: Tensor) -> str | None:
 @torch.no_grad()
 def tune(shapes: Sequence[tuple[int, int]], rows: Sequence[int], kinds: Sequence[Kind], device: torch.device, max_seconds: float) -> dict[str, dict[str, float]]:
     """Measure the candidates of every problem and remember the fastest; problems that the time does not reach keep their default. Returns the seconds of each candidate by problem."""
-    import time
-
     chip, started = triton_tuning.chip_of(device), time.monotonic()
     results: dict[str, dict[str, float]] = {}
     for kind in kinds:
@@ -111,7 +111,7 @@ def tune(shapes: Sequence[tuple[int, int]], rows: Sequence[int], kinds: Sequence
                 x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
                 problem = triton_backend.problem_of(x, copies[0].weight)
                 if problem.key not in results:
-                    results[problem.key] = triton_tuning.tune(problem, chip, lambda choice, copies=copies, x=x: _seconds_of(choice, copies, x, device))[1]  # type: ignore[misc]
+                    results[problem.key] = triton_tuning.tune(problem, chip, partial(_seconds_of, copies=copies, x=x, device=device))[1]
     return results
 
 

@@ -6,6 +6,7 @@ Each entry makes a function `x -> y` from random codes `[N, K]`, scales `[N, K /
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def seconds(n: int, k: int, inputs: Mapping[int, Tensor], device: torch.device, 
             functions = [make(codes, scale) for codes, scale in weights]
             for m, x in inputs.items():
                 error = _relative_error(functions[0](x), x, *weights[0])
-                elapsed = timing.seconds([lambda function=function, x=x: function(x) for function in functions], device, repeats)  # type: ignore[misc]
+                elapsed = timing.seconds([partial(function, x) for function in functions], device, repeats)
                 results[m][name] = {"seconds": elapsed, "relative_error": error}
         except Exception as error:  # other projects' code: whatever it raises is the reason why there is no figure
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

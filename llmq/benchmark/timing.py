@@ -7,27 +7,18 @@ median of the replays is divided by the number of copies. On a CPU the copies ta
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
+
+from llmq_kernels.timing import medians
 
 Call = Callable[[], object]
 
 
 def seconds(calls: Sequence[Call], device: torch.device, repeats: int = 20) -> float:
     """Median seconds of one call. calls: the same work on different copies of its weights."""
-    return _gpu_seconds(calls, repeats) if device.type == "cuda" else _cpu_seconds(calls, repeats)
-
-
-def _cpu_seconds(calls: Sequence[Call], repeats: int) -> float:
-    times = []
-    for repeat in range(repeats + 2):
-        started = time.perf_counter()
-        calls[repeat % len(calls)]()
-        if repeat >= 2:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return _gpu_seconds(calls, repeats) if device.type == "cuda" else medians({"call": calls}, repeats)["call"]
 
 
 def _gpu_seconds(calls: Sequence[Call], repeats: int) -> float:

@@ -90,12 +90,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     import torch
 
+    from llmq.benchmark.plot import check_installed
     from llmq.formats.files import check_output
     from llmq.models.load import load_config, resolve
     from llmq.qat.run import fine_tune, prepare_job
     from llmq.recipe import Rule
 
     check_output(Path(args.out), args.overwrite)
+    if args.plot:
+        check_installed()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     common.check_device(device)
     model_dir = resolve(args.model, args.revision)

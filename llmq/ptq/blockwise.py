@@ -112,8 +112,7 @@ class _Master:
     @torch.no_grad()
     def freeze(self) -> QuantizedTensor:
         """The values of the last `value()`, packed."""
-        scale = quantizer.round_scale(self.scale, self.spec)
-        return QuantizedTensor.from_codes(quantizer.quantize(self.weight, scale, self.zero, self.spec), scale, self.zero, self.spec)
+        return QuantizedTensor.round(self.weight, quantizer.round_scale(self.scale, self.spec), self.zero, self.spec)
 
 
 class _Tuner:

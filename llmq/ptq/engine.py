@@ -24,20 +24,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError, VerificationError
-from llmq.models.arch import find_blocks, linear_shape, linear_weight
+from llmq.models.arch import find_blocks, linear_weight
 from llmq.ptq.activations import ActivationFile
 from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
-from llmq.ptq.gptq import GPTQOptions, gptq
+from llmq.ptq.layers import LayerReport, by_spec, n_rows, report_layer, solve, split
 from llmq.ptq.memory import release_freed_memory
 from llmq.ptq.ranges import RangeObserver
 from llmq.ptq.replay import SolvedParts
-from llmq.ptq.rtn import rtn
 from llmq.ptq.solver import SolverResult
-from llmq.ptq.stats import LayerStats, output_error
+from llmq.ptq.stats import LayerStats
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
-from llmq.spec import PER_TENSOR, QuantSpec
+from llmq.spec import QuantSpec
 
 BATCH_BYTES = 12_000_000  # of one activation of the widest layer; larger batches are no faster on a CPU and cost memory
 
@@ -46,23 +45,6 @@ class WeightReader(Protocol):
     """Where weights come from: stored copies by model parameter name, in their own dtype."""
 
     def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """error, rtn_error: squared output error over squared output, measured on the calibration inputs, of the result and of plain rounding; None without calibration data."""
-
-    name: str
-    spec: str
-    shape: tuple[int, int]
-    n_bytes: int
-    bits_per_weight: float
-    error: float | None = None
-    rtn_error: float | None = None
-    damping: float = 0.0
-    fallback: str | None = None
-    n_dead_columns: int = 0
-    n_dropped_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -280,18 +262,20 @@ class Engine:
             if parts is not None:
                 stats = self._measure(index, block, group, parts, results)
                 release_freed_memory()
-            for layers, spec in _by_spec(group, targets):
+            for layers, spec in by_spec(group, targets):
                 weight = torch.cat([linear_weight(block.get_submodule(layer)) for layer in layers]).float()
-                solved = _solve(weight, stats, spec, self.recipe)
-                for layer, result in zip(layers, _split(solved, [_rows(block, layer) for layer in layers]), strict=True):
+                solved = solve(weight, stats, spec, self.recipe)
+                for layer, result in zip(layers, split(solved, [n_rows(block, layer) for layer in layers]), strict=True):
                     original = linear_weight(block.get_submodule(layer))
                     if self.tunes and stats is not None:
                         self._untuned[layer] = original.clone(), stats
                     if stats is not None and stats.ranges is not None:
                         result = replace(result, tensor=replace(result.tensor, input_range=stats.ranges.range(self.recipe.activation_range)))
                     results[layer] = result
-                    reports.append(_report(f"{name}.{layer}", original, result, stats))
+                    reports.append(report_layer(f"{name}.{layer}", original, result, stats))
                     original.copy_(result.tensor.dequantize())
+            if stats is not None:
+                stats.cross = None  # what outlives the solve, for reports on tuned layers, is the Hessian
         return results, reports
 
     def _tune(self, index: int, block: nn.Module, name: str, results: dict[str, SolverResult]) -> tuple[BlockTuning, list[LayerReport]]:
@@ -306,11 +290,11 @@ class Engine:
         for layer, tensor in tuning.tensors.items():
             results[layer] = replace(results[layer], tensor=replace(tensor, input_range=results[layer].tensor.input_range))
             linear_weight(block.get_submodule(layer)).copy_(tensor.dequantize())
-            reports.append(_report(f"{name}.{layer}", weights[layer], results[layer], untuned[layer][1]))
+            reports.append(report_layer(f"{name}.{layer}", weights[layer], results[layer], untuned[layer][1]))
         return tuning, reports
 
     def _solved_parts(self, block: nn.Module, targets: Collection[str]) -> SolvedParts | None:
-        return None if self.tokens is None else SolvedParts(block, targets, self.work_dir, self.tokens.shape[1], self.batch_size)
+        return None if self.tokens is None else SolvedParts(block, targets, self.work_dir, self.tokens.shape[1], self.batch_size, enabled=self.recipe.inputs != "full-precision")
 
     def _groups(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]) -> list[list[str]]:
         if self.tokens is None or not targets:
@@ -329,12 +313,9 @@ class Engine:
         stats = LayerStats(linear_weight(layer).shape[1], self.device, cross=both, project=linear_weight(layer) if len(group) == 1 else None, ranges=RangeObserver() if self._is_static else None)
         exact_file = self._exact_inputs(block, index, group[0])
         exact_batches = exact_file.batches(self.batch_size) if both else itertools.repeat(None)
-        with ExitStack() as stack:
-            keep: Callable[[Tensor], object] = lambda batch: None  # noqa: E731
-            if self.recipe.inputs != "full-precision":  # else the block runs on inputs that it will never see again
-                stack.enter_context(parts.playing(solved))
-                keep = stack.enter_context(parts.keeping(group[0]))
-            for (call, hidden), exact in zip(self._batches(index, "full-precision" if self.recipe.inputs == "full-precision" else "quantized"), exact_batches, strict=False):
+        stream = "full-precision" if self.recipe.inputs == "full-precision" else "quantized"
+        with parts.playing(solved), parts.keeping(group[0]) as keep:
+            for (call, hidden), exact in zip(self._batches(index, stream), exact_batches, strict=False):
                 x = run_until(block, layer, call, hidden)
                 stats.add(x, None if exact is None else exact.to(self.device))
                 keep(x)
@@ -360,47 +341,3 @@ def batch_size(plans: list[LayerPlan], length: int) -> int:
     """Sequences of `length` tokens that run through a block at a time."""
     widest = max(max(plan.layer.shape) for plan in plans)
     return max(1, BATCH_BYTES // (4 * widest * length))
-
-
-def _by_spec(group: list[str], targets: dict[str, QuantSpec]) -> Iterator[tuple[list[str], QuantSpec]]:
-    """Parts of a group that can be solved in one call: equal specs, and never several tensors under one scale."""
-    by_spec: dict[QuantSpec, list[str]] = {}
-    for layer in group:
-        by_spec.setdefault(targets[layer], []).append(layer)
-    for spec, layers in by_spec.items():
-        if spec.group_size == PER_TENSOR:
-            yield from (([layer], spec) for layer in layers)
-        else:
-            yield layers, spec
-
-
-def _solve(weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe) -> SolverResult:
-    if recipe.method == "rtn" or stats is None:
-        return rtn(weight, spec)
-    return gptq(weight, stats, spec, GPTQOptions(recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha))
-
-
-def _split(result: SolverResult, rows: list[int]) -> list[SolverResult]:
-    if len(rows) == 1:
-        return [result]
-    stops = torch.tensor(rows).cumsum(0).tolist()
-    return [SolverResult(result.tensor.rows(stop - n, stop), result.damping, result.n_dead, result.fallback) for stop, n in zip(stops, rows, strict=True)]
-
-
-def _rows(block: nn.Module, layer: str) -> int:
-    shape = linear_shape(block.get_submodule(layer))
-    assert shape is not None
-    return shape[0]
-
-
-def _report(name: str, original: Tensor, result: SolverResult, stats: LayerStats | None) -> LayerReport:
-    n, k = result.tensor.shape
-    errors: dict[str, float] = {}
-    if stats is not None:
-        energy = max(output_error(original, stats.hessian), 1e-30)
-        errors["error"] = output_error(result.tensor.dequantize() - original, stats.hessian) / energy
-        errors["rtn_error"] = output_error(QuantizedTensor.quantize(original, result.tensor.spec).dequantize() - original, stats.hessian) / energy
-    return LayerReport(
-        name, str(result.tensor.spec), (n, k), result.tensor.n_bytes, 8 * result.tensor.n_bytes / (n * k), damping=result.damping, fallback=result.fallback,
-        n_dead_columns=result.n_dead, n_dropped_rows=0 if stats is None else stats.n_dropped, **errors,
-    )  # fmt: skip

@@ -30,12 +30,15 @@ class Tail:
 
 
 class SolvedParts:
-    """The children of one block that are played back. Files go to `work_dir`: float32 `[n_sequences, length, K of the layer]`."""
+    """The children of one block that are played back. Files go to `work_dir`: float32 `[n_sequences, length, K of the layer]`.
 
-    def __init__(self, block: nn.Module, targets: Collection[str], work_dir: Path, length: int, batch_size: int) -> None:
+    enabled: False where layers are measured on inputs that the quantized block will never see; then nothing is found, kept or played.
+    """
+
+    def __init__(self, block: nn.Module, targets: Collection[str], work_dir: Path, length: int, batch_size: int, *, enabled: bool = True) -> None:
         self.block, self.targets = block, targets
         self.work_dir, self.length, self.batch_size = work_dir, length, batch_size
-        self.children = {name: child for name, child in block.named_children() if any(layer.startswith(name + ".") for layer in targets)}
+        self.children = {name: child for name, child in block.named_children() if enabled and any(layer.startswith(name + ".") for layer in targets)}
         self.tails: dict[str, Tail] = {}  # by child
 
     @contextmanager
@@ -72,15 +75,13 @@ class SolvedParts:
     @contextmanager
     def playing(self, solved: Collection[str]) -> Iterator[None]:
         """For one run of the block over all batches, in order: replace the children whose tail is solved."""
-        played = [self.children[name] for name, tail in self.tails.items() if tail.layer in solved and self._file(tail.layer).path.exists()]
-        for name, tail in self.tails.items():
-            if self.children[name] in played:
-                self.children[name].forward = self._playback(tail)  # type: ignore[method-assign]
-        try:
+        with ExitStack() as stack:
+            for name, tail in self.tails.items():
+                if tail.layer in solved and self._file(tail.layer).path.exists():
+                    child = self.children[name]
+                    child.forward = self._playback(tail)  # type: ignore[method-assign]
+                    stack.callback(delattr, child, "forward")
             yield
-        finally:
-            for child in played:
-                del child.forward
 
     def _playback(self, tail: Tail) -> Callable[..., Any]:
         batches, layer = self._file(tail.layer).batches(self.batch_size), self.block.get_submodule(tail.layer)

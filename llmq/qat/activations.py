@@ -8,36 +8,21 @@ The switches (`enabled`, `observing`) are plain attributes that the schedule set
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
+from llmq.fakequant import straight_through
 from llmq.ptq.ranges import static_range
 from llmq_kernels.reference import LEVELS, fake_quantize_static, fake_quantize_tokens
 
 EMA = 0.01  # weight of the newest batch in a moving range (Jacob et al., section 3.1)
 
 
-class _Rounded(torch.autograd.Function):
-    """A quantized value forward; backward the gradient where nothing was clipped."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, kept: Tensor | None) -> Tensor:
-        ctx.save_for_backward(kept)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (kept,) = ctx.saved_tensors
-        return (gradients[0] if kept is None else gradients[0] * kept), None, None
-
-
 def fake_quantize_per_token(x: Tensor) -> Tensor:
     """INT8 with one scale per token, for x `[..., K]`, in x's dtype. Nothing is clipped, so the gradient is the identity."""
     value = fake_quantize_tokens(x.detach().reshape(-1, x.shape[-1])).view(x.shape).to(x.dtype)
-    return _Rounded.apply(x, value, None)
+    return straight_through(x, value)
 
 
 def fake_quantize_ranged(x: Tensor, input_range: Tensor) -> Tensor:
@@ -45,7 +30,7 @@ def fake_quantize_ranged(x: Tensor, input_range: Tensor) -> Tensor:
     scale, zero = input_range
     unclipped = torch.round(x.detach().float() / scale) + zero
     kept = (unclipped >= 0) & (unclipped <= LEVELS)
-    return _Rounded.apply(x, fake_quantize_static(x.detach(), input_range).to(x.dtype), kept)
+    return straight_through(x, fake_quantize_static(x.detach(), input_range).to(x.dtype), kept)
 
 
 class ActivationQuantizer(nn.Module):

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmq.errors import LlmqError
-
 
 def plot_log(log_path: Path, picture_path: Path) -> None:
-    """Loss and held-out perplexity above, flip rate and zero fraction below. Raises `LlmqError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise LlmqError("plots need matplotlib: pip install 'llmq[plots]'") from None
+    """Loss and held-out perplexity above, flip rate and zero fraction below."""
+    from matplotlib.figure import Figure
+
     rows = [json.loads(line) for line in log_path.read_text().splitlines()]
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)

@@ -1,6 +1,6 @@
 """Fine-tune a folder into a folder: PTQ start, training, freezing, and the choice of the better one.
 
-    OUT.qat/            everything of an unfinished run, kept until OUT is there
+    .OUT.qat/           everything of an unfinished run, kept until OUT is there
       settings.json     what the run is; a second one with other settings is refused
       start/            the PTQ result that training starts from (and falls back to)
       trainer/          the Trainer's checkpoints
@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from llmq.ptq.run import quantize_folder
 from llmq.qat.data import TokenWindows, split_windows
 from llmq.qat.generate import generate_windows
 from llmq.qat.settings import QATSettings
-from llmq.qat.student import Student
+from llmq.qat.student import Student, check_same_vocabulary
 from llmq.qat.trainer import QATTrainer, ScheduleCallback, training_arguments
 from llmq.qat.weights import freeze, prepare
 from llmq.recipe import Recipe, Rule
@@ -101,7 +101,6 @@ def prepare_job(
     *,
     train: str = data.BUNDLED,
     teacher: str | None = None,
-    calibration: str | None = None,
     rules: tuple[Rule, ...] = (),
     revision: str | None = None,
     device: str = "cpu",
@@ -119,11 +118,15 @@ def prepare_job(
     plans = recipe.plan(quantizable_layers(skeleton))
     if train == GENERATED and settings.max_tokens is None and settings.max_steps is None:
         raise LlmqError("--train generated: give --max-tokens or --max-steps, since generated text has no end")
-    windows, held_out = (
-        (None, torch.empty(0, settings.sequence_length, dtype=torch.int64)) if train == GENERATED else _read_text(model_dir, config, settings, train, PartialState(cpu=device == "cpu").num_processes)
-    )
-    recipe = replace(recipe, samples=min(recipe.samples, 128))
-    return QATJob(model_dir, resolve(teacher, None) if teacher else model_dir, settings, recipe, train, windows, held_out, n_parameters, {p.layer.name: p.note for p in plans if p.note}, device)
+    if settings.precision == "fp16" and device == "cpu":
+        raise LlmqError("--precision fp16 needs a GPU: CPUs have no fast float16 training; use bf16 or fp32")
+    teacher_dir = resolve(teacher, None) if teacher else model_dir
+    check_same_vocabulary(config, load_config(teacher_dir))
+    windows, held_out = None, torch.empty(0, settings.sequence_length, dtype=torch.int64)
+    if train != GENERATED:
+        windows, held_out = _read_text(model_dir, config, settings, train, PartialState(cpu=device == "cpu").num_processes)
+    notes = {plan.layer.name: plan.note for plan in plans if plan.note}
+    return QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, notes, device)
 
 
 def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str, n_processes: int) -> tuple[Tensor, Tensor]:
@@ -230,7 +233,7 @@ def train(model: PreTrainedModel, job: QATJob, windows: Tensor, work_dir: Path, 
     settings = job.settings
     n_steps = settings.n_steps(len(windows), job.processes.num_processes)
     trainer_dir = work_dir / "trainer"
-    teacher = load(job.teacher_dir, dtype="float32") if settings.loss.kl else None
+    teacher = load(job.teacher_dir, dtype="float32").to(job.processes.device) if settings.loss.kl else None
     student = Student(model, teacher, settings.loss)
     callbacks = [ScheduleCallback(student, settings, held_out_windows(job), work_dir / "log.jsonl"), _Progress(show)]
     arguments = training_arguments(settings, n_steps, trainer_dir, device=job.device, report_to=report_to)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.qat.losses import Head, LossWeights, distillation_loss
@@ -36,13 +36,20 @@ def check_head(model: PreTrainedModel) -> None:
         raise LlmqError(f"{type(model).__name__}: its logits are not its output head applied to its last hidden states, so the loss in chunks does not fit it; please report the model")
 
 
+def check_same_vocabulary(config: PretrainedConfig, teacher_config: PretrainedConfig) -> None:
+    """Raise `LlmqError` for a teacher whose logits stand for other tokens."""
+    ours, theirs = (each.get_text_config().vocab_size for each in (config, teacher_config))
+    if ours != theirs:
+        raise LlmqError(f"the teacher has a vocabulary of {theirs}, the student one of {ours}; distillation needs the same tokenizer, so take a teacher of the same family")
+
+
 def next_tokens(input_ids: Tensor) -> Tensor:
     """Targets `[B, T]`: the token after each position, -100 at the end."""
     return torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
 
 
 class Student(nn.Module):
-    """model: in training. teacher: full precision, or None to train on the text alone."""
+    """model: in training. teacher: full precision, on the device that is trained on, or None to train on the text alone."""
 
     def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel | None, weights: LossWeights) -> None:
         super().__init__()
@@ -52,15 +59,12 @@ class Student(nn.Module):
         check_head(model)
         if teacher is not None:
             check_head(teacher)
-            ours, theirs = (each.config.get_text_config().vocab_size for each in (model, teacher))
-            if ours != theirs:
-                raise LlmqError(f"the teacher has a vocabulary of {theirs}, the student one of {ours}; distillation needs the same tokenizer, so take a teacher of the same family")
+            check_same_vocabulary(model.config, teacher.config)
 
     def forward(self, input_ids: Tensor) -> dict[str, Any]:
         """loss and its parts for tokens int64 `[B, T]`."""
         teacher_hidden = teacher_head = None
         for teacher in self._beside:
-            teacher.to(input_ids.device)
             with torch.no_grad():
                 teacher_hidden, teacher_head = last_hidden(teacher, input_ids), head_of(teacher)
         return distillation_loss(last_hidden(self.model, input_ids), next_tokens(input_ids), head_of(self.model), self.weights, teacher_hidden, teacher_head)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmq.errors import LlmqError, VerificationError
+from llmq.errors import VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.evaluation.windows import Windows
 from llmq.qat.settings import QATSettings
@@ -24,9 +24,7 @@ WEIGHTS = "masters.safetensors"
 
 
 def training_arguments(settings: QATSettings, n_steps: int, out_dir: Path, *, device: str, report_to: str = "none") -> TrainingArguments:
-    """The Trainer's own arguments. Raises `LlmqError` for a precision that the device does not have."""
-    if settings.precision == "fp16" and device == "cpu":
-        raise LlmqError("--precision fp16 needs a GPU: CPUs have no fast float16 training; use bf16 or fp32")
+    """The Trainer's own arguments."""
     return TrainingArguments(
         output_dir=str(out_dir), max_steps=n_steps, per_device_train_batch_size=settings.batch_size, gradient_accumulation_steps=settings.accumulation, bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16", use_cpu=device == "cpu", max_grad_norm=settings.max_grad_norm, seed=settings.seed, data_seed=settings.seed, save_strategy="steps",
@@ -115,7 +113,7 @@ class QATTrainer(Trainer):
         outputs = model(**inputs)
         loss = outputs["loss"]
         if not bool(torch.isfinite(loss.detach())):
-            raise VerificationError(f"step {self.state.global_step + 1}: the loss is {float(loss)}; {self._last_checkpoint()}; lower --lr-weights or use --precision fp32")
+            raise VerificationError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; {self._last_checkpoint()}; lower --lr-weights or use --precision fp32")
         self.parts = {name: self.parts.get(name, 0) + outputs[name] for name in ("kl", "ce")}
         self.n_parts += 1
         return (loss, outputs) if return_outputs else loss

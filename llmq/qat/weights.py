@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from llmq import quantizer
 from llmq.errors import LlmqError
-from llmq.fakequant import fake_quantize_ste, lsq_factor
+from llmq.fakequant import fake_quantize_ste, lsq_factor, straight_through
 from llmq.models.arch import linear_weight
 from llmq.modules import QuantLinear
 from llmq.qat.activations import ActivationQuantizer
@@ -36,20 +36,8 @@ QuantizerName = Literal["lsq", "seq", "ste", "absmean"]
 CELL = 0.49  # masters keep this many steps of distance from their code's level at most: a little inside the cell, so that float32 rounding cannot change the code
 
 
-class _StraightThrough(torch.autograd.Function):
-    """A given value forward, the identity backward."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
 class WeightQuantizer(nn.Module):
-    """spec: the grid. scale, zero: float32 masters of what is stored, `[N or 1, G]`; parameters under "lsq", absent otherwise."""
+    """spec: the grid. scale, zero: float32 masters of what is stored, `[N or 1, G]`; parameters under "lsq" and "seq", absent otherwise."""
 
     scale: Tensor | None
     zero: Tensor | None
@@ -58,9 +46,9 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         if name == "absmean" and spec.code != "ternary":
             raise LlmqError(f"quantizer absmean is for ternary codes, not {spec}; use lsq or ste")
-        self.spec, self.name = spec, name
         if name == "seq" and spec.code not in ("int2h", "ternary"):
             raise LlmqError(f"quantizer seq is for 2-bit codes with half-integer levels (w2h) and ternary ones, not {spec}; use lsq")
+        self.spec, self.name = spec, name
         learned = name in ("lsq", "seq")
         self.register_parameter("scale", nn.Parameter(scale.float().clone()) if learned and scale is not None else None)
         self.register_parameter("zero", nn.Parameter(zero.float().clone()) if learned and zero is not None else None)
@@ -79,7 +67,7 @@ class WeightQuantizer(nn.Module):
         with torch.no_grad():
             scale, zero = self.stored(weight)
             value = quantizer.fake_quantize(weight, scale, zero, self.spec)
-        return _StraightThrough.apply(weight, value)
+        return straight_through(weight, value)
 
 
 class FakeQuantLinear(nn.Module):
@@ -109,7 +97,7 @@ class FakeQuantLinear(nn.Module):
     def qtensor(self) -> QuantizedTensor:
         """The weight as it will be stored. Its values are those of the last forward pass at full strength, bit for bit."""
         scale, zero = self.quantizer.stored(self.weight)
-        packed = QuantizedTensor.from_codes(quantizer.quantize(self.weight, scale, zero, self.quantizer.spec), scale, zero, self.quantizer.spec)
+        packed = QuantizedTensor.round(self.weight, scale, zero, self.quantizer.spec)
         if self.activations is None or self.activations.kind != "int8-static":
             return packed
         return replace(packed, input_range=self.activations.input_range())

@@ -40,7 +40,7 @@ sys.exit(main(sys.argv[4:]))
 NEVER = ("llmq.formats.files", "publish", 0)
 KILLS = [
     ("llmq.ptq.capture", "BlockRecorder.run", 2),  # while the embeddings are computed
-    ("llmq.ptq.engine", "gptq", 6),  # in the middle of block 1
+    ("llmq.ptq.layers", "gptq", 6),  # in the middle of block 1
     ("llmq.formats.partial", "PartialCheckpoint.finish_shard", 2),  # block 1 written, not named
     ("llmq.formats.files", "sync", 12),  # inside a write
     ("llmq.formats.files", "write_manifest", 1),  # all but the last file

@@ -164,10 +164,11 @@ def test_bad_input(options, message, arguments, tmp_path, capsys):
     assert main(at(arguments, tmp_path / "out", *options)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*out*")), "nothing is left behind"
 
 
 def test_another_vocabulary(arguments, model_folder, tmp_path, capsys):
     teacher = model_folder(name="teacher", vocab_size=1024)
     assert main(at(arguments, tmp_path / "out", "--teacher", str(teacher))) == 2
     assert "vocabulary of 1024" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*")), "nothing is left behind"

@@ -38,7 +38,7 @@ from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import QuantSpec
 
-BATCH_BYTES = 12_000_000  # of one activation of the widest layer; larger batches are no faster on a CPU and cost memory
+BATCH_BYTES = 4_000_000  # of one activation of the widest layer; larger batches leave the caches, cost memory and are no faster on a CPU
 
 
 class WeightReader(Protocol):

@@ -10,27 +10,15 @@ there is one group: all of K. Groups of 32 are not worth a tile; `cpu_int8` does
 
 from __future__ import annotations
 
-from llmq_kernels.cpu_amx import TILE, configure, tile, transpose
+from llmq_kernels.cpu_amx import configure, tile
 from llmq_kernels.cpu_int8 import Rows
 from llmq_kernels.cpu_layout import Layout
+from llmq_kernels.cpu_tokens import FLOATS, TILE, write_floats
 from llmq_kernels.emit import F32, I32, I64, Emitter, Value, vector
 
-PACK_ARGUMENTS = ("codes", "tiles", "m", "n_chunks")
 GEMM_ARGUMENTS = (
     "codes", "scale", "shift", "tiles", "x_scale", "x_start", "x_total", "out", "n", "m", "n_bands", "bands_per_item", "n_blocks", "n_groups", "columns_per_group",
 )  # fmt: skip
-FLOATS = vector(F32, 16)
-
-
-def pack_kernel() -> str:
-    """int8 activations `[m, k]` as tiles `[token tiles, k / 64, 16, 16, 4]`. Tokens that pad the last tile repeat the last token."""
-    e = Emitter(PACK_ARGUMENTS)
-    m, n_chunks = e.argument("m"), e.argument("n_chunks")
-    with e.share((m + 15) // 16) as i, e.loop(0, n_chunks) as chunk:
-        rows = [e.load(vector(I32, 16), e.pointer("codes"), (e.minimum(i * 16 + r, m - 1) * n_chunks + chunk) * 64) for r in range(16)]
-        for r, row in enumerate(transpose(e, rows)):
-            e.store(row, e.pointer("tiles"), (i * n_chunks + chunk) * TILE + 64 * r, align=64)
-    return e.finish()
 
 
 class Product:
@@ -144,20 +132,6 @@ def gemm_kernel(bits: int, group: int, asymmetric: bool) -> str:
             with e.when(condition):
                 product(n_tokens, band, first)
                 with e.loop(0, 2) as w, e.loop(0, n_tokens) as t:
-                    _write(e, product.sums, lines, band + w, first + t, (w * 2 + t) * TILE)
+                    write_floats(e, product.sums, lines, band + w, first + t, (w * 2 + t) * TILE)
     tile(e, "tilerelease")
     return e.finish()
-
-
-def _write(e: Emitter, sums: Value, lines: Value, band: Value, tokens: Value, place: Value) -> None:
-    """16 rows x 16 tokens of sums to the output, transposed."""
-    out, n = e.pointer("out"), e.argument("n")
-    for token, values in enumerate(transpose(e, [e.load(FLOATS, sums, place + 64 * row, align=64) for row in range(16)])):
-        e.store(values, lines, 64 * token, align=64)
-    n_lanes = e.minimum(n - band * 16, e.constant(I64, 16))
-    with e.loop(0, e.minimum(e.argument("m") - tokens * 16, e.constant(I64, 16))) as i:
-        target = ((tokens * 16 + i) * n + band * 16) * 4
-        with e.when(n_lanes.less(16)), e.loop(0, n_lanes) as lane:
-            e.store(e.load(F32, lines, i * 64 + lane * 4), out, target + lane * 4)
-        with e.when(e.constant(I64, 15).less(n_lanes)):
-            e.store(e.load(FLOATS, lines, i * 64, align=64), out, target)

@@ -1,8 +1,8 @@
-"""Backends whose kernels llmq compiles itself: `cpu-amx` (bfloat16 activations, exact) and `cpu-vnni` (INT8 activations). Both read the one layout of `cpu_layout`.
+"""Backends whose kernels llmq compiles itself: `cpu-amx` and `cpu-avx512` (bfloat16 activations, exact) and `cpu-vnni` (INT8 activations). All read the one layout of `cpu_layout`.
 
-What is exact stays exact: `cpu-amx` takes weights whose activations are "none" and rounds nothing but the dequantized weight and the result to bfloat16. `cpu-vnni` takes "int8-token", which the
-checkpoint asks for, and "int8-group", which whoever runs the model asks for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per token, and about twice the speed
-of int4pack for one token.
+What is exact stays exact: `cpu-amx` and `cpu-avx512` take weights whose activations are "none" and round nothing but the dequantized weight and the result to bfloat16. `cpu-vnni` takes "int8-token",
+which the checkpoint asks for, and "int8-group", which whoever runs the model asks for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per token, and up to twice the
+speed of int4pack for one token.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
 FEW_TOKENS = 32  # up to here rows of W are shared out in small portions, above in portions whose codes stay in the second-level cache while all tokens pass
-TILE_TOKENS = 6  # from here on INT8 activations go to the tile unit; measured at 4096 x 4096
-TILE_TOKENS_WHOLE = 3  # the same where rows and tokens have one scale each
+AMX_TOKENS = 6  # from here on INT8 activations go to the tile unit; measured at 4096 x 4096
+AMX_TOKENS_WHOLE = 3  # the same where rows and tokens have one scale each
+AVX512_TOKENS = 11  # the same for tiles on the vector unit, measured on a Zen 4
+AVX512_TOKENS_WHOLE = 96
+TILE_KERNELS = {"amx": ("amx", "cpu_amx_int8"), "avx512": ("avx512vnni", "cpu_avx512_int8")}
+AVX512_FEW = 8  # tokens that are multiplied one by one without a tile unit; as many as the kernel takes
 INT8_FORMS = ("avx512vnni", "avxvnni", "avx2")
 
 
@@ -40,17 +44,24 @@ def _common_refusal(weight: PackedWeight, device: torch.device) -> str | None:
     return jit.missing()
 
 
-def amx_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the tile unit cannot take a weight, or None."""
+def _bf16_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     if weight.activations != "none":
         return f"it computes with bfloat16 activations, not {weight.activations}"
     if dtype != torch.bfloat16:
         return f"it computes with bfloat16 activations, not {dtype}"
     if weight.code.bits == 8 and (weight.zero is not None or weight.scale.shape[1] > 1):
         return "it takes 8-bit codes with one scale per row or tensor and without zero points only"
-    if reason := _common_refusal(weight, device):
-        return reason
-    return None if jit.supports("amx") else "this CPU or system has no AMX tiles for bfloat16"
+    return _common_refusal(weight, device)
+
+
+def amx_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the tile unit cannot take a weight, or None."""
+    return _bf16_refusal(weight, dtype, device) or (None if jit.supports("amx") else "this CPU or system has no AMX tiles for bfloat16")
+
+
+def avx512_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the vector unit cannot take a weight, or None."""
+    return _bf16_refusal(weight, dtype, device) or (None if jit.supports("avx512bf16") else "this CPU has no AVX512 instructions for bfloat16")
 
 
 def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -61,8 +72,8 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
         return f"it quantizes activations per token or per token and group, not {weight.activations}"
     if reason := _common_refusal(weight, device) or int8_machine_refusal():
         return reason
-    if weight.activations == "int8-token" and not jit.supports("amx") and cpu.w8a8_refusal(weight, dtype, device) is None:
-        return "without AMX, oneDNN (cpu-w8a8) is faster with 8-bit weights and more than a few tokens"
+    if weight.activations == "int8-token" and not jit.supports("avx512vnni") and cpu.w8a8_refusal(weight, dtype, device) is None:
+        return "without AVX512-VNNI, oneDNN (cpu-w8a8) is faster with 8-bit weights and more than a few tokens"
     return None
 
 
@@ -124,16 +135,39 @@ def _padded(x: Tensor, k_padded: int) -> Tensor:
 
 def amx_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     """`x @ W.T` for bfloat16 x `[M, K]`."""
+    return _tiled_bf16(x, weight, state, "amx", "cpu_amx")
+
+
+def avx512_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
+    """`x @ W.T` for bfloat16 x `[M, K]`."""
+    (n, k), m = weight.shape, x.shape[0]
+    if m > AVX512_FEW:
+        return _tiled_bf16(x, weight, state, "avx512bf16", "cpu_avx512")
+    layout = Layout(weight.code.bits, n, k)
+    x = _padded(x, layout.k_padded)
+    ordered, out = torch.empty_like(x), x.new_empty(m, n)
+    jit.kernel("avx512bf16", "cpu_avx512", "order_kernel")(x.data_ptr(), ordered.data_ptr(), m, layout.k_padded // 64, threads=1)
+    kernel = jit.kernel("avx512bf16", "cpu_avx512", "few_kernel", *_bf16_parameters(weight))
+    kernel(*_weight_pointers(state), ordered.data_ptr(), out.data_ptr(), n, m, layout.n_bands, layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    return out
+
+
+def _tiled_bf16(x: Tensor, weight: PackedWeight, state: State, form: str, module: str) -> Tensor:
+    """By token tiles."""
     (n, k), m = weight.shape, x.shape[0]
     layout = Layout(weight.code.bits, n, k)
     x = _padded(x, layout.k_padded)
     out = x.new_empty(m, n)
     tiles = torch.empty(-(-m // 16) * 16 * layout.k_padded, dtype=torch.bfloat16)
-    jit.kernel("amx", "cpu_amx", "pack_kernel")(x.data_ptr(), tiles.data_ptr(), m, layout.k_padded // 64, layout.k_padded * 2)
-    kernel = jit.kernel("amx", "cpu_amx", "gemm_kernel", weight.code.bits, _base_group(weight), weight.zero is not None, int(weight.code.offset))
+    jit.kernel("avx512vnni", "cpu_tokens", "bf16_pack_kernel")(x.data_ptr(), tiles.data_ptr(), m, layout.k_padded // 64, layout.k_padded * 2)
+    kernel = jit.kernel(form, module, "gemm_kernel", *_bf16_parameters(weight))
     sizes = (layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
     kernel(*_weight_pointers(state), tiles.data_ptr(), out.data_ptr(), n, m, *sizes)
     return out
+
+
+def _bf16_parameters(weight: PackedWeight) -> tuple[int, int, bool, int]:
+    return weight.code.bits, _base_group(weight), weight.zero is not None, int(weight.code.offset)
 
 
 def _bands_per_item(n_bands: int, m: int) -> int:
@@ -152,16 +186,17 @@ def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     return int8_product(x, weight, state, form).to(x.dtype)
 
 
-def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, on_tiles: bool | None = None) -> Tensor:
-    """float32 `[M, N]` by the kernels of one form. on_tiles: whether the tile unit takes the product, by default where there is one and enough tokens to fill it."""
+def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, unit: str | None = None) -> Tensor:
+    """float32 `[M, N]` by the kernels of one form. unit: "rows" for those that take rows and tokens one by one, "avx512" or "amx" for those that take tiles of 16; by default what is fastest here."""
     (n, k), m = weight.shape, x.shape[0]
     layout = Layout(weight.code.bits, n, k)
     group = activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else k)
     x_codes, x_scale, x_sum = quantize(_padded(x.float(), layout.k_padded), group, weight.activations == "int8-token", form)
-    if on_tiles is None:
-        on_tiles = m >= (TILE_TOKENS_WHOLE if _is_whole(weight) else TILE_TOKENS) and group >= 64 and jit.supports("amx")
-    if on_tiles:
-        return _tile_product(x_codes, x_scale, x_sum, weight, state, layout, group)
+    unit = unit or _int8_unit(m, group, _is_whole(weight))
+    if _is_whole(weight):
+        group, x_scale, x_sum = 0, x_scale[:, :1].contiguous(), x_sum.sum(1, keepdim=True)
+    if unit != "rows":
+        return _tile_product(x_codes, x_scale, x_sum, weight, state, layout, group, *TILE_KERNELS[unit])
     out = torch.empty(m, n)
     kernel = jit.kernel(form, "cpu_int8", "gemm_kernel", form, weight.code.bits, group, weight.zero is not None, int(weight.code.offset))
     activations = (x_codes.data_ptr(), x_scale.data_ptr(), x_sum.data_ptr())
@@ -169,19 +204,26 @@ def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, on_ti
     return out
 
 
+def _int8_unit(m: int, group: int, is_whole: bool) -> str:
+    """What multiplies m tokens fastest on this CPU. Groups of 32 do not fill tiles."""
+    if group >= 64 and jit.supports("amx"):
+        return "amx" if m >= (AMX_TOKENS_WHOLE if is_whole else AMX_TOKENS) else "rows"
+    if group >= 64 and jit.supports("avx512vnni"):
+        return "avx512" if m >= (AVX512_TOKENS_WHOLE if is_whole else AVX512_TOKENS) else "rows"
+    return "rows"
+
+
 def _is_whole(weight: PackedWeight) -> bool:
     """One scale on both sides: all of K is one group."""
     return weight.activations == "int8-token" and weight.scale.shape[1] == 1
 
 
-def _tile_product(x_codes: Tensor, x_scale: Tensor, x_sum: Tensor, weight: PackedWeight, state: State, layout: Layout, group: int) -> Tensor:
+def _tile_product(x_codes: Tensor, x_scale: Tensor, x_sum: Tensor, weight: PackedWeight, state: State, layout: Layout, group: int, form: str, module: str) -> Tensor:
     m, k = x_codes.shape
-    if _is_whole(weight):
-        group, x_scale, x_sum = 0, x_scale[:, :1], x_sum.sum(1, keepdim=True)
     scale, start, total = (_by_token_tile(values) for values in (x_scale, (x_sum * -weight.code.offset).int(), x_scale * x_sum))
     tiles, out = torch.empty(-(-m // 16) * 16, k, dtype=torch.int8), torch.empty(m, weight.shape[0])
-    jit.kernel("amx", "cpu_amx_int8", "pack_kernel")(x_codes.data_ptr(), tiles.data_ptr(), m, k // 64)
-    kernel = jit.kernel("amx", "cpu_amx_int8", "gemm_kernel", weight.code.bits, group, weight.zero is not None)
+    jit.kernel("avx512vnni", "cpu_tokens", "int8_pack_kernel")(x_codes.data_ptr(), tiles.data_ptr(), m, k // 64)
+    kernel = jit.kernel(form, module, "gemm_kernel", weight.code.bits, group, weight.zero is not None)
     activations = (tiles.data_ptr(), scale.data_ptr(), start.data_ptr(), total.data_ptr())
     sizes = (layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
     kernel(*_weight_pointers(state), *activations, out.data_ptr(), weight.shape[0], m, *sizes)

@@ -12,8 +12,10 @@ For more tokens unpacked codes are kept for 4 of them.
 
 from __future__ import annotations
 
-from llmq_kernels.cpu_layout import Layout
-from llmq_kernels.emit import F32, I1, I8, I16, I32, Emitter, Value, Variable, vector
+from collections.abc import Iterator
+
+from llmq_kernels.cpu_layout import CHUNK, Layout
+from llmq_kernels.emit import F32, I1, I8, I16, I32, I64, Emitter, Value, Variable, vector
 
 GEMM_ARGUMENTS = ("codes", "scale", "shift", "x", "x_scale", "x_sum", "out", "n", "m", "n_bands", "n_blocks", "n_groups", "columns_per_group")
 QUANTIZE_ARGUMENTS = ("x", "codes", "scale", "sum", "m", "k", "span")
@@ -54,18 +56,19 @@ class Dot:
         self.bytes, self.pairs, self.sums = vector(I8, width), vector(I16, width // 2), vector(I32, width // 4)
         self.width = width
 
-    def __call__(self, products: list[tuple[Value, Value]]) -> Value:
-        """The sum over (codes, activations), which lie in one group."""
+    def __call__(self, products: list[tuple[Value, Value]], total: Value | None = None) -> Value:
+        """The sum over (codes, activations), which lie in one group, added to a total."""
         if self.form != "avx2":
-            total = self.e.constant(self.sums, 0)
+            total = self.e.constant(self.sums, 0) if total is None else total
             for codes, x in products:
                 total = self.e.call(f"llvm.x86.avx512.vpdpbusd.{8 * self.width}", self.sums, total, *self._operands(codes, x))
             return total
+        start = [] if total is None else [total]
         if self.bits < 8:
-            return self._pairs([self._products(codes, x) for codes, x in products])
+            return _sum([*start, self._pairs([self._products(codes, x) for codes, x in products])])
         low = [self._pairs([self._products(codes & 127, x)]) for codes, x in products]
         high = [self._pairs([self._products((codes >> 7) & 1, x)]) << 7 for codes, x in products]
-        return _sum(low + high)
+        return _sum(start + low + high)
 
     def _operands(self, codes: Value, x: Value) -> tuple[Value, Value]:
         """LLVM has declared them as vectors of int32, later of bytes."""
@@ -110,40 +113,47 @@ class Rows:
 
 
 class Block:
-    """The sums of `n_rows` rows and `n_tokens` tokens over all of K, in registers."""
+    """The sums of `n_rows` rows and `n_tokens` tokens over all of K, in registers. group: columns that share scales on both sides."""
 
     def __init__(self, e: Emitter, form: str, bits: int, group: int, asymmetric: bool, offset: int, n_rows: int, n_tokens: int) -> None:
-        self.e, self.group, self.asymmetric, self.offset, self.n_rows, self.n_tokens = e, group, asymmetric, offset, n_rows, n_tokens
-        self.width = 64 if form == "avx512vnni" and group >= 64 else 32
-        self.dot, self.rows, self.layout = Dot(e, form, bits, self.width), Rows(e, bits, self.width), Layout(bits, 1, 1)
+        self.e, self.asymmetric, self.offset, self.n_rows, self.n_tokens = e, asymmetric, offset, n_rows, n_tokens
+        self.layout = Layout(bits, 1, 1)
+        self.span = min(group or CHUNK * 2, self.layout.columns)  # columns that are multiplied in one go
+        self.width = 64 if form == "avx512vnni" and self.span >= 64 else 32
+        self.lanes = vector(F32, self.width // 4)
+        self.dot, self.rows = Dot(e, form, bits, self.width), Rows(e, bits, self.width)
         self.factors = e.buffer(64 * n_tokens)
         self.n_blocks, self.n_groups = e.argument("n_blocks"), e.argument("n_groups")
-        self.x_groups = self.n_blocks * (self.layout.columns // self.activation_group)
-
-    @property
-    def activation_group(self) -> int:
-        """Columns that share a scale on the side of the activations."""
-        return min(self.group, self.layout.columns)
+        self.x_groups = self.n_blocks * (self.layout.columns // self.span) if group else e.constant(I64, 1)
 
     def __call__(self, band: Value, first_row: Value, first_token: Value) -> None:
         e = self.e
-        lanes = vector(F32, self.width // 4)
-        sums = [[e.variable(e.constant(lanes, 0.0)) for _ in range(self.n_tokens)] for _ in range(self.n_rows)]
-        corrections = [e.variable(e.constant(vector(F32, self.n_rows), 0.0)) for _ in range(self.n_tokens)]
+        sums = self._variables(e.constant(self.lanes, 0.0))
+        corrections = self._corrections()
         with e.loop(0, self.n_blocks) as i:
-            block = e.at(e.pointer("codes"), (band * self.n_blocks + i) * self.layout.block_bytes)
-            for start in range(0, self.layout.columns, self.activation_group):
-                self._factors(band, first_row, first_token, i, start, corrections)
-                self._group(block, first_row, first_token, i, range(start, start + self.activation_group), sums)
-        self._write(band, first_row, first_token, sums, corrections)
+            for start in range(0, self.layout.columns, self.span):
+                column = i * self.layout.columns + start
+                self._factors(band, first_row, first_token, column, i * (self.layout.columns // self.span) + start // self.span, corrections)
+                for r, t, products in self._products(band, first_row, first_token, i, start):
+                    sums[r][t].set(e.fma(self.dot(products).to("sitofp", self.lanes), self._factor(r, t), sums[r][t].get()))
+        totals = [[e.reduce_add(sum_.get()) for sum_ in row] for row in sums]
+        self._write(band, first_row, first_token, totals, corrections)
 
-    def _factors(self, band: Value, first_row: Value, first_token: Value, i: Value, start: int, corrections: list[Variable]) -> None:
+    def _variables(self, first: Value) -> list[list[Variable]]:
+        """One for each row and token."""
+        return [[self.e.variable(first) for _ in range(self.n_tokens)] for _ in range(self.n_rows)]
+
+    def _corrections(self) -> list[Variable]:
+        """What zero points contribute, for each token."""
+        return [self.e.variable(self.e.constant(vector(F32, self.n_rows), 0.0)) for _ in range(self.n_tokens)]
+
+    def _factors(self, band: Value, first_row: Value, first_token: Value, column: Value, x_group: Value, corrections: list[Variable]) -> None:
         """Scale of the weight times scale of the activations, and the share of the zero points."""
         e, per_row = self.e, vector(F32, self.n_rows)
-        place = ((band * self.n_groups + (i * self.layout.columns + start) // e.argument("columns_per_group")) * 16 + first_row) * 4
+        place = ((band * self.n_groups + column // e.argument("columns_per_group")) * 16 + first_row) * 4
         scale = e.load(per_row, e.pointer("scale"), place)
         for t in range(self.n_tokens):
-            x_place = ((first_token + t) * self.x_groups + i * (self.layout.columns // self.activation_group) + start // self.activation_group) * 4
+            x_place = ((first_token + t) * self.x_groups + x_group) * 4
             x_scale, x_sum = e.load(F32, e.pointer("x_scale"), x_place), e.load(F32, e.pointer("x_sum"), x_place)
             e.store(scale * e.splat(x_scale, self.n_rows), self.factors, 64 * t)
             if self.asymmetric:
@@ -152,37 +162,67 @@ class Block:
                 share, weight = scale, x_sum * x_scale * float(-self.offset)
             corrections[t].set(e.fma(share, e.splat(weight, self.n_rows), corrections[t].get()))
 
-    def _group(self, block: Value, first_row: Value, first_token: Value, i: Value, columns: range, sums: list[list[Variable]]) -> None:
-        e, lanes = self.e, vector(F32, self.width // 4)
+    def _factor(self, row: int, token: int) -> Value:
+        return self.e.splat(self.e.load(F32, self.factors, 64 * token + 4 * row, align=4), self.width // 4)
+
+    def _products(self, band: Value, first_row: Value, first_token: Value, i: Value, start: int) -> Iterator[tuple[int, int, list[tuple[Value, Value]]]]:
+        """For each row and token its number and the pairs of vectors to multiply, of the columns of a block from `start` on."""
+        e, columns = self.e, range(start, start + self.span)
+        block = e.at(e.pointer("codes"), (band * self.n_blocks + i) * self.layout.block_bytes)
         x = []
         for t in range(self.n_tokens):
-            start = (first_token + t) * (self.n_blocks * self.layout.columns) + i * self.layout.columns
-            x.append([e.load(vector(I8, self.width), e.pointer("x"), start + column) for column in range(columns.start, columns.stop, self.width)])
+            place = (first_token + t) * (self.n_blocks * self.layout.columns) + i * self.layout.columns
+            x.append([e.load(vector(I8, self.width), e.pointer("x"), place + column) for column in range(columns.start, columns.stop, self.width)])
         for r in range(self.n_rows):
-            if columns.start == 0:
-                e.prefetch(block, (first_row + r) * 64 + AHEAD)
+            if start == 0:
+                self._prefetch(block, first_row, i, r)
             codes = self.rows.codes(block, first_row + r, columns)
             for t in range(self.n_tokens):
-                total = self.dot(list(zip(codes, x[t], strict=True))).to("sitofp", lanes)
-                factor = e.splat(e.load(F32, self.factors, 64 * t + 4 * r, align=4), self.width // 4)
-                sums[r][t].set(e.fma(total, factor, sums[r][t].get()))
+                yield r, t, list(zip(codes, x[t], strict=True))
 
-    def _write(self, band: Value, first_row: Value, first_token: Value, sums: list[list[Variable]], corrections: list[Variable]) -> None:
+    def _prefetch(self, block: Value, first_row: Value, i: Value, row: int) -> None:
+        """Where a pass takes all rows of a band, what it reads soon; else its share of the next band, in order, since memory is slow at giving every fourth quarter of a kilobyte."""
+        if self.n_rows == 16:
+            self.e.prefetch(block, (first_row + row) * 64 + AHEAD)
+        else:
+            band_bytes = self.n_blocks * self.layout.block_bytes
+            start_of_band = self.e.at(block, self.e.constant(I64, 0) - i * self.layout.block_bytes)
+            self.e.prefetch(start_of_band, band_bytes + (first_row * self.n_blocks + i * self.n_rows + row) * 64, level=2)
+
+    def _write(self, band: Value, first_row: Value, first_token: Value, totals: list[list[Value]], corrections: list[Variable]) -> None:
         e, n = self.e, self.e.argument("n")
         for t in range(self.n_tokens):
             e.store(corrections[t].get(), self.factors, 64 * t)
             for r in range(self.n_rows):
                 row = band * 16 + first_row + r
-                total = e.reduce_add(sums[r][t].get()) + e.load(F32, self.factors, 64 * t + 4 * r, align=4)
+                total = totals[r][t] + e.load(F32, self.factors, 64 * t + 4 * r, align=4)
                 with e.when(row.less(n)):
                     e.store(total, e.pointer("out"), ((first_token + t) * n + row) * 4)
 
 
+class WholeBlock(Block):
+    """With one scale per row and one per token, sums stay integers over all of K."""
+
+    def __call__(self, band: Value, first_row: Value, first_token: Value) -> None:
+        e, none = self.e, self.e.constant(I64, 0)
+        sums = self._variables(e.constant(self.dot.sums, 0))
+        with e.loop(0, self.n_blocks) as i:
+            for start in range(0, self.layout.columns, self.span):
+                for r, t, products in self._products(band, first_row, first_token, i, start):
+                    sums[r][t].set(self.dot(products, sums[r][t].get()))
+        corrections = self._corrections()
+        self._factors(band, first_row, first_token, none, none, corrections)
+        scalar = [[e.call(f"llvm.vector.reduce.add.v{self.width // 4}i32", I32, sum_.get()).to("sitofp", F32) for sum_ in row] for row in sums]
+        totals = [[value * e.load(F32, self.factors, 64 * t + 4 * r, align=4) for t, value in enumerate(row)] for r, row in enumerate(scalar)]
+        self._write(band, first_row, first_token, totals, corrections)
+
+
 def gemm_kernel(form: str, bits: int, group: int, asymmetric: bool, offset: int) -> str:
-    """float32 `out [m, n]` from packed codes and what `quantize_kernel` made. group: 32, 64 or 128, the group of the activations; `columns_per_group`, a multiple of it, is that of the weight."""
+    """float32 `out [m, n]` from packed codes and what `quantize_kernel` made. group: 32, 64 or 128, the group of the activations, or 0 for all of K on both sides, with one x_scale and x_sum per
+    token; `columns_per_group`, a multiple of it, is that of the weight."""
     e = Emitter(GEMM_ARGUMENTS)
-    m = e.argument("m")
-    one, many = (Block(e, form, bits, group, asymmetric, offset, rows, tokens) for rows, tokens in BLOCKING[form])
+    m, kind = e.argument("m"), Block if group else WholeBlock
+    one, many = (kind(e, form, bits, group, asymmetric, offset, rows, tokens) for rows, tokens in BLOCKING[form])
     whole = m // many.n_tokens * many.n_tokens
     with e.share(e.argument("n_bands")) as band:
         with e.loop(0, whole, many.n_tokens) as token, e.loop(0, 16, many.n_rows) as row:

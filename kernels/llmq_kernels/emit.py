@@ -180,9 +180,9 @@ class Emitter:
     def store(self, value: Value, base: Value, offset: Value | int = 0, align: int = 1) -> None:
         self.builder.store(value.raw, self.at(base, offset).raw, align=align)
 
-    def prefetch(self, base: Value, offset: Value | int) -> None:
-        """Ask for a cache line that will be read once; an address outside of memory does no harm."""
-        self.call("llvm.prefetch.p0", VOID, self.at(base, offset), *(self.constant(I32, value) for value in (0, 3, 1)))
+    def prefetch(self, base: Value, offset: Value | int, level: int = 1) -> None:
+        """Ask for a cache line of data, to be put into the first- or second-level cache; an address outside of memory does no harm."""
+        self.call("llvm.prefetch.p0", VOID, self.at(base, offset), *(self.constant(I32, value) for value in (0, 4 - level, 1)))
 
     def buffer(self, n_bytes: int) -> Value:
         """Memory on the stack, aligned to cache lines."""

@@ -27,11 +27,13 @@ Kernel = Callable[..., None]
 
 # x86 levels that kernels are written for. The features are what LLVM may use in the compiled code.
 AVX2 = "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt"
+AVX512 = AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni"
 FORMS: dict[str, str] = {
     "avx2": AVX2,
     "avxvnni": AVX2 + ",+avxvnni",
-    "avx512vnni": AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni",
-    "amx": AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni,+avx512bf16,+amx-tile,+amx-bf16,+amx-int8",
+    "avx512vnni": AVX512,
+    "avx512bf16": AVX512 + ",+avx512bf16",
+    "amx": AVX512 + ",+avx512bf16,+amx-tile,+amx-bf16,+amx-int8",
 }
 
 

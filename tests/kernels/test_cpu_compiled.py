@@ -84,32 +84,34 @@ def test_integer_kernels_are_exact(case, form):
         for m in (1, 6):  # more tokens than the register block holds, and not a multiple
             x = integers(m, weight.shape[1], group_of(weight), 127)
             expected = x.double() @ weight.dequantize().double().T
-            assert torch.equal(compiled.int8_product(x, weight, state, form, on_tiles=False).double(), expected), (activations, m)
+            assert torch.equal(compiled.int8_product(x, weight, state, form, unit="rows").double(), expected), (activations, m)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_integer_tiles_are_exact(case):
-    need("amx")
+@pytest.mark.parametrize(("form", "unit"), [("amx", "amx"), ("avx512vnni", "avx512")])
+def test_integer_tiles_are_exact(form, unit, case):
+    need(form)
     for activations in ("int8-group", "int8-token"):
         weight = power_of_two_weight(*case, activations)
         if group_of(weight) < 64:
             continue  # the vector kernels do these
         state = compiled.prepare(weight, torch.float32)
-        for m in (1, 49):  # one token tile, and two pairs of which the last is half filled
+        for m in (1, 49, 70):  # one token tile, two pairs of which the last is half filled, and more than a kernel without a tile unit takes at a time
             x = integers(m, weight.shape[1], group_of(weight), 127)
             expected = x.double() @ weight.dequantize().double().T
-            assert torch.equal(compiled.int8_product(x, weight, state, "avx512vnni", on_tiles=True).double(), expected), (activations, m)
+            assert torch.equal(compiled.int8_product(x, weight, state, "avx512vnni", unit).double(), expected), (activations, m)
 
 
 @pytest.mark.parametrize("case", [*CASES, ("int2", 32, 40, 320, False)], ids=[*IDS, "int2-32-symmetric"])
-def test_bfloat16_tiles_are_exact(case):
-    need("amx")
+@pytest.mark.parametrize(("form", "linear"), [("amx", compiled.amx_linear), ("avx512bf16", compiled.avx512_linear)])
+def test_bfloat16_kernels_are_exact(form, linear, case):
+    need(form)
     weight = power_of_two_weight(*case)
     state = compiled.prepare(weight, torch.bfloat16)
-    for m in (1, 33):
+    for m in (1, 2, 3, 7, 33, 70):
         x = integers(m, weight.shape[1], 32, 31)
         expected = (x.double() @ weight.dequantize().double().T).float().bfloat16()
-        assert torch.equal(compiled.amx_linear(x.bfloat16(), weight, state), expected), m
+        assert torch.equal(linear(x.bfloat16(), weight, state), expected), m
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -149,10 +151,10 @@ def test_any_scales(activations, m, group):
 
 
 def test_bias_and_leading_dimensions():
-    need("amx")
+    need("avx512bf16")
     weight, bias, x = make_weight("int4", 128, 64, 256), torch.randn(64), torch.randn(2, 3, 256).bfloat16()
     prepared = PreparedWeight(weight, torch.bfloat16, CPU)
-    assert prepared.backend.name == "cpu-amx"
+    assert prepared.backend.name == ("cpu-amx" if jit.supports("amx") else "cpu-avx512")
     expected = x.double() @ weight.dequantize().double().T + bias.double()
     out = prepared.linear(x, bias)
     assert out.shape == (2, 3, 64)
@@ -170,12 +172,12 @@ def test_sixteen_bit_activations_are_never_quantized():
             assert select_backend(weight, dtype, CPU).name not in ("cpu-vnni", "cpu-w8a8")
 
 
-def test_without_tiles_onednn_does_what_it_can(monkeypatch):
+def test_without_avx512_onednn_does_what_it_can(monkeypatch):
     weight = make_weight("int8", -1, 64, 128, activations="int8-token")
     if reason := jit.missing() or next(backend for backend in BACKENDS if backend.name == "cpu-w8a8").refusal(weight, torch.float32, CPU):
         pytest.skip(reason)
     supports = jit.supports
-    monkeypatch.setattr(jit, "supports", lambda form: form != "amx" and supports(form))
+    monkeypatch.setattr(jit, "supports", lambda form: form not in ("amx", "avx512vnni") and supports(form))
     assert select_backend(weight, torch.float32, CPU).name == "cpu-w8a8"
     assert select_backend(dataclasses.replace(weight, activations="int8-group"), torch.float32, CPU).name == "cpu-vnni"
 
@@ -192,11 +194,13 @@ def test_refusals():
 
 # --- compiling --------------------------------------------------------------------------------------------------------------
 
-# form, module, function, parameters -> instructions that must and must not be there
+# form, module, parameters -> instructions that must and must not be there
 ASSEMBLY = [
     ("avx512vnni", "cpu_int8", ("avx512vnni", 4, 128, False, 8), ["vpdpbusd", "%zmm"], []),
     ("avxvnni", "cpu_int8", ("avxvnni", 4, 128, False, 8), ["vpdpbusd", "%ymm"], ["%zmm"]),
     ("avx2", "cpu_int8", ("avx2", 4, 128, False, 8), ["vpmaddubsw", "vpmaddwd", "%ymm"], ["vpdpbusd", "%zmm"]),
+    ("avx512vnni", "cpu_avx512_int8", (4, 128, False), ["vpdpbusd", "%zmm"], []),
+    ("avx512bf16", "cpu_avx512", (4, 128, False, 8), ["vdpbf16ps", "{1to16}", "vpermw"], []),
     ("amx", "cpu_amx", (4, 128, False, 8), ["tdpbf16ps", "vpermw", "vcvtneps2bf16"], []),
     ("amx", "cpu_amx_int8", (4, 128, False), ["tdpbusd"], []),
 ]
@@ -233,14 +237,14 @@ def test_any_number_and_kind_of_threads(monkeypatch):
     need("avx2")
     weight = make_weight("int4", 128, 300, 512, activations="int8-group")
     state, x, n_threads = compiled.prepare(weight, torch.float32), torch.randn(6, 512), torch.get_num_threads()
-    expected = compiled.int8_product(x, weight, state, "avx2", on_tiles=False)
+    expected = compiled.int8_product(x, weight, state, "avx2", unit="rows")
     try:
         torch.set_num_threads(3)
-        assert torch.equal(compiled.int8_product(x, weight, state, "avx2", on_tiles=False), expected)
+        assert torch.equal(compiled.int8_product(x, weight, state, "avx2", unit="rows"), expected)
         monkeypatch.setattr(jit, "_gomp_parallel", lambda: None)
         jit.kernel.cache_clear()
         assert jit.threads_of() == "Python threads"
-        assert torch.equal(compiled.int8_product(x, weight, state, "avx2", on_tiles=False), expected)
+        assert torch.equal(compiled.int8_product(x, weight, state, "avx2", unit="rows"), expected)
     finally:
         torch.set_num_threads(n_threads)
         jit.kernel.cache_clear()
@@ -256,6 +260,7 @@ def test_nothing_works_without_llvmlite_but_says_so(monkeypatch):
 def test_kernels_on_this_machine_are_used():
     """What doctor reports and what is selected agree."""
     weight = make_weight("int4", 128, 64, 128)
-    assert (select_backend(weight, torch.bfloat16, CPU).name == "cpu-amx") == (jit.missing() is None and jit.supports("amx"))
+    expected = next((name for form, name in (("amx", "cpu-amx"), ("avx512bf16", "cpu-avx512")) if jit.supports(form)), "cpu-int4")
+    assert select_backend(weight, torch.bfloat16, CPU).name == expected
     assert os.environ.get("LLMQ_BACKEND") is None
     assert torch.equal(unpack(weight.packed, 4, 128), restore_codes(arrange(unpack(weight.packed, 4, 128), 4), 4, 64, 128))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from llmq import quantizer
 from llmq.errors import LlmqError
-from llmq.spec import PER_TENSOR, QuantSpec
+from llmq.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq_kernels.packing import pack, packed_width, unpack
 from llmq_kernels.weight import PackedWeight
 
@@ -98,3 +99,19 @@ class QuantizedTensor:
             raise LlmqError(f"{name}.g_idx: values from {int(self.g_idx.min())} to {int(self.g_idx.max())}, expected 0 to {n_groups - 1}")
         if self.spec.code == "ternary" and bool((self.codes() == 3).any()):
             raise LlmqError(f"{name}.packed: holds the code 3, which ternary does not have; the checkpoint is damaged")
+
+
+def stack_rows(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """One weight `[sum of N, K]` of several with the same spec and K, without an order of columns of their own. One scale per tensor becomes one per row, with the same values."""
+    first = tensors[0]
+    if any(each.spec != first.spec or each.shape[1] != first.shape[1] or each.g_idx is not None or each.input_range is not None for each in tensors):
+        raise LlmqError(f"weights can be stacked only if they are quantized alike: {', '.join(f'{each.spec} of {list(each.shape)}' for each in tensors)}")
+    is_whole = first.spec.group_size == PER_TENSOR
+
+    def per_row(values: Tensor, n_rows: int) -> Tensor:
+        return values.expand(n_rows, -1) if is_whole else values
+
+    scale = torch.cat([per_row(each.scale, each.shape[0]) for each in tensors])
+    zeros = [per_row(each.zero, each.shape[0]) for each in tensors if each.zero is not None]
+    spec = replace(first.spec, group_size=PER_ROW) if is_whole else first.spec
+    return QuantizedTensor(torch.cat([each.packed for each in tensors]), scale, torch.cat(zeros) if zeros else None, spec, (len(scale), first.shape[1]))

@@ -25,12 +25,18 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--revision", help="revision of a Hub model")
     add_compute_argument(parser)
+    add_head_argument(parser)
 
 
 def add_compute_argument(parser: argparse.ArgumentParser) -> None:
     """Whether activations may be rounded at run time."""
     compute_help = "int8: quantized layers on a CPU round their activations to INT8 per token and group, which is faster (default: $LLMQ_COMPUTE, else exact)"
     parser.add_argument("--compute", choices=("exact", "int8"), default=None, help=compute_help)
+
+
+def add_head_argument(parser: argparse.ArgumentParser) -> None:
+    """Whether the output head and the embeddings are quantized, too."""
+    parser.add_argument("--head-bits", type=int, choices=(8, 4), help="also round the output head and the embeddings to this many bits, for this run (compare: of QUANT; default: as stored)")
 
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:

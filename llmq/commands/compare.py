@@ -21,12 +21,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.evaluation.divergence import compare
     from llmq.formats.load import load
+    from llmq.inference.head import quantize_head
     from llmq.models.load import load_config, resolve
 
     common.check_device(args.device)
     base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
     windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
     base, quant = (load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute) for model_dir in (base_dir, quant_dir))
+    quantize_head(quant, args.head_bits)
     with common.progress("windows") as show:
         result = compare(base, quant, windows, show)
     sizes = {"base_bytes": _weight_bytes(base_dir), "quant_bytes": _weight_bytes(quant_dir)}

@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.evaluation.perplexity import evaluate
     from llmq.formats.load import load
+    from llmq.inference.head import quantize_head
     from llmq.models.load import load_config, resolve
     from llmq.modules import backends_in_use
 
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     model_dir = resolve(args.model, args.revision)
     windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
     model = load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
+    quantize_head(model, args.head_bits)
     with common.progress("windows") as show:
         result = evaluate(model, windows, show)
     summary = {"model": args.model, "data": args.data, **result.to_json(), "backends": backends_in_use(model)}

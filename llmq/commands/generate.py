@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--revision", help="revision of a Hub model")
     common.add_compute_argument(parser)
+    common.add_head_argument(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.data import check_vocabulary
     from llmq.errors import LlmqError
     from llmq.formats.load import load
+    from llmq.inference.decoding import generate, prepare_decoding
     from llmq.models.load import load_tokenizer, resolve
     from llmq.modules import backends_in_use
 
@@ -42,13 +44,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     n_prompt = inputs["input_ids"].shape[1]
     if n_prompt == 0:
         raise LlmqError("--prompt: no tokens; give some text to go on from")
-    model = load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
+    model = prepare_decoding(load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute), head_bits=args.head_bits)
     check_vocabulary(inputs["input_ids"], model.config.get_text_config().vocab_size, "--prompt")
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     streamer = None if args.json else TextStreamer(tokenizer)  # type: ignore[no-untyped-call]
     started = time.perf_counter()
-    output = model.generate(**inputs.to(model.device), max_new_tokens=args.max_new_tokens, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling)[0]
+    output = generate(model, inputs["input_ids"].to(model.device), args.max_new_tokens, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling)[0]
     seconds = time.perf_counter() - started
     n_new = len(output) - n_prompt
     weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

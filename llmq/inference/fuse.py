@@ -1,0 +1,117 @@
+"""Layers that read the same input become one product.
+
+For one token a product of a small layer is mostly the cost of starting it: quantizing the input, waking threads, allocating the output. q, k and v, and gate and up, read the very same tensor, so
+their rows are stacked into one weight. Which layers these are is seen, not known: the model runs once with every quantized layer replaced by a stand-in that notes its input and returns zeros, which
+costs next to nothing and works for every family.
+
+The modules keep their places. The first that is called with an input computes the product for all, the others hand out their rows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmq.errors import LlmqError
+from llmq.modules import QuantLinear, quantized_modules
+from llmq.qtensor import stack_rows
+
+
+class SharedProduct(nn.Module):
+    """One product for several layers. sizes: rows of each."""
+
+    def __init__(self, linear: QuantLinear, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.linear, self.sizes = linear, tuple(sizes)
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """`x @ W_index.T + bias_index`. Outputs live until they are fetched or another input comes."""
+        if self._input is not x or self._outputs[index] is None:
+            self._input, self._outputs = x, list(self.linear(x).split(self.sizes, dim=-1))
+        output, self._outputs[index] = self._outputs[index], None
+        assert output is not None
+        if not any(waiting is not None for waiting in self._outputs):
+            self._input = None
+        return output
+
+
+class SharedPart(nn.Module):
+    """Stands where a layer was whose rows are now part of a `SharedProduct`."""
+
+    def __init__(self, product: SharedProduct, index: int, in_features: int) -> None:
+        super().__init__()
+        self.product, self.index = product, index
+        self.in_features, self.out_features = in_features, product.sizes[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product.part(x, self.index)
+
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
+        raise LlmqError(f"{prefix.removesuffix('.')}: the layers of this model were fused for decoding; load the folder again to save it")
+
+
+def fuse_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
+    """Fuse what reads the same input and is quantized alike, in place. Returns the names of the layers that became one, group by group."""
+    modules = quantized_modules(model)
+    fused = []
+    for names in _groups(model, modules):
+        for alike in _alike({name: modules[name] for name in names}):
+            if len(alike) > 1:
+                _fuse(model, alike)
+                fused.append(list(alike))
+    return fused
+
+
+def _groups(model: PreTrainedModel, modules: dict[str, QuantLinear]) -> list[list[str]]:
+    seen: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their identity from being reused
+    with _stand_ins(modules, seen), torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    return [names for _, names in seen]
+
+
+@contextmanager
+def _stand_ins(modules: dict[str, QuantLinear], seen: list[tuple[Tensor, list[str]]]) -> Iterator[None]:
+    def stand_in(name: str, n_rows: int) -> object:
+        def forward(x: Tensor) -> Tensor:
+            names = next((names for tensor, names in seen if tensor is x), None)
+            if names is None:
+                seen.append((x, [name]))
+            else:
+                names.append(name)
+            return x.new_zeros(*x.shape[:-1], n_rows)
+
+        return forward
+
+    for name, module in modules.items():
+        module.forward = stand_in(name, module.out_features)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+def _alike(modules: dict[str, QuantLinear]) -> list[dict[str, QuantLinear]]:
+    """Layers whose weights can lie in one: same spec, activations and biases or none, and no order or range of inputs of their own."""
+    found: dict[object, dict[str, QuantLinear]] = {}
+    for name, module in modules.items():
+        is_own = module.g_idx is not None or module.input_range is not None
+        key = (module.spec, module.activations, module.compute, module.bias is None, name if is_own else None)
+        found.setdefault(key, {})[name] = module
+    return list(found.values())
+
+
+def _fuse(model: PreTrainedModel, modules: dict[str, QuantLinear]) -> None:
+    first = next(iter(modules.values()))
+    biases = [module.bias for module in modules.values() if module.bias is not None]
+    linear = QuantLinear(stack_rows([module.qtensor() for module in modules.values()]), torch.cat(biases) if biases else None, first.activations)
+    linear.set_compute(first.compute)
+    product = SharedProduct(linear, [module.out_features for module in modules.values()])
+    for index, (name, module) in enumerate(modules.items()):
+        model.set_submodule(name, SharedPart(product, index, module.in_features))

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from llmq.errors import LlmqError
 from llmq.fakequant import straight_through
+from llmq.inference.attention import replace_sdpa
 
 KV_BITS = (8, 4)
 
@@ -46,15 +46,8 @@ def quantize_kv(model: PreTrainedModel, bits: int | None, *, before_rope: bool =
     if before_rope:
         _quantize_projections(model, bits)
         return
-    if model.config.get_text_config()._attn_implementation != "sdpa":
+    if not replace_sdpa(model, f"llmq_kv{bits}", _attention(bits)):
         raise LlmqError(f"{type(model).__name__} does not use transformers' SDPA attention, so its keys and values cannot be reached; leave out the kv part of the scheme, or quantize before RoPE")
-    name = f"llmq_kv{bits}"
-    AttentionInterface.register(name, _attention(bits))
-    AttentionMaskInterface.register(name, sdpa_mask)
-    model.config.get_text_config()._attn_implementation = name
-    for module in model.modules():
-        if hasattr(module, "config") and getattr(module.config, "_attn_implementation", None) == "sdpa":
-            module.config._attn_implementation = name
 
 
 def _quantize_projections(model: PreTrainedModel, bits: int) -> None:

@@ -17,7 +17,7 @@ from llmq_kernels.cpu_tokens import FLOATS, TILE, BF16Writer, store_line
 from llmq_kernels.emit import BF16, I16, I32, I64, Emitter, Value, vector
 
 ORDER_ARGUMENTS = ("x", "ordered", "m", "n_chunks")
-FEW_ARGUMENTS = ("codes", "scale", "shift", "x", "out", "n", "m", "n_bands", "n_blocks", "n_groups", "columns_per_group")
+FEW_ARGUMENTS = ("codes", "scale", "shift", "x", "out", "n", "m", "n_bands", "bands_per_item", "n_blocks", "n_groups", "columns_per_group")
 GEMM_ARGUMENTS = ("codes", "scale", "shift", "tiles", "out", "n", "m", "n_bands", "bands_per_item", "n_blocks", "n_groups", "columns_per_group")
 FEW = 8  # tokens that `few_kernel` takes
 TOKEN_TILES = 4  # that an expanded block is used for: 512 KB of activations at K = 4096, half of a second-level cache
@@ -136,7 +136,7 @@ def few_kernel(bits: int, group: int, asymmetric: bool, offset: int) -> str:
     """bfloat16 `out [m, n]` from packed codes and at most `FEW` tokens of `order_kernel`."""
     e = Emitter(FEW_ARGUMENTS)
     m, lines, expander = e.argument("m"), e.buffer(64 * FEW), Expander(e, bits, group, asymmetric, offset)
-    with e.share(e.argument("n_bands")) as band:
+    with e.share_bands() as band:
         for fewer, n_tokens in ((0, 1), (1, 2), (2, 4), (4, FEW)):
             with e.when(e.constant(I64, fewer).less(m)), e.when(m.less(n_tokens + 1)):
                 Few(e, expander, bits, n_tokens, lines)(band)

@@ -148,7 +148,18 @@ def avx512_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     ordered, out = torch.empty_like(x), x.new_empty(m, n)
     jit.kernel("avx512bf16", "cpu_avx512", "order_kernel")(x.data_ptr(), ordered.data_ptr(), m, layout.k_padded // 64, threads=1)
     kernel = jit.kernel("avx512bf16", "cpu_avx512", "few_kernel", *_bf16_parameters(weight))
-    kernel(*_weight_pointers(state), ordered.data_ptr(), out.data_ptr(), n, m, layout.n_bands, layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    kernel(
+        *_weight_pointers(state),
+        ordered.data_ptr(),
+        out.data_ptr(),
+        n,
+        m,
+        layout.n_bands,
+        _bands_per_item(layout.n_bands, m),
+        layout.n_blocks,
+        state["band_scale"].shape[1],
+        _columns_per_group(weight),
+    )
     return out
 
 
@@ -200,7 +211,7 @@ def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, unit:
     out = torch.empty(m, n)
     kernel = jit.kernel(form, "cpu_int8", "gemm_kernel", form, weight.code.bits, group, weight.zero is not None, int(weight.code.offset))
     activations = (x_codes.data_ptr(), x_scale.data_ptr(), x_sum.data_ptr())
-    kernel(*_weight_pointers(state), *activations, out.data_ptr(), n, m, layout.n_bands, layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    kernel(*_weight_pointers(state), *activations, out.data_ptr(), n, m, layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
     return out
 
 

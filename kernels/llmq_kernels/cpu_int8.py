@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from llmq_kernels.cpu_layout import CHUNK, Layout
 from llmq_kernels.emit import F32, I1, I8, I16, I32, I64, Emitter, Value, Variable, vector
 
-GEMM_ARGUMENTS = ("codes", "scale", "shift", "x", "x_scale", "x_sum", "out", "n", "m", "n_bands", "n_blocks", "n_groups", "columns_per_group")
+GEMM_ARGUMENTS = ("codes", "scale", "shift", "x", "x_scale", "x_sum", "out", "n", "m", "n_bands", "bands_per_item", "n_blocks", "n_groups", "columns_per_group")
 QUANTIZE_ARGUMENTS = ("x", "codes", "scale", "sum", "m", "k", "span")
 BLOCKING = {"avx512vnni": ((16, 1), (4, 4)), "avxvnni": ((4, 1), (4, 2)), "avx2": ((4, 1), (4, 2))}  # rows x tokens in registers, for one token and for more
 AHEAD = 4096  # bytes of codes to fetch ahead of their use
@@ -224,7 +224,7 @@ def gemm_kernel(form: str, bits: int, group: int, asymmetric: bool, offset: int)
     m, kind = e.argument("m"), Block if group else WholeBlock
     one, many = (kind(e, form, bits, group, asymmetric, offset, rows, tokens) for rows, tokens in BLOCKING[form])
     whole = m // many.n_tokens * many.n_tokens
-    with e.share(e.argument("n_bands")) as band:
+    with e.share_bands() as band:
         with e.loop(0, whole, many.n_tokens) as token, e.loop(0, 16, many.n_rows) as row:
             many(band, row, token)
         with e.loop(whole, m) as token, e.loop(0, 16, one.n_rows) as row:

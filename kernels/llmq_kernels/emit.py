@@ -165,6 +165,10 @@ class Emitter:
         """An argument as int64."""
         return self.load(I64, self.array, 8 * self.arguments.index(name), align=8)
 
+    def number(self, name: str) -> Value:
+        """An argument as float32, whose bits are the lower half of its entry (`float_bits`)."""
+        return self.load(F32, self.array, 8 * self.arguments.index(name), align=8)
+
     def pointer(self, name: str) -> Value:
         """An argument as an address."""
         return Value(self, self.builder.inttoptr(self.argument(name).raw, POINTER))
@@ -257,6 +261,13 @@ class Emitter:
         yield i
         self.builder.branch(blocks[0])
         self.builder.position_at_end(blocks[2])
+
+    @contextmanager
+    def share_bands(self) -> Iterator[Value]:
+        """The bands of a weight, `bands_per_item` consecutive ones at a time: what a thread fetches ahead of its use is then its own, not the next thread's."""
+        n_bands, per_item = self.argument("n_bands"), self.argument("bands_per_item")
+        with self.share((n_bands + per_item - 1) // per_item) as item, self.loop(item * per_item, self.minimum(item * per_item + per_item, n_bands)) as band:
+            yield band
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:

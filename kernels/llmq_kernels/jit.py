@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import os
 import platform
+import struct
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -175,6 +176,11 @@ def _python_threads(n: int) -> ThreadPoolExecutor:
 def threads_of() -> str:
     """Whose threads run the kernels."""
     return "torch's OpenMP pool" if _gomp_parallel() else "Python threads"
+
+
+def float_bits(value: float) -> int:
+    """A number as an argument that a kernel reads with `Emitter.number`."""
+    return int.from_bytes(struct.pack("<f", value), "little")
 
 
 @cache

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmq.inference.attention import use_decode_attention
 from llmq.inference.cache import in_place_cache
 from llmq.inference.fuse import fuse_shared_inputs
 from llmq.inference.head import quantize_head
 
 
 def prepare_decoding(model: PreTrainedModel, *, head_bits: int | None = None) -> PreTrainedModel:
-    """Make `model` decode faster, in place: on a CPU quantized layers that read the same input are fused. head_bits: 8 or 4 to quantize the output head and the embeddings, too."""
+    """Make `model` decode faster, in place: on a CPU quantized layers that read the same input are fused and attention has a kernel for
+    the one new token. head_bits: 8 or 4 to quantize the output head and the embeddings, too."""
     quantize_head(model, head_bits)
     if model.device.type == "cpu":
         fuse_shared_inputs(model)
+        use_decode_attention(model)
     return model
 
 

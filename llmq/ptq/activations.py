@@ -63,8 +63,8 @@ class ActivationFile:
     @contextmanager
     def appender(self, *, durable: bool = True) -> Iterator[Callable[[Tensor], None]]:
         """A function that appends a batch. The file appears under its name, and if durable safely on disk, only when the block of code ends without an error."""
-        partial = self.path.with_suffix(".tmp")
-        with partial.open("wb", buffering=0) as file:
+        partial = self._partial
+        with partial.open("r+b" if partial.exists() else "wb", buffering=0) as file:
 
             def append(batch: Tensor) -> None:
                 buffer = _bytes_of(batch.to("cpu", self.dtype).contiguous())
@@ -73,9 +73,19 @@ class ActivationFile:
                     n_written += file.write(buffer[n_written:])
 
             yield append
+            file.truncate()
             if durable:
                 os.fsync(file.fileno())
         partial.replace(self.path)
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_suffix(".tmp")
+
+    def recycle(self, successor: ActivationFile | None = None) -> None:
+        """Give the file up, but not its pages: the next one of this name, or the successor, is written over them, which takes half the time of new ones."""
+        if self.path.exists():
+            self.path.replace((successor or self)._partial)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -209,7 +209,7 @@ class Engine:
         self.seal(report)
         if self.tokens is not None:
             for stream in self.streams:
-                self.inputs_of(index, stream).path.unlink(missing_ok=True)
+                self.inputs_of(index, stream).recycle(self.inputs_of(index + 2, stream))
         self.on_block(report)
 
     def _read_block(self, name: str) -> dict[str, Tensor]:
@@ -249,7 +249,7 @@ class Engine:
         """The file of a layer's inputs in the full-precision model. Kept as bfloat16: what counts is their mean difference from the quantized model's over all tokens."""
         assert self.tokens is not None
         width = linear_weight(block.get_submodule(layer)).shape[1]
-        return ActivationFile(self.work_dir / f"exact-{index:05d}-{layer}.bf16", self.tokens.shape[1], width, torch.bfloat16)
+        return ActivationFile(self.work_dir / f"exact-{layer}.bf16", self.tokens.shape[1], width, torch.bfloat16)
 
     def _solve_block(
         self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec], groups: list[list[str]], parts: SolvedParts | None
@@ -320,7 +320,7 @@ class Engine:
                 stats.add(x, None if exact is None else exact.to(self.device))
                 keep(x)
         stats.finish()
-        exact_file.path.unlink(missing_ok=True)
+        exact_file.recycle()
         return stats
 
     def _verify(self, index: int, block: nn.Module, name: str, read_back: dict[str, QuantizedTensor], quantized: dict[str, QuantizedTensor], first_output: Tensor | None) -> None:

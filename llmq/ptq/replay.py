@@ -93,6 +93,6 @@ class SolvedParts:
         return forward
 
     def discard(self) -> None:
-        """Remove the files."""
+        """Give the files up."""
         for tail in self.tails.values():
-            self._file(tail.layer).path.unlink(missing_ok=True)
+            self._file(tail.layer).recycle()

@@ -93,6 +93,7 @@ def measure(name: str, threads: int, n_new: int) -> dict[str, float]:
     import transformers  # noqa: F401
 
     import llmq.inference.decoding  # noqa: F401
+    import llmq_kernels.emit  # noqa: F401  loads LLVM, a library like the others
     from llmq.inference.cache import cache_bytes, in_place_cache
     from llmq.ptq.memory import release_freed_memory
 

@@ -29,7 +29,7 @@ from llmq.ptq.activations import ActivationFile
 from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.layers import LayerReport, by_spec, n_rows, report_layer, solve, split
-from llmq.ptq.memory import release_freed_memory
+from llmq.ptq.memory import map_large_tensors, release_freed_memory
 from llmq.ptq.ranges import RangeObserver
 from llmq.ptq.replay import SolvedParts
 from llmq.ptq.solver import SolverResult
@@ -103,6 +103,7 @@ class Engine:
     def run(self, first_block: int = 0) -> None:
         """Quantize all blocks from `first_block` on; the inputs of that block must lie in `work_dir` unless it is block 0."""
         torch.backends.cuda.matmul.allow_tf32 = False
+        map_large_tensors()
         if self.tokens is not None and first_block < len(self.blocks):
             self._record_calls(first_block)
         for index in range(first_block, len(self.blocks)):
@@ -201,6 +202,7 @@ class Engine:
             error = float((first_output - exact_output).square().sum() / exact_output.square().sum())
 
         quantized = {f"{name}.{layer}": result.tensor for layer, result in results.items()}
+        release_freed_memory()
         report = BlockReport(index, layer_reports, time.monotonic() - started, error)
         if tuning is not None:
             report = replace(report, start_error=tuning.start_error, tuned_error=tuning.error, n_skipped_steps=tuning.n_skipped)

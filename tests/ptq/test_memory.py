@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmq.ptq.memory import release_freed_memory
+from llmq.ptq.memory import LARGE, map_large_tensors, release_freed_memory
 
 
 def resident_mb() -> float:
@@ -24,3 +24,16 @@ def test_holes_are_returned():
     release_freed_memory()
     assert resident_mb() < before - 100
     assert all(float(tensor.sum()) == 100_000 for tensor in kept)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_large_tensors_leave_no_holes():
+    if not map_large_tensors():
+        pytest.skip("the C library is not glibc, which has nothing to call")
+    before = resident_mb()
+    tensors = [torch.ones(LARGE // 4 + 1000) for _ in range(20)]
+    kept = tensors[10]
+    assert resident_mb() > before + 150
+    del tensors
+    assert resident_mb() < before + 30, "all but one are gone at once"
+    assert float(kept[-1]) == 1

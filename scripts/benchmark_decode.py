@@ -101,7 +101,7 @@ def measure(name: str, threads: int, n_new: int) -> dict[str, float]:
     before = resident()
     compute, head_bits = ENGINES[name] or (None, None)
     model = build(compute, head_bits)
-    prompt = torch.arange(PROMPT)[None] * 7 % 31000 + 3
+    prompt = torch.arange(PROMPT)[None] * 7 % (SHAPE["vocab_size"] - 3) + 3
     cache: Any = None
     with torch.inference_mode():
         for _ in range(2):  # the first lays weights out and compiles

@@ -24,6 +24,7 @@ AMX_TOKENS = 6  # from here on INT8 activations go to the tile unit; measured at
 AMX_TOKENS_WHOLE = 3  # the same where rows and tokens have one scale each
 AVX512_TOKENS = 11  # the same for tiles on the vector unit, measured on a Zen 4
 AVX512_TOKENS_WHOLE = 96
+WHOLE_COLUMNS = 65536  # 255 * 127 * 65536 is just below 2^31
 TILE_KERNELS = {"amx": ("amx", "cpu_amx_int8"), "avx512": ("avx512vnni", "cpu_avx512_int8")}
 AVX512_FEW = 8  # tokens that are multiplied one by one without a tile unit; as many as the kernel takes
 INT8_FORMS = ("avx512vnni", "avxvnni", "avx2")
@@ -225,8 +226,8 @@ def _int8_unit(m: int, group: int, is_whole: bool) -> str:
 
 
 def _is_whole(weight: PackedWeight) -> bool:
-    """One scale on both sides: all of K is one group."""
-    return weight.activations == "int8-token" and weight.scale.shape[1] == 1
+    """One scale on both sides: all of K is one group, whose integer sum has to fit 32 bits."""
+    return weight.activations == "int8-token" and weight.scale.shape[1] == 1 and weight.shape[1] <= WHOLE_COLUMNS
 
 
 def _tile_product(x_codes: Tensor, x_scale: Tensor, x_sum: Tensor, weight: PackedWeight, state: State, layout: Layout, group: int, form: str, module: str) -> Tensor:

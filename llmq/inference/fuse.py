@@ -69,6 +69,8 @@ def fuse_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
 
 
 def _groups(model: PreTrainedModel, modules: dict[str, QuantLinear]) -> list[list[str]]:
+    if not modules:
+        return []
     seen: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their identity from being reused
     with _stand_ins(modules, seen), torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)

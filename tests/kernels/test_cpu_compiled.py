@@ -161,6 +161,16 @@ def test_bias_and_leading_dimensions():
     assert relative_error(out, expected) < 2 * 2.0**-8
 
 
+def test_sums_of_very_long_rows_do_not_overflow():
+    if reason := jit.missing() or compiled.int8_machine_refusal():
+        pytest.skip(reason)
+    k = 2 * compiled.WHOLE_COLUMNS
+    weight = make_weight("int8", -1, 4, k, activations="int8-token")
+    weight = dataclasses.replace(weight, packed=pack(torch.full((4, k), 255, dtype=torch.uint8), 8))
+    out = compiled.int8_product(torch.ones(1, k), weight, compiled.prepare(weight, torch.float32), compiled.int8_form())
+    assert relative_error(out, torch.ones(1, k).double() @ weight.dequantize().double().T) < 1e-4
+
+
 # --- who is asked -----------------------------------------------------------------------------------------------------------
 
 

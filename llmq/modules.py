@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from llmq.spec import ActSpec, QuantSpec
 from llmq_kernels.compute import at_run_time, default_mode
 from llmq_kernels.dispatch import PreparedWeight
 from llmq_kernels.weight import PackedWeight
+
+_KEYS = itertools.count()
+_MODULES: WeakValueDictionary[str, QuantLinear] = WeakValueDictionary()  # those alive, for `_prepare_in_trace`
 
 
 class QuantLinear(nn.Module):
@@ -49,6 +54,15 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self._prepared: PreparedWeight | None = None
         self._forget()
+        self._register()
+
+    def _register(self) -> None:
+        self._key = str(next(_KEYS))
+        _MODULES[self._key] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy is a module of its own
 
     def qtensor(self) -> QuantizedTensor:
         """The weight in canonical form."""
@@ -94,7 +108,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             if self._ready_dtype != x.dtype or self._ready_device != x.device:
-                _prepare_in_trace(self, x.dtype, x.device)
+                _prepare_in_trace(self._key, x.dtype, x.device)
             return torch.ops.llmq.linear(x, [getattr(self, name) for name in self._prepared_names], self._layout, self.bias)
         prepared = self._prepared
         if prepared is None or prepared.dtype != x.dtype or prepared.device != x.device:
@@ -128,9 +142,10 @@ class QuantLinear(nn.Module):
 
 
 @torch.compiler.assume_constant_result
-def _prepare_in_trace(module: QuantLinear, dtype: torch.dtype, device: torch.device) -> None:
-    """Prepare a module while Dynamo traces it, and have the trace start over with the module as it is then: what was traced so far stands on guards that no longer hold."""
-    module.prepare(dtype, device)
+def _prepare_in_trace(key: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Prepare a module while Dynamo traces it, and have the trace start over with the module as it is then: what was traced so far stands on guards that no longer hold. By key, since not every
+    version of torch takes a module for a constant."""
+    _MODULES[key].prepare(dtype, device)
     restart = getattr(torch._dynamo.exc, "UnspecializeRestartAnalysis", None)
     if restart is None:
         raise LlmqError("this version of torch cannot prepare a quantized weight while it traces; call llmq.modules.prepare(model, dtype) before torch.compile")

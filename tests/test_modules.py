@@ -1,5 +1,6 @@
 """QuantLinear under compilers, autograd and changes of dtype: one operator, whichever backend is behind it."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -136,3 +137,14 @@ def test_without_triton_everything_imports_and_says_why():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["Triton is not installed (pip install llmq[triton])", "torch.Size([2, 64])"]
+
+
+def test_a_copy_is_prepared_by_itself_in_a_trace():
+    """Modules are known to the compiler by a key, which a copy must not share."""
+    original = layer()
+    copied = copy.deepcopy(original)
+    x = torch.randn(2, 128).bfloat16()
+    with torch.no_grad():
+        compiled = torch.compile(copied, fullgraph=True, backend="eager")(x)
+        assert original.backend is None
+        assert torch.equal(compiled, original(x))

@@ -89,8 +89,9 @@ def weight_bytes(model: Any) -> int:
 
 def measure(name: str, threads: int, n_new: int) -> dict[str, float]:
     """One engine in this process."""
+    import accelerate  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
 
     import llmq.inference.decoding  # noqa: F401
     import llmq_kernels.emit  # noqa: F401  loads LLVM, a library like the others

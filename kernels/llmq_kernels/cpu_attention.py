@@ -9,14 +9,8 @@ A word of 32 bits holds two neighbouring columns; as float32, one is the word sh
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
-
-from llmq_kernels import jit
-from llmq_kernels.emit import F32, I32, Emitter, Value, vector
+from llmq_kernels.cpu_math import FLOATS, WORDS, exp2, halves, joined
+from llmq_kernels.emit import F32, I64, Emitter, Value
 
 ARGUMENTS = (
     "query",
@@ -28,8 +22,8 @@ ARGUMENTS = (
     "n_items",
     "n_kv_heads",
     "n_shared",
-    "n_tokens",
-    "n_padded",
+    "length",
+    "row_length",
     "key_batch",
     "key_head",
     "key_token",
@@ -37,42 +31,20 @@ ARGUMENTS = (
     "value_head",
     "value_token",
 )
-FLOATS, WORDS = vector(F32, 16), vector(I32, 16)
 LEAST = -3e38  # a score that weighs nothing
-# 2^f for f in [-0.5, 0.5] to 1e-7: ln(2)^n / n!
-EXP2 = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
-
-
-def halves(words: Value) -> tuple[Value, Value]:
-    """Even and odd columns of 16 words as float32."""
-    return (words << 16).cast(FLOATS), (words & 0xFFFF0000).cast(FLOATS)
-
-
-def exp2(e: Emitter, y: Value) -> Value:
-    """2^y for y <= 0; 2^-126 below."""
-    y = e.call("llvm.maxnum.v16f32", FLOATS, y, e.constant(FLOATS, -126.0))
-    whole = e.call("llvm.rint.v16f32", FLOATS, y)
-    fraction, power = y - whole, e.constant(FLOATS, EXP2[0])
-    for coefficient in EXP2[1:]:
-        power = e.fma(power, fraction, e.constant(FLOATS, coefficient))
-    return power * ((whole.to("fptosi", WORDS) + 127) << 23).cast(FLOATS)
-
-
-def _rounded(values: Value) -> Value:
-    """The upper halves of words: float32 rounded to bfloat16, ties to even."""
-    bits = values.cast(WORDS)
-    return bits + ((bits >> 16) & 1) + 0x7FFF
 
 
 def decode_kernel(head_dim: int) -> str:
-    """bfloat16 `out [batch, heads, D]` from queries of the same shape and keys and values with strides in bytes. scaling: of the scores, over ln(2). scores: float32 `[n_items, n_padded]`, scratch."""
+    """bfloat16 `out [batch, heads, D]` from queries of the same shape and keys and values with strides in bytes. scaling: of the scores, over ln(2).
+    length: where the number of tokens is, so that a recorded call can see more of them. scores: float32 `[n_items, row_length]`, scratch; rows a multiple of 16."""
     e = Emitter(ARGUMENTS)
-    parts, n_shared, n_tokens, n_padded = range(head_dim // 32), e.argument("n_shared"), e.argument("n_tokens"), e.argument("n_padded")
-    n_kv_heads = e.argument("n_kv_heads")
+    parts, n_shared, n_kv_heads = range(head_dim // 32), e.argument("n_shared"), e.argument("n_kv_heads")
+    n_tokens = e.load(I64, e.pointer("length"))
+    n_padded = (n_tokens + 15) // 16 * 16
     with e.share(e.argument("n_items")) as item:
         batch, head = item // n_kv_heads, item - item // n_kv_heads * n_kv_heads
         keys, values = (e.at(e.pointer(name), batch * e.argument(f"{name}_batch") + head * e.argument(f"{name}_head")) for name in ("key", "value"))
-        scores = e.at(e.pointer("scores"), item * n_padded * 4)
+        scores = e.at(e.pointer("scores"), item * e.argument("row_length") * 4)
         with e.loop(0, n_shared) as shared:
             place = (item * n_shared + shared) * (2 * head_dim)
             scaling = e.splat(e.number("scaling"), 16)
@@ -94,8 +66,8 @@ def decode_kernel(head_dim: int) -> str:
                     sum_.set(e.fma(weight, column, sum_.get()))
             scale = e.splat(e.constant(F32, 1.0) / norm, 16)
             for part in parts:
-                even, odd = (_rounded(sum_.get() * scale) for sum_ in sums[2 * part : 2 * part + 2])
-                e.store((even >> 16) | (odd & 0xFFFF0000), e.pointer("out"), place + 64 * part)
+                even, odd = (sum_.get() * scale for sum_ in sums[2 * part : 2 * part + 2])
+                e.store(joined(even, odd), e.pointer("out"), place + 64 * part)
     return e.finish()
 
 
@@ -110,35 +82,3 @@ def _softmax(e: Emitter, scores: Value, n_padded: Value) -> Value:
         e.store(weights, scores, token * 4)
         total.set(total.get() + weights)
     return e.reduce_add(total.get())
-
-
-# --- for torch ------------------------------------------------------------------------------------------------------------
-
-
-def form() -> str | None:
-    """The form of the kernel that this CPU runs, or None."""
-    return next((name for name in ("avx512vnni", "avx2") if jit.supports(name)), None)
-
-
-def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why the kernel cannot take bfloat16 query `[B, H, 1, D]`, key and value `[B, H_kv, T, D]`, or None."""
-    if any(tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" for tensor in (query, key, value)):
-        return "it takes bfloat16 tensors on the CPU only"
-    if query.shape[2] != 1 or query.shape[3] % 32 or value.shape[3] != query.shape[3] or key.shape[2] == 0:
-        return f"it takes one query token and heads of a multiple of 32 columns only, not {list(query.shape)}"
-    if key.stride(3) != 1 or value.stride(3) != 1:
-        return "it takes keys and values whose columns lie side by side only"
-    return jit.missing() or (None if form() else "this CPU has no AVX2")
-
-
-def decode(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """`softmax(query @ key.T * scaling) @ value` as bfloat16 `[B, H, 1, D]`, for what `refusal` has no objection to."""
-    (batch, n_heads, _, head_dim), (n_kv_heads, n_tokens) = query.shape, key.shape[1:3]
-    query, n_padded = query.contiguous(), -(-n_tokens // 16) * 16
-    out = torch.empty_like(query)
-    scores = torch.empty(batch * n_kv_heads, n_padded)
-    strides = [2 * tensor.stride(dim) for tensor in (key, value) for dim in range(3)]
-    kernel: Callable[..., None] = jit.kernel(str(form()), "cpu_attention", "decode_kernel", head_dim)
-    pointers = [tensor.data_ptr() for tensor in (query, key, value, out, scores)]
-    kernel(*pointers, jit.float_bits(scaling / math.log(2)), batch * n_kv_heads, n_kv_heads, n_heads // n_kv_heads, n_tokens, n_padded, *strides)
-    return out

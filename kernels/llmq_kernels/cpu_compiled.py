@@ -7,6 +7,7 @@ speed of int4pack for one token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from llmq_kernels import cpu, jit
 from llmq_kernels.cpu_layout import BAND, Layout, arrange, arrange_scale, restore_codes
+from llmq_kernels.decoding import add_bias
 from llmq_kernels.packing import pack, unpack
 from llmq_kernels.reference import activation_group
 from llmq_kernels.weight import PackedWeight
@@ -195,25 +197,26 @@ def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     """`x @ W.T` for x `[M, K]`, quantized on the way; sums are exact within groups and float32 between them."""
     form = int8_form()
     assert form is not None
-    return int8_product(x, weight, state, form).to(x.dtype)
+    return int8_product(x, weight, state, form, dtype=x.dtype)
 
 
-def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, unit: str | None = None) -> Tensor:
-    """float32 `[M, N]` by the kernels of one form. unit: "rows" for those that take rows and tokens one by one, "avx512" or "amx" for those that take tiles of 16; by default what is fastest here."""
+def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, unit: str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`[M, N]` by the kernels of one form. unit: "rows" for those that take rows and tokens one by one, "avx512" or "amx" for those that take tiles of 16; by default what is fastest here."""
     (n, k), m = weight.shape, x.shape[0]
     layout = Layout(weight.code.bits, n, k)
     group = activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else k)
-    x_codes, x_scale, x_sum = quantize(_padded(x.float(), layout.k_padded), group, weight.activations == "int8-token", form)
     unit = unit or _int8_unit(m, group, _is_whole(weight))
-    if _is_whole(weight):
-        group, x_scale, x_sum = 0, x_scale[:, :1].contiguous(), x_sum.sum(1, keepdim=True)
+    per_token = layout.k_padded if weight.activations == "int8-token" else group
+    x_codes, x_scale, x_sum = quantize(_padded(x, layout.k_padded), layout.k_padded if _is_whole(weight) else group, per_token, form)
+    group = 0 if _is_whole(weight) else group
     if unit != "rows":
-        return _tile_product(x_codes, x_scale, x_sum, weight, state, layout, group, *TILE_KERNELS[unit])
-    out = torch.empty(m, n)
-    kernel = jit.kernel(form, "cpu_int8", "gemm_kernel", form, weight.code.bits, group, weight.zero is not None, int(weight.code.offset))
+        return _tile_product(x_codes, x_scale, x_sum, weight, state, layout, group, *TILE_KERNELS[unit]).to(dtype)
+    is_bf16 = dtype == torch.bfloat16
+    out = torch.empty(m, n, dtype=dtype if is_bf16 else torch.float32)
+    kernel = jit.kernel(form, "cpu_int8", "gemm_kernel", form, weight.code.bits, group, weight.zero is not None, int(weight.code.offset), is_bf16)
     activations = (x_codes.data_ptr(), x_scale.data_ptr(), x_sum.data_ptr())
     kernel(*_weight_pointers(state), *activations, out.data_ptr(), n, m, layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
-    return out
+    return out.to(dtype)
 
 
 def _int8_unit(m: int, group: int, is_whole: bool) -> str:
@@ -248,10 +251,25 @@ def _by_token_tile(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, 0, 0, -m % 16)).view(-1, 16, n_groups).transpose(1, 2).contiguous()
 
 
-def quantize(x: Tensor, group: int, per_token: bool, form: str) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes of float32 x `[M, K]`, and per group of columns a scale and the sum of the codes, `[M, K / group]`."""
+def quantize(x: Tensor, group: int, span: int, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 codes of x `[M, K]`, and per group of columns a scale and the sum of the codes, `[M, K / group]`. span: columns that share a scale, a multiple of the group."""
     m, k = x.shape
+    x = x if x.dtype == torch.bfloat16 else x.float()
     codes, scale, total = torch.empty(m, k, dtype=torch.int8), torch.empty(m, k // group), torch.empty(m, k // group)
-    kernel = jit.kernel(form, "cpu_int8", "quantize_kernel", group)
-    kernel(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), total.data_ptr(), m, k, k if per_token else group, threads=1 if m == 1 else None)
+    kernel = jit.kernel(form, "cpu_int8", "quantize_kernel", x.dtype == torch.bfloat16)
+    kernel(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), total.data_ptr(), m, k, span, group, threads=1 if m == 1 else None)
     return codes, scale, total
+
+
+# --- biases -----------------------------------------------------------------------------------------------------------------
+
+
+def with_bias(linear: Callable[[Tensor, PackedWeight, State], Tensor]) -> Callable[[Tensor, PackedWeight, State, Tensor], Tensor]:
+    """A product with the bias added in place."""
+
+    def bias_linear(x: Tensor, weight: PackedWeight, state: State, bias: Tensor) -> Tensor:
+        out = linear(x, weight, state)
+        add_bias(out, bias)
+        return out
+
+    return bias_linear

@@ -15,32 +15,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmq_kernels.cpu_layout import CHUNK, Layout
+from llmq_kernels.cpu_math import load_bf16, rounded
 from llmq_kernels.emit import F32, I1, I8, I16, I32, I64, Emitter, Value, Variable, vector
 
 GEMM_ARGUMENTS = ("codes", "scale", "shift", "x", "x_scale", "x_sum", "out", "n", "m", "n_bands", "bands_per_item", "n_blocks", "n_groups", "columns_per_group")
-QUANTIZE_ARGUMENTS = ("x", "codes", "scale", "sum", "m", "k", "span")
+QUANTIZE_ARGUMENTS = ("x", "codes", "scale", "sum", "m", "k", "span", "group")
 BLOCKING = {"avx512vnni": ((16, 1), (4, 4)), "avxvnni": ((4, 1), (4, 2)), "avx2": ((4, 1), (4, 2))}  # rows x tokens in registers, for one token and for more
 AHEAD = 4096  # bytes of codes to fetch ahead of their use
 
 
-def quantize_kernel(group: int) -> str:
-    """float32 x `[m, k]` to int8 codes, and per group of `group` columns a float32 scale and the sum of the codes. One scale serves `span` columns, a multiple of the group: the group itself, or
-    all of k. `reference.quantize_groups` in machine code: absmax / 127, at least 1e-8, a true division, ties to even."""
+def quantize_kernel(is_bf16: bool) -> str:
+    """float32 or bfloat16 x `[m, k]` to int8 codes, and per group of `group` columns a float32 scale and the sum of the codes. One scale serves `span` columns, a multiple of the group: the group
+    itself, or all of k. `reference.quantize_groups` in machine code: absmax / 127, at least 1e-8, a true division, ties to even."""
     e = Emitter(QUANTIZE_ARGUMENTS)
     floats, ints, sign = vector(F32, 16), vector(I32, 16), e.constant(vector(I32, 16), 0x7FFFFFFF)
-    k, span = e.argument("k"), e.argument("span")
+    k, span, group = e.argument("k"), e.argument("span"), e.argument("group")
+
+    def load(column: Value) -> Value:
+        return load_bf16(e, e.pointer("x"), column * 2) if is_bf16 else e.load(floats, e.pointer("x"), column * 4)
+
     with e.share(e.argument("m")) as token, e.loop(0, k // span) as s:
         first = token * k + s * span
         largest = e.variable(e.constant(floats, 0.0))
         with e.loop(0, span, 16) as i:
-            magnitude = (e.load(ints, e.pointer("x"), (first + i) * 4) & sign).cast(floats)
+            magnitude = (load(first + i).cast(ints) & sign).cast(floats)
             largest.set(e.call("llvm.maxnum.v16f32", floats, largest.get(), magnitude))
         scale = e.call("llvm.maxnum.f32", F32, e.call("llvm.vector.reduce.fmax.v16f32", F32, largest.get()) / 127.0, e.constant(F32, 1e-8))
         with e.loop(0, span // group) as g:
             total, place = e.variable(e.constant(ints, 0)), (first // group + g) * 4
-            for offset in range(0, group, 16):
+            with e.loop(0, group, 16) as offset:
                 column = first + g * group + offset
-                codes = e.call("llvm.rint.v16f32", floats, e.load(floats, e.pointer("x"), column * 4) / e.splat(scale, 16)).to("fptosi", ints)
+                codes = e.call("llvm.rint.v16f32", floats, load(column) / e.splat(scale, 16)).to("fptosi", ints)
                 e.store(codes.to("trunc", vector(I8, 16)), e.pointer("codes"), column)
                 total.set(total.get() + codes)
             e.store(scale, e.pointer("scale"), place)
@@ -115,8 +120,8 @@ class Rows:
 class Block:
     """The sums of `n_rows` rows and `n_tokens` tokens over all of K, in registers. group: columns that share scales on both sides."""
 
-    def __init__(self, e: Emitter, form: str, bits: int, group: int, asymmetric: bool, offset: int, n_rows: int, n_tokens: int) -> None:
-        self.e, self.asymmetric, self.offset, self.n_rows, self.n_tokens = e, asymmetric, offset, n_rows, n_tokens
+    def __init__(self, e: Emitter, form: str, bits: int, group: int, asymmetric: bool, offset: int, to_bf16: bool, n_rows: int, n_tokens: int) -> None:
+        self.e, self.asymmetric, self.offset, self.to_bf16, self.n_rows, self.n_tokens = e, asymmetric, offset, to_bf16, n_rows, n_tokens
         self.layout = Layout(bits, 1, 1)
         self.span = min(group or CHUNK * 2, self.layout.columns)  # columns that are multiplied in one go
         self.width = 64 if form == "avx512vnni" and self.span >= 64 else 32
@@ -196,8 +201,12 @@ class Block:
             for r in range(self.n_rows):
                 row = band * 16 + first_row + r
                 total = totals[r][t] + e.load(F32, self.factors, 64 * t + 4 * r, align=4)
+                place = (first_token + t) * n + row
                 with e.when(row.less(n)):
-                    e.store(total, e.pointer("out"), ((first_token + t) * n + row) * 4)
+                    if self.to_bf16:
+                        e.store((rounded(total) >> 16).to("trunc", I16), e.pointer("out"), place * 2)
+                    else:
+                        e.store(total, e.pointer("out"), place * 4)
 
 
 class WholeBlock(Block):
@@ -217,12 +226,12 @@ class WholeBlock(Block):
         self._write(band, first_row, first_token, totals, corrections)
 
 
-def gemm_kernel(form: str, bits: int, group: int, asymmetric: bool, offset: int) -> str:
-    """float32 `out [m, n]` from packed codes and what `quantize_kernel` made. group: 32, 64 or 128, the group of the activations, or 0 for all of K on both sides, with one x_scale and x_sum per
-    token; `columns_per_group`, a multiple of it, is that of the weight."""
+def gemm_kernel(form: str, bits: int, group: int, asymmetric: bool, offset: int, to_bf16: bool) -> str:
+    """float32 or bfloat16 `out [m, n]` from packed codes and what `quantize_kernel` made. group: 32, 64 or 128, the group of the activations, or 0 for all of K on both sides, with one x_scale and
+    x_sum per token; `columns_per_group`, a multiple of it, is that of the weight."""
     e = Emitter(GEMM_ARGUMENTS)
     m, kind = e.argument("m"), Block if group else WholeBlock
-    one, many = (kind(e, form, bits, group, asymmetric, offset, rows, tokens) for rows, tokens in BLOCKING[form])
+    one, many = (kind(e, form, bits, group, asymmetric, offset, to_bf16, rows, tokens) for rows, tokens in BLOCKING[form])
     whole = m // many.n_tokens * many.n_tokens
     with e.share_bands() as band:
         with e.loop(0, whole, many.n_tokens) as token, e.loop(0, 16, many.n_rows) as row:

@@ -18,13 +18,12 @@ import struct
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-
-Kernel = Callable[..., None]
 
 # x86 levels that kernels are written for. The features are what LLVM may use in the compiled code.
 AVX2 = "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt"
@@ -183,23 +182,47 @@ def float_bits(value: float) -> int:
     return int.from_bytes(struct.pack("<f", value), "little")
 
 
-@cache
-def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
-    """The kernel whose text `llmq_kernels.module.function(*parameters)` writes, as a function of its int64 arguments (without the counter). threads: as many as torch has, or a number."""
-    if not supports(form):
-        raise RuntimeError(f"kernel {module}.{function}: this CPU or system cannot run its {form} form; ask jit.supports first")
-    address = _load(_object_code(form, module, function, parameters), "kernel")
-    single = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-    parallel = _gomp_parallel()
+# Where the calls of this thread or task are noted instead of made; `recording.Recording` sets it.
+RECORDED: ContextVar[list[Callable[[], None]] | None] = ContextVar("recorded", default=None)
 
-    def run(*arguments: int, threads: int | None = None) -> None:
+
+class Kernel:
+    """Machine code as a function of its int64 arguments (without the counter)."""
+
+    def __init__(self, address: int) -> None:
+        self._address, self._single, self._parallel = address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address), _gomp_parallel()
+
+    def __call__(self, *arguments: int, threads: int | None = None) -> None:
+        """threads: as many as torch has, or a number."""
         array = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
         n_threads = threads or torch.get_num_threads()
-        if n_threads == 1:
-            single(array)
-        elif parallel is not None:
-            parallel(address, array, n_threads, 0)
+        calls = RECORDED.get()
+        if calls is None:
+            self._start(array, n_threads)
         else:
-            list(_python_threads(n_threads).map(single, [array] * n_threads))
+            calls.append(self._again(array, n_threads))
 
-    return run
+    def _start(self, array: ctypes.Array[ctypes.c_int64], n_threads: int) -> None:
+        if n_threads == 1:
+            self._single(array)
+        elif self._parallel is not None:
+            self._parallel(self._address, array, n_threads, 0)
+        else:
+            list(_python_threads(n_threads).map(self._single, [array] * n_threads))
+
+    def _again(self, array: ctypes.Array[ctypes.c_int64], n_threads: int) -> Callable[[], None]:
+        """The same call with its counter set back, whenever it is made."""
+
+        def call() -> None:
+            array[0] = 0
+            self._start(array, n_threads)
+
+        return call
+
+
+@cache
+def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
+    """The kernel whose text `llmq_kernels.module.function(*parameters)` writes."""
+    if not supports(form):
+        raise RuntimeError(f"kernel {module}.{function}: this CPU or system cannot run its {form} form; ask jit.supports first")
+    return Kernel(_load(_object_code(form, module, function, parameters), "kernel"))

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.errors import LlmqError
     from llmq.formats.load import load
     from llmq.inference.decoding import generate, prepare_decoding
+    from llmq.inference.step import report
     from llmq.models.load import load_tokenizer, resolve
     from llmq.modules import backends_in_use
 
@@ -63,5 +64,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "tokens_per_second": rate,
         "weight_gb_per_second": rate * weight_bytes / 1e9,
         "backends": backends_in_use(model),
+        "recorded_steps": report(model),
     }
     return result, ""

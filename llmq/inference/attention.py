@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from llmq_kernels import cpu_attention
+from llmq_kernels import decoding
 
 NAME = "llmq_decode"
 _UNUSUAL = ("softcap", "s_aux", "sinks", "position_bias")  # what some families add to attention and the kernel does not have
@@ -19,9 +19,9 @@ _UNUSUAL = ("softcap", "s_aux", "sinks", "position_bias")  # what some families 
 def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any) -> Any:
     """Query `[B, H, M, D]`, key and value `[B, H_kv, T, D]` to `[B, M, H, D]`, as transformers' attention functions do."""
     is_plain = attention_mask is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not any(kwargs.get(name) is not None for name in _UNUSUAL)
-    if not is_plain or cpu_attention.refusal(query, key, value) is not None:
+    if not is_plain or decoding.attention_refusal(query, key, value) is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    out = cpu_attention.decode(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    out = decoding.attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2), None
 
 

@@ -21,37 +21,54 @@ class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
-        self._buffers: list[Tensor] = []
+        self.buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        length = self.get_seq_length()
+        n_new = key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = length + key_states.shape[-2]
-        if not self._in_place(end, len(key_states)):
-            self._move(key_states, value_states, length, end)
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, length:end] = new
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        self._make_room(key_states, value_states, n_new)
+        length = self.get_seq_length()
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, length : length + n_new] = new
+        self.advance(n_new)
         return self.keys, self.values
 
-    def _in_place(self, end: int, batch: int) -> bool:
-        """Whether the filled part is where the buffers are, and the new tokens fit."""
-        if not self._buffers or end > self._buffers[0].shape[2] or len(self._buffers[0]) != batch:
-            return False
-        return all(buffer.data_ptr() == tensor.data_ptr() for buffer, tensor in zip(self._buffers, (self.keys, self.values), strict=True))
+    def reserve(self, n_new: int) -> None:
+        """Have room in the buffers for n_new tokens behind those that are there."""
+        self._make_room(self.keys, self.values, n_new)
 
-    def _move(self, key_states: Tensor, value_states: Tensor, length: int, end: int) -> None:
+    def advance(self, n_new: int) -> None:
+        """Count n_new tokens that were written into the buffers."""
+        end = self.get_seq_length() + n_new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+    def _make_room(self, keys: Tensor, values: Tensor, n_new: int) -> None:
+        """keys, values: tensors of the shape of what is kept, but for the number of tokens."""
+        end = self.get_seq_length() + n_new
+        if not self._in_place(len(keys)) or end > self.buffers[0].shape[2]:
+            self._move(keys, values, end)
+
+    def _in_place(self, batch: int) -> bool:
+        """Whether the filled part is where the buffers are."""
+        if not self.buffers or len(self.buffers[0]) != batch:
+            return False
+        places = zip(self.buffers, (self.keys, self.values), strict=True)
+        return self.get_seq_length() == 0 or all(buffer.data_ptr() == tensor.data_ptr() for buffer, tensor in places)
+
+    def _move(self, keys: Tensor, values: Tensor, end: int) -> None:
         while self.capacity < end:
             self.capacity *= 2
-        filled = (self.keys, self.values)
-        self._buffers = [new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (key_states, value_states)]
+        filled, length = (self.keys, self.values), self.get_seq_length()
+        with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
+            self.buffers = [torch.empty(*like.shape[:2], self.capacity, like.shape[3], dtype=like.dtype, device=like.device) for like in (keys, values)]
         if length:
-            for buffer, tensor in zip(self._buffers, filled, strict=True):
+            for buffer, tensor in zip(self.buffers, filled, strict=True):
                 buffer[:, :, :length] = tensor
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
     def reset(self) -> None:
-        self._buffers = []
+        self.buffers = []
         super().reset()
 
 

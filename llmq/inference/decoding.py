@@ -12,15 +12,17 @@ from llmq.inference.attention import use_decode_attention
 from llmq.inference.cache import in_place_cache
 from llmq.inference.fuse import fuse_shared_inputs
 from llmq.inference.head import quantize_head
+from llmq.inference.step import use_recorded_steps
 
 
 def prepare_decoding(model: PreTrainedModel, *, head_bits: int | None = None) -> PreTrainedModel:
-    """Make `model` decode faster, in place: on a CPU quantized layers that read the same input are fused and attention has a kernel for
-    the one new token. head_bits: 8 or 4 to quantize the output head and the embeddings, too."""
+    """Make `model` decode faster, in place: on a CPU quantized layers that read the same input are fused, attention has a kernel for
+    the one new token, and where the family allows it a whole step is a recorded list of kernel calls. head_bits: 8 or 4 to quantize the output head and the embeddings, too."""
     quantize_head(model, head_bits)
     if model.device.type == "cpu":
         fuse_shared_inputs(model)
         use_decode_attention(model)
+        use_recorded_steps(model)
     return model
 
 

@@ -5,7 +5,7 @@ import torch
 from packed_weights import relative_error
 
 from llmq.inference.attention import attention_forward
-from llmq_kernels import cpu_attention, jit
+from llmq_kernels import decoding, jit
 
 
 def inputs(batch, heads, shared, head_dim, n_tokens):
@@ -23,10 +23,10 @@ def exact(query, key, value, scaling):
 def test_against_float64(shape, form, monkeypatch):
     if not jit.supports(form):
         pytest.skip(jit.missing() or f"this CPU cannot run {form}")
-    monkeypatch.setattr(cpu_attention, "form", lambda: form)
+    monkeypatch.setattr(decoding, "form", lambda: form)
     query, key, value = inputs(*shape)
-    assert cpu_attention.refusal(query, key, value) is None
-    out = cpu_attention.decode(query, key, value, 0.2)
+    assert decoding.attention_refusal(query, key, value) is None
+    out = decoding.attention(query, key, value, 0.2)
     assert out.shape == query.shape
     assert relative_error(out, exact(query, key, value, 0.2)) < 2.0**-8, "one rounding to bfloat16"
 
@@ -37,7 +37,7 @@ def test_scores_of_any_size():
         pytest.skip(reason)
     query, key, value = inputs(1, 2, 1, 64, 50)
     for scaling in (100.0, 0.0):
-        out = cpu_attention.decode(query, key, value, scaling)
+        out = decoding.attention(query, key, value, scaling)
         assert torch.isfinite(out).all()
         assert relative_error(out, exact(query, key, value, scaling)) < 2.0**-8
 
@@ -50,7 +50,7 @@ def test_scores_of_any_size():
 @torch.no_grad()
 def test_what_it_does_not_take_goes_to_sdpa(change, reason):
     query, key, value = change(*inputs(1, 2, 1, 64, 64))
-    assert reason in cpu_attention.refusal(query, key, value)
+    assert reason in decoding.attention_refusal(query, key, value)
     if query.dtype == key.dtype:
         out, _ = attention_forward(torch.nn.Module(), query, key, value, None, scaling=0.1, is_causal=False)
         expected = exact(query, key, value, 0.1).transpose(1, 2)
@@ -58,7 +58,7 @@ def test_what_it_does_not_take_goes_to_sdpa(change, reason):
 
 
 def test_masks_and_gradients_go_to_sdpa(monkeypatch):
-    monkeypatch.setattr(cpu_attention, "decode", lambda *_: pytest.fail("the kernel has neither"))
+    monkeypatch.setattr(decoding, "attention", lambda *_: pytest.fail("the kernel has neither"))
     query, key, value = inputs(1, 2, 1, 64, 7)
     attention_forward(torch.nn.Module(), query, key, value, None, scaling=0.1, is_causal=False)
     with torch.no_grad():

@@ -120,7 +120,7 @@ def test_activations_are_quantized_as_the_reference_does(form, group):
     need(form)
     x = torch.randn(3, 512) * torch.logspace(-4, 4, 3)[:, None]
     x[1, :group] = 0
-    codes, scale, total = compiled.quantize(x, group, False, form)
+    codes, scale, total = compiled.quantize(x, group, group, form)
     expected_codes, expected_scale = quantize_groups(x, group)
     assert torch.equal(codes, expected_codes)
     assert torch.equal(scale, expected_scale)
@@ -206,9 +206,9 @@ def test_refusals():
 
 # form, module, parameters -> instructions that must and must not be there
 ASSEMBLY = [
-    ("avx512vnni", "cpu_int8", ("avx512vnni", 4, 128, False, 8), ["vpdpbusd", "%zmm"], []),
-    ("avxvnni", "cpu_int8", ("avxvnni", 4, 128, False, 8), ["vpdpbusd", "%ymm"], ["%zmm"]),
-    ("avx2", "cpu_int8", ("avx2", 4, 128, False, 8), ["vpmaddubsw", "vpmaddwd", "%ymm"], ["vpdpbusd", "%zmm"]),
+    ("avx512vnni", "cpu_int8", ("avx512vnni", 4, 128, False, 8, True), ["vpdpbusd", "%zmm"], []),
+    ("avxvnni", "cpu_int8", ("avxvnni", 4, 128, False, 8, True), ["vpdpbusd", "%ymm"], ["%zmm"]),
+    ("avx2", "cpu_int8", ("avx2", 4, 128, False, 8, True), ["vpmaddubsw", "vpmaddwd", "%ymm"], ["vpdpbusd", "%zmm"]),
     ("avx512vnni", "cpu_avx512_int8", (4, 128, False), ["vpdpbusd", "%zmm"], []),
     ("avx512bf16", "cpu_avx512", (4, 128, False, 8), ["vdpbf16ps", "{1to16}", "vpermw"], []),
     ("amx", "cpu_amx", (4, 128, False, 8), ["tdpbf16ps", "vpermw", "vcvtneps2bf16"], []),
@@ -229,7 +229,7 @@ def test_every_form_compiles_whatever_this_cpu_is(form, module, parameters, pres
 def test_machine_code_is_kept_and_found(tmp_path, monkeypatch):
     need("avx2")
     monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path / "cache"))
-    arguments = ("avx2", "cpu_int8", "quantize_kernel", (64,))
+    arguments = ("avx2", "cpu_int8", "quantize_kernel", (False,))
     code = jit._object_code(*arguments)
     assert [path.read_bytes() for path in (tmp_path / "cache" / "kernels").iterdir()] == [code]
     monkeypatch.setattr(jit, "kernel_text", lambda *_: pytest.fail("compiled again"))
@@ -240,7 +240,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     need("avx2")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path / "file"))
-    assert len(jit._object_code("avx2", "cpu_int8", "quantize_kernel", (32,))) > 0
+    assert len(jit._object_code("avx2", "cpu_int8", "quantize_kernel", (True,))) > 0
 
 
 def test_any_number_and_kind_of_threads(monkeypatch):

@@ -1,0 +1,177 @@
+"""A decoding step as one list of kernel calls.
+
+Around the products of a small model's token lies half as much time again: modules called, tensors allocated, operators started, some 25 in every layer. For decoder layers of Llama's kind all of it
+is known beforehand. So the first token of a text is computed by the model and once more by llmq's own kernels, recorded on the way (`llmq_kernels.recording`); if both agree, later tokens repeat
+the recording. What is not like Llama, what the kernels cannot do and what does not agree goes on as before, and `DecodeStep.reason` says why.
+
+The recording reads weights where they are and keys and values where `cache.InPlaceLayer` holds them; it is made anew for another cache, when the cache moves, and for another number of threads.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llmq.inference.cache import InPlaceLayer, in_place_cache
+from llmq_kernels import decoding
+from llmq_kernels.recording import NotRecordable, Recording
+
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+# Both ways round at the same places; what is left are sums in another order, of which a rounding to bfloat16 now and then makes 2^-8 of one number. Measured: 0 to 0.004 of the norm.
+TOLERANCE = 0.03
+_HARMLESS = {"use_cache", "cache_position", "return_dict", "logits_to_keep"}  # arguments that change nothing for one token with a cache
+
+
+class DecodeStep:
+    """Stands where `forward` of a decoder (the model without its head) was.
+
+    reason: why tokens do not go through the recording, None where they do or may. replayed: how many did.
+    """
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        self._decoder, self._forward = decoder, decoder.forward
+        self._recorded: _RecordedStep | None = None
+        self.reason = _unsuitable(decoder)
+        self.replayed = 0
+
+    def __call__(self, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None, past_key_values: Cache | None = None, **others: Any) -> Any:
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values, **others}
+        if self.reason is not None or not _is_plain_token(**arguments):
+            return self._forward(**arguments)
+        assert input_ids is not None
+        assert past_key_values is not None
+        n_before = past_key_values.get_seq_length()
+        if position_ids is not None and int(position_ids) != n_before:
+            return self._forward(**arguments)
+        for layer in past_key_values.layers:
+            layer.reserve(1)
+        recorded = self._recorded
+        if recorded is None or not recorded.is_for(past_key_values):
+            output = self._forward(**arguments)
+            self._record(input_ids, n_before, past_key_values, output.last_hidden_state)
+            return output
+        output = recorded(input_ids, n_before)
+        for layer in past_key_values.layers:
+            layer.advance(1)
+        self.replayed += 1
+        return BaseModelOutputWithPast(last_hidden_state=output.clone(), past_key_values=past_key_values)
+
+    def _record(self, input_ids: Tensor, n_before: int, cache: Cache, expected: Tensor) -> None:
+        """Record for this cache and compute the token that was just computed, over the keys and values it left, again.
+        What the model wrote into the cache stays."""
+        try:
+            self._recorded = _RecordedStep(self._decoder, cache)
+        except NotRecordable as error:
+            self.reason = str(error)
+            return
+        places = [buffer[:, :, n_before] for layer in cache.layers for buffer in layer.buffers]
+        written = [place.clone() for place in places]
+        difference = float((self._recorded(input_ids, n_before).float() - expected.float()).norm() / expected.float().norm())
+        for place, values in zip(places, written, strict=True):
+            place.copy_(values)
+        if not difference <= TOLERANCE:
+            self._recorded, self.reason = None, f"the recorded step is off by {difference:.2g} of what the model computes, more than {TOLERANCE}"
+
+
+class _RecordedStep:
+    def __init__(self, decoder: Any, cache: Cache) -> None:
+        self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
+        self._cache, self._state = weakref.ref(cache), _state(cache)
+        attention = decoder.layers[0].self_attn
+        with torch.inference_mode(False), torch.no_grad():  # written to in and outside of inference mode
+            self._hidden = torch.empty(1, 1, decoder.config.hidden_size, dtype=torch.bfloat16)
+            self._angles = torch.empty(2, attention.head_dim, dtype=torch.bfloat16)
+            self._n_tokens = torch.zeros((), dtype=torch.int64)
+        with Recording() as self._recording:
+            self._output = self._layers(decoder, cache)
+
+    def is_for(self, cache: Cache) -> bool:
+        return self._cache() is cache and self._state == _state(cache)
+
+    def __call__(self, input_ids: Tensor, n_before: int) -> Tensor:
+        """`[1, 1, D]`, overwritten by the next call."""
+        self._n_tokens.fill_(n_before + 1)
+        self._hidden.copy_(self._embed(input_ids))
+        for row, values in zip(self._angles, self._rotary(self._hidden, torch.tensor([[n_before]])), strict=True):
+            row.copy_(values.view(-1))
+        self._recording.replay()
+        return self._output
+
+    def _layers(self, decoder: Any, cache: Cache) -> Tensor:
+        delta = None
+        for layer, kept in zip(decoder.layers, cache.layers, strict=True):
+            attended = self._attend(layer.self_attn, self._norm(layer.input_layernorm, delta), kept)
+            x = self._norm(layer.post_attention_layernorm, attended)
+            delta = layer.mlp.down_proj(decoding.gate(layer.mlp.gate_proj(x), layer.mlp.up_proj(x)))
+        return self._norm(decoder.norm, delta)
+
+    def _norm(self, norm: Any, delta: Tensor | None) -> Tensor:
+        return decoding.norm(self._hidden, norm.weight, norm.variance_epsilon, delta)
+
+    def _attend(self, attention: Any, x: Tensor, kept: InPlaceLayer) -> Tensor:
+        query, key, value = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        if hasattr(attention, "q_norm"):
+            heads = ((query.view(-1, attention.head_dim), attention.q_norm), (key.view(-1, attention.head_dim), attention.k_norm))
+            query, key = (decoding.norm(part, norm.weight, norm.variance_epsilon) for part, norm in heads)
+        keys, values = kept.buffers
+        cosine, sine = self._angles
+        decoding.rotate_and_store(query, key, value, cosine, sine, keys, values, self._n_tokens)
+        query = query.view(1, -1, 1, attention.head_dim)
+        if reason := decoding.attention_refusal(query, keys, values):
+            raise NotRecordable(f"the attention kernel: {reason}")
+        attended = decoding.attention(query, keys, values, attention.scaling, self._n_tokens)
+        output: Tensor = attention.o_proj(attended.view(1, 1, -1))
+        return output
+
+
+def report(model: PreTrainedModel) -> dict[str, Any] | None:
+    """For `--json`: how many tokens were repetitions of a recording and why others were not; None for a model that has no step."""
+    step = step_of(model)
+    return None if step is None else {"replayed_tokens": step.replayed, "reason": step.reason}
+
+
+def use_recorded_steps(model: PreTrainedModel) -> None:
+    """Have `model` decode by recorded steps where it can, in place."""
+    decoder = model.base_model
+    if not isinstance(decoder.forward, DecodeStep):
+        decoder.forward = DecodeStep(decoder)
+
+
+def step_of(model: PreTrainedModel) -> DecodeStep | None:
+    """The step of a model that `use_recorded_steps` went through."""
+    forward: Callable[..., Any] = model.base_model.forward
+    return forward if isinstance(forward, DecodeStep) else None
+
+
+def _unsuitable(decoder: PreTrainedModel) -> str | None:
+    """Why the layers of a decoder are not of the kind that is known here, or None."""
+    kinds = {type(layer).__name__ for layer in getattr(decoder, "layers", [])}
+    if len(kinds) != 1 or not kinds.issubset(LAYERS):
+        return f"{type(decoder).__name__}: recorded steps know {', '.join(LAYERS)}, not {', '.join(sorted(kinds)) or 'these layers'}"
+    if (activation := decoder.config.hidden_act) != "silu":
+        return f"{type(decoder).__name__}: recorded steps know silu, not {activation}"
+    if not all(isinstance(layer, InPlaceLayer) for layer in in_place_cache(decoder.config, 1).layers):
+        return f"{type(decoder).__name__}: recorded steps know no layers with sliding windows"
+    return decoding.missing()
+
+
+def _is_plain_token(input_ids: Tensor | None, attention_mask: Any, position_ids: Tensor | None, past_key_values: Cache | None, **others: Any) -> bool:
+    """One token of one text, all of whose past is in a cache that is written in place, and nothing asked for but its output."""
+    if input_ids is None or input_ids.shape != (1, 1) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if past_key_values is None or not all(isinstance(layer, InPlaceLayer) and layer.get_seq_length() for layer in past_key_values.layers):
+        return False
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())):
+        return False
+    return others.get("return_dict", True) is not False and not any(value for name, value in others.items() if name not in _HARMLESS and value is not None)
+
+
+def _state(cache: Cache) -> tuple[object, ...]:
+    """What a recording has taken down as it was."""
+    return (torch.get_num_threads(), *(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers))

@@ -56,6 +56,11 @@ class QuantizedTensor:
         """Bytes of all stored tensors."""
         return sum(tensor.nbytes for tensor in (self.packed, self.scale, self.zero, self.g_idx, self.input_range) if tensor is not None)
 
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """The same weight on a device."""
+        zero, g_idx, input_range = (None if tensor is None else tensor.to(device) for tensor in (self.zero, self.g_idx, self.input_range))
+        return QuantizedTensor(self.packed.to(device), self.scale.to(device), zero, self.spec, self.shape, g_idx, input_range)
+
     def codes(self) -> Tensor:
         """uint8 `[N, K]`."""
         return unpack(self.packed, self.spec.bits, self.shape[1])

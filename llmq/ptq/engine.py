@@ -330,8 +330,9 @@ class Engine:
         if read_back.keys() != quantized.keys():
             raise VerificationError(f"{name}: {len(read_back)} quantized layers were read back, {len(quantized)} were written; the output is not usable")
         for layer, tensor in read_back.items():
-            linear_weight(block.get_submodule(layer.removeprefix(name + "."))).copy_(tensor.dequantize())
-            if not torch.equal(tensor.dequantize(), quantized[layer].dequantize()):
+            values = tensor.to(self.device).dequantize()
+            linear_weight(block.get_submodule(layer.removeprefix(name + "."))).copy_(values)
+            if not torch.equal(values, quantized[layer].dequantize()):
                 raise VerificationError(f"{layer}: the weight read back differs from the weight written; the disk or the memory is faulty")
         if first_output is not None:
             call, hidden = next(self._batches(index, "quantized"))

@@ -1,0 +1,86 @@
+"""Everything that `--device` names runs on a device that is not the CPU: no tensor is left behind, and results come back. On a pretended one, since few machines that run tests have a GPU."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pretend_device
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import llmq
+from llmq.data import load_documents
+from llmq.evaluation.perplexity import evaluate
+from llmq.evaluation.windows import cut_windows
+from llmq.models.load import load_config, load_tokenizer, resolve
+from llmq.ptq.run import prepare, quantize_folder
+from llmq.recipe import Recipe
+from llmq.spec import ActSpec, QuantSpec
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """A process of its own, since a device cannot be unregistered: a function that calls functions there."""
+    if reason := pretend_device.missing():
+        pytest.skip(reason)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+def recipe_of(method: str, options: dict[str, object]) -> Recipe:
+    return Recipe.uniform(QuantSpec("int4", 32), method=method, samples=6, sequence_length=32, **options)
+
+
+def quantize_there(folder: Path, out: Path, method: str, options: dict[str, object]) -> dict[str, object]:
+    with pretend_device.pretend_device() as device:
+        return quantize_folder(prepare(str(folder), recipe_of(method, options)), out, device=device)
+
+
+CASES = [
+    ("llama", "gptq", {}),
+    ("llama", "gptq", {"activations": ActSpec("int8-static")}),
+    ("gemma2", "gptq", {}),
+    ("gemma2", "blockwise", {"iterations": 3, "autocast": False}),
+    ("falcon", "gptq", {"inputs": "full-precision"}),
+    ("qwen3", "gptq", {"order": "act"}),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "options"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_blocks_are_quantized_there_as_here(family, method, options, elsewhere, model_folder, tmp_path):
+    folder = model_folder(family)
+    there_report = elsewhere(quantize_there, folder, tmp_path / "there", method, options)
+    report = quantize_folder(prepare(str(folder), recipe_of(method, options)), tmp_path / "here")
+    assert (there_report["device"], there_report["fallbacks"], report["fallbacks"]) == (pretend_device.NAME, [], [])
+    same = total = 0
+    for file in sorted((tmp_path / "here").glob("*.safetensors")):
+        here, there = load_file(file), load_file(tmp_path / "there" / file.name)
+        assert here.keys() == there.keys()
+        assert all(here[name].shape == there[name].shape and here[name].dtype == there[name].dtype for name in here)
+        same += sum(torch.equal(here[name], there[name]) for name in here)
+        total += len(here)
+    if family in ("gemma2", "falcon"):
+        assert same == total, "the same operators in the same order"
+    else:  # another attention kernel, whose last bits decide a code now and then
+        assert same > total // 3
+        errors = [[layer["error"] for layer in each["layers"]] for each in (report, there_report)]
+        assert errors[1] == pytest.approx(errors[0], rel=0.25)
+
+
+def perplexity_there(max_windows: int) -> tuple[str, float]:
+    with pretend_device.pretend_device() as device:
+        model = llmq.load("tiny", dtype="float32", device=device)
+        return model.device.type, evaluate(model, windows(max_windows)).value
+
+
+def windows(n):
+    model_dir = resolve("tiny")
+    text = cut_windows(load_documents("bundled", "eval"), load_tokenizer(model_dir), load_config(model_dir), 128)
+    return type(text)(text.tokens[:n], text.bos, text.text_sha256, text.tokenizer_sha256)
+
+
+def test_perplexity(elsewhere):
+    device, there = elsewhere(perplexity_there, 3)
+    assert device == pretend_device.NAME
+    assert there == pytest.approx(evaluate(llmq.load("tiny", dtype="float32"), windows(3)).value, rel=1e-6)

@@ -12,6 +12,7 @@ The same command continues an interrupted run wherever it was.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -106,6 +107,7 @@ def prepare_job(
     device: str = "cpu",
 ) -> QATJob:
     """Resolve and check everything that can be checked before computing. Raises `LlmqError`."""
+    check_engine()
     model_dir = resolve(model, revision)
     config = load_config(model_dir)
     if getattr(config, "quantization_config", None) is not None:
@@ -127,6 +129,13 @@ def prepare_job(
         windows, held_out = _read_text(model_dir, config, settings, train, PartialState(cpu=device == "cpu").num_processes)
     notes = {plan.layer.name: plan.note for plan in plans if plan.note}
     return QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, notes, device)
+
+
+def check_engine() -> None:
+    """Raise `LlmqError` where accelerate was configured to split weights: scales and telemetry belong to whole rows, which processes of FSDP and DeepSpeed do not have."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise LlmqError(f"llmq qat trains with whole weights in every process, not with {name}; use data parallelism: accelerate launch --multi_gpu -m llmq qat ...")
 
 
 def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str, n_processes: int) -> tuple[Tensor, Tensor]:

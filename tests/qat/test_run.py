@@ -167,6 +167,14 @@ def test_bad_input(options, message, arguments, tmp_path, capsys):
     assert not list(tmp_path.glob("*out*")), "nothing is left behind"
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engines_that_split_weights(engine, arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    assert main(at(arguments, tmp_path / "out")) == 2
+    assert f"not with {engine}; use data parallelism" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*")), "nothing is left behind"
+
+
 def test_another_vocabulary(arguments, model_folder, tmp_path, capsys):
     teacher = model_folder(name="teacher", vocab_size=1024)
     assert main(at(arguments, tmp_path / "out", "--teacher", str(teacher))) == 2

@@ -1,5 +1,6 @@
 """Everything that `--device` names runs on a device that is not the CPU: no tensor is left behind, and results come back. On a pretended one, since few machines that run tests have a GPU."""
 
+import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import llmq
+from llmq.commands import plan
 from llmq.data import load_documents
+from llmq.errors import LlmqError
 from llmq.evaluation.perplexity import evaluate
 from llmq.evaluation.windows import cut_windows
 from llmq.models.load import load_config, load_tokenizer, resolve
@@ -84,3 +87,11 @@ def test_perplexity(elsewhere):
     device, there = elsewhere(perplexity_there, 3)
     assert device == pretend_device.NAME
     assert there == pytest.approx(evaluate(llmq.load("tiny", dtype="float32"), windows(3)).value, rel=1e-6)
+
+
+def test_a_limit_of_gpu_memory():
+    """Checked before anything touches the device."""
+    args = argparse.ArgumentParser()
+    plan.add_arguments(args)
+    with pytest.raises(LlmqError, match="--max-gpu-memory 1e-06: the run is planned to need"):
+        plan.prepare_job(args.parse_args(["tiny", "--device", "cuda", "--max-gpu-memory", "0.000001", "--samples", "2", "--sequence-length", "32"]))

@@ -71,6 +71,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="revision of a Hub model")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to run block by block on the GPU")
     parser.add_argument("--max-ram", type=float, metavar="GB", help="refuse a run whose planned peak memory is above this")
+    parser.add_argument("--max-gpu-memory", type=float, metavar="GB", help="the same for the memory of the GPU, with --device cuda")
 
 
 def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_job(args: argparse.Namespace) -> Job:
-    """The checked job of the options, shared with `quantize`. Raises `LlmqError` also when the planned memory is above `--max-ram`."""
+    """The checked job of the options, shared with `quantize`. Raises `LlmqError` also when the planned memory is above `--max-ram` or `--max-gpu-memory`."""
     from llmq.errors import LlmqError
     from llmq.models.load import load_config, resolve
     from llmq.ptq.budget import peak_bytes
@@ -29,8 +29,12 @@ def prepare_job(args: argparse.Namespace) -> Job:
     model_dir = resolve(args.model, args.revision)
     recipe = common.read_recipe(args, common.max_positions(load_config(model_dir)))
     job = prepare(str(model_dir), recipe, calibration=args.calibration, format=args.format, strict=args.strict)
-    if args.max_ram is not None and peak_bytes(job) > args.max_ram * 1e9:
-        raise LlmqError(f"--max-ram {args.max_ram}: the run is planned to need {peak_bytes(job) / 1e9:.2f} GB above the libraries; raise it, or use --method rtn, which needs no calibration")
+    if args.max_gpu_memory is not None and args.device == "cpu":
+        raise LlmqError(f"--max-gpu-memory {args.max_gpu_memory}: the run is on the CPU; add --device cuda or use --max-ram")
+    # Whatever is computed with lies on the device, so the plan is the same for both; beside a GPU the RAM holds a stored block and a batch of activations at most.
+    for option, limit in (("--max-ram", args.max_ram), ("--max-gpu-memory", args.max_gpu_memory)):
+        if limit is not None and peak_bytes(job) > limit * 1e9:
+            raise LlmqError(f"{option} {limit}: the run is planned to need {peak_bytes(job) / 1e9:.2f} GB above the libraries; raise it, or use --method rtn, which needs no calibration")
     return job
 
 

@@ -167,6 +167,7 @@ BAD_INPUT = [
     (None, ["--act-order", "--order", "static"], "contradict"),
     (None, ["--strict", "--group-size", "96"], "--strict"),
     (None, ["--max-ram", "0.000001"], "planned to need"),
+    (None, ["--max-gpu-memory", "8"], "the run is on the CPU"),
     (None, ["--recipe", "/nowhere.json"], "not a recipe"),
 ]
 

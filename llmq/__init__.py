@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llmq.formats.load import load
     from llmq.formats.save import save
     from llmq.ptq.run import quantize
+    from llmq.qat.prepare import prepare_qat
+    from llmq.qat.weights import freeze
     from llmq.qtensor import QuantizedTensor
     from llmq.recipe import Recipe, Rule
     from llmq.spec import QuantSpec
@@ -37,12 +39,14 @@ _HOMES = {
     "Recipe": "llmq.recipe",
     "Rule": "llmq.recipe",
     "compare": "llmq.evaluation.divergence",
+    "freeze": "llmq.qat.weights",
     "load": "llmq.formats.load",
     "perplexity": "llmq.evaluation.perplexity",
+    "prepare_qat": "llmq.qat.prepare",
     "quantize": "llmq.ptq.run",
     "save": "llmq.formats.save",
 }
-__all__ = ["LlmqError", "QuantSpec", "QuantizedTensor", "Recipe", "Rule", "VerificationError", "__version__", "compare", "load", "perplexity", "quantize", "save"]
+__all__ = ["LlmqError", "QuantSpec", "QuantizedTensor", "Recipe", "Rule", "VerificationError", "__version__", "compare", "freeze", "load", "perplexity", "prepare_qat", "quantize", "save"]
 
 
 def __getattr__(name: str) -> Any:

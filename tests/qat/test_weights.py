@@ -1,5 +1,7 @@
 """Layers in training: the start's codes, the stored weight bit for bit, and gradients against derivatives by hand."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_model
@@ -144,6 +146,22 @@ def test_prepare_and_freeze_a_model(model_type, tmp_path, tokenizer):
         packed = model(input_ids=ids).logits
         assert torch.equal(llmq.load(tmp_path / "out", dtype="float32")(input_ids=ids).logits, packed)
     assert torch.allclose(packed, trained, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_from_a_model_in_memory_to_a_folder(method, tmp_path, tokenizer):
+    model, ids = make_model(), torch.randint(2, 2048, (4, 16))
+    recipe = llmq.Recipe.uniform("w3g32-asym", method=method)
+    llmq.quantize(start := copy.deepcopy(model), recipe, ids)
+    llmq.prepare_qat(model, recipe, ids)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, start(input_ids=ids).logits, atol=1e-4)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(module.weight.grad.any() and module.quantizer.scale.grad.any() for module in fake_quant_modules(model).values())
+    llmq.freeze(model)
+    llmq.save(model, tmp_path / "out", tokenizer=tokenizer)
+    with torch.no_grad():
+        assert torch.equal(llmq.load(tmp_path / "out", dtype="float32")(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_act_order_weights_are_refused():

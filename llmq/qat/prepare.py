@@ -1,0 +1,36 @@
+"""From a model in memory to one in training, for training loops of one's own; `llmq.qat.run` does the same from folder to folder.
+
+llmq.prepare_qat(model, llmq.Recipe.uniform("w3g64-asym"), tokens)
+...                     # any training loop: parameters are float32 masters, scales and zero points
+llmq.freeze(model)      # packed layers with the very same values
+llmq.save(model, "out", tokenizer=tokenizer)
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmq.kv import quantize_kv
+from llmq.modules import quantized_modules
+from llmq.ptq.run import quantize
+from llmq.qat.weights import QuantizerName, prepare
+from llmq.recipe import Recipe
+
+
+def prepare_qat(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = None, *, quantizer: QuantizerName = "lsq") -> PreTrainedModel:
+    """Replace the linear layers of a float32 `model` by layers in training, in place, and return it.
+
+    recipe: what is quantized and how the start is found; methods other than "rtn" need calibration tokens int64 `[n_sequences, length]`. A copy of the model is quantized for the start, so memory for
+    two is needed at that time. quantizer: see `llmq.qat.weights`. Raises `LlmqError` for recipes that cannot be trained (act-order).
+    """
+    start = copy.deepcopy(model)
+    quantize(start, recipe, tokens)
+    found = {name: module.qtensor() for name, module in quantized_modules(start).items()}
+    del start
+    prepare(model, found, quantizer, recipe.activations.kind)
+    if recipe.activations.kv_bits:
+        quantize_kv(model, recipe.activations.kv_bits, before_rope=recipe.activations.kv_before_rope)
+    return model

@@ -45,13 +45,13 @@ def test_decoding_is_compared_on_one_synthetic_model():
     assert synthetic_llama(CPU, **shape).config.rope_parameters["rope_theta"] == 5e5
 
 
-@pytest.mark.parametrize("text", ["w4g128", "w3g64-asym", "ternary+a8", "w8-tensor"])
+@pytest.mark.parametrize("text", ["w4g128", "w3g64-asym", "ternary+a8", "w4g128+a8g", "w8-tensor"])
 def test_random_weights_hold_only_codes_of_their_kind(text):
     kind = Kind(text)
     weight = kernels.random_weight(kind, 16, 256, CPU)
     codes = unpack(weight.packed, weight.code.bits, 256)
     assert codes.unique().tolist() == list(range(weight.code.levels))
-    assert weight.activations == ("int8-token" if "+a8" in text else "none")
+    assert weight.activations == {"a8": "int8-token", "a8g": "int8-group"}.get(text.partition("+")[2], "none")
     assert weight.dequantize().shape == (16, 256)
 
 

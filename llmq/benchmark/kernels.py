@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq.benchmark import rivals, timing
+from llmq.errors import LlmqError
 from llmq.spec import QuantSpec
 from llmq_kernels import PackedWeight, PreparedWeight, packed_width, triton_backend, triton_tuning
 
@@ -24,19 +25,25 @@ GPU_WEIGHTS = ("w4g128", "ternary+a8")
 CPU_WEIGHTS = ("w4g128", "w8", "w8+a8")
 
 
+_ACTIVATIONS = {"": "none", "a8": "int8-token", "a8g": "int8-group"}
+
+
 @dataclass(frozen=True)
 class Kind:
-    """What is measured: a spec in its short text form, and "+a8" for INT8 activations."""
+    """What is measured: a spec in its short text form, with "+a8" for INT8 activations per token and "+a8g" for those per token and group, which `--compute int8` has on a CPU."""
 
     text: str
 
     @property
     def spec(self) -> QuantSpec:
-        return QuantSpec.parse(self.text.removesuffix("+a8"))
+        return QuantSpec.parse(self.text.partition("+")[0])
 
     @property
     def activations(self) -> str:
-        return "int8-token" if self.text.endswith("+a8") else "none"
+        suffix = self.text.partition("+")[2]
+        if suffix not in _ACTIVATIONS:
+            raise LlmqError(f"{self.text}: expected a spec with nothing, +a8 or +a8g behind it")
+        return _ACTIVATIONS[suffix]
 
 
 def random_weight(kind: Kind, n: int, k: int, device: torch.device) -> PackedWeight:

@@ -103,7 +103,7 @@ class Engine:
     def run(self, first_block: int = 0) -> None:
         """Quantize all blocks from `first_block` on; the inputs of that block must lie in `work_dir` unless it is block 0."""
         torch.backends.cuda.matmul.allow_tf32 = False
-        map_large_tensors()
+        map_large_tensors(4 * sum(parameter.numel() for parameter in self.blocks[0].parameters()))
         if self.tokens is not None and first_block < len(self.blocks):
             self._record_calls(first_block)
         for index in range(first_block, len(self.blocks)):

@@ -29,10 +29,10 @@ def test_holes_are_returned():
 
 LARGE_TENSORS = """
 import torch
-from llmq.ptq.memory import LARGE, map_large_tensors
+from llmq.ptq.memory import LARGE, LARGE_BLOCK, map_large_tensors
 def resident_mb():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
-print(map_large_tensors())
+print(map_large_tensors(LARGE_BLOCK - 1))
 before = resident_mb()
 tensors = [torch.ones(LARGE // 4 + 1000) for _ in range(20)]
 kept, held = tensors[10], resident_mb()

@@ -118,6 +118,11 @@ class QuantLinear(nn.Module):
         return prepared.linear(x, self.bias)
 
     @property
+    def prepared(self) -> PreparedWeight | None:
+        """The weight as its backend has it, another object whenever that changes; None before the first forward pass."""
+        return self._prepared
+
+    @property
     def backend(self) -> str | None:
         """The backend of the last forward pass, or None before the first."""
         return None if self._prepared is None else self._prepared.backend.name

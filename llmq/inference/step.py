@@ -4,7 +4,8 @@ Around the products of a small model's token lies half as much time again: modul
 is known beforehand. So the first token of a text is computed by the model and once more by llmq's own kernels, recorded on the way (`llmq_kernels.recording`); if both agree, later tokens repeat
 the recording. What is not like Llama, what the kernels cannot do and what does not agree goes on as before, and `DecodeStep.reason` says why.
 
-The recording reads weights where they are and keys and values where `cache.InPlaceLayer` holds them; it is made anew for another cache, when the cache moves, and for another number of threads.
+The recording reads weights where they are and keys and values where `cache.InPlaceLayer` holds them; it is made anew for another cache, when cache or weights move, and for another
+number of threads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmq.inference.cache import InPlaceLayer, in_place_cache
+from llmq.modules import quantized_modules
 from llmq_kernels import decoding
 from llmq_kernels.recording import NotRecordable, Recording
 
@@ -90,9 +92,16 @@ class _RecordedStep:
             self._n_tokens = torch.zeros((), dtype=torch.int64)
         with Recording() as self._recording:
             self._output = self._layers(decoder, cache)
+        # What the kernels read stays in memory as long as the recording, even if the model lets go of it.
+        self._products = [(module, module.prepared) for module in quantized_modules(decoder).values()]
+        self._parameters = [(parameter, parameter.detach()) for parameter in decoder.parameters()]
 
     def is_for(self, cache: Cache) -> bool:
-        return self._cache() is cache and self._state == _state(cache)
+        """Whether the cache, the weights and the number of threads are those that were recorded."""
+        if self._cache() is not cache or self._state != _state(cache):
+            return False
+        is_same = all(module.prepared is prepared for module, prepared in self._products)
+        return is_same and all(parameter.data_ptr() == recorded.data_ptr() for parameter, recorded in self._parameters)
 
     def __call__(self, input_ids: Tensor, n_before: int) -> Tensor:
         """`[1, 1, D]`, overwritten by the next call."""

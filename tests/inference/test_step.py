@@ -113,6 +113,22 @@ def test_caches_that_grow_and_change():
 
 
 @torch.no_grad()
+def test_weights_that_move_are_recorded_again():
+    model = ready()
+    step, cache = step_of(model), in_place_cache(model.config, 64)
+    expected = logits_of_steps(model, cache)
+    before = step.replayed
+    for change in (
+        lambda: next(iter(quantized_modules(model).values())).set_compute("int8"),
+        lambda: setattr(model.model.norm.weight, "data", model.model.norm.weight.data.clone()),
+    ):
+        change()
+        cache.crop(-1)
+        assert close(model(torch.tensor([[7 * (NEW - 1) + 3]]), past_key_values=cache).logits[0], expected[-1:])
+        assert step.replayed == before
+
+
+@torch.no_grad()
 def test_what_a_recording_does_not_suit_goes_through_the_model():
     model = ready()
     step, cache = step_of(model), in_place_cache(model.config, 64)

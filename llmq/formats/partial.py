@@ -18,10 +18,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, VerificationError
 from llmq.formats import files
 
 
@@ -29,7 +30,7 @@ class PartialCheckpoint:
     """out_dir: where the finished folder goes. identity: everything that decides the bytes of the result, JSON-able. n_shards: shards of the finished checkpoint."""
 
     def __init__(self, out_dir: Path, identity: dict[str, Any], n_shards: int) -> None:
-        self.out_dir = out_dir.absolute()
+        self.out_dir = out_dir.resolve()  # beside what a link points to, so that renaming never crosses file systems
         self.work_dir = self.out_dir.with_name(f".{self.out_dir.name}.llmq-partial")
         self.checkpoint_dir = self.work_dir / "checkpoint"
         self.n_shards = n_shards
@@ -61,10 +62,14 @@ class PartialCheckpoint:
         return next(i for i in range(self.n_shards + 1) if i == self.n_shards or not self.shard_path(i).is_file())
 
     def write_shard(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Write a shard under a temporary name and return what was written, read back from the file."""
+        """Write a shard under a temporary name and return what was written, read back from the file. Raises `VerificationError` when a bit of it differs."""
         path = self.shard_path(index).with_suffix(".tmp")
         files.write_tensors(path, tensors)
-        return load_file(path)
+        written = load_file(path)
+        for name in tensors.keys() | written.keys():
+            if name not in tensors or name not in written or not _same_bits(tensors[name], written[name]):
+                raise VerificationError(f"{path.name}: tensor {name} read back differs from the one written; the disk or the memory is faulty")
+        return written
 
     def finish_shard(self, index: int, report: dict[str, Any] | None = None) -> None:
         """Give the shard its name: from here on it is part of the result."""
@@ -94,3 +99,13 @@ class PartialCheckpoint:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal as bytes: NaN equals itself, and 0.0 is not -0.0."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # Strides of dimensions of size 1 are arbitrary in a contiguous tensor, which `view` does not take.
+    return tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -56,6 +56,7 @@ def save(
         raise LlmqError("this model has no quantized layer; use model.save_pretrained for a full-precision model")
     target = Path(out_dir)
     files.check_output(target, overwrite)
+    target = target.resolve()
     plans = [LayerPlan(Layer(name, qtensor.shape), qtensor.spec) for name, qtensor in quantized.items()]
     plans += [LayerPlan(layer, None) for layer in _kept_layers(model)]
     activations = {module.activations for module in quantized_modules(model).values()}
@@ -76,7 +77,7 @@ def save(
     for name, qtensor in quantized.items():
         tensors.update(layer_tensors(name, qtensor, fmt))
 
-    work_dir = target.absolute().with_name(f".{target.name}.llmq-saving")
+    work_dir = target.with_name(f".{target.name}.llmq-saving")
     shutil.rmtree(work_dir, ignore_errors=True)
     work_dir.mkdir(parents=True)
     try:
@@ -91,7 +92,7 @@ def save(
         files.publish(work_dir, target)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
-    return target
+    return Path(out_dir)
 
 
 def _kept_layers(model: PreTrainedModel) -> list[Layer]:

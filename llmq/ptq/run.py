@@ -157,6 +157,9 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
         tokens = None if job.tokens is None else job.tokens.tokens
         Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device).run(first_block)
         report = _finish(job, partial, reader, prefix, first_block, time.monotonic() - started, device)
+    except files.WriteError as error:
+        partial.close()
+        raise files.WriteError(f"{error}, which continues where it stopped") from None
     except LlmqError:
         partial.discard()
         raise

@@ -1,6 +1,7 @@
 """The main job on every family: quantize block by block, save, reload, same logits; and what the engine promises beside that."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 import llmq
 from llmq.data import calibration_windows
 from llmq.errors import LlmqError, VerificationError
+from llmq.formats import files
 from llmq.modules import quantized_modules
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe, Rule
@@ -166,6 +168,46 @@ def test_an_unfaithful_disk_is_noticed(model_folder, calibration_file, tmp_path,
         quantize_folder(prepare(str(model_folder()), recipe(), calibration=str(calibration_file)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("damaged", ["model.layers.1.input_layernorm.weight", "model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+def test_damage_to_any_stored_tensor_is_noticed(model_folder, calibration_file, tmp_path, monkeypatch, damaged):
+    """Norms, kept layers, and what lies outside the blocks."""
+    write = files.write_tensors
+
+    def damage(path, tensors):
+        write(path, {name: tensor.clone().index_put_((torch.tensor([0]),) * tensor.dim(), torch.tensor(7.0)) if name == damaged else tensor for name, tensor in tensors.items()})
+
+    monkeypatch.setattr(files, "write_tensors", damage)
+    rules = (Rule("*.layers.0.self_attn.*", None), Rule("*", QuantSpec("int4", 32)))
+    job = prepare(str(model_folder()), Recipe(rules=rules, method="rtn"))
+    with pytest.raises(VerificationError, match=f"tensor {damaged} read back differs"):
+        quantize_folder(job, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_output_that_is_a_link_is_replaced_behind_it(model_folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere/target")
+    job = prepare(str(model_folder()), recipe(method="rtn"))
+    quantize_folder(job, tmp_path / "elsewhere" / "target")
+    model = llmq.load(tmp_path / "out")
+    quantize_folder(prepare(str(tmp_path / "model"), recipe("w8", method="rtn")), tmp_path / "out", overwrite=True)
+    assert {str(module.spec) for module in quantized_modules(llmq.load(tmp_path / "out")).values()} == {"w8"}
+    llmq.save(model, tmp_path / "out", overwrite=True)
+    assert {str(module.spec) for module in quantized_modules(llmq.load(tmp_path / "out")).values()} == {"w4g32"}
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for folder in (tmp_path, tmp_path / "elsewhere") for path in sorted(folder.iterdir())] == ["elsewhere", "model", "out", "target"]
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(model_folder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        quantize_folder(prepare(str(model_folder()), recipe(method="rtn")), tmp_path / "out")
+        llmq.save(llmq.load(tmp_path / "out"), tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for name in ("out", "saved") for path in (tmp_path / name).iterdir()} == {0o640}
 
 
 def test_a_layer_that_never_runs_is_an_error():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -125,6 +126,19 @@ def test_other_settings_do_not_continue_an_interrupted_run(model_folder, calibra
     with pytest.raises(LlmqError, match="interrupted run with another recipe"):
         quantize_folder(prepare(str(folder), other, calibration=str(calibration_file)), tmp_path / "out")
     assert quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")["resumed_at_block"] == 1
+
+
+def test_a_full_disk_keeps_what_is_finished(model_folder, tmp_path):
+    """A limit on the size of files stands for a full disk: the blocks fit, the last shard does not."""
+    job = prepare(str(model_folder()), Recipe.uniform("w4g32", method="rtn"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(LlmqError, match=r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where it stopped"):
+            quantize_folder(job, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert quantize_folder(job, tmp_path / "out")["resumed_at_block"] == 2
 
 
 def test_two_runs_cannot_share_an_output(model_folder, calibration_file, tmp_path):

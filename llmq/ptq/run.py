@@ -21,7 +21,7 @@ from llmq.formats import Format, choose_format, files
 from llmq.formats.partial import PartialCheckpoint
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
-from llmq.models.load import ShardReader, load_config, load_tokenizer, match_names, meta_model, resolve
+from llmq.models.load import ShardReader, check_shapes, left_out, load_config, load_tokenizer, match_names, meta_model, resolve
 from llmq.modules import swap
 from llmq.ptq.engine import BlockReport, BlockResult, Engine
 from llmq.ptq.report import build_report, model_card
@@ -69,7 +69,7 @@ class ModelReader:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything known before anything is computed. tokens: None for methods without data. notes: layers that differ from what was asked."""
+    """Everything known before anything is computed. tokens: None for methods without data. remarks: what is to be known of the model or the format."""
 
     model_dir: Path
     config: PretrainedConfig
@@ -79,10 +79,12 @@ class Job:
     plans: list[LayerPlan]
     fmt: Format
     tokens: data.TokenSet | None
+    remarks: dict[str, str]
 
     @property
     def notes(self) -> dict[str, str]:
-        return {plan.layer.name: plan.note for plan in self.plans if plan.note}
+        """Layers that differ from what was asked, and the remarks."""
+        return {plan.layer.name: plan.note for plan in self.plans if plan.note} | self.remarks
 
 
 def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, format: str = "auto", revision: str | None = None, strict: bool = False) -> Job:
@@ -100,9 +102,15 @@ def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, form
     if strict and notes:
         raise LlmqError(f"--strict: {len(notes)} layers would differ from what was asked, the first being {notes[0]}")
     shards = ShardReader(model_dir)
-    match_names(skeleton, shards.names)
+    matched = match_names(skeleton, shards.names)
+    check_shapes(skeleton, shards, matched)
+    remarks = {}
+    if unused := left_out(skeleton, sorted(set(shards.names) - set(matched.values()))):
+        remarks["source tensors"] = f"{len(unused)} of {len(shards.names)} are not used by {type(skeleton).__name__} as config.json describes it and are left out, the first being {unused[0]}"
+        if strict:
+            raise LlmqError(f"--strict: {model_dir}: {remarks['source tensors']}")
     tokens = None if recipe.method == "rtn" else calibration_tokens(model_dir, config, recipe, calibration)
-    return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens)
+    return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens, remarks)
 
 
 def _method(config: Any) -> str:

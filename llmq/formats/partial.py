@@ -44,7 +44,10 @@ class PartialCheckpoint:
             stored = json.loads(state_path.read_text())
             differing = sorted(key for key in identity.keys() | stored.keys() if identity.get(key) != stored.get(key))
             if differing:
-                raise LlmqError(f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)}; repeat its command to finish it, or remove that folder to start over")
+                parts = ", ".join(_differences(stored, identity))
+                raise LlmqError(
+                    f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)} ({parts}); repeat its command as it was to finish it, or remove that folder to start over"
+                )
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         (self.work_dir / "blocks").mkdir(exist_ok=True)
         self._lock = (self.work_dir / "lock").open("w")
@@ -99,6 +102,13 @@ class PartialCheckpoint:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def _differences(there: Any, now: Any, name: str = "") -> list[str]:
+    """The parts of two identities that differ, with both values."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        return [line for key in sorted(there.keys() | now.keys()) for line in _differences(there.get(key), now.get(key), key)]
+    return [] if there == now else [f"{name}: {there} there, {now} now"]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -20,9 +20,10 @@ from llmq.errors import LlmqError, VerificationError
 from llmq.formats import Format, choose_format, files
 from llmq.formats.partial import PartialCheckpoint
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
+from llmq.kv import quantize_kv
 from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
-from llmq.models.load import ShardReader, check_shapes, left_out, load_config, load_tokenizer, match_names, meta_model, resolve
-from llmq.modules import swap
+from llmq.models.load import ShardReader, check_finite, check_shapes, left_out, load_config, load_tokenizer, match_names, meta_model, resolve
+from llmq.modules import quantized_modules, swap
 from llmq.ptq.engine import BlockReport, BlockResult, Engine
 from llmq.ptq.report import build_report, model_card
 from llmq.qtensor import QuantizedTensor
@@ -139,11 +140,17 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
     """What decides the bytes of the result: an interrupted run with the same identity is continued."""
     stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(job.shards.names.values()))}
     return {
-        "model": [str(job.model_dir.resolve()), stats],
-        "recipe": job.recipe.to_json() | {"rules": job.recipe.fingerprint()},
+        "model": {"folder": str(job.model_dir.resolve()), "size and time of": stats},
+        "recipe": job.recipe.to_json(),
         "format": job.fmt.name,
         "calibration text": None if job.tokens is None else job.tokens.sha256,
-        "software or machine": [llmq.__version__, torch.__version__, transformers.__version__, torch.get_num_threads(), device],
+        "software or machine": {
+            "llmq": llmq.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
+            "device": device,
+        },
     }
 
 
@@ -247,11 +254,18 @@ def quantize(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = Non
 
     tokens: calibration windows int64 `[n, length]` (see `llmq.data.calibration_windows`); not needed for method "rtn". Raises `LlmqError` for bad input.
     """
+    if quantized_modules(model):
+        raise LlmqError(f"this {type(model).__name__} is quantized already; start from the full-precision model")
     skeleton = meta_model(model.config)
     plans = recipe.plan(quantizable_layers(skeleton))
     if tokens is not None:
-        data.check_vocabulary(tokens, model.config.get_text_config().vocab_size, "tokens")
+        data.check_windows(tokens, model.config.get_text_config().vocab_size)
+    for name, tensor in model.state_dict().items():
+        check_finite(f"tensor {name}", tensor)
+    activations = recipe.activations
+    quantize_kv(meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope)  # whether it can be done is known before anything changes
     sink = _ModelSink(model, recipe.activations)
     with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
         Engine(skeleton, ModelReader(model), recipe, plans, None if recipe.method == "rtn" else tokens, Path(work_dir), sink.store, sink.seal, on_block).run()
+    quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
     return sink.reports

@@ -15,7 +15,7 @@ from llmq.formats import files
 from llmq.modules import quantized_modules
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe, Rule
-from llmq.spec import QuantSpec
+from llmq.spec import ActSpec, QuantSpec
 
 TOKENS = torch.randint(2, 2048, (6, 32), generator=torch.Generator().manual_seed(1))
 
@@ -220,6 +220,51 @@ def test_a_layer_that_never_runs_is_an_error():
             llmq.quantize(model, recipe(), tokens)
     finally:
         type(model.model.layers[0].mlp).forward = original
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (TOKENS[0], r"expected int64 of shape \[n, length\], got torch\.int64 of shape \[32\]"),
+        (TOKENS[:0], r"of shape \[0, 32\]"),
+        (TOKENS.float(), r"got torch\.float32"),
+        (TOKENS - 5000, "token id -.* is negative"),
+        (TOKENS + 2048, "beyond the model's vocabulary"),
+        (None, "needs calibration text"),
+    ],
+)
+def test_tokens_in_memory_that_are_no_windows(tokens, message):
+    model = make_model()
+    with pytest.raises(LlmqError, match=message):
+        llmq.quantize(model, recipe(), tokens)
+    assert not quantized_modules(model)
+
+
+def test_models_in_memory_that_cannot_be_quantized():
+    model = make_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(LlmqError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
+        llmq.quantize(model, recipe(), TOKENS)
+    model = make_model("gpt2")
+    with pytest.raises(LlmqError, match="no k_proj"):
+        llmq.quantize(model, recipe(activations=ActSpec(kv_bits=8, kv_before_rope=True)), TOKENS)
+    assert not quantized_modules(model)
+    llmq.quantize(model, recipe(), TOKENS)
+    with pytest.raises(LlmqError, match="quantized already"):
+        llmq.quantize(model, recipe(), TOKENS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before_rope", [False, True])
+def test_keys_and_values_in_memory_are_those_of_the_folder(before_rope, tmp_path):
+    model = make_model()
+    llmq.quantize(model, recipe(activations=ActSpec(kv_bits=4, kv_before_rope=before_rope)), TOKENS)
+    logits = model(TOKENS).logits
+    llmq.save(model, tmp_path / "out")
+    assert torch.equal(llmq.load(tmp_path / "out")(TOKENS).logits, logits)
+    without = make_model()
+    llmq.quantize(without, recipe(), TOKENS)
+    assert not torch.equal(without(TOKENS).logits, logits)
 
 
 def test_fallbacks_are_counted_and_too_many_fail(model_folder, calibration_file, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmq.errors import LlmqError
 from llmq.formats.files import MANIFEST
@@ -123,8 +124,15 @@ def test_other_settings_do_not_continue_an_interrupted_run(model_folder, calibra
     recipe = Recipe.uniform("w4g32", samples=4, sequence_length=32)
     folder = interrupted(model_folder, calibration_file, tmp_path / "out", recipe)
     other = Recipe.uniform("w4g64", samples=4, sequence_length=32)
-    with pytest.raises(LlmqError, match="interrupted run with another recipe"):
+    with pytest.raises(LlmqError, match=r"interrupted run with another recipe \(rules: .*'group_size': 32.* there, .*'group_size': 64.* now\)"):
         quantize_folder(prepare(str(folder), other, calibration=str(calibration_file)), tmp_path / "out")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(LlmqError, match=rf"another software or machine \(threads \(OMP_NUM_THREADS\): {threads} there, {threads + 1} now\)"):
+            quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")
+    finally:
+        torch.set_num_threads(threads)
     assert quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")["resumed_at_block"] == 1
 
 

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 import llmq
 from llmq import data
 from llmq.errors import LlmqError, VerificationError
-from llmq.formats import Format, choose_format, files
+from llmq.formats import Format, choose_format, files, format_note
 from llmq.formats.partial import PartialCheckpoint
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.kv import quantize_kv
@@ -105,7 +105,7 @@ def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, form
     shards = ShardReader(model_dir)
     matched = match_names(skeleton, shards.names)
     check_shapes(skeleton, shards, matched)
-    remarks = {}
+    remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
     if unused := left_out(skeleton, sorted(set(shards.names) - set(matched.values()))):
         remarks["source tensors"] = f"{len(unused)} of {len(shards.names)} are not used by {type(skeleton).__name__} as config.json describes it and are left out, the first being {unused[0]}"
         if strict:

@@ -87,6 +87,35 @@ def test_rules_decide_layer_by_layer(model_folder, calibration_file, tmp_path):
     assert "-:model\\.layers\\.0\\.self_attn\\.q_proj$" in dynamic
 
 
+def test_act_order_with_one_scale_per_row_has_nothing_to_say_in_the_config(model_folder, calibration_file, tmp_path):
+    quantize_folder(prepare(str(model_folder()), recipe("w4", order="act"), calibration=str(calibration_file)), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["desc_act"] is False
+    assert all(module.g_idx is None for module in quantized_modules(llmq.load(tmp_path / "out")).values())
+
+
+@pytest.mark.parametrize("kept", ["*.layers.0.*", "*.layers.1.*", "*.o_proj"])
+@pytest.mark.parametrize("fmt", ["gptq", "llmq"])
+def test_saved_configs_name_the_kept_layers_as_the_folder_does(kept, fmt, model_folder, tmp_path):
+    settings = Recipe(rules=(Rule(kept, None), Rule("*.down_proj", QuantSpec("int8", -1)), Rule("*", QuantSpec("int4", 32))), method="rtn")
+    quantize_folder(prepare(str(model_folder()), settings, format=fmt), tmp_path / "folder")
+    in_memory = make_model()
+    llmq.quantize(in_memory, settings)
+    llmq.save(in_memory, tmp_path / "memory", format=fmt)
+    llmq.save(llmq.load(tmp_path / "folder"), tmp_path / "loaded", format=fmt)
+    folder, memory, loaded = (json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("folder", "memory", "loaded"))
+    assert folder == memory == loaded
+    n_kept = len(folder["modules_to_not_convert"]) if fmt == "llmq" else sum(name.startswith("-:") for name in folder["dynamic"])
+    assert n_kept == (2 if "o_proj" in kept else 7)
+
+
+def test_a_named_format_that_other_engines_will_not_load_is_noted(model_folder):
+    settings = Recipe(rules=(Rule("*.v_proj", QuantSpec("int8", -1)), Rule("*", QuantSpec("int4", 32))), method="rtn")
+    folder = str(model_folder())
+    assert "vLLM and SGLang will not" in prepare(folder, settings, format="gptq", strict=True).notes["format gptq"]
+    job = prepare(folder, settings)
+    assert (job.fmt.name, job.notes) == ("llmq", {})
+
+
 def test_rtn_needs_no_text_and_equals_plain_rounding(model_folder, tmp_path):
     from llmq.qtensor import QuantizedTensor
 

@@ -117,9 +117,18 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, specia
 
 def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
     """Raise `LlmqError` when a token id lies beyond the model's embeddings."""
-    largest = int(tokens.max()) if tokens.numel() else 0
+    smallest, largest = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
+    if smallest < 0:
+        raise LlmqError(f"{source}: token id {smallest} is negative; expected ids of the model's vocabulary of {vocab_size}, padding left out")
     if largest >= vocab_size:
         raise LlmqError(f"{source}: token id {largest} is beyond the model's vocabulary of {vocab_size}; the tokenizer does not belong to this model")
+
+
+def check_windows(tokens: Tensor, vocab_size: int) -> None:
+    """Raise `LlmqError` for anything but windows of tokens, whole numbers `[n, length]` below `vocab_size`."""
+    if tokens.dim() != 2 or not tokens.numel() or tokens.dtype not in (torch.int64, torch.int32):
+        raise LlmqError(f"tokens: expected int64 of shape [n, length], got {tokens.dtype} of shape {list(tokens.shape)}; llmq.data.calibration_windows makes such")
+    check_vocabulary(tokens, vocab_size, "tokens")
 
 
 def calibration_windows(tokens: Tensor, n_samples: int, length: int, seed: int, source: str, bos: int | None = None) -> TokenSet:

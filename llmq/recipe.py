@@ -6,12 +6,11 @@ A pattern is a shell pattern on the module's name (`*.down_proj`, `model.layers.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llmq.errors import LlmqError
 from llmq.spec import ActSpec, QuantSpec
@@ -94,6 +93,13 @@ class Recipe:
     activation_range: Literal["minmax", "percentile", "mse"] = "mse"
 
     def __post_init__(self) -> None:
+        self._check_types()
+        if not 0 <= self.seed < 1 << 63:
+            raise LlmqError(f"seed {self.seed}: expected a whole number from 0 to 2^63 - 1")
+        if not 0 <= self.alpha <= 1:
+            raise LlmqError(f"alpha {self.alpha}: expected a share of the correction, from 0 to 1 (0.5 is usual)")
+        if self.method == "rtn" and self.order == "act":
+            raise LlmqError("method rtn has no order of columns: leave out --act-order, or use --method gptq")
         if self.samples < 1 or self.sequence_length < 2:
             raise LlmqError(f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens")
         if self.activations.kind == "int8-static" and self.method == "rtn":
@@ -102,9 +108,6 @@ class Recipe:
             raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:
             raise LlmqError(f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at most 1 (0.01 is usual)")
-
-        if self.method not in ("rtn", "gptq", "blockwise"):
-            raise LlmqError(f"unknown method {self.method!r}: expected rtn, gptq or blockwise")
         if self.iterations < 1:
             raise LlmqError(f"iterations {self.iterations}: expected 1 or more steps per block; use --method gptq for none")
         if not 0 < self.learning_rate <= 1:
@@ -113,6 +116,21 @@ class Recipe:
             raise LlmqError(
                 "block-wise tuning needs groups of consecutive columns, and true act-order stores other ones: leave out --act-order (--order group sorts columns too), or use --method gptq"
             )
+
+    def _check_types(self) -> None:
+        """Recipes come from JSON, too, where every value can be of any type."""
+        for name, hint in get_type_hints(Recipe).items():
+            value, choices = getattr(self, name), get_args(hint) if get_origin(hint) is Literal else ()
+            if choices and value not in choices:
+                raise LlmqError(f"unknown {name.replace('_', ' ')} {value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}")
+            if hint in (int, bool) and type(value) is not hint:
+                raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected {'a whole number' if hint is int else 'true or false'}")
+            if hint is float and not (type(value) in (int, float) and math.isfinite(value)):
+                raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected a finite number")
+        if not (isinstance(self.rules, tuple) and all(isinstance(rule, Rule) for rule in self.rules)):
+            raise LlmqError(f"rules {self.rules!r}: expected a tuple of Rule")
+        if not isinstance(self.activations, ActSpec):
+            raise LlmqError(f"activations {self.activations!r}: expected an ActSpec")
 
     @classmethod
     def uniform(cls, spec: str | QuantSpec, **options: Any) -> Recipe:
@@ -144,17 +162,18 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Recipe:
-        """The inverse of `to_json`. Raises `LlmqError` for keys that do not exist."""
+        """The inverse of `to_json`. Raises `LlmqError` for keys that do not exist and values that make no recipe."""
+        if not isinstance(data, dict):
+            raise LlmqError(f"recipe: expected an object with some of the keys {', '.join(cls.__dataclass_fields__)}, got {type(data).__name__}")
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
             raise LlmqError(f"recipe: unknown keys {', '.join(sorted(unknown))}; known are {', '.join(cls.__dataclass_fields__)}")
         values = dict(data)
-        if "rules" in values:
-            values["rules"] = tuple(Rule(pattern, None if spec is None else QuantSpec.from_json(spec)) for pattern, spec in values["rules"])
-        if "activations" in values:
-            values["activations"] = ActSpec(**values["activations"])
+        try:
+            if "rules" in values:
+                values["rules"] = tuple(Rule(pattern, None if spec is None else QuantSpec.from_json(spec)) for pattern, spec in values["rules"])
+            if "activations" in values:
+                values["activations"] = ActSpec(**values["activations"])
+        except (TypeError, ValueError, AttributeError) as error:
+            raise LlmqError(f"recipe: rules or activations cannot be read ({error}); expected what report.json holds under 'recipe'") from None
         return cls(**values)
-
-    def fingerprint(self) -> str:
-        """A hash over everything in the recipe, for resuming."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()

@@ -25,6 +25,7 @@ FAMILY_CONFIGS: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": 16},
     "qwen2": {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 16, "tie_word_embeddings": True},
     "qwen3": {},
+    "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 16},
     "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 32},
     "phi3": {"pad_token_id": 0},

@@ -1,5 +1,8 @@
 """Recipes: order of rules, group sizes that do not fit, and JSON."""
 
+import json
+import math
+
 import pytest
 
 from llmq.errors import LlmqError
@@ -38,16 +41,43 @@ def test_unreadable_rules(text):
         Rule.parse(text)
 
 
-def test_json_round_trip_and_fingerprint():
+def test_json_round_trip():
     recipe = Recipe(rules=(Rule.parse("*.q_proj=keep"), Rule.parse("*=w3g64-asym")), order="act", samples=7, activations=ActSpec("int8-token"))
-    again = Recipe.from_json(__import__("json").loads(__import__("json").dumps(recipe.to_json())))
-    assert again == recipe
-    assert again.fingerprint() == recipe.fingerprint() != Recipe().fingerprint()
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
     with pytest.raises(LlmqError, match="unknown keys smaples"):
         Recipe.from_json({"smaples": 3})
 
 
-@pytest.mark.parametrize("options", [{"samples": 0}, {"sequence_length": 1}, {"damping": 0.0}, {"damping": 2.0}])
-def test_impossible_settings(options):
-    with pytest.raises(LlmqError):
-        Recipe(**options)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "at least 1 sample"),
+        ({"samples": 2.5}, r"samples 2\.5: expected a whole number"),
+        ({"samples": True}, "samples True: expected a whole number"),
+        ({"sequence_length": 1}, "of 2 tokens"),
+        ({"seed": "a"}, "seed 'a': expected a whole number"),
+        ({"seed": 1 << 63}, "seed 9223372036854775808: expected"),
+        ({"seed": -1}, "seed -1: expected"),
+        ({"damping": 0.0}, "damping"),
+        ({"damping": 2.0}, "damping"),
+        ({"alpha": "x"}, "alpha 'x': expected a finite number"),
+        ({"alpha": math.nan}, "alpha nan: expected a finite number"),
+        ({"alpha": 1.5}, r"alpha 1\.5: expected .* from 0 to 1"),
+        ({"search": "yes"}, "search 'yes': expected true or false"),
+        ({"method": "awq"}, "unknown method 'awq': expected rtn, gptq or blockwise"),
+        ({"order": "desc"}, "unknown order 'desc': expected group, static, none or act"),
+        ({"inputs": "fp"}, "unknown inputs 'fp': expected quantized, full-precision or both"),
+        ({"activation_range": ["mse"]}, "unknown activation range .* expected minmax, percentile or mse"),
+        ({"method": "rtn", "order": "act"}, "rtn has no order of columns: leave out --act-order"),
+    ],
+)
+def test_impossible_settings(options, message):
+    for make in (lambda: Recipe(**options), lambda: Recipe.from_json(options)):
+        with pytest.raises(LlmqError, match=message):
+            make()
+
+
+@pytest.mark.parametrize("data", [[], "gptq", {"rules": 3}, {"rules": [["*"]]}, {"rules": [[5, None]]}, {"rules": [["*", {"bits": 4}]]}, {"activations": {"kinds": "none"}}, {"activations": None}])
+def test_json_that_is_no_recipe(data):
+    with pytest.raises(LlmqError, match="recipe: "):
+        Recipe.from_json(data)

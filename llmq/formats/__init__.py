@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Specs
 from llmq.formats.bitnet import BITNET
-from llmq.formats.gptq import GPTQ_V1, GPTQ_V2, engines_load
+from llmq.formats.gptq import GPTQ_V1, GPTQ_V2, engines_load, fused_disagreement
 from llmq.formats.native import NATIVE
 from llmq.recipe import LayerPlan
 from llmq.spec import ActSpec
@@ -14,7 +14,7 @@ FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (GPTQ_V1, GPTQ_V2, BITNET
 
 _TOKENS = ActSpec("int8-token")
 
-__all__ = ["FORMATS", "Format", "Specs", "choose_format"]
+__all__ = ["FORMATS", "Format", "Specs", "choose_format", "format_note"]
 
 
 def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec = ActSpec()) -> Format:
@@ -25,7 +25,7 @@ def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec = ActS
     if not activations.is_none and name not in ("auto", "llmq", "bitnet"):
         raise LlmqError(f"format {name} cannot say that activations are quantized ({activations}). Use --format llmq, which holds everything")
     if name == "auto":
-        fits = activations.is_none and all(GPTQ_V1.refusal(spec, layer.shape) is None and engines_load(spec) for layer, spec in quantized)
+        fits = activations.is_none and format_note(GPTQ_V1, plans) is None and all(GPTQ_V1.refusal(spec, layer.shape) is None and engines_load(spec) for layer, spec in quantized)
         is_bitnet = activations == _TOKENS and all(BITNET.refusal(spec, layer.shape) is None for layer, spec in quantized)
         return GPTQ_V1 if fits else BITNET if is_bitnet else NATIVE
     if name not in FORMATS:
@@ -35,3 +35,10 @@ def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec = ActS
         if reason := fmt.refusal(spec, layer.shape):
             raise LlmqError(f"format {name} cannot hold {layer.name} ({spec}): {reason}. Use --format llmq, which holds everything")
     return fmt
+
+
+def format_note(fmt: Format, plans: list[LayerPlan]) -> str | None:
+    """Why other engines will not load a folder of a format that is meant for them, as far as the layers decide it, or None."""
+    if fmt not in (GPTQ_V1, GPTQ_V2) or (reason := fused_disagreement((plan.layer.name, plan.spec) for plan in plans)) is None:
+        return None
+    return f"llmq loads this folder, vLLM and SGLang will not: {reason}"

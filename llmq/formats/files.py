@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +20,10 @@ from llmq.errors import LlmqError
 MANIFEST = "llmq-manifest.json"
 # Everything beside the weights that a runtime or a reader of the model needs.
 _COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
+
+
+class WriteError(LlmqError):
+    """A file could not be written, mostly for want of space: what was finished before is worth keeping."""
 
 
 def sync(path: Path) -> None:
@@ -31,9 +36,15 @@ def sync(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file and make it durable."""
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    sync(path)
+    """Write a safetensors file and make it durable. Raises `WriteError` when the disk is full or the file too large."""
+    try:
+        path.touch()
+        mode = path.stat().st_mode  # what the umask gives; safetensors renames a file of mode 0600 to this place
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        path.chmod(mode)
+        sync(path)
+    except (SafetensorError, OSError) as error:
+        raise WriteError(f"{path}: cannot be written ({error}); make space on this disk, then repeat the command") from None
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -84,6 +95,7 @@ def check_output(out_dir: Path, overwrite: bool) -> None:
 
 def publish(finished_dir: Path, out_dir: Path) -> None:
     """Put a finished folder in its place by renaming; an earlier output is moved aside first and removed after."""
+    out_dir = out_dir.resolve()  # a link stays, what it points to is replaced
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = out_dir.with_name(f".{out_dir.name}.replaced")
     if out_dir.exists():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -148,6 +149,21 @@ GPTQ_V2 = _format("gptq_v2", v2=True)
 def with_act_order(config: dict[str, Any]) -> dict[str, Any]:
     """The config of a checkpoint whose `g_idx` are not trivial."""
     return {**config, "desc_act": True}
+
+
+_FUSED = {name: members for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) for name in members}
+
+
+def fused_disagreement(specs: Iterable[tuple[str, QuantSpec | None]]) -> str | None:
+    """Layers that vLLM and SGLang join into one although they are quantized differently (or one of them is not), so that these engines cannot load the folder; None where there are none."""
+    first: dict[tuple[str, tuple[str, ...]], tuple[str, QuantSpec | None]] = {}
+    for name, spec in specs:
+        parent, _, leaf = name.rpartition(".")
+        if leaf in _FUSED:
+            other, expected = first.setdefault((parent, _FUSED[leaf]), (name, spec))
+            if spec != expected:
+                return f"{other} ({expected or 'kept'}) and {name} ({spec or 'kept'}) are one layer there, whose parts must be quantized alike"
+    return None
 
 
 def engines_load(spec: QuantSpec) -> bool:

@@ -60,12 +60,14 @@ def load(model: str | os.PathLike[str], *, revision: str | None = None, dtype: s
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model_dir, config=config, dtype=_DTYPES[dtype], output_loading_info=True, trust_remote_code=False)
+        loaded, info = AutoModelForCausalLM.from_pretrained(model_dir, config=config, dtype=_DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
     finally:
         transformers_logging.set_verbosity(verbosity)
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            raise LlmqError(f"{model_dir}: {len(info[kind])} {kind.replace('_', ' ')}, the first being {sorted(map(str, info[kind]))[0]}; the checkpoint is incomplete")
+    if missing := info.get("missing_keys"):
+        raise LlmqError(f"{model_dir}: {len(missing)} missing keys, the first being {sorted(missing)[0]}; the checkpoint is incomplete")
+    if mismatched := info.get("mismatched_keys"):
+        name, found, expected = min(mismatched)
+        raise LlmqError(f"{model_dir}: tensor {name} has shape {list(found)}, expected {list(expected)}; config.json does not belong to these weights")
     quantized: PreTrainedModel = loaded.to(device).eval()
     for module in quantized_modules(quantized).values():
         module.set_compute(compute)

@@ -18,10 +18,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, VerificationError
 from llmq.formats import files
 
 
@@ -29,7 +30,7 @@ class PartialCheckpoint:
     """out_dir: where the finished folder goes. identity: everything that decides the bytes of the result, JSON-able. n_shards: shards of the finished checkpoint."""
 
     def __init__(self, out_dir: Path, identity: dict[str, Any], n_shards: int) -> None:
-        self.out_dir = out_dir.absolute()
+        self.out_dir = out_dir.resolve()  # beside what a link points to, so that renaming never crosses file systems
         self.work_dir = self.out_dir.with_name(f".{self.out_dir.name}.llmq-partial")
         self.checkpoint_dir = self.work_dir / "checkpoint"
         self.n_shards = n_shards
@@ -43,7 +44,10 @@ class PartialCheckpoint:
             stored = json.loads(state_path.read_text())
             differing = sorted(key for key in identity.keys() | stored.keys() if identity.get(key) != stored.get(key))
             if differing:
-                raise LlmqError(f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)}; repeat its command to finish it, or remove that folder to start over")
+                parts = ", ".join(_differences(stored, identity))
+                raise LlmqError(
+                    f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)} ({parts}); repeat its command as it was to finish it, or remove that folder to start over"
+                )
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         (self.work_dir / "blocks").mkdir(exist_ok=True)
         self._lock = (self.work_dir / "lock").open("w")
@@ -61,10 +65,14 @@ class PartialCheckpoint:
         return next(i for i in range(self.n_shards + 1) if i == self.n_shards or not self.shard_path(i).is_file())
 
     def write_shard(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Write a shard under a temporary name and return what was written, read back from the file."""
+        """Write a shard under a temporary name and return what was written, read back from the file. Raises `VerificationError` when a bit of it differs."""
         path = self.shard_path(index).with_suffix(".tmp")
         files.write_tensors(path, tensors)
-        return load_file(path)
+        written = load_file(path)
+        for name in tensors.keys() | written.keys():
+            if name not in tensors or name not in written or not _same_bits(tensors[name], written[name]):
+                raise VerificationError(f"{path.name}: tensor {name} read back differs from the one written; the disk or the memory is faulty")
+        return written
 
     def finish_shard(self, index: int, report: dict[str, Any] | None = None) -> None:
         """Give the shard its name: from here on it is part of the result."""
@@ -94,3 +102,20 @@ class PartialCheckpoint:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def _differences(there: Any, now: Any, name: str = "") -> list[str]:
+    """The parts of two identities that differ, with both values."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        return [line for key in sorted(there.keys() | now.keys()) for line in _differences(there.get(key), now.get(key), key)]
+    return [] if there == now else [f"{name}: {there} there, {now} now"]
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal as bytes: NaN equals itself, and 0.0 is not -0.0."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # Strides of dimensions of size 1 are arbitrary in a contiguous tensor, which `view` does not take.
+    return tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -14,6 +14,7 @@ from llmq.errors import LlmqError
 from llmq.formats import Format, choose_format, files
 from llmq.formats.gptq import with_act_order
 from llmq.models.arch import quantizable_layers
+from llmq.models.load import meta_model
 from llmq.modules import quantized_modules
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
@@ -23,11 +24,12 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def checkpoint_config(fmt: Format, plans: list[LayerPlan], *, act_order: bool, activations: ActSpec) -> dict[str, Any]:
-    """The `quantization_config` for the linear layers of a model in a format."""
+    """The `quantization_config` for the linear layers of a model in a format. act_order: columns were rounded in true act-order, which shows in layers of more than one group."""
     config = fmt.config({plan.layer.name: plan.spec for plan in plans})
     if not activations.is_none and fmt.name != "bitnet":  # which implies them
         config["activations"] = activations.to_json()
-    return with_act_order(config) if act_order and config["quant_method"] == "gptq" else config
+    stores_g_idx = act_order and any(plan.spec is not None and plan.spec.n_groups(plan.layer.shape[1]) > 1 for plan in plans)
+    return with_act_order(config) if stores_g_idx and config["quant_method"] == "gptq" else config
 
 
 def write_configs(target_dir: Path, model_config: Any, quantization_config: dict[str, Any]) -> None:
@@ -56,8 +58,10 @@ def save(
         raise LlmqError("this model has no quantized layer; use model.save_pretrained for a full-precision model")
     target = Path(out_dir)
     files.check_output(target, overwrite)
-    plans = [LayerPlan(Layer(name, qtensor.shape), qtensor.spec) for name, qtensor in quantized.items()]
-    plans += [LayerPlan(layer, None) for layer in _kept_layers(model)]
+    target = target.resolve()
+    layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}  # those of the full-precision model: a kept layer is one that is not quantized
+    layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
+    plans = [LayerPlan(layer, quantized[name].spec if name in quantized else None) for name, layer in layers.items()]
     activations = {module.activations for module in quantized_modules(model).values()}
     if len(activations) != 1:
         raise LlmqError("the layers of this model quantize their inputs in different ways, which no format holds; give all the same ActSpec")
@@ -76,7 +80,7 @@ def save(
     for name, qtensor in quantized.items():
         tensors.update(layer_tensors(name, qtensor, fmt))
 
-    work_dir = target.absolute().with_name(f".{target.name}.llmq-saving")
+    work_dir = target.with_name(f".{target.name}.llmq-saving")
     shutil.rmtree(work_dir, ignore_errors=True)
     work_dir.mkdir(parents=True)
     try:
@@ -91,14 +95,7 @@ def save(
         files.publish(work_dir, target)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
-    return target
-
-
-def _kept_layers(model: PreTrainedModel) -> list[Layer]:
-    try:
-        return quantizable_layers(model)
-    except LlmqError:  # every layer of the blocks is quantized: none is left to find
-        return []
+    return Path(out_dir)
 
 
 def _write_shards(work_dir: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:

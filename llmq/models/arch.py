@@ -33,6 +33,7 @@ FAMILIES: dict[str, Family] = {
         Family("mistral"),
         Family("qwen2"),
         Family("qwen3"),
+        Family("gemma", bos_every_window=True),
         Family("gemma2", bos_every_window=True),
         Family("gemma3_text", bos_every_window=True),
         Family("phi3"),
@@ -62,10 +63,14 @@ def check_supported(config: PretrainedConfig) -> None:
         raise LlmqError(
             f"model type {config.model_type!r} is not a causal language model that transformers can build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually work"
         )
+    found = config.architectures or []
+    if found and not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(found):
+        raise LlmqError(f"{found[0]} is not a causal language model; expected weights of {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts the next token")
 
 
 def needs_bos(config: PretrainedConfig) -> bool:
-    family = FAMILIES.get(config.model_type)
+    """Whether every window has to start with BOS. A multimodal model needs what its text model needs."""
+    family = FAMILIES.get(config.get_text_config().model_type)
     return family is not None and family.bos_every_window
 
 

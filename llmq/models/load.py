@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,15 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 class ShardReader:
-    """Tensors of a folder of safetensors by name. `names`: every tensor, with the file that holds it. Every fault of the files is a `LlmqError` that names the file."""
+    """Tensors of a folder of safetensors by name. `names`: every tensor, with the file that holds it; `shapes`: its shape. Every fault of the files is a `LlmqError` that names the file."""
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
-        self.names = self._scan()
+        self.names: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._scan()
 
-    def _scan(self) -> dict[str, Path]:
+    def _scan(self) -> None:
         if (self.model_dir / INDEX).is_file():
             paths = self._indexed_files()
         else:
@@ -109,13 +112,12 @@ class ShardReader:
         if not paths:
             pickles = " (only pickled weights, which can run code and are not read: convert them to safetensors first)" if list(self.model_dir.glob("*.bin")) else ""
             raise LlmqError(f"{self.model_dir}: no model.safetensors and no {INDEX}{pickles}")
-        names: dict[str, Path] = {}
         for path in paths:
-            for name in read_header(path):
-                if name in names:
-                    raise LlmqError(f"{path}: tensor {name} is also in {names[name].name}; the folder mixes two models")
-                names[name] = path
-        return names
+            for name, entry in read_header(path).items():
+                if name in self.names:
+                    raise LlmqError(f"{path}: tensor {name} is also in {self.names[name].name}; the folder mixes two models")
+                self.names[name] = path
+                self.shapes[name] = entry["shape"]
 
     def _indexed_files(self) -> list[Path]:
         index = self.model_dir / INDEX
@@ -150,9 +152,14 @@ class ShardReader:
             except (SafetensorError, OSError) as error:
                 raise LlmqError(f"{path}: damaged ({error}); download it again") from None
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise LlmqError(f"{self.names[name]}: tensor {name} holds {int((~torch.isfinite(tensor)).sum())} NaN or infinite values of {tensor.numel()}; the weights are damaged")
+            check_finite(f"{self.names[name]}: tensor {name}", tensor)
         return tensors
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise `LlmqError` for NaN or infinite values."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise LlmqError(f"{name} holds {int((~torch.isfinite(tensor)).sum())} NaN or infinite values of {tensor.numel()}; the weights are damaged")
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -188,3 +195,18 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
     if missing:
         raise LlmqError(f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} needs, the first being {missing[0]}")
     return matched
+
+
+def check_shapes(model: PreTrainedModel, shards: ShardReader, matched: Mapping[str, str]) -> None:
+    """Raise `LlmqError` for the first stored tensor whose shape is not the one that the config gives. matched: as `match_names` gives it."""
+    state = model.state_dict()
+    for name, stored in matched.items():
+        if shards.shapes[stored] != tuple(state[name].shape):
+            raise LlmqError(f"{shards.names[stored]}: tensor {stored} has shape {list(shards.shapes[stored])}, expected {list(state[name].shape)}; config.json does not belong to these weights")
+
+
+def left_out(model: PreTrainedModel, unused: Iterable[str]) -> list[str]:
+    """Those of the stored tensors without a place in the model that hold something of their own: not the buffers that models compute themselves, nor what transformers leaves out on purpose."""
+    computed = [re.escape(name) + "$" for name, _ in model.named_buffers()]
+    redundant = re.compile("|".join([*computed, r"rotary_emb\.inv_freq$", r"attn\.masked_bias$", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    return [name for name in unused if not redundant.search(name)]

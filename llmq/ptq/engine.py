@@ -284,7 +284,7 @@ class Engine:
         """Tune the solved block as a whole: its results, its weights and the reports of its layers become those of the tuned ones."""
         assert self.tokens is not None
         recipe, (untuned, self._untuned) = self.recipe, (self._untuned, {})
-        options = BlockwiseOptions(recipe.iterations, recipe.learning_rate, recipe.autocast, seed=recipe.seed * len(self.blocks) + index)
+        options = BlockwiseOptions(recipe.iterations, recipe.learning_rate, recipe.autocast, seed=(recipe.seed * len(self.blocks) + index) % (1 << 63))
         call = self._calls[sequences_per_step(*self.tokens.shape)][index]
         weights, start = {layer: weight for layer, (weight, _) in untuned.items()}, {layer: result.tensor for layer, result in results.items()}
         tuning = tune_block(block, weights, start, self.inputs_of(index), self.inputs_of(index + 1, "full-precision"), call, options)

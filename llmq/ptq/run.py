@@ -17,12 +17,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 import llmq
 from llmq import data
 from llmq.errors import LlmqError, VerificationError
-from llmq.formats import Format, choose_format, files
+from llmq.formats import Format, choose_format, files, format_note
 from llmq.formats.partial import PartialCheckpoint
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
+from llmq.kv import quantize_kv
 from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
-from llmq.models.load import ShardReader, load_config, load_tokenizer, match_names, meta_model, resolve
-from llmq.modules import swap
+from llmq.models.load import ShardReader, check_finite, check_shapes, left_out, load_config, load_tokenizer, match_names, meta_model, resolve
+from llmq.modules import quantized_modules, swap
 from llmq.ptq.engine import BlockReport, BlockResult, Engine
 from llmq.ptq.report import build_report, model_card
 from llmq.qtensor import QuantizedTensor
@@ -69,7 +70,7 @@ class ModelReader:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything known before anything is computed. tokens: None for methods without data. notes: layers that differ from what was asked."""
+    """Everything known before anything is computed. tokens: None for methods without data. remarks: what is to be known of the model or the format."""
 
     model_dir: Path
     config: PretrainedConfig
@@ -79,10 +80,12 @@ class Job:
     plans: list[LayerPlan]
     fmt: Format
     tokens: data.TokenSet | None
+    remarks: dict[str, str]
 
     @property
     def notes(self) -> dict[str, str]:
-        return {plan.layer.name: plan.note for plan in self.plans if plan.note}
+        """Layers that differ from what was asked, and the remarks."""
+        return {plan.layer.name: plan.note for plan in self.plans if plan.note} | self.remarks
 
 
 def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, format: str = "auto", revision: str | None = None, strict: bool = False) -> Job:
@@ -100,9 +103,15 @@ def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, form
     if strict and notes:
         raise LlmqError(f"--strict: {len(notes)} layers would differ from what was asked, the first being {notes[0]}")
     shards = ShardReader(model_dir)
-    match_names(skeleton, shards.names)
+    matched = match_names(skeleton, shards.names)
+    check_shapes(skeleton, shards, matched)
+    remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
+    if unused := left_out(skeleton, sorted(set(shards.names) - set(matched.values()))):
+        remarks["source tensors"] = f"{len(unused)} of {len(shards.names)} are not used by {type(skeleton).__name__} as config.json describes it and are left out, the first being {unused[0]}"
+        if strict:
+            raise LlmqError(f"--strict: {model_dir}: {remarks['source tensors']}")
     tokens = None if recipe.method == "rtn" else calibration_tokens(model_dir, config, recipe, calibration)
-    return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens)
+    return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens, remarks)
 
 
 def _method(config: Any) -> str:
@@ -131,11 +140,17 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
     """What decides the bytes of the result: an interrupted run with the same identity is continued."""
     stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(job.shards.names.values()))}
     return {
-        "model": [str(job.model_dir.resolve()), stats],
-        "recipe": job.recipe.to_json() | {"rules": job.recipe.fingerprint()},
+        "model": {"folder": str(job.model_dir.resolve()), "size and time of": stats},
+        "recipe": job.recipe.to_json(),
         "format": job.fmt.name,
         "calibration text": None if job.tokens is None else job.tokens.sha256,
-        "software or machine": [llmq.__version__, torch.__version__, transformers.__version__, torch.get_num_threads(), device],
+        "software or machine": {
+            "llmq": llmq.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
+            "device": device,
+        },
     }
 
 
@@ -157,6 +172,9 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
         tokens = None if job.tokens is None else job.tokens.tokens
         Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device).run(first_block)
         report = _finish(job, partial, reader, prefix, first_block, time.monotonic() - started, device)
+    except files.WriteError as error:
+        partial.close()
+        raise files.WriteError(f"{error}, which continues where it stopped") from None
     except LlmqError:
         partial.discard()
         raise
@@ -236,11 +254,18 @@ def quantize(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = Non
 
     tokens: calibration windows int64 `[n, length]` (see `llmq.data.calibration_windows`); not needed for method "rtn". Raises `LlmqError` for bad input.
     """
+    if quantized_modules(model):
+        raise LlmqError(f"this {type(model).__name__} is quantized already; start from the full-precision model")
     skeleton = meta_model(model.config)
     plans = recipe.plan(quantizable_layers(skeleton))
     if tokens is not None:
-        data.check_vocabulary(tokens, model.config.get_text_config().vocab_size, "tokens")
+        data.check_windows(tokens, model.config.get_text_config().vocab_size)
+    for name, tensor in model.state_dict().items():
+        check_finite(f"tensor {name}", tensor)
+    activations = recipe.activations
+    quantize_kv(meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope)  # whether it can be done is known before anything changes
     sink = _ModelSink(model, recipe.activations)
     with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
         Engine(skeleton, ModelReader(model), recipe, plans, None if recipe.method == "rtn" else tokens, Path(work_dir), sink.store, sink.seal, on_block).run()
+    quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
     return sink.reports

@@ -6,7 +6,7 @@ import torch
 from conftest import make_model
 
 from llmq.errors import LlmqError
-from llmq.formats import FORMATS, choose_format
+from llmq.formats import FORMATS, choose_format, format_note
 from llmq.formats.gptq import settings_of
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
@@ -104,6 +104,19 @@ def test_choice_of_format():
         choose_format("gptq", plans("ternary"))
     with pytest.raises(LlmqError, match="auto or one of"):
         choose_format("onnx", plans("w4g128"))
+
+
+def test_parts_of_one_layer_in_other_engines_agree_or_are_written_as_llmq():
+    def plans(**specs):
+        return [LayerPlan(Layer(f"model.layers.0.part.{name}", (64, 128)), spec and QuantSpec.parse(spec)) for name, spec in specs.items()]
+
+    alike = plans(q_proj="w4g128", k_proj="w4g128", v_proj="w4g128", o_proj="w8", gate_proj="w8", up_proj="w8", down_proj="w4g128")
+    assert choose_format("auto", alike).name == "gptq"
+    assert format_note(FORMATS["gptq"], alike) is None
+    for unlike in (plans(q_proj="w4g128", k_proj="w4g128", v_proj="w8"), plans(gate_proj="w4g128", up_proj="w4g64"), plans(q_proj="w4g128", k_proj=None)):
+        assert choose_format("auto", unlike).name == "llmq"
+        assert unlike[-1].layer.name in format_note(choose_format("gptq", unlike), unlike)
+        assert format_note(FORMATS["llmq"], unlike) is None
 
 
 def write_foreign_folder(folder, tokenizer, quantization_config, v2=False, **kept):

@@ -12,10 +12,14 @@ import pytest
 import torch
 from conftest import FAMILY_CONFIGS, make_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
+import llmq
 from llmq.errors import LlmqError
 from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
 from llmq.models.load import ShardReader, load_config, load_tokenizer, match_names, meta_model, resolve
+from llmq.ptq.run import prepare, quantize_folder
+from llmq.recipe import Recipe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -166,6 +170,8 @@ def test_meta_model_holds_no_weights_and_real_rotary_tables():
         ({"model_type": "qwen3_moe", "num_experts": 4}, "mixture of experts"),
         ({"model_type": "t5"}, "not a causal language model"),
         ({"model_type": "lama"}, "not a model config"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not a causal language model"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not a causal language model"),
         ({}, "not a model config"),
     ],
 )
@@ -173,6 +179,55 @@ def test_unsupported_architectures_are_refused_from_the_config(config, message, 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LlmqError, match=message):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"model_type": "llama"}, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, {"model_type": "bert", "architectures": ["BertLMHeadModel"]}])
+def test_architectures_that_predict_the_next_token_pass(settings, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load_config(tmp_path).model_type == settings["model_type"]
+
+
+def test_a_multimodal_model_needs_bos_when_its_text_model_does():
+    assert needs_bos(AutoConfig.for_model("gemma3"))
+    assert not needs_bos(AutoConfig.for_model("mistral3"))
+
+
+def edit_config(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def test_shapes_that_the_config_does_not_give_are_refused_before_anything_is_written(model_folder, tmp_path):
+    folder = model_folder()
+    edit_config(folder, intermediate_size=96)
+    for read in (llmq.load, lambda folder: prepare(str(folder), Recipe.uniform("w4g32", method="rtn"))):
+        with pytest.raises(LlmqError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has shape \[64, 128\], expected \[64, 96\]"):
+            read(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_stored_tensors_that_the_model_has_no_place_for_are_noted(model_folder, tmp_path):
+    folder = model_folder(num_hidden_layers=3)
+    edit_config(folder, num_hidden_layers=2)
+    recipe = Recipe.uniform("w4g32", method="rtn")
+    job = prepare(str(folder), recipe)
+    assert job.notes["source tensors"].startswith("9 of 30 are not used by LlamaForCausalLM")
+    assert "first being model.layers.2.input_layernorm.weight" in job.notes["source tensors"]
+    assert len(quantize_folder(job, tmp_path / "out")["unused_source_tensors"]) == 9
+    with pytest.raises(LlmqError, match=r"--strict: .* 9 of 30 are not used"):
+        prepare(str(folder), recipe, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "redundant"), [("llama", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]), ("gpt2", ["lm_head.weight", "transformer.h.1.attn.bias", "h.0.attn.masked_bias"])]
+)
+def test_tensors_that_say_nothing_new_are_not_noted(model_folder, model_type, redundant):
+    folder = model_folder(model_type, tie_word_embeddings=True)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    embeddings = tensors[{"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[model_type]]
+    save_file({**tensors, **{name: embeddings.clone() for name in redundant}}, path, metadata={"format": "pt"})
+    assert prepare(str(folder), Recipe.uniform("w4g32", method="rtn"), strict=True).notes == {}
 
 
 def test_a_folder_without_tokenizer(tmp_path):

@@ -1,6 +1,7 @@
 """The main job on every family: quantize block by block, save, reload, same logits; and what the engine promises beside that."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from safetensors.torch import load_file
 import llmq
 from llmq.data import calibration_windows
 from llmq.errors import LlmqError, VerificationError
+from llmq.formats import files
 from llmq.modules import quantized_modules
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe, Rule
-from llmq.spec import QuantSpec
+from llmq.spec import ActSpec, QuantSpec
 
 TOKENS = torch.randint(2, 2048, (6, 32), generator=torch.Generator().manual_seed(1))
 
@@ -83,6 +85,35 @@ def test_rules_decide_layer_by_layer(model_folder, calibration_file, tmp_path):
     assert {name: str(module.spec) for name, module in modules.items() if "down" in name} == {f"model.layers.{i}.mlp.down_proj": "w8" for i in range(2)}
     dynamic = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
     assert "-:model\\.layers\\.0\\.self_attn\\.q_proj$" in dynamic
+
+
+def test_act_order_with_one_scale_per_row_has_nothing_to_say_in_the_config(model_folder, calibration_file, tmp_path):
+    quantize_folder(prepare(str(model_folder()), recipe("w4", order="act"), calibration=str(calibration_file)), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["desc_act"] is False
+    assert all(module.g_idx is None for module in quantized_modules(llmq.load(tmp_path / "out")).values())
+
+
+@pytest.mark.parametrize("kept", ["*.layers.0.*", "*.layers.1.*", "*.o_proj"])
+@pytest.mark.parametrize("fmt", ["gptq", "llmq"])
+def test_saved_configs_name_the_kept_layers_as_the_folder_does(kept, fmt, model_folder, tmp_path):
+    settings = Recipe(rules=(Rule(kept, None), Rule("*.down_proj", QuantSpec("int8", -1)), Rule("*", QuantSpec("int4", 32))), method="rtn")
+    quantize_folder(prepare(str(model_folder()), settings, format=fmt), tmp_path / "folder")
+    in_memory = make_model()
+    llmq.quantize(in_memory, settings)
+    llmq.save(in_memory, tmp_path / "memory", format=fmt)
+    llmq.save(llmq.load(tmp_path / "folder"), tmp_path / "loaded", format=fmt)
+    folder, memory, loaded = (json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("folder", "memory", "loaded"))
+    assert folder == memory == loaded
+    n_kept = len(folder["modules_to_not_convert"]) if fmt == "llmq" else sum(name.startswith("-:") for name in folder["dynamic"])
+    assert n_kept == (2 if "o_proj" in kept else 7)
+
+
+def test_a_named_format_that_other_engines_will_not_load_is_noted(model_folder):
+    settings = Recipe(rules=(Rule("*.v_proj", QuantSpec("int8", -1)), Rule("*", QuantSpec("int4", 32))), method="rtn")
+    folder = str(model_folder())
+    assert "vLLM and SGLang will not" in prepare(folder, settings, format="gptq", strict=True).notes["format gptq"]
+    job = prepare(folder, settings)
+    assert (job.fmt.name, job.notes) == ("llmq", {})
 
 
 def test_rtn_needs_no_text_and_equals_plain_rounding(model_folder, tmp_path):
@@ -168,6 +199,46 @@ def test_an_unfaithful_disk_is_noticed(model_folder, calibration_file, tmp_path,
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("damaged", ["model.layers.1.input_layernorm.weight", "model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+def test_damage_to_any_stored_tensor_is_noticed(model_folder, calibration_file, tmp_path, monkeypatch, damaged):
+    """Norms, kept layers, and what lies outside the blocks."""
+    write = files.write_tensors
+
+    def damage(path, tensors):
+        write(path, {name: tensor.clone().index_put_((torch.tensor([0]),) * tensor.dim(), torch.tensor(7.0)) if name == damaged else tensor for name, tensor in tensors.items()})
+
+    monkeypatch.setattr(files, "write_tensors", damage)
+    rules = (Rule("*.layers.0.self_attn.*", None), Rule("*", QuantSpec("int4", 32)))
+    job = prepare(str(model_folder()), Recipe(rules=rules, method="rtn"))
+    with pytest.raises(VerificationError, match=f"tensor {damaged} read back differs"):
+        quantize_folder(job, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_output_that_is_a_link_is_replaced_behind_it(model_folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere/target")
+    job = prepare(str(model_folder()), recipe(method="rtn"))
+    quantize_folder(job, tmp_path / "elsewhere" / "target")
+    model = llmq.load(tmp_path / "out")
+    quantize_folder(prepare(str(tmp_path / "model"), recipe("w8", method="rtn")), tmp_path / "out", overwrite=True)
+    assert {str(module.spec) for module in quantized_modules(llmq.load(tmp_path / "out")).values()} == {"w8"}
+    llmq.save(model, tmp_path / "out", overwrite=True)
+    assert {str(module.spec) for module in quantized_modules(llmq.load(tmp_path / "out")).values()} == {"w4g32"}
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for folder in (tmp_path, tmp_path / "elsewhere") for path in sorted(folder.iterdir())] == ["elsewhere", "model", "out", "target"]
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(model_folder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        quantize_folder(prepare(str(model_folder()), recipe(method="rtn")), tmp_path / "out")
+        llmq.save(llmq.load(tmp_path / "out"), tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for name in ("out", "saved") for path in (tmp_path / name).iterdir()} == {0o640}
+
+
 def test_a_layer_that_never_runs_is_an_error():
     model = make_model()
     tokens = calibration_windows(torch.randint(2, 2048, (200,)), 4, 16, 0, "text").tokens
@@ -178,6 +249,51 @@ def test_a_layer_that_never_runs_is_an_error():
             llmq.quantize(model, recipe(), tokens)
     finally:
         type(model.model.layers[0].mlp).forward = original
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (TOKENS[0], r"expected int64 of shape \[n, length\], got torch\.int64 of shape \[32\]"),
+        (TOKENS[:0], r"of shape \[0, 32\]"),
+        (TOKENS.float(), r"got torch\.float32"),
+        (TOKENS - 5000, "token id -.* is negative"),
+        (TOKENS + 2048, "beyond the model's vocabulary"),
+        (None, "needs calibration text"),
+    ],
+)
+def test_tokens_in_memory_that_are_no_windows(tokens, message):
+    model = make_model()
+    with pytest.raises(LlmqError, match=message):
+        llmq.quantize(model, recipe(), tokens)
+    assert not quantized_modules(model)
+
+
+def test_models_in_memory_that_cannot_be_quantized():
+    model = make_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(LlmqError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
+        llmq.quantize(model, recipe(), TOKENS)
+    model = make_model("gpt2")
+    with pytest.raises(LlmqError, match="no k_proj"):
+        llmq.quantize(model, recipe(activations=ActSpec(kv_bits=8, kv_before_rope=True)), TOKENS)
+    assert not quantized_modules(model)
+    llmq.quantize(model, recipe(), TOKENS)
+    with pytest.raises(LlmqError, match="quantized already"):
+        llmq.quantize(model, recipe(), TOKENS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before_rope", [False, True])
+def test_keys_and_values_in_memory_are_those_of_the_folder(before_rope, tmp_path):
+    model = make_model()
+    llmq.quantize(model, recipe(activations=ActSpec(kv_bits=4, kv_before_rope=before_rope)), TOKENS)
+    logits = model(TOKENS).logits
+    llmq.save(model, tmp_path / "out")
+    assert torch.equal(llmq.load(tmp_path / "out")(TOKENS).logits, logits)
+    without = make_model()
+    llmq.quantize(without, recipe(), TOKENS)
+    assert not torch.equal(without(TOKENS).logits, logits)
 
 
 def test_fallbacks_are_counted_and_too_many_fail(model_folder, calibration_file, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmq.errors import LlmqError
 from llmq.formats.files import MANIFEST
@@ -122,9 +124,29 @@ def test_other_settings_do_not_continue_an_interrupted_run(model_folder, calibra
     recipe = Recipe.uniform("w4g32", samples=4, sequence_length=32)
     folder = interrupted(model_folder, calibration_file, tmp_path / "out", recipe)
     other = Recipe.uniform("w4g64", samples=4, sequence_length=32)
-    with pytest.raises(LlmqError, match="interrupted run with another recipe"):
+    with pytest.raises(LlmqError, match=r"interrupted run with another recipe \(rules: .*'group_size': 32.* there, .*'group_size': 64.* now\)"):
         quantize_folder(prepare(str(folder), other, calibration=str(calibration_file)), tmp_path / "out")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(LlmqError, match=rf"another software or machine \(threads \(OMP_NUM_THREADS\): {threads} there, {threads + 1} now\)"):
+            quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")
+    finally:
+        torch.set_num_threads(threads)
     assert quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")["resumed_at_block"] == 1
+
+
+def test_a_full_disk_keeps_what_is_finished(model_folder, tmp_path):
+    """A limit on the size of files stands for a full disk: the blocks fit, the last shard does not."""
+    job = prepare(str(model_folder()), Recipe.uniform("w4g32", method="rtn"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(LlmqError, match=r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where it stopped"):
+            quantize_folder(job, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert quantize_folder(job, tmp_path / "out")["resumed_at_block"] == 2
 
 
 def test_two_runs_cannot_share_an_output(model_folder, calibration_file, tmp_path):

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from llmq.commands import common
+from llmq.commands.values import real, whole
 
 HELP = "Generate text; streams tokens to stdout, prints tokens/s and weight GB/s to stderr."
 
@@ -15,9 +16,9 @@ HELP = "Generate text; streams tokens to stdout, prints tokens/s and weight GB/s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=common.MODEL_HELP)
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N")
+    parser.add_argument("--temperature", type=real(), default=0.0, help="0: the likeliest token each time (default)")
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as stored)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--revision", help="revision of a Hub model")

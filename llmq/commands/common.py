@@ -140,13 +140,47 @@ def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) ->
     from llmq.models.load import load_tokenizer
 
     length = args.sequence_length or min(2048, max_positions(config))
+    check_length(config, length, f"--sequence-length {length}", f"give --sequence-length {position_limit(config)} or less")
     windows = cut_windows(load_documents(args.data, "eval"), load_tokenizer(model_dir), config, length, args.bos)
     return replace(windows, tokens=windows.tokens[: args.max_windows]) if args.max_windows else windows
 
 
+def position_limit(config: Any) -> int | None:
+    """Tokens that a model has positions for, or None where there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def max_positions(config: Any) -> int:
     """Tokens that a model has positions for; models without a limit get 2048."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    return position_limit(config) or 2048
+
+
+def check_length(config: Any, n_tokens: int, what: str, remedy: str) -> None:
+    """Raise for more tokens than a model has positions for: learned ones run out, and rotary ones that it never saw give nonsense without a word."""
+    from llmq.errors import LlmqError
+
+    limit = position_limit(config)
+    if limit and n_tokens > limit:
+        raise LlmqError(f"{what}: {config.model_type} has positions for {limit} tokens only; {remedy}")
+
+
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """What else a figure depends on. compute: as quantized layers are asked to multiply; head_bits: of head and embeddings, None: as stored."""
+    from llmq_kernels.compute import default_mode
+
+    return {"compute": args.compute or default_mode(), "head_bits": args.head_bits}
+
+
+def render_conditions(summary: dict[str, Any]) -> str:
+    """What a figure was measured on and with, for its text."""
+    head = "" if summary["head_bits"] is None else f", head at {summary['head_bits']} bits"
+    where = f"{summary['tokens']} tokens of {summary['data']}, protocol {summary['protocol']} at {summary['sequence_length']}, BOS {summary['bos']}"
+    return f"{where}, {summary['dtype']}, compute {summary['compute']}{head}"
+
+
+def render_interval(bounds: Sequence[float] | None, digits: str) -> str:
+    """A 95% interval, or why there is none. digits: the format of its bounds."""
+    return "one window, no interval" if bounds is None else f"95% interval {bounds[0]:{digits}} to {bounds[1]:{digits}}"
 
 
 def check_device(device: str) -> None:

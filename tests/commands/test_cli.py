@@ -64,6 +64,7 @@ def test_the_whole_way(llmq, model_folder, calibration_file, tmp_path):
     inspected = json.loads(stdout)
     assert inspected["specs"] == {"w4g32": 14}
     assert inspected["tensor_kinds"]["qweight"] == 14
+    assert (inspected["quantization"]["quant_method"], inspected["quantization"]["format"]) == ("gptq", "gptq")
     for command in (["inspect", out], ["inspect", folder], ["plan", folder, *small(calibration_file)], ["doctor"], ["compare", folder, folder, *evaluation[:4]], ["eval", folder, *evaluation[:4]]):
         code, stdout, stderr = llmq(*command)
         assert code == 0, stderr
@@ -267,6 +268,55 @@ def test_notes_of_layers_that_differ_go_to_stderr(llmq, model_folder, tmp_path):
     assert report["kept_layers"] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert "note: model.layers.0.mlp.down_proj: kept in full precision" in stderr
     assert len(report["notes"]) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # rotary positions, which go on for ever, and learned ones, which end
+def test_more_tokens_than_positions_are_refused(llmq, model_folder, calibration_file, family):
+    folder = model_folder(family)
+    for command in (["eval", folder], ["compare", folder, folder]):
+        code, _, stderr = llmq(*command, "--data", calibration_file, "--sequence-length", "129")
+        assert (code, stderr) == (2, f"llmq: --sequence-length 129: {family} has positions for 128 tokens only; give --sequence-length 128 or less\n")
+    prompt = ["generate", folder, "--json", "--prompt"]
+    code, _, stderr = llmq(*prompt, "def", "--max-new-tokens", "128")
+    assert (code, "128 tokens only; give --max-new-tokens 127 or less" in stderr) == (2, True)
+    code, _, stderr = llmq(*prompt, "def " * 200)
+    assert (code, "give a shorter --prompt" in stderr) == (2, True)
+    code, stdout, stderr = llmq(*prompt, "def " * 100)
+    assert code == 0, stderr
+    assert json.loads(stdout)["new_tokens"] <= 28
+
+
+def test_a_smaller_quantized_model_is_not_run_beyond_its_positions(llmq, model_folder, calibration_file):
+    folders = [model_folder(name="base"), model_folder(name="short", max_position_embeddings=64)]
+    code, _, stderr = llmq("compare", *folders, "--data", calibration_file, "--sequence-length", "128")
+    assert (code, "positions for 64 tokens only" in stderr) == (2, True)
+
+
+def test_figures_carry_their_conditions(llmq, model_folder, calibration_file, monkeypatch):
+    monkeypatch.setenv("LLMQ_COMPUTE", "int8")
+    folder = model_folder(dtype=torch.bfloat16)
+    other = model_folder(dtype=torch.float16, name="other")
+    options = ["--data", calibration_file, "--sequence-length", "64", "--dtype", "auto", "--head-bits", "4"]
+    for command, intervals, dtype in ((["eval", folder], ["ci95"], "bfloat16"), (["compare", folder, other], ["perplexity_ratio_ci95", "kl_mean_ci95"], "bfloat16 and float16")):
+        result = json.loads(llmq(*command, *options, "--max-windows", "2", "--json")[1])
+        assert (result["compute"], result["head_bits"], result["dtype"]) == ("int8", 4, dtype)
+        assert all(len(result[name]) == 2 for name in intervals)
+        assert [json.loads(llmq(*command, *options, "--max-windows", "1", "--json")[1])[name] for name in intervals] == [None] * len(intervals)
+        text = llmq(*command, *options, "--max-windows", "1")[1]
+        assert text.count("one window, no interval") == len(intervals)
+        assert f"BOS start, {dtype}, compute int8, head at 4 bits" in text
+
+
+def test_weights_that_are_no_numbers_generate_nothing(llmq, model_folder, calibration_file):
+    folder = model_folder()
+    poison(folder)
+    commands = [(["generate", folder, "--prompt", "def"], 1), (["eval", folder, "--data", calibration_file], 2), (["compare", folder, folder, "--data", calibration_file], 2)]
+    for command, expected in commands:
+        for dtype, remedy in (("float32", "the checkpoint itself is at fault"), ("bfloat16", "try --dtype float32")):
+            code, stdout, stderr = llmq(*command, "--dtype", dtype, "--json")
+            assert code == expected
+            assert f"NaN or infinite in {dtype}; {remedy}" in stderr
+            assert json.loads(stdout).keys() == {"error"}
 
 
 # (command, option, values that it refuses); every other argument is good.

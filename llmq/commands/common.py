@@ -122,13 +122,15 @@ def _recipe_of_file(path: str, defaults: Recipe, args: argparse.Namespace) -> Re
         data = json.loads(Path(path).read_text())
         data = data.get("recipe", data)  # of a whole report
         recipe = Recipe.from_json({"sequence_length": defaults.sequence_length, **data})
+        if "rules" not in data:
+            return replace(recipe, rules=defaults.rules)
+        given = {"code": _code(args.bits) if args.bits else None, "group_size": args.group_size, "symmetric": False if args.asymmetric else None}
+        given = {name: value for name, value in given.items() if value is not None}
+        return replace(recipe, rules=tuple(rule if rule.spec is None else replace(rule, spec=replace(rule.spec, **given)) for rule in recipe.rules))
+    except LlmqError as error:
+        raise LlmqError(f"--recipe {path}, with the options beside it: {error}") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise LlmqError(f"--recipe {path}: not a recipe ({error}); expected a report.json or the JSON that it holds under 'recipe'") from None
-    if "rules" not in data:
-        return replace(recipe, rules=defaults.rules)
-    given = {"code": _code(args.bits) if args.bits else None, "group_size": args.group_size, "symmetric": False if args.asymmetric else None}
-    given = {name: value for name, value in given.items() if value is not None}
-    return replace(recipe, rules=tuple(rule if rule.spec is None else replace(rule, spec=replace(rule.spec, **given)) for rule in recipe.rules))
 
 
 def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) -> Windows:

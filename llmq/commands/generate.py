@@ -91,7 +91,8 @@ def _sampling(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
         is_first = False
         return scores
 
-    how = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    # Closer to 0 a score over the temperature leaves float32, and only the likeliest token is left anyway.
+    how = {"do_sample": True, "temperature": args.temperature} if args.temperature > 1e-6 else {"do_sample": False}
     return {**how, "logits_processor": LogitsProcessorList([check])}
 
 

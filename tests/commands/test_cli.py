@@ -167,6 +167,24 @@ def test_what_a_recipe_leaves_out_is_as_without_one(planned):
     assert (result["rules"], result["samples"], result["sequence_length"]) == ([("*", "w8")], 7, 128)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [([1], "not a recipe"), ({"recipe": 1}, "not a recipe"), ({"bits": 4}, "unknown keys bits"), ({"rules": [["*", QuantSpec("int4", 32, False).to_json()]]}, "ternary codes are symmetric")],
+)
+def test_a_recipe_that_cannot_be_used_is_named(llmq, tmp_path, recipe, message):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    code, _, stderr = llmq("plan", "tiny", "--recipe", path, "--bits", "ternary")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith(f"llmq: --recipe {path}")
+    assert message in stderr
+
+
+def test_next_to_no_temperature_is_none(llmq, model_folder):
+    texts = [json.loads(llmq("generate", model_folder(), "--prompt", "def", "--max-new-tokens", "4", "--temperature", value, "--json")[1])["text"] for value in ("0", "1e-40")]
+    assert texts[0] == texts[1]
+
+
 def poison(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")

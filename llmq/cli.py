@@ -1,7 +1,7 @@
 """The command line. Each command is a module of `llmq.commands` with `HELP`, `add_arguments(parser)` and `run(args) -> (JSON-able result, text)`.
 
 Progress goes to stderr, results to stdout; `--json` prints one JSON object instead of text. Exit codes: 0 done, 1 quality or verification failed, 2 bad usage or input,
-130 interrupted. Parsing imports neither torch nor transformers, so `--help` answers at once.
+130 interrupted, 141 when the reader of stdout left (`llmq plan tiny | head -1`), as a shell reports it. Parsing imports neither torch nor transformers, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 from llmq import __version__
 from llmq.errors import LlmqError
@@ -20,8 +21,15 @@ from llmq.errors import LlmqError
 COMMANDS = ("plan", "quantize", "qat", "eval", "compare", "generate", "inspect", "bench", "doctor")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors, so that bad usage is reported like bad input: one line, and as JSON where that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LlmqError(f"{message.removeprefix('argument ')}; see '{self.prog} --help'")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llmq", description="Quantize Hugging Face causal language models, with proof of what was lost.")
+    parser = _Parser(prog="llmq", description="Quantize Hugging Face causal language models, with proof of what was lost.")
     parser.add_argument("--version", action="version", version=f"llmq {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -29,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(name, help=module.HELP.splitlines()[0], description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print one JSON object")
-        subparser.set_defaults(module=module)
+        subparser.set_defaults(module=module, parser=subparser)
     return parser
 
 
@@ -39,11 +47,15 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    args = build_parser().parse_args(argv)
+    try:
+        args = _parse(argv)
+    except LlmqError as error:
+        return _fail("--json" in (sys.argv if argv is None else argv), str(error), error.exit_code)
     signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     try:
         result, text = args.module.run(args)
+        print(json.dumps(result) if args.json else text, flush=True)
     except LlmqError as error:
         return _fail(args.json, str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -55,10 +67,20 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, SettingError):
             raise
         return _fail(args.json, str(error), 2)
+    except BrokenPipeError:
+        # What is still buffered would be written, and fail again, when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         return _fail(args.json, f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
-    print(json.dumps(result) if args.json else text)
     return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:  # told by the command's own parser, whose help lists what there is
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def _fail(as_json: bool, message: str, code: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import llmq
-from llmq.commands import plan
+from llmq.commands import jobs, plan
 from llmq.data import load_documents
 from llmq.errors import LlmqError
 from llmq.evaluation.perplexity import evaluate
@@ -94,4 +94,4 @@ def test_a_limit_of_gpu_memory():
     args = argparse.ArgumentParser()
     plan.add_arguments(args)
     with pytest.raises(LlmqError, match="--max-gpu-memory 1e-06: the run is planned to need"):
-        plan.prepare_job(args.parse_args(["tiny", "--device", "cuda", "--max-gpu-memory", "0.000001", "--samples", "2", "--sequence-length", "32"]))
+        jobs.prepare_job(args.parse_args(["tiny", "--device", "cuda", "--max-gpu-memory", "0.000001", "--samples", "2", "--sequence-length", "32"]))

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from llmq.commands import common
+from llmq.commands.values import real, whole
 
 HELP = "Time the packed kernels beside torch's bfloat16 linear on this machine (--kernels, the default), or decoding with a synthetic Llama (--decode)."
 
@@ -15,11 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", action="store_true", help="tokens per second of a synthetic Llama-3-8B-shaped model, bfloat16 and quantized; needs a GPU")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--shapes", nargs="+", metavar="NxK", help="outputs x inputs of the layers (default: Llama-3-8B's and two squares on a GPU, 4096x4096 on a CPU)")
-    parser.add_argument("--rows", nargs="+", type=int, metavar="M", help="rows of x")
+    parser.add_argument("--rows", nargs="+", type=whole(1), metavar="M", help="rows of x")
     parser.add_argument("--weights", nargs="+", metavar="SPEC", help="such as w4g128, w3g64-asym, w8; +a8 for INT8 activations, +a8g for those of --compute int8: w8+a8, ternary+a8g")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="measurements of which the median is taken (default: 20)")
+    parser.add_argument("--repeats", type=whole(1), default=20, metavar="N", help="measurements of which the median is taken (default: 20)")
     parser.add_argument("--tune", action="store_true", help="first measure the candidate tiles of every kernel and keep the fastest in ~/.cache/llmq; needs a GPU")
-    parser.add_argument("--tune-seconds", type=float, default=240, metavar="S", help="time for --tune (default: 240)")
+    parser.add_argument("--tune-seconds", type=real(), default=240, metavar="S", help="time for --tune (default: 240)")
     parser.add_argument("--plot", metavar="FILE", help="also draw the ratios; needs matplotlib")
 
 

@@ -8,19 +8,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llmq.commands.values import real, source, whole
+
 if TYPE_CHECKING:
     from llmq.evaluation.windows import Windows
     from llmq.recipe import Recipe
+    from llmq.spec import QuantSpec
 
 MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Text, windows, BOS policy, dtype and device of an evaluation."""
-    parser.add_argument("--data", default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
-    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per window (default: 2048, or what the model has positions for)")
+    parser.add_argument("--data", type=source, default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
+    parser.add_argument("--sequence-length", type=whole(2), metavar="T", help="tokens per window (default: 2048, or what the model has positions for)")
     parser.add_argument("--bos", default="auto", help="auto, every-window, start or none (default: auto)")
-    parser.add_argument("--max-windows", type=int, metavar="N", help="evaluate the first N windows only")
+    parser.add_argument("--max-windows", type=whole(1), metavar="N", help="evaluate the first N windows only")
     parser.add_argument("--dtype", default="float32", help="auto, float32, bfloat16 or float16 (default: float32, free of kernel rounding)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--revision", help="revision of a Hub model")
@@ -43,17 +46,17 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """What `plan` and `quantize` have in common: everything that makes a recipe."""
     parser.add_argument("--method", choices=("rtn", "gptq", "blockwise"), default=None, help="blockwise: GPTQ, then every block is trained; best below 4 bits (default: gptq)")
     parser.add_argument("--bits", choices=("2", "3", "4", "8", "ternary"), default=None, help="default: 4")
-    parser.add_argument("--group-size", type=int, metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: -1)")
+    parser.add_argument("--group-size", type=whole(-1), metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: -1)")
     parser.add_argument("--asymmetric", action="store_true", help="store a zero point per group")
     parser.add_argument("--act-order", action="store_true", help="true activation order with a stored g_idx; slower to run")
     parser.add_argument("--order", choices=("group", "static", "none"), default=None, help="column order of GPTQ (default: group)")
-    parser.add_argument("--damping", type=float, help="share of the mean Hessian diagonal that is added to it (default: 0.01)")
+    parser.add_argument("--damping", type=real(), help="share of the mean Hessian diagonal that is added to it (default: 0.01)")
     parser.add_argument("--no-search", action="store_true", help="choose scales by range, not by Hessian-weighted error")
-    parser.add_argument("--sweeps", type=int, help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)")
+    parser.add_argument("--sweeps", type=whole(0), help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)")
     parser.add_argument("--inputs", choices=("quantized", "full-precision", "both"), default=None, help="inputs that layers are measured on; both: also correct for earlier losses (default: both)")
-    parser.add_argument("--alpha", type=float, help="share of that correction (default: 0.5)")
-    parser.add_argument("--iterations", type=int, metavar="N", help="steps per block of --method blockwise (default: 200)")
-    parser.add_argument("--learning-rate", type=float, help="size of these steps, as a share of the distance between two codes (default: 0.02)")
+    parser.add_argument("--alpha", type=real(), help="share of that correction (default: 0.5)")
+    parser.add_argument("--iterations", type=whole(1), metavar="N", help="steps per block of --method blockwise (default: 200)")
+    parser.add_argument("--learning-rate", type=real(), help="size of these steps, as a share of the distance between two codes (default: 0.02)")
     parser.add_argument("--autocast", action="store_true", default=None, help="run blocks in bfloat16 while they are trained; faster where the hardware multiplies bfloat16")
     activations_help = "quantize layer inputs, per token or by a static range, and multiply integers (with --bits 8; default: none)"
     parser.add_argument("--activations", choices=("none", "int8-token", "int8-static"), default=None, help=activations_help)
@@ -61,34 +64,28 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-bits", type=int, choices=(8, 4), help="quantize keys and values per token and head (default: not)")
     rule_help = "another treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; first match wins"
     parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help=rule_help)
-    parser.add_argument("--recipe", metavar="FILE", help="a recipe as JSON (the 'recipe' of a report.json); other options override it")
-    parser.add_argument("--calibration", default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
-    parser.add_argument("--samples", type=int, metavar="N", help="calibration windows (default: 128)")
-    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per calibration window (default: 2048, or what the model has positions for)")
-    parser.add_argument("--seed", type=int, help="seed of the calibration windows (default: 0)")
+    parser.add_argument("--recipe", metavar="FILE", help="a report.json, or a recipe as JSON; other options override it, in the specs of its rules, too")
+    parser.add_argument("--calibration", type=source, default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
+    parser.add_argument("--samples", type=whole(1), metavar="N", help="calibration windows (default: 128)")
+    parser.add_argument("--sequence-length", type=whole(2), metavar="T", help="tokens per calibration window (default: 2048, or what the model has positions for)")
+    parser.add_argument("--seed", type=whole(0), help="seed of the calibration windows (default: 0)")
     parser.add_argument("--format", default="auto", help="auto, gptq, gptq_v2, bitnet or llmq (default: auto)")
     parser.add_argument("--strict", action="store_true", help="refuse any deviation from what was asked: other group sizes, kept layers, fallbacks")
     parser.add_argument("--revision", help="revision of a Hub model")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to run block by block on the GPU")
-    parser.add_argument("--max-ram", type=float, metavar="GB", help="refuse a run whose planned peak memory is above this")
-    parser.add_argument("--max-gpu-memory", type=float, metavar="GB", help="the same for the memory of the GPU, with --device cuda")
+    parser.add_argument("--max-ram", type=real(), metavar="GB", help="refuse a run whose planned peak memory is above this")
+    parser.add_argument("--max-gpu-memory", type=real(), metavar="GB", help="the same for the memory of the GPU, with --device cuda")
 
 
 def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
     """The recipe of the options. max_length: tokens the model has positions for, the cap of the default window."""
-    import json
     from dataclasses import replace
-    from pathlib import Path
 
     from llmq.errors import LlmqError
     from llmq.recipe import Recipe, Rule
 
-    base = Recipe(sequence_length=min(2048, max_length))
-    if args.recipe:
-        try:
-            base = Recipe.from_json(json.loads(Path(args.recipe).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise LlmqError(f"--recipe {args.recipe}: not a recipe ({error}); expected the JSON that report.json holds under 'recipe'") from None
+    defaults = Recipe(sequence_length=min(2048, max_length), rules=(Rule("*", _spec(args)),))
+    base = _recipe_of_file(args.recipe, defaults, args) if args.recipe else defaults
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
     names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "iterations", "learning_rate", "autocast", "activation_range")
@@ -97,17 +94,43 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
     if args.activations or args.kv_bits:
         base = replace(base, activations=replace(base.activations, **{key: value for key, value in (("kind", args.activations), ("kv_bits", args.kv_bits)) if value}))
     recipe = replace(base, **{key: value for key, value in options.items() if value is not None})
-    rules = tuple(Rule.parse(text) for text in args.rule)
-    gives_spec = not args.recipe or args.bits or args.group_size is not None or args.asymmetric
-    return replace(recipe, rules=rules + ((Rule("*", _spec(args)),) if gives_spec else recipe.rules))
+    return replace(recipe, rules=(*(Rule.parse(text) for text in args.rule), *recipe.rules))
 
 
-def _spec(args: argparse.Namespace) -> Any:
+def _spec(args: argparse.Namespace) -> QuantSpec:
     from llmq.spec import PER_ROW, QuantSpec
 
     bits = args.bits or "4"
     group_size = args.group_size if args.group_size is not None else PER_ROW if bits == "8" else 128
-    return QuantSpec("ternary" if bits == "ternary" else f"int{bits}", group_size, not args.asymmetric)
+    return QuantSpec(_code(bits), group_size, not args.asymmetric)
+
+
+def _code(bits: str) -> str:
+    return bits if bits == "ternary" else f"int{bits}"
+
+
+def _recipe_of_file(path: str, defaults: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe of a file: what it leaves out from the defaults, and in the specs of its rules what the options give; layers that it keeps stay kept."""
+    import json
+    from dataclasses import replace
+    from pathlib import Path
+
+    from llmq.errors import LlmqError
+    from llmq.recipe import Recipe
+
+    try:
+        data = json.loads(Path(path).read_text())
+        data = data.get("recipe", data)  # of a whole report
+        recipe = Recipe.from_json({"sequence_length": defaults.sequence_length, **data})
+        if "rules" not in data:
+            return replace(recipe, rules=defaults.rules)
+        given = {"code": _code(args.bits) if args.bits else None, "group_size": args.group_size, "symmetric": False if args.asymmetric else None}
+        given = {name: value for name, value in given.items() if value is not None}
+        return replace(recipe, rules=tuple(rule if rule.spec is None else replace(rule, spec=replace(rule.spec, **given)) for rule in recipe.rules))
+    except LlmqError as error:
+        raise LlmqError(f"--recipe {path}, with the options beside it: {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise LlmqError(f"--recipe {path}: not a recipe ({error}); expected a report.json or the JSON that it holds under 'recipe'") from None
 
 
 def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) -> Windows:
@@ -119,13 +142,47 @@ def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) ->
     from llmq.models.load import load_tokenizer
 
     length = args.sequence_length or min(2048, max_positions(config))
+    check_length(config, length, f"--sequence-length {length}", f"give --sequence-length {position_limit(config)} or less")
     windows = cut_windows(load_documents(args.data, "eval"), load_tokenizer(model_dir), config, length, args.bos)
     return replace(windows, tokens=windows.tokens[: args.max_windows]) if args.max_windows else windows
 
 
+def position_limit(config: Any) -> int | None:
+    """Tokens that a model has positions for, or None where there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def max_positions(config: Any) -> int:
     """Tokens that a model has positions for; models without a limit get 2048."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    return position_limit(config) or 2048
+
+
+def check_length(config: Any, n_tokens: int, what: str, remedy: str) -> None:
+    """Raise for more tokens than a model has positions for: learned ones run out, and rotary ones that it never saw give nonsense without a word."""
+    from llmq.errors import LlmqError
+
+    limit = position_limit(config)
+    if limit and n_tokens > limit:
+        raise LlmqError(f"{what}: {config.model_type} has positions for {limit} tokens only; {remedy}")
+
+
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """What else a figure depends on. compute: as quantized layers are asked to multiply; head_bits: of head and embeddings, None: as stored."""
+    from llmq_kernels.compute import default_mode
+
+    return {"compute": args.compute or default_mode(), "head_bits": args.head_bits}
+
+
+def render_conditions(summary: dict[str, Any]) -> str:
+    """What a figure was measured on and with, for its text."""
+    head = "" if summary["head_bits"] is None else f", head at {summary['head_bits']} bits"
+    where = f"{summary['tokens']} tokens of {summary['data']}, protocol {summary['protocol']} at {summary['sequence_length']}, BOS {summary['bos']}"
+    return f"{where}, {summary['dtype']}, compute {summary['compute']}{head}"
+
+
+def render_interval(bounds: Sequence[float] | None, digits: str) -> str:
+    """A 95% interval, or why there is none. digits: the format of its bounds."""
+    return "one window, no interval" if bounds is None else f"95% interval {bounds[0]:{digits}} to {bounds[1]:{digits}}"
 
 
 def check_device(device: str) -> None:

@@ -27,12 +27,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     common.check_device(args.device)
     base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
     windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
+    length = windows.tokens.shape[1]
+    common.check_length(load_config(quant_dir), length, f"windows of {length} tokens, {args.quant}", "give a smaller --sequence-length")
     base, quant = (load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute) for model_dir in (base_dir, quant_dir))
     quantize_head(quant, args.head_bits)
     with common.progress("windows") as show:
         result = compare(base, quant, windows, show)
     sizes = {"base_bytes": _weight_bytes(base_dir), "quant_bytes": _weight_bytes(quant_dir)}
-    summary = {"base": args.base, "quant": args.quant, "data": args.data, **result, **sizes, "dtype": args.dtype, **windows.identity()}
+    dtypes = " and ".join(dict.fromkeys(str(model.dtype).removeprefix("torch.") for model in (base, quant)))  # with --dtype auto they may differ
+    summary = {"base": args.base, "quant": args.quant, "data": args.data, **result, **sizes, "dtype": dtypes, **common.conditions(args), **windows.identity()}
     return summary, _text(summary)
 
 
@@ -43,15 +46,14 @@ def _weight_bytes(model_dir: Path) -> int:
 
 
 def _text(summary: dict[str, Any]) -> str:
-    low, high = summary["perplexity_ratio_ci95"]
-    kl_low, kl_high = summary["kl_mean_ci95"]
+    ratio, kl = common.render_interval(summary["perplexity_ratio_ci95"], ".5f"), common.render_interval(summary["kl_mean_ci95"], ".3e")
     return common.render_pairs(
         {
-            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, ratio {summary['perplexity_ratio']:.5f} (95% interval {low:.5f} to {high:.5f})",
-            "KL divergence": f"mean {summary['kl_mean']:.3e} (95% interval {kl_low:.3e} to {kl_high:.3e}), p99 {summary['kl_p99']:.3e}, max {summary['kl_max']:.3e} nats",
+            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, ratio {summary['perplexity_ratio']:.5f} ({ratio})",
+            "KL divergence": f"mean {summary['kl_mean']:.3e} ({kl}), p99 {summary['kl_p99']:.3e}, max {summary['kl_max']:.3e} nats",
             "top-1 agreement": f"{summary['top1_agreement']:.2%}",
             "RMS change of the target's probability": f"{summary['rms_probability_change']:.2%}",
             "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> {summary['quant_bytes'] / 1e6:.1f} MB",
-            "measured on": f"{summary['tokens']} tokens of {summary['data']}, protocol {summary['protocol']} at {summary['sequence_length']}, BOS {summary['bos']}, {summary['dtype']}",
+            "measured on": common.render_conditions(summary),
         }
     )

@@ -31,7 +31,5 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     quantize_head(model, args.head_bits)
     with common.progress("windows") as show:
         result = evaluate(model, windows, show)
-    summary = {"model": args.model, "data": args.data, **result.to_json(), "backends": backends_in_use(model)}
-    low, high = result.ci95
-    conditions = f"{windows.n_targets} tokens, protocol gptq at {windows.tokens.shape[1]}, BOS {windows.bos}, {result.dtype}"
-    return summary, f"perplexity {result.value:.4f}  (95% interval {low:.4f} to {high:.4f}; {conditions})"
+    summary = {"model": args.model, "data": args.data, **result.to_json(), **common.conditions(args), "backends": backends_in_use(model)}
+    return summary, f"perplexity {result.value:.4f}  ({common.render_interval(summary['ci95'], '.4f')}; {common.render_conditions(summary)})"

@@ -26,6 +26,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     model_dir = resolve(args.model, args.revision)
     config = load_config(model_dir)
     settings = quantization_settings(config)
+    if settings is not None:  # read for loading, with llmq's own name in the place of the one that other engines go by
+        stored = config.quantization_config
+        settings["quant_method"] = (stored if isinstance(stored, dict) else stored.to_dict())["quant_method"]
     paths = sorted(set(ShardReader(model_dir).names.values()))
     headers = {name: entry for path in paths for name, entry in read_header(path).items()}
     suffixes = Counter(name.rpartition(".")[2] for name in headers)

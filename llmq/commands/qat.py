@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import common
+from llmq.commands import common, jobs
+from llmq.commands.values import real, source, whole
 
 if TYPE_CHECKING:
     from llmq.qat.run import QATJob
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=common.MODEL_HELP)
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--scheme", default="w4", help="w8, w4, w3, w2 or ternary, with a8 and kv8 or kv4 behind where wanted: w4a8kv8 (default: w4)")
-    parser.add_argument("--group-size", type=int, metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; w2: 64)")
+    parser.add_argument("--group-size", type=whole(-1), metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; w2: 64)")
     parser.add_argument("--asymmetric", action="store_true", help="a learned zero point per group (w2 always has one)")
     parser.add_argument("--activations", choices=("int8-token", "int8-static"), default=None, help="which kind of INT8 activations a scheme with a8 has (default: int8-token)")
     parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="another treatment for some layers, such as '*.layers.0.*=w8' or '*.down_proj=keep'")
@@ -29,28 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", choices=("rtn", "gptq", "blockwise"), default="gptq", help="the PTQ method of the start (default: gptq)")
     parser.add_argument("--kv-before-rope", action="store_true", help="quantize keys before the rotary embedding, as LLM-QAT does")
     parser.add_argument(
-        "--train", default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), 'bundled' (default), or 'generated' by the teacher"
+        "--train", type=source, default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), 'bundled' (default), or 'generated' by the teacher"
     )
     parser.add_argument("--teacher", metavar="MODEL", help="full-precision teacher with the same vocabulary (default: the model itself)")
-    parser.add_argument("--max-tokens", type=float, metavar="N", help="training tokens (default: the text once)")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of --max-tokens")
-    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per window (default: 2048, or what the model has positions for)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per process and batch (default: 8)")
-    parser.add_argument("--accumulation", type=int, default=1, help="batches per optimizer step (default: 1)")
-    parser.add_argument("--lr-weights", type=float, help="peak learning rate of the weights (default: by model size and bits)")
-    parser.add_argument("--lr-scales", type=float, default=1e-4, help="peak learning rate of scales and zero points (default: 1e-4)")
-    parser.add_argument("--kl", type=float, default=1.0, help="weight of KL divergence to the teacher (default: 1)")
-    parser.add_argument("--ce", type=float, default=0.1, help="weight of cross entropy with the text (default: 0.1)")
+    parser.add_argument("--max-tokens", type=real(1), metavar="N", help="training tokens (default: the text once)")
+    parser.add_argument("--max-steps", type=whole(1), metavar="N", help="optimizer steps, instead of --max-tokens")
+    parser.add_argument("--sequence-length", type=whole(2), metavar="T", help="tokens per window (default: 2048, or what the model has positions for)")
+    parser.add_argument("--batch-size", type=whole(1), default=8, help="sequences per process and batch (default: 8)")
+    parser.add_argument("--accumulation", type=whole(1), default=1, help="batches per optimizer step (default: 1)")
+    parser.add_argument("--lr-weights", type=real(), help="peak learning rate of the weights (default: by model size and bits)")
+    parser.add_argument("--lr-scales", type=real(), default=1e-4, help="peak learning rate of scales and zero points (default: 1e-4)")
+    parser.add_argument("--kl", type=real(), default=1.0, help="weight of KL divergence to the teacher (default: 1)")
+    parser.add_argument("--ce", type=real(), default=0.1, help="weight of cross entropy with the text (default: 0.1)")
     phases = "share of the run"
-    parser.add_argument("--gradual", type=float, default=0.0, help=f"{phases} over which quantization is blended in (default: 0; try 0.1 for ternary)")
-    parser.add_argument("--activations-from", type=float, default=0.0, help=f"{phases} after which activations are quantized (default: 0)")
-    parser.add_argument("--freeze-scales", type=float, default=0.85, help=f"{phases} after which scales stop (default: 0.85)")
+    parser.add_argument("--gradual", type=real(), default=0.0, help=f"{phases} over which quantization is blended in (default: 0; try 0.1 for ternary)")
+    parser.add_argument("--activations-from", type=real(), default=0.0, help=f"{phases} after which activations are quantized (default: 0)")
+    parser.add_argument("--freeze-scales", type=real(), default=0.85, help=f"{phases} after which scales stop (default: 0.85)")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="arithmetic; master weights are float32 always (default: bf16)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=0, metavar="STEPS", help="(default: 100 times in the run)")
-    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="checkpoints to resume from (default: 5 times in the run)")
-    parser.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="held-out perplexity (default: 5 times in the run)")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="(default: 0)")
+    parser.add_argument("--log-every", type=whole(0), default=0, metavar="STEPS", help="(default: 100 times in the run)")
+    parser.add_argument("--save-every", type=whole(0), default=0, metavar="STEPS", help="checkpoints to resume from (default: 5 times in the run)")
+    parser.add_argument("--eval-every", type=whole(0), default=0, metavar="STEPS", help="held-out perplexity (default: 5 times in the run)")
     parser.add_argument("--report-to", default="none", help="none, tensorboard or wandb, through the Trainer")
     parser.add_argument("--plot", metavar="FILE", help="write loss and telemetry as a picture (needs matplotlib)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
@@ -124,10 +125,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def budget_line(job: QATJob) -> str:
     """What the training will take, before it starts."""
-    from llmq.commands.plan import measured_rate
-
     budget = job.budget()
-    hours = budget["flops"] / measured_rate() / 3600
+    hours = budget["flops"] / jobs.measured_rate() / 3600
     memory = f"{budget['bytes'] / 1e9:.2f} GB of weights and optimizer state and the activations of a batch"
     return f"budget: {budget['tokens']:,} tokens in {budget['steps']:,} steps, {memory}, about {hours:.2f} h on this CPU"
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import common
+from llmq.commands import common, jobs
 
 if TYPE_CHECKING:
     from llmq.ptq.engine import BlockReport
@@ -24,14 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    from llmq.commands.plan import prepare_job
     from llmq.errors import VerificationError
     from llmq.formats.files import check_output
     from llmq.ptq.run import quantize_folder
 
     check_output(Path(args.out), args.overwrite)
     common.check_device(args.device)
-    job = prepare_job(args)
+    job = jobs.prepare_job(args)
     for name, note in job.notes.items():
         print(f"note: {name}: {note}", file=sys.stderr)
     with common.progress("blocks") as show:

@@ -5,6 +5,8 @@ Neighbouring tokens are not independent, windows nearly are: so windows are draw
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -18,3 +20,8 @@ def mean_interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
     draws = torch.stack([values[torch.randint(n, (n,), generator=generator)].mean() for _ in range(N_RESAMPLES)])
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
     return low, high
+
+
+def reported_interval(interval: Iterable[float], n_windows: int) -> list[float] | None:
+    """An interval as it is reported: None with one window, because one of no width would look like certainty."""
+    return list(interval) if n_windows > 1 else None

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from llmq.data import check_vocabulary
 from llmq.errors import LlmqError
-from llmq.evaluation.bootstrap import mean_interval
+from llmq.evaluation.bootstrap import mean_interval, reported_interval
+from llmq.evaluation.perplexity import not_finite
 from llmq.evaluation.windows import Windows
 
 TOKENS_PER_BATCH = 2048
@@ -60,7 +61,8 @@ def compare(base: PreTrainedModel, quant: PreTrainedModel, windows: Windows, on_
         on_batch(done, len(windows.tokens))
     table = {name: torch.stack(values).double() for name, values in rows.items()}
     if not all(bool(torch.isfinite(values).all()) for values in table.values()):
-        raise LlmqError("a model's logits are NaN or infinite; try --dtype float32")
+        name, model = ("quantized", quant) if bool(torch.isfinite(table["base_nll"]).all()) else ("base", base)
+        raise LlmqError(f"the {name} model's logits are {not_finite(model.dtype)}")
     return _summary(table)
 
 
@@ -71,9 +73,9 @@ def _summary(table: dict[str, Tensor]) -> dict[str, Any]:
         "base_perplexity": math.exp(table["base_nll"].mean()),
         "quant_perplexity": math.exp(table["quant_nll"].mean()),
         "perplexity_ratio": math.exp(log_ratio.mean()),
-        "perplexity_ratio_ci95": [math.exp(bound) for bound in mean_interval(log_ratio)],
+        "perplexity_ratio_ci95": reported_interval(map(math.exp, mean_interval(log_ratio)), len(log_ratio)),
         "kl_mean": float(kl.mean()),
-        "kl_mean_ci95": list(mean_interval(kl.mean(dim=1))),
+        "kl_mean_ci95": reported_interval(mean_interval(kl.mean(dim=1)), len(kl)),
         # kthvalue, not quantile: torch.quantile refuses more than 16M values.
         "kl_p99": float(kl.flatten().kthvalue(max(1, math.ceil(0.99 * kl.numel()))).values),
         "kl_max": float(kl.max()),

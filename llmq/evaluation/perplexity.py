@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.data import check_vocabulary
 from llmq.errors import LlmqError
-from llmq.evaluation.bootstrap import mean_interval
+from llmq.evaluation.bootstrap import mean_interval, reported_interval
 from llmq.evaluation.windows import Bos, Windows, cut_windows
 
 TOKENS_PER_BATCH = 4096
@@ -30,13 +30,19 @@ class Perplexity:
     dtype: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"perplexity": self.value, "ci95": list(self.ci95), "dtype": self.dtype, **self.windows.identity()}
+        return {"perplexity": self.value, "ci95": reported_interval(self.ci95, len(self.window_nll)), "dtype": self.dtype, **self.windows.identity()}
 
 
 def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
     """Negative log-likelihood in float32 of each target, `[B, T - 1]`, from logits `[B, T, V]`. One window at a time: the float32 copy is what costs memory."""
     losses = [torch.nn.functional.cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in zip(logits, tokens, strict=True)]
     return torch.stack(losses)
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """What logits that are no numbers are, and what to do: a wider dtype helps an overflow, nothing helps bad weights."""
+    remedy = "the checkpoint itself is at fault: see how it was made ('llmq inspect'), then make or download it again" if dtype == torch.float32 else "try --dtype float32"
+    return f"NaN or infinite in {str(dtype).removeprefix('torch.')}; {remedy}"
 
 
 @torch.no_grad()
@@ -49,7 +55,7 @@ def evaluate(model: PreTrainedModel, windows: Windows, on_batch: Callable[[int, 
         batch = batch.to(model.device)
         loss = token_nll(model(input_ids=batch, use_cache=False).logits, batch)
         if not bool(torch.isfinite(loss).all()):
-            raise LlmqError(f"window {len(losses) * batch_size}: the model's logits are NaN or infinite in {model.dtype}; try --dtype float32")
+            raise LlmqError(f"window {len(losses) * batch_size}: the model's logits are {not_finite(model.dtype)}")
         losses.append(loss.double().mean(dim=1).cpu())
         on_batch(min(len(losses) * batch_size, len(windows.tokens)), len(windows.tokens))
     nll = torch.cat(losses)

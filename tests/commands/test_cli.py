@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one-line errors, JSON, and nothing left behind."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 
-from llmq.cli import main
+from llmq.cli import build_parser, main
+from llmq.recipe import Recipe, Rule
+from llmq.spec import QuantSpec
 
 
 @pytest.fixture
@@ -61,6 +64,7 @@ def test_the_whole_way(llmq, model_folder, calibration_file, tmp_path):
     inspected = json.loads(stdout)
     assert inspected["specs"] == {"w4g32": 14}
     assert inspected["tensor_kinds"]["qweight"] == 14
+    assert (inspected["quantization"]["quant_method"], inspected["quantization"]["format"]) == ("gptq", "gptq")
     for command in (["inspect", out], ["inspect", folder], ["plan", folder, *small(calibration_file)], ["doctor"], ["compare", folder, folder, *evaluation[:4]], ["eval", folder, *evaluation[:4]]):
         code, stdout, stderr = llmq(*command)
         assert code == 0, stderr
@@ -124,6 +128,63 @@ def test_recipe_file_repeats_a_run(llmq, model_folder, calibration_file, tmp_pat
     assert second["layers"] == first["layers"]
 
 
+@pytest.fixture
+def planned(llmq, model_folder, tmp_path):
+    """A function that plans with a recipe file and returns the recipe that comes out, rules in their short form."""
+    folder = model_folder()
+
+    def plan(recipe, *options):
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+        code, stdout, stderr = llmq("plan", folder, "--recipe", tmp_path / "recipe.json", "--method", "rtn", *options, "--json")
+        assert code == 0, stderr
+        result = json.loads(stdout)["recipe"]
+        return result | {"rules": [(pattern, "keep" if spec is None else str(QuantSpec.from_json(spec))) for pattern, spec in result["rules"]]}
+
+    return plan
+
+
+OVERRIDES = [
+    ([], [("*.down_proj", "keep"), ("*", "w3g64")]),
+    (["--group-size", "32"], [("*.down_proj", "keep"), ("*", "w3g32")]),
+    (["--group-size", "0"], [("*.down_proj", "keep"), ("*", "w3-tensor")]),
+    (["--asymmetric"], [("*.down_proj", "keep"), ("*", "w3g64-asym")]),
+    (["--bits", "8"], [("*.down_proj", "keep"), ("*", "w8g64")]),
+    (["--bits", "2", "--group-size", "32", "--rule", "*.q_proj=w8"], [("*.q_proj", "w8"), ("*.down_proj", "keep"), ("*", "w2g32")]),
+]
+
+
+@pytest.mark.parametrize(("options", "rules"), OVERRIDES, ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else "")
+def test_options_override_fields_of_a_recipe_and_leave_the_rest(planned, options, rules):
+    recipe = Recipe((Rule("*.down_proj", None), Rule("*", QuantSpec("int3", 64))), samples=7, sequence_length=64).to_json()
+    for stored in (recipe, {"recipe": recipe, "seconds": 1.0}):  # alone, and as the report of a run holds it
+        result = planned(stored, *options)
+        assert result["rules"] == rules
+        assert (result["samples"], result["sequence_length"]) == (7, 64)
+
+
+def test_what_a_recipe_leaves_out_is_as_without_one(planned):
+    result = planned({"samples": 7}, "--bits", "8")
+    assert (result["rules"], result["samples"], result["sequence_length"]) == ([("*", "w8")], 7, 128)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [([1], "not a recipe"), ({"recipe": 1}, "not a recipe"), ({"bits": 4}, "unknown keys bits"), ({"rules": [["*", QuantSpec("int4", 32, False).to_json()]]}, "ternary codes are symmetric")],
+)
+def test_a_recipe_that_cannot_be_used_is_named(llmq, tmp_path, recipe, message):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    code, _, stderr = llmq("plan", "tiny", "--recipe", path, "--bits", "ternary")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith(f"llmq: --recipe {path}")
+    assert message in stderr
+
+
+def test_next_to_no_temperature_is_none(llmq, model_folder):
+    texts = [json.loads(llmq("generate", model_folder(), "--prompt", "def", "--max-new-tokens", "4", "--temperature", value, "--json")[1])["text"] for value in ("0", "1e-40")]
+    assert texts[0] == texts[1]
+
+
 def poison(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
@@ -159,6 +220,7 @@ BAD_INPUT = [
     (None, ["--rule", "nonsense"], "expected PATTERN=SPEC"),
     (None, ["--rule", "*.q_proj=w7"], "cannot read the quantization"),
     (None, ["--calibration", "/nowhere.txt"], "no such file"),
+    (None, ["--calibration", " "], "--calibration: expected a text file"),
     (None, ["--sequence-length", "4096"], "positions for 128 tokens only"),
     (None, ["--group-size", "1"], "group size 1"),
     (None, ["--bits", "ternary", "--asymmetric"], "ternary codes are symmetric"),
@@ -169,6 +231,8 @@ BAD_INPUT = [
     (None, ["--max-ram", "0.000001"], "planned to need"),
     (None, ["--max-gpu-memory", "8"], "the run is on the CPU"),
     (None, ["--recipe", "/nowhere.json"], "not a recipe"),
+    (None, ["--bits", "5"], "see 'llmq quantize --help'"),
+    (None, ["--frobnicate"], "unrecognized arguments: --frobnicate; see 'llmq quantize --help'"),
 ]
 
 
@@ -222,3 +286,114 @@ def test_notes_of_layers_that_differ_go_to_stderr(llmq, model_folder, tmp_path):
     assert report["kept_layers"] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert "note: model.layers.0.mlp.down_proj: kept in full precision" in stderr
     assert len(report["notes"]) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # rotary positions, which go on for ever, and learned ones, which end
+def test_more_tokens_than_positions_are_refused(llmq, model_folder, calibration_file, family):
+    folder = model_folder(family)
+    for command in (["eval", folder], ["compare", folder, folder]):
+        code, _, stderr = llmq(*command, "--data", calibration_file, "--sequence-length", "129")
+        assert (code, stderr) == (2, f"llmq: --sequence-length 129: {family} has positions for 128 tokens only; give --sequence-length 128 or less\n")
+    prompt = ["generate", folder, "--json", "--prompt"]
+    code, _, stderr = llmq(*prompt, "def", "--max-new-tokens", "128")
+    assert (code, "128 tokens only; give --max-new-tokens 127 or less" in stderr) == (2, True)
+    code, _, stderr = llmq(*prompt, "def " * 200)
+    assert (code, "give a shorter --prompt" in stderr) == (2, True)
+    code, stdout, stderr = llmq(*prompt, "def " * 100)
+    assert code == 0, stderr
+    assert json.loads(stdout)["new_tokens"] <= 28
+
+
+def test_a_smaller_quantized_model_is_not_run_beyond_its_positions(llmq, model_folder, calibration_file):
+    folders = [model_folder(name="base"), model_folder(name="short", max_position_embeddings=64)]
+    code, _, stderr = llmq("compare", *folders, "--data", calibration_file, "--sequence-length", "128")
+    assert (code, "positions for 64 tokens only" in stderr) == (2, True)
+
+
+def test_figures_carry_their_conditions(llmq, model_folder, calibration_file, monkeypatch):
+    monkeypatch.setenv("LLMQ_COMPUTE", "int8")
+    folder = model_folder(dtype=torch.bfloat16)
+    other = model_folder(dtype=torch.float16, name="other")
+    options = ["--data", calibration_file, "--sequence-length", "64", "--dtype", "auto", "--head-bits", "4"]
+    for command, intervals, dtype in ((["eval", folder], ["ci95"], "bfloat16"), (["compare", folder, other], ["perplexity_ratio_ci95", "kl_mean_ci95"], "bfloat16 and float16")):
+        result = json.loads(llmq(*command, *options, "--max-windows", "2", "--json")[1])
+        assert (result["compute"], result["head_bits"], result["dtype"]) == ("int8", 4, dtype)
+        assert all(len(result[name]) == 2 for name in intervals)
+        assert [json.loads(llmq(*command, *options, "--max-windows", "1", "--json")[1])[name] for name in intervals] == [None] * len(intervals)
+        text = llmq(*command, *options, "--max-windows", "1")[1]
+        assert text.count("one window, no interval") == len(intervals)
+        assert f"BOS start, {dtype}, compute int8, head at 4 bits" in text
+
+
+def test_weights_that_are_no_numbers_generate_nothing(llmq, model_folder, calibration_file):
+    folder = model_folder()
+    poison(folder)
+    commands = [(["generate", folder, "--prompt", "def"], 1), (["eval", folder, "--data", calibration_file], 2), (["compare", folder, folder, "--data", calibration_file], 2)]
+    for command, expected in commands:
+        for dtype, remedy in (("float32", "the checkpoint itself is at fault"), ("bfloat16", "try --dtype float32")):
+            code, stdout, stderr = llmq(*command, "--dtype", dtype, "--json")
+            assert code == expected
+            assert f"NaN or infinite in {dtype}; {remedy}" in stderr
+            assert json.loads(stdout).keys() == {"error"}
+
+
+# (command, option, values that it refuses); every other argument is good.
+BAD_NUMBERS = [
+    ("eval", "--sequence-length", ["1", "0", "-5", "x", "2.5"]),
+    ("eval", "--max-windows", ["0", "-1"]),
+    ("compare", "--sequence-length", ["1"]),
+    ("generate", "--max-new-tokens", ["0", "-4"]),
+    ("generate", "--temperature", ["-1", "nan", "inf", "warm"]),
+    ("generate", "--seed", ["-1", str(2**63)]),
+    ("plan", "--max-ram", ["nan", "inf", "-1"]),
+    ("plan", "--max-gpu-memory", ["nan"]),
+    ("plan", "--samples", ["0"]),
+    ("plan", "--sequence-length", ["1"]),
+    ("plan", "--seed", [str(2**63)]),
+    ("plan", "--alpha", ["nan"]),
+    ("plan", "--damping", ["nan"]),
+    ("plan", "--group-size", ["-2"]),
+    ("plan", "--sweeps", ["-1"]),
+    ("plan", "--iterations", ["0"]),
+    ("plan", "--learning-rate", ["inf"]),
+    ("qat", "--seed", [str(2**32)]),
+    ("qat", "--sequence-length", ["1"]),
+    *(("qat", option, ["0"]) for option in ("--max-tokens", "--max-steps", "--batch-size", "--accumulation")),
+    *(("qat", option, ["-1", "nan"]) for option in ("--lr-weights", "--lr-scales", "--kl", "--ce", "--gradual", "--activations-from", "--freeze-scales")),
+    *(("qat", option, ["-1"]) for option in ("--log-every", "--save-every", "--eval-every")),
+    ("bench", "--rows", ["0"]),
+    ("bench", "--repeats", ["0"]),
+    ("bench", "--tune-seconds", ["-1", "nan"]),
+]
+POSITIONAL = {"compare": ["tiny", "out"], "qat": ["tiny", "out"], "generate": ["tiny", "--prompt", "def"], "bench": []}
+
+
+@pytest.mark.parametrize(("command", "option", "values"), BAD_NUMBERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_numbers_get_one_line(llmq, command, option, values):
+    for value in values:
+        code, stdout, stderr = llmq(command, *POSITIONAL.get(command, ["tiny"]), option, value, "--json")
+        assert (code, stderr.count("\n")) == (2, 1)
+        assert stderr.startswith(f"llmq: {option}: expected a ")
+        assert stderr.endswith(f"got {value!r}; see 'llmq {command} --help'\n")
+        assert json.loads(stdout) == {"error": stderr.removeprefix("llmq: ").strip()}
+
+
+def test_every_number_has_its_bounds():
+    """Plain int and float take what no command can use: NaN, 0 windows, a seed of 100 bits."""
+    (commands,) = (action.choices for action in build_parser()._actions if action.dest == "command")
+    plain = [f"{name} {action.dest}" for name, parser in commands.items() for action in parser._actions if action.type in (int, float) and not action.choices]
+    assert plain == []
+
+
+def test_usage_without_a_command(llmq):
+    assert llmq()[::2] == (2, "llmq: the following arguments are required: COMMAND; see 'llmq --help'\n")
+
+
+def test_a_reader_that_left_gets_no_traceback(llmq, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        code = main(["inspect", "tiny"])
+        monkeypatch.undo()
+    assert code == 141

@@ -99,7 +99,8 @@ def main() -> None:
         rows.append({"weights": weights, "method": method, "bytes": weight_bytes(folder), "seconds": round(time.perf_counter() - started, 1), **score.to_json(), **more})
         row = rows[-1]
         against = f"{100 * (score.value / teacher_value - 1):+.2f}%" if teacher_value else ""
-        print(f"{weights:12} {method:16} {score.value:8.3f} [{row['ci95'][0]:.2f}, {row['ci95'][1]:.2f}] {against:>8} {row['bytes'] / 1e6:6.1f} MB {row['seconds']:7.1f} s", flush=True)
+        low, high = score.ci95
+        print(f"{weights:12} {method:16} {score.value:8.3f} [{low:.2f}, {high:.2f}] {against:>8} {row['bytes'] / 1e6:6.1f} MB {row['seconds']:7.1f} s", flush=True)
         if args.out:
             args.out.write_text(json.dumps({"steps": args.steps, "tokens": args.steps * args.batch_size * args.sequence_length, "rows": rows}, indent=1))
         return score.value

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "tensor_kinds": dict(suffixes),
         "dtypes": dict(Counter(entry["dtype"] for entry in headers.values())),
         "elements": sum(prod(entry["shape"]) for entry in headers.values()),
-        "specs": dict(Counter(layer["spec"] for layer in report["layers"])) if report else None,
+        "specs": dict(Counter(str(layer["spec"]) for layer in report["layers"])) if report else None,
         "report": {key: value for key, value in report.items() if key != "layers"} if report else None,
     }
     return result, _text(result)
@@ -61,7 +61,17 @@ def _text(result: dict[str, Any]) -> str:
     if result["specs"]:
         pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
     if report := result["report"]:
-        calibration = report["calibration"]
-        pairs["made by"] = f"{report['method']} in {report['seconds']:.0f} s, llmq {report['versions']['llmq']}, {len(report['fallbacks'])} fallbacks, {len(report['notes'])} notes"
-        pairs["calibration"] = f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}" if calibration else "none"
+        pairs |= _origin(report)
     return common.render_pairs(pairs)
+
+
+def _origin(report: dict[str, Any]) -> dict[str, object]:
+    """How a folder was made, from the report of `quantize` or of `qat`."""
+    counts = ", ".join(f"{len(report[name])} {name}" for name in ("fallbacks", "notes") if name in report)
+    pairs: dict[str, object] = {"made by": f"{report['method']} in {report['seconds']:.0f} s, llmq {report['versions']['llmq']}, {counts}"}
+    if report["method"] == "qat":
+        pairs["training"] = f"{report['budget']['tokens']} tokens of {report['train']['source']}, teacher {report['teacher']}; shipped: {report['shipped']}"
+    else:
+        calibration = report["calibration"]
+        pairs["calibration"] = f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}" if calibration else "none"
+    return pairs

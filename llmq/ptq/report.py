@@ -43,8 +43,13 @@ def build_report(job: Job, blocks: list[dict[str, Any]], *, source_bytes: int, s
         "tuned_blocks": [{key: block[key] for key in ("index", "start_error", "tuned_error", "n_skipped_steps")} for block in blocks if block["tuned_error"] is not None],
         "layers": layers,
         "device": device,
-        "versions": {"llmq": llmq.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with."""
+    return {"llmq": llmq.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
 
 def model_card(report: dict[str, Any]) -> str:

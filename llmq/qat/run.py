@@ -37,6 +37,7 @@ from llmq.kv import quantize_kv
 from llmq.models.arch import find_blocks, quantizable_layers
 from llmq.models.load import load_config, load_tokenizer, meta_model, resolve
 from llmq.modules import quantized_modules
+from llmq.ptq.report import versions
 from llmq.ptq.run import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
 from llmq.qat.data import TokenWindows, split_windows
@@ -294,6 +295,7 @@ def _in_source_dtype(model: PreTrainedModel, model_dir: Path) -> PreTrainedModel
 def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Path, seconds: float) -> dict[str, Any]:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     losses = [row["loss"] for row in rows if "loss" in row]
+    plans = job.recipe.plan(quantizable_layers(meta_model(load_config(job.model_dir))))
     return {
         "model": job.model_dir.name,
         "teacher": job.teacher_dir.name,
@@ -307,6 +309,8 @@ def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Pat
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "held_out": {name: score.to_json() for name, score in scores.items()},
+        "layers": [{"name": plan.layer.name, "spec": None if plan.spec is None else str(plan.spec)} for plan in plans],
         "notes": job.notes,
         "seconds": round(seconds, 2),
+        "versions": versions(),
     }

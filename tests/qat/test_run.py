@@ -57,6 +57,8 @@ def test_from_a_folder_to_a_folder(scheme, options, fmt, arguments, tmp_path, ca
     out = tmp_path / "out"
     assert main(at(arguments, out, "--scheme", scheme, "--json", *options)) == 0
     report = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(out)]) == 0
+    assert f"shipped: {report['shipped']}" in capsys.readouterr().out
     assert report["shipped"] == ("trained" if report["held_out"]["trained"]["perplexity"] < report["held_out"]["start"]["perplexity"] else "start")
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     training = [row for row in rows if "loss" in row]

@@ -9,6 +9,7 @@ consecutive columns, hence no `g_idx` on disk:
     "group"   columns sorted inside each group, groups by their largest diag(H); a group's scale is chosen when it is reached, from weights that already carry the repairs;
     "static"  columns sorted over all groups; scales are chosen beforehand from the original weights;
     "none"    as they stand.
+Perplexity of a 6M-parameter Llama at 3 bits, groups of 128, means of three calibration seeds: 42.687, 42.726 and 42.714 in this order, which is level (seeds scatter by 0.1); "group" is the default.
 "act" is the original act-order: groups are formed along the sorted columns and `g_idx` is stored; slower to run, for those who ask for it.
 
 The work runs on W^T, so that a column is a contiguous row. Nothing here knows of models: weight, statistics and spec in, codes out.

@@ -89,6 +89,7 @@ def weight_bytes(model: Any) -> int:
 
 def measure(name: str, threads: int, n_new: int) -> dict[str, float]:
     """One engine in this process."""
+    # Everything that counts as a library is loaded before memory is looked at.
     import accelerate  # noqa: F401
     import torch
     from transformers import LlamaForCausalLM  # noqa: F401

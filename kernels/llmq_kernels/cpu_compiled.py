@@ -7,7 +7,6 @@ speed of int4pack for one token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from llmq_kernels import cpu, jit
 from llmq_kernels.cpu_layout import BAND, Layout, arrange, arrange_scale, restore_codes
-from llmq_kernels.decoding import add_bias
 from llmq_kernels.packing import pack, unpack
 from llmq_kernels.reference import activation_group
 from llmq_kernels.weight import PackedWeight
@@ -259,17 +257,3 @@ def quantize(x: Tensor, group: int, span: int, form: str) -> tuple[Tensor, Tenso
     kernel = jit.kernel(form, "cpu_int8", "quantize_kernel", x.dtype == torch.bfloat16)
     kernel(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), total.data_ptr(), m, k, span, group, threads=1 if m == 1 else None)
     return codes, scale, total
-
-
-# --- biases -----------------------------------------------------------------------------------------------------------------
-
-
-def with_bias(linear: Callable[[Tensor, PackedWeight, State], Tensor]) -> Callable[[Tensor, PackedWeight, State, Tensor], Tensor]:
-    """A product with the bias added in place."""
-
-    def bias_linear(x: Tensor, weight: PackedWeight, state: State, bias: Tensor) -> Tensor:
-        out = linear(x, weight, state)
-        add_bias(out, bias)
-        return out
-
-    return bias_linear

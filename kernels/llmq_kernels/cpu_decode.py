@@ -13,7 +13,7 @@ UNDERFLOW = 0x42AE0000  # 87.0 as float32: e^-87 is the last power that is not d
 NORM_ARGUMENTS = ("x", "delta", "weight", "out", "eps", "rows", "k")
 ROTATE_ARGUMENTS = ("query", "key", "value", "cosine", "sine", "keys", "values", "n_tokens", "n_heads", "n_kv_heads", "key_head", "key_token", "value_head", "value_token")
 GATE_ARGUMENTS = ("gate", "up", "out", "n")
-ADD_ARGUMENTS = ("x", "bias", "rows", "n")
+ADD_ARGUMENTS = ("x", "bias", "n")
 
 
 def norm_kernel(adds: bool) -> str:
@@ -75,10 +75,9 @@ def gate_kernel() -> str:
 
 
 def add_kernel() -> str:
-    """`x [rows, n] += bias [n]`; n is a multiple of 16."""
+    """`x += bias` for vectors of n, a multiple of 16."""
     e = Emitter(ADD_ARGUMENTS)
-    n = e.argument("n")
-    with e.loop(0, e.argument("rows")) as row, e.loop(0, n, 16) as i:
-        x = e.at(e.pointer("x"), row * n * 2)
+    x = e.pointer("x")
+    with e.loop(0, e.argument("n"), 16) as i:
         store_bf16(e, load_bf16(e, x, i * 2) + load_bf16(e, e.pointer("bias"), i * 2), x, i * 2)
     return e.finish()

@@ -40,17 +40,21 @@ def attention_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return missing()
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, n_tokens: Tensor | None = None) -> Tensor:
+def score_buffer(key: Tensor) -> Tensor:
+    """Scratch for the attention over keys `[B, H_kv, T, D]`, at most T of them."""
+    return torch.empty(key.shape[0] * key.shape[1], -(-key.shape[2] // LANES) * LANES)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, n_tokens: Tensor | None = None, scores: Tensor | None = None) -> Tensor:
     """`softmax(query @ key.T * scaling) @ value` as bfloat16 `[B, H, 1, D]`, for what `attention_refusal` has no objection to. n_tokens: an int64 number, read when the kernel runs, of the tokens in
-    the cache that count; by default all."""
+    the cache that count; by default all. scores: a `score_buffer`, which layers that run one after the other can share."""
     (batch, n_heads, _, head_dim), (n_kv_heads, most) = query.shape, key.shape[1:3]
-    query, row_length = query.contiguous(), -(-most // 16) * 16
+    query, scores = query.contiguous(), score_buffer(key) if scores is None else scores
     out = torch.empty_like(query)
-    scores = torch.empty(batch * n_kv_heads, row_length)
     length = torch.tensor(most) if n_tokens is None else n_tokens
     strides = [2 * tensor.stride(dim) for tensor in (key, value) for dim in range(3)]
     pointers = [tensor.data_ptr() for tensor in (query, key, value, out, scores)]
-    sizes = (batch * n_kv_heads, n_kv_heads, n_heads // n_kv_heads, length.data_ptr(), row_length)
+    sizes = (batch * n_kv_heads, n_kv_heads, n_heads // n_kv_heads, length.data_ptr(), scores.shape[1])
     _kernel("cpu_attention", "decode_kernel", head_dim)(*pointers, jit.float_bits(scaling / math.log(2)), *sizes, *strides)
     return out
 
@@ -86,9 +90,10 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def add_bias(x: Tensor, bias: Tensor) -> None:
-    """`x += bias` for contiguous x `[M, N]`; what the kernel does not take is left to torch."""
-    if x.dtype == bias.dtype == torch.bfloat16 and x.shape[1] % LANES == 0:
-        _kernel("cpu_decode", "add_kernel")(x.data_ptr(), bias.data_ptr(), *x.shape, threads=1)
+    """`x += bias` for x `[M, N]` and bias `[N]` of its dtype, on any device. One row in bfloat16 on a CPU has a kernel, so that a product with a bias can be recorded."""
+    is_one_row = x.shape[0] == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous()
+    if is_one_row and x.shape[1] % LANES == 0 and missing() is None:
+        _kernel("cpu_decode", "add_kernel")(x.data_ptr(), bias.data_ptr(), x.shape[1], threads=1)
     else:
         x.add_(bias)
 

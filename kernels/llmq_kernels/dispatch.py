@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmq_kernels import cpu, cpu_compiled, reference, triton_backend
 from llmq_kernels.codes import CODES
+from llmq_kernels.decoding import add_bias
 from llmq_kernels.errors import SettingError
 from llmq_kernels.weight import PackedWeight
 
@@ -62,9 +63,9 @@ def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", triton_backend.refusal, triton_backend.prepare, triton_backend.linear, triton_backend.restore, triton_backend.linear, triton_backend.dequantize),
     Backend("triton-int8", triton_backend.int8_refusal, triton_backend.int8_prepare, triton_backend.linear, triton_backend.int8_restore, triton_backend.linear),
-    Backend("cpu-amx", cpu_compiled.amx_refusal, cpu_compiled.prepare, cpu_compiled.amx_linear, cpu_compiled.restore, cpu_compiled.with_bias(cpu_compiled.amx_linear)),
-    Backend("cpu-avx512", cpu_compiled.avx512_refusal, cpu_compiled.prepare, cpu_compiled.avx512_linear, cpu_compiled.restore, cpu_compiled.with_bias(cpu_compiled.avx512_linear)),
-    Backend("cpu-vnni", cpu_compiled.int8_refusal, cpu_compiled.prepare, cpu_compiled.int8_linear, cpu_compiled.restore, cpu_compiled.with_bias(cpu_compiled.int8_linear)),
+    Backend("cpu-amx", cpu_compiled.amx_refusal, cpu_compiled.prepare, cpu_compiled.amx_linear, cpu_compiled.restore),
+    Backend("cpu-avx512", cpu_compiled.avx512_refusal, cpu_compiled.prepare, cpu_compiled.avx512_linear, cpu_compiled.restore),
+    Backend("cpu-vnni", cpu_compiled.int8_refusal, cpu_compiled.prepare, cpu_compiled.int8_linear, cpu_compiled.restore),
     Backend("cpu-int4", cpu.int4_refusal, cpu.int4_prepare, cpu.int4_linear, cpu.int4_restore),
     Backend("cpu-int8", cpu.int8_refusal, cpu.int8_prepare, cpu.int8_linear, cpu.int8_restore),
     Backend("cpu-w8a8", cpu.w8a8_refusal, cpu.w8a8_prepare, cpu.w8a8_linear, cpu.w8a8_restore),
@@ -132,7 +133,7 @@ def _product(backend: Backend, x: Tensor, weight: PackedWeight, state: State, bi
     else:
         out = backend.linear(flat, weight, state)
         if bias is not None:
-            out = out + bias.to(out.dtype)
+            add_bias(out, bias.to(out.dtype))
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

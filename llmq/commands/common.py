@@ -142,28 +142,15 @@ def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) ->
     from llmq.models.load import load_tokenizer
 
     length = args.sequence_length or min(2048, max_positions(config))
-    check_length(config, length, f"--sequence-length {length}", f"give --sequence-length {position_limit(config)} or less")
     windows = cut_windows(load_documents(args.data, "eval"), load_tokenizer(model_dir), config, length, args.bos)
     return replace(windows, tokens=windows.tokens[: args.max_windows]) if args.max_windows else windows
 
 
-def position_limit(config: Any) -> int | None:
-    """Tokens that a model has positions for, or None where there is no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def max_positions(config: Any) -> int:
     """Tokens that a model has positions for; models without a limit get 2048."""
+    from llmq.models.arch import position_limit
+
     return position_limit(config) or 2048
-
-
-def check_length(config: Any, n_tokens: int, what: str, remedy: str) -> None:
-    """Raise for more tokens than a model has positions for: learned ones run out, and rotary ones that it never saw give nonsense without a word."""
-    from llmq.errors import LlmqError
-
-    limit = position_limit(config)
-    if limit and n_tokens > limit:
-        raise LlmqError(f"{what}: {config.model_type} has positions for {limit} tokens only; {remedy}")
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:

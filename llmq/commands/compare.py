@@ -22,13 +22,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.evaluation.divergence import compare
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
+    from llmq.models.arch import check_length
     from llmq.models.load import load_config, resolve
 
     common.check_device(args.device)
     base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
     windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
     length = windows.tokens.shape[1]
-    common.check_length(load_config(quant_dir), length, f"windows of {length} tokens, {args.quant}", "give a smaller --sequence-length")
+    check_length(load_config(quant_dir), length, f"windows of {length} tokens, {args.quant}")
     base, quant = (load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute) for model_dir in (base_dir, quant_dir))
     quantize_head(quant, args.head_bits)
     with common.progress("windows") as show:

@@ -64,13 +64,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _new_tokens(asked: int | None, n_prompt: int, config: Any) -> int:
     """How many tokens at most. Raises `LlmqError` for an empty prompt and for more than the model has positions for."""
     from llmq.errors import LlmqError
+    from llmq.models.arch import check_length, position_limit
 
     if n_prompt == 0:
         raise LlmqError("--prompt: no tokens; give some text to go on from")
-    left = (common.position_limit(config) or n_prompt + DEFAULT_NEW_TOKENS) - n_prompt
+    left = (position_limit(config) or n_prompt + DEFAULT_NEW_TOKENS) - n_prompt
     n_new = asked or max(1, min(DEFAULT_NEW_TOKENS, left))
     remedy = f"give --max-new-tokens {left} or less" if left > 0 else "give a shorter --prompt"
-    common.check_length(config, n_prompt + n_new, f"--prompt of {n_prompt} tokens and {n_new} new ones", remedy)
+    check_length(config, n_prompt + n_new, f"--prompt of {n_prompt} tokens and {n_new} new ones", remedy)
     return n_new
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmq.data import token_hash, tokenize
 from llmq.errors import LlmqError
-from llmq.models.arch import needs_bos
+from llmq.models.arch import check_length, needs_bos
 
 Bos = Literal["auto", "every-window", "start", "none"]
 BOS_POLICIES = ("auto", "every-window", "start", "none")
@@ -57,10 +57,12 @@ def cut_windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, config
     """Windows of `sequence_length` tokens.
 
     bos: "start", what the tokenizer adds at the start of a text, once; "none", nothing; "every-window", a BOS token before each T - 1 tokens of text; "auto", "every-window" for
-    the families that are broken without it, else "start". Raises `LlmqError` for a text shorter than one window or a tokenizer without BOS where one is asked for.
+    the families that are broken without it, else "start". Raises `LlmqError` for a text shorter than one window, windows longer than the model has positions for, or a tokenizer without BOS where one
+    is asked for.
     """
     if bos not in BOS_POLICIES:
         raise LlmqError(f"--bos {bos}: expected one of {', '.join(BOS_POLICIES)}")
+    check_length(config, sequence_length, f"--sequence-length {sequence_length}")
     policy = ("every-window" if needs_bos(config) else "start") if bos == "auto" else bos
     row = tokenize(documents, tokenizer)
     begin = tokenizer.bos_token_id

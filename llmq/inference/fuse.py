@@ -100,10 +100,11 @@ def _stand_ins(modules: dict[str, QuantLinear], seen: list[tuple[Tensor, list[st
 
 
 def _alike(modules: dict[str, QuantLinear]) -> list[dict[str, QuantLinear]]:
-    """Layers whose weights can lie in one: same spec, activations and biases or none, and no order or range of inputs of their own."""
+    """Layers whose weights can lie in one: same spec, activations and biases or none, and no order or range of inputs, and no hooks on their outputs (which quantize
+    keys and values), of their own."""
     found: dict[object, dict[str, QuantLinear]] = {}
     for name, module in modules.items():
-        is_own = module.g_idx is not None or module.input_range is not None
+        is_own = module.g_idx is not None or module.input_range is not None or bool(module._forward_hooks)
         key = (module.spec, module.activations, module.compute, module.bias is None, name if is_own else None)
         found.setdefault(key, {})[name] = module
     return list(found.values())

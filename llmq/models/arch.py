@@ -68,6 +68,18 @@ def check_supported(config: PretrainedConfig) -> None:
         raise LlmqError(f"{found[0]} is not a causal language model; expected weights of {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts the next token")
 
 
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Tokens that a model has positions for, or None where there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_length(config: PretrainedConfig, n_tokens: int, what: str, remedy: str | None = None) -> None:
+    """Raise `LlmqError` for more tokens than a model has positions for: learned ones run out, and rotary ones that it never saw give nonsense without a word. remedy: what to do about `what`."""
+    limit = position_limit(config)
+    if limit and n_tokens > limit:
+        raise LlmqError(f"{what}: {config.model_type} has positions for {limit} tokens only; {remedy or f'give --sequence-length {limit} or less'}")
+
+
 def needs_bos(config: PretrainedConfig) -> bool:
     """Whether every window has to start with BOS. A multimodal model needs what its text model needs."""
     family = FAMILIES.get(config.get_text_config().model_type)

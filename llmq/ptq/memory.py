@@ -3,8 +3,8 @@
 glibc takes tensors from the heap, and the largest size for which it does so grows by itself to 32 MB: a weight of 2048 x 2048 in float32 then leaves a hole where it was, which stays resident beside
 what the next block needs. So a process that quantizes maps large tensors, which go back when they are freed, and has holes of smaller ones returned between solves.
 
-Mapped memory is cleared by the system each time, half a millisecond for 4 MB. Beside the work of a large block that is nothing, and so all of its tensors are mapped; beside that of a small one it is
-half of the time, and there batches of activations, 4 MB, come from the heap.
+Mapped memory is cleared by the system each time it is taken. Beside the work of a large block that is nothing, and so all of its tensors are mapped. Beside that of a small one it shows: a model of 6M
+parameters takes 13.4 s instead of 11.8 (means of 5 runs); there batches of activations, 4 MB, come from the heap.
 """
 
 from __future__ import annotations

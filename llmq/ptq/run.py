@@ -21,7 +21,7 @@ from llmq.formats import Format, choose_format, files, format_note
 from llmq.formats.partial import PartialCheckpoint
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.kv import quantize_kv
-from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
+from llmq.models.arch import check_length, find_blocks, needs_bos, quantizable_layers
 from llmq.models.load import ShardReader, check_finite, check_shapes, left_out, load_config, load_tokenizer, match_names, meta_model, resolve
 from llmq.modules import quantized_modules, swap
 from llmq.ptq.engine import BlockReport, BlockResult, Engine
@@ -122,9 +122,7 @@ def _method(config: Any) -> str:
 def calibration_tokens(model_dir: Path, config: Any, recipe: Recipe, source: str) -> data.TokenSet:
     """The calibration windows of a recipe for a model folder."""
     tokenizer = load_tokenizer(model_dir)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or recipe.sequence_length
-    if recipe.sequence_length > longest:
-        raise LlmqError(f"--sequence-length {recipe.sequence_length}: {config.model_type} has positions for {longest} tokens only; give --sequence-length {longest} or less")
+    check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
     return windows(tokenizer, config, recipe, source)
 
 

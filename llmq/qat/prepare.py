@@ -1,8 +1,9 @@
 """From a model in memory to one in training, for training loops of one's own; `llmq.qat.run` does the same from folder to folder.
 
-llmq.prepare_qat(model, llmq.Recipe.uniform("w3g64-asym"), tokens)
-...                     # any training loop: parameters are float32 masters, scales and zero points
-llmq.freeze(model)      # packed layers with the very same values
+recipe = llmq.Recipe.uniform("w3g64-asym")
+llmq.prepare_qat(model, recipe, tokens)
+...  # any training loop: parameters are float32 masters, scales and zero points
+llmq.freeze(model, recipe.activations)  # packed layers with the very same values
 llmq.save(model, "out", tokenizer=tokenizer)
 """
 
@@ -31,6 +32,5 @@ def prepare_qat(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = 
     found = {name: module.qtensor() for name, module in quantized_modules(start).items()}
     del start
     prepare(model, found, quantizer, recipe.activations.kind)
-    if recipe.activations.kv_bits:
-        quantize_kv(model, recipe.activations.kv_bits, before_rope=recipe.activations.kv_before_rope)
+    quantize_kv(model, recipe.activations.kv_bits, before_rope=recipe.activations.kv_before_rope)
     return model

@@ -46,7 +46,7 @@ from llmq.qat.settings import QATSettings
 from llmq.qat.student import Student, check_same_vocabulary
 from llmq.qat.trainer import QATTrainer, ScheduleCallback, training_arguments
 from llmq.qat.weights import freeze, prepare
-from llmq.recipe import Recipe, Rule
+from llmq.recipe import LayerPlan, Recipe, Rule
 from llmq.spec import ActSpec
 
 GENERATED = "generated"
@@ -55,7 +55,7 @@ Show = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class QATJob:
-    """Everything known before anything is trained. windows, held_out: int64 `[n, T]`; windows is None while they are still to be generated. notes: layers that differ from what was asked."""
+    """Everything known before anything is trained. windows, held_out: int64 `[n, T]`; windows is None while they are still to be generated."""
 
     model_dir: Path
     teacher_dir: Path
@@ -65,8 +65,13 @@ class QATJob:
     windows: Tensor | None
     held_out: Tensor
     n_parameters: int
-    notes: dict[str, str]
+    plans: list[LayerPlan]
     device: str
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Layers that differ from what was asked."""
+        return {plan.layer.name: plan.note for plan in self.plans if plan.note}
 
     @property
     def processes(self) -> PartialState:
@@ -128,8 +133,7 @@ def prepare_job(
     windows, held_out = None, torch.empty(0, settings.sequence_length, dtype=torch.int64)
     if train != GENERATED:
         windows, held_out = _read_text(model_dir, config, settings, train, PartialState(cpu=device == "cpu").num_processes)
-    notes = {plan.layer.name: plan.note for plan in plans if plan.note}
-    return QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, notes, device)
+    return QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, plans, device)
 
 
 def check_engine() -> None:
@@ -295,7 +299,6 @@ def _in_source_dtype(model: PreTrainedModel, model_dir: Path) -> PreTrainedModel
 def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Path, seconds: float) -> dict[str, Any]:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     losses = [row["loss"] for row in rows if "loss" in row]
-    plans = job.recipe.plan(quantizable_layers(meta_model(load_config(job.model_dir))))
     return {
         "model": job.model_dir.name,
         "teacher": job.teacher_dir.name,
@@ -309,7 +312,7 @@ def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Pat
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "held_out": {name: score.to_json() for name, score in scores.items()},
-        "layers": [{"name": plan.layer.name, "spec": None if plan.spec is None else str(plan.spec)} for plan in plans],
+        "layers": [{"name": plan.layer.name, "spec": None if plan.spec is None else str(plan.spec)} for plan in job.plans],
         "notes": job.notes,
         "seconds": round(seconds, 2),
         "versions": versions(),

@@ -139,9 +139,13 @@ def prepare(model: nn.Module, start: Mapping[str, QuantizedTensor], name: Quanti
 
 @torch.no_grad()
 def freeze(model: nn.Module, activations: ActSpec = ActSpec()) -> dict[str, QuantizedTensor]:
-    """Replace every `FakeQuantLinear` by a `QuantLinear` with the same values, in place, and return the packed weights. Raises `LlmqError` when one would differ by a bit."""
+    """Replace every `FakeQuantLinear` by a `QuantLinear` with the same values, in place, and return the packed weights. Raises `LlmqError` when one would differ by a bit,
+    and for other activations than the layers were trained with."""
     frozen = {}
     for name, module in fake_quant_modules(model).items():
+        trained = "none" if module.activations is None else module.activations.kind
+        if trained != activations.kind:
+            raise LlmqError(f"{name}: was trained with activations {trained}, not {activations.kind}; call llmq.freeze(model, recipe.activations)")
         qtensor = frozen[name] = module.qtensor()
         if not torch.equal(qtensor.dequantize(), module.quantizer(module.weight)):
             raise LlmqError(f"{name}: the packed weight differs from the weight that was trained; this is a defect of llmq, please report it")

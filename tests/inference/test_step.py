@@ -7,6 +7,7 @@ from conftest import make_model
 from llmq.inference.cache import in_place_cache
 from llmq.inference.decoding import generate, prepare_decoding
 from llmq.inference.step import TOLERANCE, step_of
+from llmq.kv import quantize_kv
 from llmq.modules import quantized_modules, swap
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import QuantSpec
@@ -21,13 +22,17 @@ def ready(family="llama", compute="int8", spec=QuantSpec("int4", 128), dtype=tor
     """A quantized model, prepared for decoding. INT8 activations, since every CPU with AVX2 has kernels for them."""
     if reason := decoding.missing():
         pytest.skip(reason)
+    return prepare_decoding(quantized_model(family, compute, spec, dtype, **overrides))
+
+
+def quantized_model(family="llama", compute="int8", spec=QuantSpec("int4", 128), dtype=torch.bfloat16, **overrides):
     model = make_model(family, dtype=dtype, **(WIDE | overrides))
     vars(model.config).update({name: None for name, value in overrides.items() if value is None})
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
     swap(model, {name: QuantizedTensor.quantize(model.get_submodule(name).weight.detach().float(), spec) for name in names})
     for module in quantized_modules(model).values():
         module.set_compute(compute)
-    return prepare_decoding(model)
+    return model
 
 
 @torch.no_grad()
@@ -147,6 +152,29 @@ def test_what_a_recording_does_not_suit_goes_through_the_model():
     assert (step.replayed, step.reason) == (before, None)
     model(token, past_key_values=cache)
     assert step.replayed == before + 1
+
+
+def test_attention_that_is_not_plain_is_left_to_the_model():
+    """8 bits of keys and values change less than the comparison with the first token could see."""
+    if reason := decoding.missing():
+        pytest.skip(reason)
+    model = quantized_model()
+    quantize_kv(model, 8)
+    assert "not llmq_kv8" in step_of(prepare_decoding(model)).reason
+
+
+@pytest.mark.parametrize("before_rope", [False, True])
+def test_quantized_keys_and_values_are_left_to_the_model(before_rope):
+    if reason := decoding.missing():
+        pytest.skip(reason)
+    model = quantized_model()
+    quantize_kv(model, 4, before_rope=before_rope)
+    expected = logits_of_steps(model, in_place_cache(model.config, 64))
+    plain = logits_of_steps(prepare_decoding(quantized_model()), in_place_cache(model.config, 64))
+    ours = logits_of_steps(prepare_decoding(model), in_place_cache(model.config, 64))
+    assert (ours - expected).norm() < 0.2 * (plain - expected).norm(), "attention by another kernel flips a code here and there"
+    assert step_of(model).replayed == 0
+    assert step_of(model).reason is not None
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from llmq.models.load import meta_model
 from llmq.modules import quantized_modules
 from llmq.qat.weights import FakeQuantLinear, WeightQuantizer, fake_quant_modules, freeze, masters, prepare, stretched_scale
 from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
+from llmq.spec import ActSpec, QuantSpec
 
 SPECS = ["w8", "w4g32", "w4-tensor", "w3g64-asym", "w2g32-asym", "w2", "w2h-g32", "ternary-g32", "ternary-row", "ternary-tensor"]
 
@@ -162,6 +162,16 @@ def test_from_a_model_in_memory_to_a_folder(method, tmp_path, tokenizer):
     llmq.save(model, tmp_path / "out", tokenizer=tokenizer)
     with torch.no_grad():
         assert torch.equal(llmq.load(tmp_path / "out", dtype="float32")(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_activations_are_not_lost_when_a_model_is_frozen():
+    model = make_model()
+    recipe = llmq.Recipe.uniform("w4g32", method="rtn", activations=ActSpec("int8-token"))
+    llmq.prepare_qat(model, recipe)
+    with pytest.raises(LlmqError, match="trained with activations int8-token, not none"):
+        llmq.freeze(model)
+    llmq.freeze(model, recipe.activations)
+    assert {module.activations for module in quantized_modules(model).values()} == {recipe.activations}
 
 
 def test_act_order_weights_are_refused():

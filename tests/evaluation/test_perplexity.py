@@ -66,8 +66,13 @@ def test_start_adds_the_tokenizers_own_bos_once(tokenizer):
 
 
 def test_too_little_text(tokenizer):
-    with pytest.raises(LlmqError, match="tokens, but one window needs 512"):
-        llmq.perplexity(make_model(), tokenizer, "short", sequence_length=512)
+    with pytest.raises(LlmqError, match="tokens, but one window needs 128"):
+        llmq.perplexity(make_model(), tokenizer, "short", sequence_length=128)
+
+
+def test_windows_longer_than_the_model_has_positions_for(tokenizer):
+    with pytest.raises(LlmqError, match="positions for 128 tokens only; give --sequence-length 128 or less"):
+        llmq.perplexity(make_model(), tokenizer, TEXT, sequence_length=129)
 
 
 def test_nan_logits_are_an_error(tokenizer):

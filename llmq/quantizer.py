@@ -97,10 +97,15 @@ def _factors(spec: QuantSpec) -> tuple[float, ...]:
 
 
 def round_codes(weight: Tensor, scale: Tensor, zero: Tensor | float, max_code: int) -> Tensor:
-    """Codes as whole numbers in float32, shaped like weight; scale and zero broadcast. Everything that rounds goes through here. zero: whole numbers, or one half-integer for all."""
+    """Codes as whole numbers in float32, shaped like weight; scale and zero broadcast. Everything that rounds goes through here or `round_steps`. zero: whole numbers, or one half-integer for all."""
     if not isinstance(zero, Tensor) and zero % 1:
         return (weight / scale).add_(zero).round_().clamp_(0, max_code)  # the levels lie half a step beside the whole numbers
     return (weight / scale).round_().add_(zero).clamp_(0, max_code)
+
+
+def round_steps(steps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The same for loops over single columns, in place: whole numbers, codes less their zero point, from weights in steps of their scale. low, high: the outermost ones, `code - zero`."""
+    return steps.round_().clamp_(low, high)
 
 
 def _round_trip(weight: Tensor, scale: Tensor, zero: Tensor | float, max_code: int) -> Tensor:

@@ -7,7 +7,7 @@ every block replaced by a recorder that passes the hidden states on: the embeddi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,12 +103,15 @@ def shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call: BlockCal
     return [names for _, names in seen]
 
 
-def run_and_record(block: nn.Module, layers: dict[str, nn.Module], call: BlockCall, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The block's output, and the inputs of the named layers on the way."""
-    inputs: dict[str, Tensor] = {}
-    with _input_hooks(layers, inputs.__setitem__):
+def run_and_record(block: nn.Module, inputs_of: dict[str, nn.Module], outputs_of: dict[str, nn.Module], call: BlockCall, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The block's output, and on the way by layer: the inputs of some, the outputs of others without their bias (as copies: Falcon adds to them in place)."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(_input_hooks(inputs_of, seen.__setitem__))
+        for name, layer in outputs_of.items():
+            stack.callback(layer.register_forward_hook(lambda layer, _, output, name=name: seen.__setitem__(name, output.clone() if layer.bias is None else output - layer.bias)).remove)
         output = call.run(block, hidden)
-    return output, inputs
+    return output, seen
 
 
 def run_until(block: nn.Module, layer: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class Engine:
         self.prefix, self.blocks = find_blocks(self.model)
         if self.tokens is None and self.recipe.method != "rtn":
             raise LlmqError(f"method {self.recipe.method} needs calibration text; give --calibration, or use --method rtn")
+        self.block_bytes = 4 * sum(parameter.numel() for parameter in self.blocks[0].parameters())
         self.batch_size = 1 if self.tokens is None else batch_size(self.plans, self.tokens.shape[1])
 
     # --- the way of the whole model -----------------------------------------------------------------------------
@@ -103,7 +104,7 @@ class Engine:
     def run(self, first_block: int = 0) -> None:
         """Quantize all blocks from `first_block` on; the inputs of that block must lie in `work_dir` unless it is block 0."""
         torch.backends.cuda.matmul.allow_tf32 = False
-        map_large_tensors(4 * sum(parameter.numel() for parameter in self.blocks[0].parameters()))
+        map_large_tensors(self.block_bytes)
         if self.tokens is not None and first_block < len(self.blocks):
             self._record_calls(first_block)
         for index in range(first_block, len(self.blocks)):
@@ -186,7 +187,7 @@ class Engine:
         parts = self._solved_parts(block, targets)
         with nullcontext() if parts is None else parts.watching():
             groups = self._groups(index, block, name, targets)
-        exact_output = self._advance(block, index, "full-precision", [group[0] for group in groups]) if "full-precision" in self.streams and self.tokens is not None else None
+        exact_output = self._advance(block, index, "full-precision", groups) if "full-precision" in self.streams and self.tokens is not None else None
         results, layer_reports = self._solve_block(index, block, name, targets, groups, parts)
         tuning = None
         if self.tunes and parts is not None and results:
@@ -202,7 +203,7 @@ class Engine:
             error = float((first_output - exact_output).square().sum() / exact_output.square().sum())
 
         quantized = {f"{name}.{layer}": result.tensor for layer, result in results.items()}
-        release_freed_memory()
+        release_freed_memory(self.block_bytes)
         report = BlockReport(index, layer_reports, time.monotonic() - started, error)
         if tuning is not None:
             report = replace(report, start_error=tuning.start_error, tuned_error=tuning.error, n_skipped_steps=tuning.n_skipped)
@@ -227,19 +228,22 @@ class Engine:
         for hidden in self.inputs_of(index, stream).batches(self.batch_size):
             yield self._calls[len(hidden)][index], hidden.to(self.device)
 
-    def _advance(self, block: nn.Module, index: int, stream: str, record: Sequence[str] = ()) -> Tensor:
-        """Run the block over a stream, write the next block's inputs (none after the last) and those of the recorded layers, and return the first batch's output."""
-        layers = {layer: block.get_submodule(layer) for layer in record}
+    def _advance(self, block: nn.Module, index: int, stream: str, record: Sequence[list[str]] = ()) -> Tensor:
+        """Run the block over a stream, write the next block's inputs (none after the last) and the `_exact_rows` of recorded groups, and return the first batch's output."""
+        groups = record if self.recipe.inputs == "both" else ()
+        recorded: tuple[dict[str, nn.Module], dict[str, nn.Module]] = ({}, {})
+        for group in groups:
+            recorded[_narrows(block, group)][group[0]] = block.get_submodule(group[0])
         first: Tensor | None = None
         with ExitStack() as stack:
-            exact = {layer: stack.enter_context(self._exact_inputs(block, index, layer).appender(durable=False)) for layer in layers} if self.recipe.inputs == "both" else {}
+            exact = {group[0]: stack.enter_context(self._exact_rows(block, group).appender(durable=False)) for group in groups}
             is_last = index == len(self.blocks) - 1 and not (self.tunes and stream == "full-precision")  # these are what the last block is tuned towards
             append = None if is_last else stack.enter_context(self.inputs_of(index + 1, stream).appender())
             for call, hidden in self._batches(index, stream):
                 if is_last and not exact and first is not None:
                     break  # nobody reads the other outputs
-                output, inputs = run_and_record(block, layers if exact else {}, call, hidden)
-                for layer, x in inputs.items():
+                output, rows = run_and_record(block, *recorded, call, hidden)
+                for layer, x in rows.items():
                     exact[layer](x)
                 if append is not None:
                     append(output)
@@ -247,11 +251,11 @@ class Engine:
         assert first is not None
         return first
 
-    def _exact_inputs(self, block: nn.Module, index: int, layer: str) -> ActivationFile:
-        """The file of a layer's inputs in the full-precision model. Kept as bfloat16: what counts is their mean difference from the quantized model's over all tokens."""
+    def _exact_rows(self, block: nn.Module, group: list[str]) -> ActivationFile:
+        """The file of a group's inputs in the full-precision model, or of its only layer's outputs if there are fewer of these. Kept as bfloat16: what counts is a mean over all tokens."""
         assert self.tokens is not None
-        width = linear_weight(block.get_submodule(layer)).shape[1]
-        return ActivationFile(self.work_dir / f"exact-{layer}.bf16", self.tokens.shape[1], width, torch.bfloat16)
+        n, k = linear_weight(block.get_submodule(group[0])).shape
+        return ActivationFile(self.work_dir / f"exact-{group[0]}.bf16", self.tokens.shape[1], n if _narrows(block, group) else k, torch.bfloat16)
 
     def _solve_block(
         self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec], groups: list[list[str]], parts: SolvedParts | None
@@ -263,7 +267,7 @@ class Engine:
             stats = None
             if parts is not None:
                 stats = self._measure(index, block, group, parts, results)
-                release_freed_memory()
+                release_freed_memory(self.block_bytes)
             for layers, spec in by_spec(group, targets):
                 weight = torch.cat([linear_weight(block.get_submodule(layer)) for layer in layers]).float()
                 solved = solve(weight, stats, spec, self.recipe)
@@ -312,8 +316,9 @@ class Engine:
         """Statistics of the inputs that a group of layers shares, on the stream that the recipe names."""
         layer = block.get_submodule(group[0])
         both = self.recipe.inputs == "both"
-        stats = LayerStats(linear_weight(layer).shape[1], self.device, cross=both, project=linear_weight(layer) if len(group) == 1 else None, ranges=RangeObserver() if self._is_static else None)
-        exact_file = self._exact_inputs(block, index, group[0])
+        weight = linear_weight(layer)
+        stats = LayerStats(weight.shape[1], self.device, cross=both, projection=weight if both and _narrows(block, group) else None, ranges=RangeObserver() if self._is_static else None)
+        exact_file = self._exact_rows(block, group)
         exact_batches = exact_file.batches(self.batch_size) if both else itertools.repeat(None)
         stream = "full-precision" if self.recipe.inputs == "full-precision" else "quantized"
         with parts.playing(solved), parts.keeping(group[0]) as keep:
@@ -338,6 +343,12 @@ class Engine:
             call, hidden = next(self._batches(index, "quantized"))
             if not torch.equal(call.run(block, hidden), first_output):
                 raise VerificationError(f"{name}: the stored block does not reproduce the outputs recorded when it was quantized")
+
+
+def _narrows(block: nn.Module, group: list[str]) -> bool:
+    """Whether a group is a single layer with fewer outputs than inputs."""
+    n, k = linear_weight(block.get_submodule(group[0])).shape
+    return len(group) == 1 and n < k
 
 
 def batch_size(plans: list[LayerPlan], length: int) -> int:

@@ -159,6 +159,7 @@ class _Solve:
         n_groups = spec.n_groups(k)
         self.scale_t = torch.empty(n_groups, n, device=weight.device)
         self.zero_t = torch.full_like(self.scale_t, spec.levels.offset)
+        self.low_t, self.high_t = -self.zero_t, spec.levels.max - self.zero_t
         if self.static:
             self._set_scales(slice(None), weight, spec, importance)
 
@@ -167,6 +168,7 @@ class _Solve:
         self.scale_t[groups] = scale.T if isinstance(groups, slice) else scale[:, 0]
         if zero is not None:
             self.zero_t[groups] = zero.T if isinstance(groups, slice) else zero[:, 0]
+            self.low_t[groups], self.high_t[groups] = -self.zero_t[groups], spec.levels.max - self.zero_t[groups]
 
     def _enter_group(self, start: int, stop: int) -> None:
         """Choose the scales of the group at positions start..stop from the weights as they are now."""
@@ -182,23 +184,26 @@ class _Solve:
         group_stops = dict(zip(group_starts, [*boundaries, k], strict=True))
         for start in (starts := _block_starts(k, group_starts)):
             stop = min([s for s in starts if s > start], default=k)
-            errors = self._round_block(start, stop, factor[start:stop, start:stop], {} if self.static else group_stops)
-            self.weight_t[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+            rows = factor[start:stop, start:] / factor.diagonal()[start:stop, None]
+            errors = self._round_block(start, stop, rows[:, : stop - start], {} if self.static else group_stops)
+            self.weight_t[stop:].addmm_(rows[:, stop - start :].T, errors, alpha=-1)
 
     def _round_block(self, start: int, stop: int, factor: Tensor, group_stops: dict[int, int]) -> Tensor:
-        """Round the columns start..stop, spreading errors inside the block. Returns the errors `[stop - start, N]`."""
+        """Round the columns start..stop, spreading errors inside the block. factor: rows of U over their diagonal. Returns the errors `w - q` `[stop - start, N]`.
+
+        On layers of a few hundred rows the calls cost more than the arithmetic, so there are five per column, and everything is taken apart once."""
         block = self.weight_t[start:stop]
-        errors = torch.empty_like(block)
-        diagonal = factor.diagonal().tolist()
-        groups = self.group_of[start:stop].tolist()
-        for i, (column, error, u, group) in enumerate(zip(block.unbind(), errors.unbind(), diagonal, groups, strict=True)):
+        errors, integers = torch.empty_like(block), torch.empty_like(block)
+        groups = self.group_of[start:stop]
+        columns = zip(block.unbind(), integers.unbind(), errors.unbind(), groups.tolist(), strict=True)
+        scales, lows, highs = self.scale_t.unbind(), self.low_t.unbind(), self.high_t.unbind()  # views: they change as groups are entered
+        for i, (column, rounded, error, group) in enumerate(columns):
             if start + i in group_stops:
                 self._enter_group(start + i, group_stops[start + i])
-            scale, zero = self.scale_t[group], self.zero_t[group]
-            codes = quantizer.round_codes(column, scale, zero, self.spec.levels.max)
-            self.codes_t[start + i] = codes
-            torch.sub(column, codes.sub_(zero).mul_(scale), out=error).div_(u)
+            quantizer.round_steps(torch.div(column, scales[group], out=rounded), lows[group], highs[group])
+            torch.addcmul(column, rounded, scales[group], value=-1, out=error)
             block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        self.codes_t[start:stop] = integers.add_(self.zero_t[groups])
         return errors
 
     def result(self) -> QuantizedTensor:

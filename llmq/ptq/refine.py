@@ -57,7 +57,8 @@ class _Descent:
         curvature = self.hessian.diagonal().clamp_min(1e-30).tolist()
         groups = self.group_of.tolist()
         # Columns are taken apart once: on layers of a few hundred rows, finding them costs more than the arithmetic.
-        scales, zeros = self.scale_t.unbind(), self.zero_t.unbind()
+        scales, lows, highs = self.scale_t.unbind(), (-self.zero_t).unbind(), (self.spec.levels.max - self.zero_t).unbind()
+        new = torch.empty_like(self.integers_t[0])
         for start in range(0, k, BLOCK_COLUMNS):
             stop = min(start + BLOCK_COLUMNS, k)
             local = self.product_t[start:stop].clone()
@@ -65,10 +66,9 @@ class _Descent:
             change = torch.empty_like(local)
             columns = zip(self.integers_t[start:stop].unbind(), local.unbind(), change.unbind(), groups[start:stop], curvature[start:stop], strict=True)
             for i, (integers, slope, moved, group, bend) in enumerate(columns):
-                scale, zero = scales[group], zeros[group]
-                best = torch.mul(integers, scale).add_(slope, alpha=1 / bend)
-                new = quantizer.round_codes(best, scale, zero, self.spec.levels.max).sub_(zero)
-                torch.sub(integers, new, out=moved).mul_(scale)
+                best = torch.addcdiv(integers, slope, scales[group], value=1 / bend, out=new)
+                quantizer.round_steps(best, lows[group], highs[group])
+                torch.sub(integers, new, out=moved).mul_(scales[group])
                 integers.copy_(new)
                 local[i + 1 :].addr_(block[i, i + 1 :], moved)
             self.product_t.addmm_(self.hessian[:, start:stop], change)

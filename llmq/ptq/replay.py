@@ -2,9 +2,8 @@
 
 Solving a block in running order runs it once per group of layers, and once more for its outputs. A child of the block whose last layer is solved (the attention after o_proj, the MLP after down_proj)
 has the same inputs to that layer in every later run, because everything before is solved too. These inputs pass by anyway when the layer is measured; they are kept in a file, and from then on
-the child is that one layer applied to them: the same operation on the same numbers, hence the same bits. On a Llama block this saves two runs of q/k/v and the attention and one of gate and up.
-
-Keeping the child's outputs instead takes less disk where the layer narrows, but they exist only after one more run of everything.
+the child is that one layer applied to them: the same operation on the same numbers, hence the same bits. If it will be played once more, its outputs are kept in turn, and then nothing is left to
+compute. On a Llama block this saves two runs of q/k/v and the attention, two of o_proj and one of gate and up.
 """
 
 from __future__ import annotations
@@ -60,14 +59,17 @@ class SolvedParts:
                 stack.callback(child.register_forward_hook(lambda _module, _args, output, name=name: watch_child(name, output)).remove)
             yield
 
-    def _file(self, layer: str) -> ActivationFile:
+    def _inputs(self, layer: str) -> ActivationFile:
         return ActivationFile(self.work_dir / f"solved-{layer}.f32", self.length, linear_weight(self.block.get_submodule(layer)).shape[1])
+
+    def _outputs(self, layer: str) -> ActivationFile:
+        return ActivationFile(self.work_dir / f"played-{layer}.f32", self.length, linear_weight(self.block.get_submodule(layer)).shape[0])
 
     @contextmanager
     def keeping(self, layer: str) -> Iterator[Callable[[Tensor], object]]:
         """A function that takes the inputs of `layer`, batch by batch, and keeps them if it is a tail."""
         if any(tail.layer == layer for tail in self.tails.values()):
-            with self._file(layer).appender(durable=False) as append:
+            with self._inputs(layer).appender(durable=False) as append:
                 yield append
         else:
             yield lambda batch: None
@@ -75,19 +77,37 @@ class SolvedParts:
     @contextmanager
     def playing(self, solved: Collection[str]) -> Iterator[None]:
         """For one run of the block over all batches, in order: replace the children whose tail is solved."""
+        is_last_run = len(solved) == len(self.targets)
         with ExitStack() as stack:
             for name, tail in self.tails.items():
-                if tail.layer in solved and self._file(tail.layer).path.exists():
-                    child = self.children[name]
-                    child.forward = self._playback(tail)  # type: ignore[method-assign]
-                    stack.callback(delattr, child, "forward")
+                inputs, outputs = self._inputs(tail.layer), self._outputs(tail.layer)
+                if outputs.path.exists():
+                    play = self._repeat(tail)
+                elif tail.layer in solved and inputs.path.exists():
+                    play = self._apply(tail, (lambda batch: None) if is_last_run else stack.enter_context(outputs.appender(durable=False)))
+                else:
+                    continue
+                self.children[name].forward = play  # type: ignore[method-assign]
+                stack.callback(delattr, self.children[name], "forward")
             yield
 
-    def _playback(self, tail: Tail) -> Callable[..., Any]:
-        batches, layer = self._file(tail.layer).batches(self.batch_size), self.block.get_submodule(tail.layer)
+    def _apply(self, tail: Tail, keep: Callable[[Tensor], object]) -> Callable[..., Any]:
+        """The child as its last layer, on the inputs that are kept."""
+        batches, layer = self._inputs(tail.layer).batches(self.batch_size), self.block.get_submodule(tail.layer)
 
         def forward(*_args: Any, **_kwargs: Any) -> Any:
             output = layer(next(batches).to(linear_weight(layer).device))
+            keep(output)
+            return output if tail.rest is None else (output, *tail.rest)
+
+        return forward
+
+    def _repeat(self, tail: Tail) -> Callable[..., Any]:
+        """The child as the outputs that are kept."""
+        batches, layer = self._outputs(tail.layer).batches(self.batch_size), self.block.get_submodule(tail.layer)
+
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
+            output = next(batches).to(linear_weight(layer).device)
             return output if tail.rest is None else (output, *tail.rest)
 
         return forward
@@ -95,4 +115,5 @@ class SolvedParts:
     def discard(self) -> None:
         """Give the files up."""
         for tail in self.tails.values():
-            self._file(tail.layer).recycle()
+            self._inputs(tail.layer).recycle()
+            self._outputs(tail.layer).recycle()

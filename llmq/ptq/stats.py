@@ -14,25 +14,26 @@ class LayerStats:
     """Running `H = 2 / n * sum_t x_t x_t^T` in float32 over the rows of every batch added (Frantar et al., GPTQ, 2022, section 3).
 
     hessian: float32 `[K, K]`; H is symmetric, so only blocks on and below the diagonal are accumulated, and `finish` mirrors them.
-    cross: with inputs y that the same layer has in the full-precision model, `C = 2 / n * sum_t (y_t - x_t) x_t^T`, float32 `[K, K]`, or `P C` `[N, K]` for a projection P `[N, K]`; else None.
+    cross: None, or what the layer's inputs x lack of the inputs y that it has in the full-precision model: `C = 2 / n * sum_t (y_t - x_t) x_t^T`, float32 `[K, K]`.
     ranges: extremes and samples of the inputs, for static activation ranges, or None. n_tokens: rows counted. n_dropped: rows left out because they held NaN or infinity.
 
-    All that a solver wants of C is W C. For a layer that narrows (down_proj) it is cheaper to project the differences first, in time and in memory: `project` is then that layer's weight.
+    All that a solver wants of C is W C. With `projection`, the layer's weight W `[N, K]`, the full-precision rows that are added are the layer's outputs W y instead of y, and `cross` is W C `[N, K]`.
+    For a layer that narrows (down_proj) that is less to keep and to multiply. In both cases sum y x^T is accumulated and H subtracted once at the end. The difference is some percent of
+    either, float32 holds each to 1e-6, and no batch of differences has to be computed.
     """
 
-    def __init__(self, k: int, device: torch.device | str = "cpu", *, cross: bool = False, project: Tensor | None = None, ranges: RangeObserver | None = None) -> None:
+    def __init__(self, k: int, device: torch.device | str = "cpu", *, cross: bool = False, projection: Tensor | None = None, ranges: RangeObserver | None = None) -> None:
         self.hessian = torch.zeros(k, k, dtype=torch.float32, device=device)
-        self.projection = None if project is None or 2 * project.shape[0] >= k else project.float()
-        n_cross = k if self.projection is None else self.projection.shape[0]
-        self.cross = torch.zeros(n_cross, k, dtype=torch.float32, device=device) if cross else None
+        self.projection = None if projection is None else projection.float()
+        self.cross = torch.zeros(k if projection is None else len(projection), k, dtype=torch.float32, device=device) if cross else None
         self.ranges = ranges
         self.n_tokens = 0
         self.n_dropped = 0
 
     def add(self, x: Tensor, full_precision: Tensor | None = None) -> None:
-        """Add inputs `[..., K]`. A running mean, not a sum: 262,144 tokens of magnitude 100 would not fit the 24 bits of a float32 sum."""
+        """Add inputs `[..., K]`, and `[..., K or N]` of the full-precision model. A running mean, not a sum: 262,144 tokens of magnitude 100 would not fit the 24 bits of a float32 sum."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        exact = rows if full_precision is None else full_precision.reshape(rows.shape).to(torch.float32)
+        exact = rows if full_precision is None else full_precision.reshape(len(rows), -1).to(torch.float32)
         if not bool(torch.isfinite(rows.sum() + exact.sum())):  # one pass instead of three; a NaN or infinity cannot hide in a sum
             finite = torch.isfinite(rows).all(dim=1) & torch.isfinite(exact).all(dim=1)
             self.n_dropped += int((~finite).sum())
@@ -48,19 +49,22 @@ class LayerStats:
             block = slice(start, start + BLOCK_COLUMNS)
             self.hessian[start:, block].addmm_(rows[:, start:].T, rows[:, block], **share)
         if self.cross is not None:
-            difference = exact - rows
-            self.cross.addmm_((difference if self.projection is None else difference @ self.projection.T).T, rows, **share)
+            self.cross.addmm_(exact.T, rows, **share)
         self.n_tokens = n_total
 
     def finish(self) -> LayerStats:
-        """Complete H above its diagonal, once all inputs are added."""
+        """Complete H above its diagonal and C, once all inputs are added."""
         for start in range(0, len(self.hessian), BLOCK_COLUMNS):
             stop = start + BLOCK_COLUMNS
             self.hessian[start:stop, stop:] = self.hessian[stop:, start:stop].T
+        if self.cross is not None and self.projection is None:
+            self.cross.sub_(self.hessian)
+        elif self.cross is not None and self.projection is not None:
+            self.cross.addmm_(self.projection, self.hessian, alpha=-1)
         return self
 
     def pull(self, weight: Tensor) -> Tensor:
-        """`W C` `[N, K]`: the correlation of a layer's missing output with its input. Weight `[N, K]`: the rows that were projected, where some were."""
+        """`W C` `[N, K]`: the correlation of a layer's missing output with its input. Weight `[N, K]`: the projection, where there is one."""
         assert self.cross is not None
         return weight @ self.cross if self.projection is None else self.cross
 

@@ -150,16 +150,19 @@ def test_playing_back_solved_parts_changes_nothing(model_type, inputs, monkeypat
     from llmq.ptq.replay import SolvedParts
 
     tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 40, 32, 0, "text").tokens
-    models, played = [], []
-    playback = SolvedParts._playback
-    monkeypatch.setattr(SolvedParts, "_playback", lambda self, tail: played.append(tail.layer) or playback(self, tail))
+    models, applied, repeated = [], [], []
+    apply, repeat = SolvedParts._apply, SolvedParts._repeat
+    monkeypatch.setattr(SolvedParts, "_apply", lambda self, tail, keep: applied.append(tail.layer) or apply(self, tail, keep))
+    monkeypatch.setattr(SolvedParts, "_repeat", lambda self, tail: repeated.append(tail.layer) or repeat(self, tail))
     for replay in (True, False):
         if not replay:
             monkeypatch.setattr(SolvedParts, "playing", lambda self, solved: nullcontext())
         model = make_model(model_type)
         llmq.quantize(model, recipe(inputs=inputs), tokens)
         models.append(model.state_dict())
-    assert len(set(played)) == 2, "attention and MLP"
+    assert len(set(applied)) == 2, "attention and MLP"
+    assert len(applied) == 2 * 2, "each of them once in each of two blocks"
+    assert repeated, "the attention once more"
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 

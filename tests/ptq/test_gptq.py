@@ -123,10 +123,12 @@ def test_correction_restores_the_full_precision_outputs(projected):
     torch.manual_seed(0)
     exact, weight = torch.randn(4000, 48), torch.randn(16, 48)
     degraded = exact @ (torch.eye(48) + 0.05 * torch.randn(48, 48))
-    stats = LayerStats(48, cross=True, project=weight if projected else None)
-    assert (stats.projection is not None) == projected
+    stats = LayerStats(48, cross=True, projection=weight if projected else None)
     for x, y in zip(degraded.split(500), exact.split(500), strict=True):
-        stats.add(x, y)
+        stats.add(x, y @ weight.T if projected else y)
+    stats.finish()
+    missing = 2 * (exact - degraded).T @ degraded / 4000
+    torch.testing.assert_close(stats.pull(weight), weight @ missing, rtol=1e-3, atol=1e-4)
     errors = {}
     for alpha in (0.0, 0.25, 1.0):
         tensor = gptq(weight, stats, QuantSpec("int8", -1), GPTQOptions(alpha=alpha, damping=1e-4)).tensor

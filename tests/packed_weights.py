@@ -16,7 +16,8 @@ def make_weight(code_name, group_size, n, k, *, asymmetric=False, act_order=Fals
     zero = torch.randint(0, code.levels, shape, dtype=torch.uint8) if asymmetric else None
     g_idx = (torch.arange(k, dtype=torch.int32) // columns)[torch.randperm(k)] if act_order else None
     tensors = [None if tensor is None else tensor.to(device) for tensor in (pack(codes, code.bits), scale, zero, g_idx)]
-    return PackedWeight(*tensors, code, columns, (n, k), activations)
+    input_range = torch.tensor([0.02, 97.0], device=device) if activations == "int8-static" else None  # -1.94 .. 3.16: clips some of a normal distribution on both sides
+    return PackedWeight(*tensors, code, columns, (n, k), activations, input_range)
 
 
 def relative_error(out, expected):

@@ -1,4 +1,4 @@
-"""The GPU backends: `triton` (16-bit activations) and `triton-int8` (activations quantized per token).
+"""The GPU backends: `triton` (16-bit activations) and `triton-int8` (activations quantized to INT8, per token or by a static range).
 
 This is the host side: what is accepted, how a weight is laid out once, which kernel is launched with which tiles. Triton is imported by the first launch. Under `TRITON_INTERPRET=1` the same code
 runs on CPU tensors, which is how the kernels are checked on machines without a GPU.
@@ -94,8 +94,8 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
     """Why the integer kernels cannot take a weight, or None."""
     if reason := _device_refusal(device):
         return reason
-    if weight.activations != "int8-token":
-        return f"it quantizes activations per token (int8-token), not {weight.activations}"
+    if weight.activations not in ("int8-token", "int8-static"):
+        return f"it quantizes activations per token (int8-token) or by one range (int8-static), not {weight.activations}"
     if weight.code.bits not in (2, 4, 8):
         return f"it multiplies codes of 2, 4 or 8 bits with INT8 activations, not {weight.code.name}"
     return _common_refusal(weight, dtype, 64 if weight.code.bits == 2 else 32)
@@ -128,8 +128,13 @@ def restore(weight: PackedWeight, state: State) -> Tensor:
 
 
 def int8_prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
-    """Bytes of interleaved codes in place of the canonical words."""
-    return {"packed": layout.pack_bytes(weight), **_side_tensors(weight)}
+    """Bytes of interleaved codes in place of the canonical words. With a static range also `shift`, float32 `[N]`: what every output lacks because codes are stored 128 lower and not at their
+    zero point, `scale * (128 - zero) * sum_k W`."""
+    state = {"packed": layout.pack_bytes(weight), **_side_tensors(weight)}
+    if weight.input_range is not None:
+        scale, zero = weight.input_range.double()
+        state["shift"] = (weight.dequantize().sum(1, dtype=torch.float64) * (scale * (128 - zero))).float()
+    return state
 
 
 def int8_restore(weight: PackedWeight, state: State) -> Tensor:
@@ -157,7 +162,7 @@ def run(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choi
         return x.new_empty(0, weight.shape[0])
     x = x[:, state["order"]] if "order" in state else x.contiguous()
     with _current(x.device):
-        if weight.activations == "int8-token":
+        if weight.activations != "none":
             return _int8_gemm(x, weight, state, bias, choice)
         if choice.method == "dequantize":
             return torch.nn.functional.linear(x, _dequantize(weight, state, x.dtype), None if bias is None else bias.to(x.dtype))
@@ -222,21 +227,29 @@ def _gemm(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, ch
     return _reduce(target, out, bias, choice)
 
 
-def quantize_tokens(x: Tensor, sum_columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x `[M, K]` as int8 codes `[M, padded K]`, float32 scales `[M]`, and int32 sums of the codes over every `sum_columns` columns, `[M, padded K / sum_columns]`."""
+def quantize_tokens(x: Tensor, sum_columns: int, input_range: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """x `[M, K]` as int8 codes `[M, padded K]`, float32 scales `[M]`, and int32 sums of the codes over every `sum_columns` columns, `[M, padded K / sum_columns]`.
+
+    input_range: float32 `[2]`, one scale and zero point for all tokens (codes are then 128 lower than stored ones), or None for a scale per token."""
     m, k = x.shape
     padded = layout.padded_columns(k)
     codes = torch.empty(m, padded, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     sums = torch.empty(m, padded // sum_columns, dtype=torch.int32, device=x.device)
     block = min(1 << (padded - 1).bit_length(), 4096)
-    _modules()[2].quantize_tokens_kernel[(m,)](x, codes, scale, sums, k, padded, SUM_COLUMNS=sum_columns, BLOCK_K=block, num_warps=8 if block > 1024 else 4, enable_fp_fusion=True)
+    options = {"SUM_COLUMNS": sum_columns, "BLOCK_K": block, "num_warps": 8 if block > 1024 else 4, "enable_fp_fusion": True}
+    if input_range is None:
+        _modules()[2].quantize_tokens_kernel[(m,)](x, codes, scale, sums, k, padded, **options)
+    else:
+        _modules()[2].quantize_static_kernel[(m,)](x, input_range, codes, scale, sums, k, padded, **options)
     return codes, scale, sums
 
 
 def _int8_gemm(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice) -> Tensor:
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
-    codes, scale, sums = quantize_tokens(x, choice.block_k)
+    codes, scale, sums = quantize_tokens(x, choice.block_k, weight.input_range)
+    if "shift" in state:
+        bias = state["shift"] if bias is None else state["shift"] + bias
     out, target = _workspace(x, n, choice)
     grid = (-(-n // choice.block_n) * -(-m // choice.block_m), choice.split_k)
     offset = int(weight.code.offset) - (128 if weight.code.bits == 8 else 0)

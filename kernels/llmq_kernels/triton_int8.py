@@ -1,4 +1,4 @@
-"""Integer products: INT8 activations with one scale per token, weights of 2, 4 or 8 bits, int32 sums, one multiplication at the end.
+"""Integer products: INT8 activations with one scale per token or one for all, weights of 2, 4 or 8 bits, int32 sums, one multiplication at the end.
 
 Codes stay unsigned, so unpacking is a shift and an "and" on four bytes at once: `(w >> 2 i) & 0x03030303` gives four ternary codes ready for the tensor core. What the unsigned codes add is taken out
 afterwards: `sum (q - z) x = sum q x - z sum x`, where the sums of x over each tile of columns are made by the kernel that quantizes x. (INT8 codes are stored as `q - 128`, since the tensor core
@@ -12,6 +12,22 @@ import triton
 import triton.language as tl
 
 from llmq_kernels.triton_gemm import store_tile
+
+
+@triton.jit
+def store_codes(integers, codes, sums, token, k, K_padded, SUM_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Store int32 `integers [BLOCK_K]` of one token from column k on, and their sums over every SUM_COLUMNS columns."""
+    columns = k + tl.arange(0, BLOCK_K)
+    tl.store(codes + token * K_padded + columns, integers.to(tl.int8), mask=columns < K_padded)
+    tile_sums = tl.sum(integers.reshape(BLOCK_K // SUM_COLUMNS, SUM_COLUMNS), axis=1)
+    tiles = k // SUM_COLUMNS + tl.arange(0, BLOCK_K // SUM_COLUMNS)
+    tl.store(sums + token * (K_padded // SUM_COLUMNS) + tiles, tile_sums, mask=tiles < K_padded // SUM_COLUMNS)
+
+
+@triton.jit
+def nearest(values):
+    """float32 rounded to whole numbers, ties to even: adding and subtracting 1.5 * 2^23 rounds in float32's own mode, for magnitudes up to 2^22."""
+    return (values + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -30,12 +46,22 @@ def quantize_tokens_kernel(x, codes, scale, sums, K, K_padded, SUM_COLUMNS: tl.c
     tl.store(scale + token, token_scale)
     for k in range(0, K_padded, BLOCK_K):
         values = tl.load(x + token * K + k + columns, mask=k + columns < K, other=0.0).to(tl.float32)
-        # Adding and subtracting 1.5 * 2^23 rounds to an integer in float32's own rounding mode.
-        rounded = ((tl.div_rn(values, token_scale) + 12582912.0) - 12582912.0).to(tl.int32)
-        tl.store(codes + token * K_padded + k + columns, rounded.to(tl.int8), mask=k + columns < K_padded)
-        tile_sums = tl.sum(rounded.reshape(BLOCK_K // SUM_COLUMNS, SUM_COLUMNS), axis=1)
-        tiles = k // SUM_COLUMNS + tl.arange(0, BLOCK_K // SUM_COLUMNS)
-        tl.store(sums + token * (K_padded // SUM_COLUMNS) + tiles, tile_sums, mask=tiles < K_padded // SUM_COLUMNS)
+        store_codes(nearest(tl.div_rn(values, token_scale)).to(tl.int32), codes, sums, token, k, K_padded, SUM_COLUMNS, BLOCK_K)
+
+
+@triton.jit
+def quantize_static_kernel(x, input_range, codes, scale, sums, K, K_padded, SUM_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same with one scale and zero point z for all, input_range float32 `[2]`: x = scale * (code + 128 - z), rounded as by `reference.quantize_static`. Codes beyond K are zero."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_K)
+    static_scale, zero = tl.load(input_range), tl.load(input_range + 1)
+    tl.store(scale + token, static_scale)
+    for k in range(0, K_padded, BLOCK_K):
+        values = tl.load(x + token * K + k + columns, mask=k + columns < K, other=0.0).to(tl.float32)
+        # Clamped before it is rounded: far beyond the range, `nearest` would not hold.
+        steps = tl.minimum(tl.maximum(tl.div_rn(values, static_scale), -512.0), 512.0)
+        shifted = tl.minimum(tl.maximum(nearest(steps) + zero, 0.0), 255.0) - 128.0
+        store_codes(tl.where(k + columns < K, shifted, 0.0).to(tl.int32), codes, sums, token, k, K_padded, SUM_COLUMNS, BLOCK_K)
 
 
 @triton.jit

@@ -118,6 +118,8 @@ def test_small_kernels(arch, tmp_path):
     chip = CHIPS[arch]
     check_resources(compiled(triton_gemm.reduce_kernel, chip, {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}, 4, 3), chip, tmp_path)
     check_resources(compiled(triton_int8.quantize_tokens_kernel, chip, {"SUM_COLUMNS": 128, "BLOCK_K": 4096}, 8, 3, scale="fp32"), chip, tmp_path)
+    if chip.arch == "sm_90":
+        check_resources(compiled(triton_int8.quantize_static_kernel, chip, {"SUM_COLUMNS": 128, "BLOCK_K": 4096}, 8, 3, scale="fp32", input_range="fp32"), chip, tmp_path)
     constants = float_constants("int4", 128, Choice("dequantize", block_n=64, block_k=128), chip, zero=True)
     del constants["HAS_BIAS"], constants["BLOCK_M"]
     check_resources(compiled(triton_gemm.dequantize_kernel, chip, constants, 4, 3), chip, tmp_path)

@@ -18,7 +18,7 @@ from llmq.modules import QuantLinear, prepare, quantized_modules, swap
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import ActSpec, QuantSpec
 from llmq_kernels import BACKENDS, PreparedWeight, triton_backend, triton_tuning
-from llmq_kernels.reference import fake_quantize_tokens, quantize_tokens
+from llmq_kernels.reference import fake_quantize_static, fake_quantize_tokens, quantize_static, quantize_tokens
 from llmq_kernels.triton_tuning import Choice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -44,6 +44,9 @@ def tolerance(dtype, k, roundings=1):
     return unit * (roundings + (INTERPRETED and dtype == torch.bfloat16)) + k * 2.0**-22
 
 
+AS_SEEN = {"none": lambda x, _: x, "int8-token": lambda x, _: fake_quantize_tokens(x), "int8-static": fake_quantize_static}
+
+
 def expected(x, weight, bias=None):
     out = x.double() @ weight.dequantize().double().T
     return out if bias is None else out + bias.double()
@@ -54,14 +57,13 @@ def check(weight, dtype, m, bias=False, choice=None):
     x = torch.randn(m, k, device=DEVICE).to(dtype)
     offset = torch.randn(n, device=DEVICE).to(dtype) if bias else None
     prepared = PreparedWeight(weight, dtype, DEVICE)
-    integer = weight.activations == "int8-token"
-    assert prepared.backend.name == ("triton-int8" if integer else "triton")
+    assert prepared.backend.name == ("triton" if weight.activations == "none" else "triton-int8")
     out = prepared.linear(x, offset) if choice is None else triton_backend.run(x, prepared.weight, prepared.state, offset, choice)
     assert out.dtype == dtype
     assert out.shape == (m, n)
     used = choice or triton_tuning.choose(triton_backend.problem_of(x, weight), triton_tuning.chip_of(x.device))
     roundings = 2 if used.method == "dequantize" else 1
-    assert relative_error(out, expected(fake_quantize_tokens(x) if integer else x, weight, offset)) < tolerance(dtype, k, roundings)
+    assert relative_error(out, expected(AS_SEEN[weight.activations](x, weight.input_range), weight, offset)) < tolerance(dtype, k, roundings)
     assert torch.equal(prepared.canonical_packed(), weight.packed)
 
 
@@ -112,8 +114,16 @@ def test_int8_activations(code, group, n, k, asymmetric, m):
     check(make_weight(code, group, n, k, asymmetric=asymmetric, activations="int8-token", device=DEVICE), dtype, m, bias=m == 5)
 
 
-def test_int8_with_split_k():
-    weight = make_weight("int4", 64, 40, 512, asymmetric=True, activations="int8-token", device=DEVICE)
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize(("code", "group", "n", "k", "asymmetric"), INT8_CASES)
+def test_static_int8_activations(code, group, n, k, asymmetric, m):
+    dtype = torch.float16 if m % 2 else torch.bfloat16
+    check(make_weight(code, group, n, k, asymmetric=asymmetric, activations="int8-static", device=DEVICE), dtype, m, bias=m == 40)
+
+
+@pytest.mark.parametrize("activations", ["int8-token", "int8-static"])
+def test_int8_with_split_k(activations):
+    weight = make_weight("int4", 64, 40, 512, asymmetric=True, activations=activations, device=DEVICE)
     check(weight, torch.float16, 7, bias=True, choice=Choice("gemm", 16, 64, 64, 4, 4, 2))
 
 
@@ -128,7 +138,18 @@ def test_codes_of_tokens_are_those_of_the_reference():
     assert torch.equal(sums, codes.int().view(9, -1, 64).sum(2, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("activations", ["none", "int8-token"])
+def test_codes_of_a_static_range_are_those_of_the_reference():
+    x = torch.randn(9, 300).to(DEVICE, torch.float16) * 3
+    x[3], x[4, 0] = 0, 60000
+    weight = make_weight("int4", 64, 16, 300, activations="int8-static", device=DEVICE)
+    codes, scale, sums = triton_backend.quantize_tokens(x, 64, weight.input_range)
+    assert torch.equal(codes[:, :300].int(), quantize_static(x, weight.input_range).int() - 128)
+    assert not codes[:, 300:].any()
+    assert torch.equal(scale, weight.input_range[0].expand(9))
+    assert torch.equal(sums, codes.int().view(9, -1, 64).sum(2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("activations", ["none", "int8-token", "int8-static"])
 def test_act_order_gathers_x(activations):
     weight = make_weight("int4", 32, 40, 160, asymmetric=True, act_order=True, activations=activations, device=DEVICE)
     for m in (2, 11):
@@ -154,7 +175,7 @@ def test_no_rows_and_many_dimensions():
 
 
 @pytest.mark.parametrize("m", [1, 24, 300])
-@pytest.mark.parametrize("activations", ["none", "int8-token"])
+@pytest.mark.parametrize("activations", ["none", "int8-token", "int8-static"])
 def test_same_bits_every_time(activations, m):
     """Split-K, ragged edges and two streams of allocations: nothing may depend on the order in which programs finish."""
     n, k, runs = (40, 320, 2) if INTERPRETED else (1000, 4096, 100)
@@ -209,7 +230,8 @@ def test_compile_with_cuda_graphs():
 @gpu_only
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 33, 64, 128, 256, 700, 2048])
 @pytest.mark.parametrize(
-    ("code", "activations"), [("int4", "none"), ("int3", "none"), ("ternary", "none"), ("int8", "none"), ("ternary", "int8-token"), ("int4", "int8-token"), ("int8", "int8-token")]
+    ("code", "activations"),
+    [("int4", "none"), ("int3", "none"), ("ternary", "none"), ("int8", "none"), ("ternary", "int8-token"), ("int4", "int8-token"), ("int8", "int8-token"), ("int8", "int8-static")],
 )
 def test_default_choices_at_real_sizes(code, activations, m):
     check(make_weight(code, 128, 4096, 4096, activations=activations, device=DEVICE), torch.bfloat16, m)

@@ -1,8 +1,8 @@
 """Backends whose kernels llmq compiles itself: `cpu-amx` and `cpu-avx512` (bfloat16 activations, exact) and `cpu-vnni` (INT8 activations). All read the one layout of `cpu_layout`.
 
-What is exact stays exact: `cpu-amx` and `cpu-avx512` take weights whose activations are "none" and round nothing but the dequantized weight and the result to bfloat16. `cpu-vnni` takes "int8-token",
-which the checkpoint asks for, and "int8-group", which whoever runs the model asks for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per token, and up to twice the
-speed of int4pack for one token.
+What is exact stays exact: `cpu-amx` and `cpu-avx512` take weights whose activations are "none" and round nothing but the dequantized weight and the result to bfloat16. `cpu-vnni` takes "int8-token"
+and "int8-static", which the checkpoint asks for, and "int8-group", which whoever runs the model asks for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per token,
+and up to twice the speed of int4pack for one token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from llmq_kernels import cpu, jit
 from llmq_kernels.cpu_layout import BAND, Layout, arrange, arrange_scale, restore_codes
 from llmq_kernels.packing import pack, unpack
-from llmq_kernels.reference import activation_group
+from llmq_kernels.reference import activation_group, quantize_static
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
@@ -24,7 +24,7 @@ AMX_TOKENS = 6  # from here on INT8 activations go to the tile unit; measured at
 AMX_TOKENS_WHOLE = 3  # the same where rows and tokens have one scale each
 AVX512_TOKENS = 11  # the same for tiles on the vector unit, measured on a Zen 4
 AVX512_TOKENS_WHOLE = 96
-WHOLE_COLUMNS = 65536  # 255 * 127 * 65536 is just below 2^31
+WHOLE_COLUMNS = 65536  # 255 * 128 * 65536 is just below 2^31
 TILE_KERNELS = {"amx": ("amx", "cpu_amx_int8"), "avx512": ("avx512vnni", "cpu_avx512_int8")}
 AVX512_FEW = 8  # tokens that are multiplied one by one without a tile unit; as many as the kernel takes
 INT8_FORMS = ("avx512vnni", "avxvnni", "avx2")
@@ -69,11 +69,9 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
     """Why the integer kernels cannot take a weight, or None."""
     if weight.activations == "none":
         return "it computes with INT8 activations, which neither this weight's checkpoint nor --compute asks for"
-    if weight.activations not in ("int8-token", "int8-group"):
-        return f"it quantizes activations per token or per token and group, not {weight.activations}"
     if reason := _common_refusal(weight, device) or int8_machine_refusal():
         return reason
-    if weight.activations == "int8-token" and not jit.supports("avx512vnni") and cpu.w8a8_refusal(weight, dtype, device) is None:
+    if weight.activations != "int8-group" and not jit.supports("avx512vnni") and cpu.w8a8_refusal(weight, dtype, device) is None:
         return "without AVX512-VNNI, oneDNN (cpu-w8a8) is faster with 8-bit weights and more than a few tokens"
     return None
 
@@ -93,7 +91,8 @@ def int8_form() -> str | None:
 
 
 def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
-    """Codes in bands, in place of the canonical words, and float32 scales in bands; with zero points also `-scale * zero`."""
+    """Codes in bands, in place of the canonical words, and float32 scales in bands; with zero points also `-scale * zero`. With a static range also what every output lacks because the codes of x
+    are multiplied 128 lower and not at their zero point: `shift = scale * (128 - zero) * sum_k W`, float32 `[N]`."""
     n, k = weight.shape
     layout = Layout(weight.code.bits, n, k)
     n_groups = -(-layout.k_padded // _columns_per_group(weight))
@@ -104,6 +103,9 @@ def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
     state = {"packed": arrange(unpack(weight.packed, weight.code.bits, k), weight.code.bits), "band_scale": in_bands(weight.scale.float())}
     if weight.zero is not None:
         state["band_shift"] = in_bands(-weight.scale.float() * weight.zero.float())
+    if weight.input_range is not None:
+        scale, zero = weight.input_range.double()
+        state["shift"] = (weight.dequantize().sum(1, dtype=torch.float64) * (scale * (128 - zero))).float()
     return state
 
 
@@ -195,6 +197,8 @@ def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     """`x @ W.T` for x `[M, K]`, quantized on the way; sums are exact within groups and float32 between them."""
     form = int8_form()
     assert form is not None
+    if "shift" in state:
+        return int8_product(x, weight, state, form).add_(state["shift"]).to(x.dtype)
     return int8_product(x, weight, state, form, dtype=x.dtype)
 
 
@@ -204,8 +208,11 @@ def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, unit:
     layout = Layout(weight.code.bits, n, k)
     group = activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else k)
     unit = unit or _int8_unit(m, group, _is_whole(weight))
-    per_token = layout.k_padded if weight.activations == "int8-token" else group
-    x_codes, x_scale, x_sum = quantize(_padded(x, layout.k_padded), layout.k_padded if _is_whole(weight) else group, per_token, form)
+    x_group = layout.k_padded if _is_whole(weight) else group
+    if weight.input_range is not None:
+        x_codes, x_scale, x_sum = quantize_by_range(x, layout.k_padded, x_group, weight.input_range)
+    else:
+        x_codes, x_scale, x_sum = quantize(_padded(x, layout.k_padded), x_group, group if weight.activations == "int8-group" else layout.k_padded, form)
     group = 0 if _is_whole(weight) else group
     if unit != "rows":
         return _tile_product(x_codes, x_scale, x_sum, weight, state, layout, group, *TILE_KERNELS[unit]).to(dtype)
@@ -228,7 +235,7 @@ def _int8_unit(m: int, group: int, is_whole: bool) -> str:
 
 def _is_whole(weight: PackedWeight) -> bool:
     """One scale on both sides: all of K is one group, whose integer sum has to fit 32 bits."""
-    return weight.activations == "int8-token" and weight.scale.shape[1] == 1 and weight.shape[1] <= WHOLE_COLUMNS
+    return weight.activations != "int8-group" and weight.scale.shape[1] == 1 and weight.shape[1] <= WHOLE_COLUMNS
 
 
 def _tile_product(x_codes: Tensor, x_scale: Tensor, x_sum: Tensor, weight: PackedWeight, state: State, layout: Layout, group: int, form: str, module: str) -> Tensor:
@@ -257,3 +264,12 @@ def quantize(x: Tensor, group: int, span: int, form: str) -> tuple[Tensor, Tenso
     kernel = jit.kernel(form, "cpu_int8", "quantize_kernel", x.dtype == torch.bfloat16)
     kernel(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), total.data_ptr(), m, k, span, group, threads=1 if m == 1 else None)
     return codes, scale, total
+
+
+def quantize_by_range(x: Tensor, k_padded: int, group: int, input_range: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with one scale and zero point for all tokens: codes are 128 lower than `reference.quantize_static` stores them, and zero in the columns from K to k_padded."""
+    m, k = x.shape
+    codes = torch.zeros(m, k_padded, dtype=torch.int8)
+    codes[:, :k] = (quantize_static(x, input_range) ^ 128).view(torch.int8)
+    total = codes.view(m, -1, group).sum(2, dtype=torch.int32).float()
+    return codes, torch.full_like(total, float(input_range[0])), total

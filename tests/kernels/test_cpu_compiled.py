@@ -16,7 +16,7 @@ from packed_weights import make_weight, relative_error
 from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, jit, pack, select_backend, unpack
 from llmq_kernels import cpu_compiled as compiled
 from llmq_kernels.cpu_layout import Layout, arrange, restore_codes
-from llmq_kernels.reference import activation_group, fake_quantize_groups, fake_quantize_tokens, quantize_groups, quantize_tokens
+from llmq_kernels.reference import activation_group, fake_quantize_groups, fake_quantize_static, fake_quantize_tokens, quantize_groups, quantize_tokens
 
 CPU = torch.device("cpu")
 FORMS = ("avx512vnni", "avxvnni", "avx2")
@@ -150,6 +150,27 @@ def test_any_scales(activations, m, group):
     assert torch.all((prepared.linear(x).double() - x.double() @ weight.dequantize().double().T).abs() <= bound * (1 + 1e-4))
 
 
+@pytest.mark.parametrize("unit", ["rows", "tiles"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_static_ranges(case, form, unit):
+    """Codes of x down to -128, zero points of both sides and padded columns. Beyond the roundings of `test_any_scales` the shift adds two, of a term that may be as large as the result."""
+    need(form)
+    code, group, n, k, asymmetric = case
+    weight = make_weight(code, -1 if group is None else group, n, k, asymmetric=asymmetric, activations="int8-static")
+    if unit == "tiles" and (form != "avx512vnni" or group_of(weight) < 64):
+        pytest.skip("tiles are for one form, and groups of 64 columns and more")
+    x = torch.randn(40, k)
+    state = compiled.prepare(weight, torch.float32)
+    out = compiled.int8_product(x, weight, state, form, "avx512" if unit == "tiles" else "rows") + state["shift"]
+    expected = fake_quantize_static(x, weight.input_range).double() @ weight.dequantize().double().T
+    assert relative_error(out, expected) < (3 * 8 + 4) * 2.0**-24
+    if form == compiled.int8_form():
+        prepared = PreparedWeight(weight, torch.float32, CPU)
+        assert prepared.backend.name == "cpu-vnni"
+        assert relative_error(prepared.linear(x), expected) < (3 * 8 + 4) * 2.0**-24
+
+
 def test_bias_and_leading_dimensions():
     need("avx512bf16")
     weight, bias, x = make_weight("int4", 128, 64, 256), torch.randn(64), torch.randn(2, 3, 256).bfloat16()
@@ -194,7 +215,6 @@ def test_without_avx512_onednn_does_what_it_can(monkeypatch):
 
 def test_refusals():
     weight = make_weight("int4", 128, 64, 128)
-    assert "int8-static" in compiled.int8_refusal(dataclasses.replace(weight, activations="int8-static"), torch.float32, CPU)
     assert "act-order" in compiled.amx_refusal(dataclasses.replace(weight, g_idx=torch.zeros(128, dtype=torch.int32)), torch.bfloat16, CPU)
     assert "multiples of 32" in compiled.amx_refusal(make_weight("int4", 40, 64, 120), torch.bfloat16, CPU)
     assert "float16" in compiled.amx_refusal(weight, torch.float16, CPU)

@@ -44,13 +44,13 @@ def dequantized(model: Any) -> Any:
 
 def measure(model_name: str, recipe: Recipe, calibration: str, text: Windows) -> tuple[Perplexity, float, list[Any]]:
     """Perplexity, seconds of the quantization, and the report of every layer."""
-    model = llmq.load(model_name, dtype="float32")
+    model = llmq.load(model_name)
     model_dir = resolve(model_name)
     tokens = None if recipe.method == "rtn" else windows(load_tokenizer(model_dir), load_config(model_dir), recipe, calibration).tokens
     started = time.perf_counter()
     blocks = llmq.quantize(model, recipe, tokens)
     seconds = time.perf_counter() - started
-    return evaluate(dequantized(model), text), seconds, [layer for block in blocks for layer in block.layers]
+    return evaluate(dequantized(model).float(), text), seconds, [layer for block in blocks for layer in block.layers]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     .OUT.llmq-partial/
         state.json            what is being made, from what: a run resumes only what it would have made itself
         lock                  held while a run works on it
-        inputs-*.f32          the inputs of the next block
+        inputs-*.bin          the inputs of the next block
         blocks/00003.json     the report of a finished block
         checkpoint/           the folder that will be renamed to OUT; one shard per block, under its final name
 

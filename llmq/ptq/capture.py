@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 
@@ -26,6 +27,13 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def to(self, dtype: torch.dtype) -> BlockCall:
+        """The same for hidden states of a dtype: masks, rotary tables and the like are cast. They are float32 here."""
+        if dtype == torch.float32:
+            return self
+        args, kwargs = tree_map(lambda value: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value, (self.args, self.kwargs))
+        return BlockCall(args, kwargs)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states."""

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import llmq
+from llmq.ptq.engine import exact_dtype
 
 if TYPE_CHECKING:
     from llmq.ptq.run import Job
@@ -43,6 +44,7 @@ def build_report(job: Job, blocks: list[dict[str, Any]], *, source_bytes: int, s
         "tuned_blocks": [{key: block[key] for key in ("index", "start_error", "tuned_error", "n_skipped_steps")} for block in blocks if block["tuned_error"] is not None],
         "layers": layers,
         "device": device,
+        "full_precision_stream": str(exact_dtype(job.config, job.recipe, device)).removeprefix("torch."),
         "versions": versions(),
     }
 

@@ -24,7 +24,7 @@ from llmq.kv import quantize_kv
 from llmq.models.arch import check_length, find_blocks, needs_bos, quantizable_layers
 from llmq.models.load import ShardReader, check_finite, check_shapes, left_out, load_config, load_tokenizer, match_names, meta_model, resolve
 from llmq.modules import quantized_modules, swap
-from llmq.ptq.engine import BlockReport, BlockResult, Engine
+from llmq.ptq.engine import BlockReport, BlockResult, Engine, exact_dtype
 from llmq.ptq.report import build_report, model_card
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
@@ -148,6 +148,7 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
             "device": device,
+            "full-precision stream": str(exact_dtype(job.config, job.recipe, device)),
         },
     }
 
@@ -168,7 +169,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
         first_block = min(partial.n_finished(), len(blocks))
         on_start(first_block, len(blocks))
         tokens = None if job.tokens is None else job.tokens.tokens
-        Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device).run(first_block)
+        Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device, exact_dtype(job.config, job.recipe, device)).run(first_block)
         report = _finish(job, partial, reader, prefix, first_block, time.monotonic() - started, device)
     except files.WriteError as error:
         partial.close()
@@ -264,6 +265,17 @@ def quantize(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = Non
     quantize_kv(meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope)  # whether it can be done is known before anything changes
     sink = _ModelSink(model, recipe.activations)
     with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
-        Engine(skeleton, ModelReader(model), recipe, plans, None if recipe.method == "rtn" else tokens, Path(work_dir), sink.store, sink.seal, on_block).run()
+        Engine(
+            skeleton,
+            ModelReader(model),
+            recipe,
+            plans,
+            None if recipe.method == "rtn" else tokens,
+            Path(work_dir),
+            sink.store,
+            sink.seal,
+            on_block,
+            exact_dtype=exact_dtype(model.config, recipe, "cpu"),
+        ).run()
     quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
     return sink.reports

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from llmq.ptq.ranges import RangeObserver
 
-BLOCK_COLUMNS = 256  # of H that are accumulated together; smaller blocks skip more of the upper triangle, larger ones multiply faster
+
+def block_columns(k: int) -> int:
+    """Columns of H `[k, k]` that are accumulated together. Smaller blocks skip more of the upper triangle, larger ones multiply faster: 128 are best for k = 256 and 768, 256 for k = 2048."""
+    return min(256, max(128, k // 8))
 
 
 class LayerStats:
@@ -45,8 +48,9 @@ class LayerStats:
             self.ranges.add(rows)
         n_total = self.n_tokens + n_new
         share = {"beta": self.n_tokens / n_total, "alpha": 2 / n_total}
-        for start in range(0, rows.shape[1], BLOCK_COLUMNS):
-            block = slice(start, start + BLOCK_COLUMNS)
+        step = block_columns(rows.shape[1])
+        for start in range(0, rows.shape[1], step):
+            block = slice(start, start + step)
             self.hessian[start:, block].addmm_(rows[:, start:].T, rows[:, block], **share)
         if self.cross is not None:
             self.cross.addmm_(exact.T, rows, **share)
@@ -54,8 +58,9 @@ class LayerStats:
 
     def finish(self) -> LayerStats:
         """Complete H above its diagonal and C, once all inputs are added."""
-        for start in range(0, len(self.hessian), BLOCK_COLUMNS):
-            stop = start + BLOCK_COLUMNS
+        step = block_columns(len(self.hessian))
+        for start in range(0, len(self.hessian), step):
+            stop = start + step
             self.hessian[start:stop, stop:] = self.hessian[stop:, start:stop].T
         if self.cross is not None and self.projection is None:
             self.cross.sub_(self.hessian)

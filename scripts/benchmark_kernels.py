@@ -43,7 +43,7 @@ def tune(device: torch.device, seconds: float, out: Path) -> dict[str, Any]:
     results = kernels.tune(kernels.GPU_SHAPES, kernels.GPU_ROWS, [kernels.Kind(text) for text in kernels.GPU_WEIGHTS], device, seconds)
     chip = triton_tuning.chip_of(device)
     name = f"{triton_tuning.slug(chip.name)}.json"
-    for path in (triton_tuning.cache_dir() / name, out / name):
+    for path in (triton_tuning.tuned_dir() / name, out / name):
         triton_tuning.save(chip, path, versions())
     return {"problems": len(results), "seconds_by_candidate": results}
 

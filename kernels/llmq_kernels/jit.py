@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from llmq_kernels.cache import cache_dir
+
 # x86 levels that kernels are written for. The features are what LLVM may use in the compiled code.
 AVX2 = "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt"
 AVX512 = AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni"
@@ -95,13 +97,6 @@ def assembly(text: str, form: str) -> str:
     """The assembly of a kernel, for any form, whatever this CPU is."""
     machine = _machine(form)
     return machine.emit_assembly(_optimized(text, machine))  # type: ignore[attr-defined]
-
-
-def cache_dir() -> Path:
-    """Where machine code is kept."""
-    if asked := os.environ.get("LLMQ_CACHE_DIR"):
-        return Path(asked)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmq"
 
 
 @cache

@@ -1,8 +1,8 @@
 """Which kernel with which tile sizes: measured where a measurement exists, a rule of thumb for the chip where none does.
 
 A problem is (integer or floating-point activations, code, group, dtype, N, K, M rounded up to a power of two). Its choice is looked up in this order: what this process has tuned; the user's file in
-`~/.cache/llmq/tuned/` (or `$LLMQ_CACHE/tuned/`); the file of this GPU in the package, `tuned/<gpu>.json`, which only ever holds measured entries; `default_choice`. No lookup measures anything, so a
-first call costs one compilation. `tune` measures, and is called before graphs are captured, never by a forward pass. Whether to dequantize and leave the product to cuBLAS is one of the
+`~/.cache/llmq/tuned/` (or `$LLMQ_CACHE_DIR/tuned/`); the file of this GPU in the package, `tuned/<gpu>.json`, which only ever holds measured entries; `default_choice`. No lookup measures anything,
+so a first call costs one compilation. `tune` measures, and is called before graphs are captured, never by a forward pass. Whether to dequantize and leave the product to cuBLAS is one of the
 candidates: the crossover in M is measured per GPU, N and K like every other choice.
 
 Nothing here imports Triton; candidates that cannot fit into the shared memory of a chip are left out by arithmetic.
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from llmq_kernels.cache import cache_dir
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,9 @@ _tuned: dict[str, dict[str, Choice]] = {}  # GPU -> key -> choice, measured in t
 _chosen: dict[tuple[str, Problem], Choice] = {}
 
 
-def cache_dir() -> Path:
+def tuned_dir() -> Path:
     """Where measured choices of this user are kept."""
-    return Path(os.environ.get("LLMQ_CACHE") or Path.home() / ".cache" / "llmq") / "tuned"
+    return cache_dir() / "tuned"
 
 
 def slug(name: str) -> str:
@@ -192,7 +194,7 @@ def tuned(chip: Chip) -> dict[str, Choice]:
     """Every measured choice for a GPU: the package's, overridden by the user's."""
     if chip.name not in _tuned:
         file = f"{slug(chip.name)}.json"
-        _tuned[chip.name] = {**_read(Path(__file__).parent / "tuned" / file), **_read(cache_dir() / file)} if chip.name else {}
+        _tuned[chip.name] = {**_read(Path(__file__).parent / "tuned" / file), **_read(tuned_dir() / file)} if chip.name else {}
     return _tuned[chip.name]
 
 

@@ -73,7 +73,7 @@ def _kernels(args: argparse.Namespace, device: Any, environment: dict[str, Any])
 
         result["tuning_seconds"] = kernels.tune(shapes, rows, kinds, device, args.tune_seconds)
         chip = triton_tuning.chip_of(device)
-        triton_tuning.save(chip, triton_tuning.cache_dir() / f"{triton_tuning.slug(chip.name)}.json", environment)
+        triton_tuning.save(chip, triton_tuning.tuned_dir() / f"{triton_tuning.slug(chip.name)}.json", environment)
     table = []
     with common.progress("bench") as show:
         for row in kernels.measure(shapes, rows, kinds, device, repeats=args.repeats):

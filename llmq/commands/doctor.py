@@ -70,10 +70,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _compiled_kernels() -> dict[str, Any]:
     """What the kernels that llmq compiles for the CPU have here."""
     from llmq_kernels import jit
+    from llmq_kernels.cache import cache_dir
 
     reason = jit.missing()
     forms = {form: "works here" if jit.supports(form) else reason or "not on this CPU or system" for form in jit.FORMS}
-    return {"forms": forms, "threads": jit.threads_of(), "cache": str(jit.cache_dir())}
+    return {"forms": forms, "threads": jit.threads_of(), "cache": str(cache_dir())}
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def poisoned(monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(triton_tuning, "_tuned", {})
     monkeypatch.setattr(triton_tuning, "_chosen", {})
-    monkeypatch.setenv("LLMQ_CACHE", "/nonexistent")
+    monkeypatch.setenv("LLMQ_CACHE_DIR", "/nonexistent")
     yield
     torch.use_deterministic_algorithms(False)
 

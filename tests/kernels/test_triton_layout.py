@@ -85,7 +85,7 @@ def test_rows_of_x_are_rounded_up():
 
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMQ_CACHE", str(tmp_path))
+    monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path))
     tuning.forget()
     yield tuning.Chip("sm_90", 132, 227 << 10, "Some GPU 3000")
     tuning.forget()
@@ -103,7 +103,7 @@ def test_the_fastest_candidate_is_kept_on_disk(gpu):
     best, seconds = tuning.tune(problem, gpu, measure)
     assert best == favourite == tuning.choose(problem, gpu)
     assert 5 < len(seconds) < len(list(tuning.candidates(problem, gpu)))
-    path = tuning.cache_dir() / f"{tuning.slug(gpu.name)}.json"
+    path = tuning.tuned_dir() / f"{tuning.slug(gpu.name)}.json"
     assert path.name == "some_gpu_3000.json"
     tuning.save(gpu, path, {"triton": "x"})
     tuning.forget()
@@ -113,7 +113,7 @@ def test_the_fastest_candidate_is_kept_on_disk(gpu):
 
 
 def test_a_damaged_file_names_itself(gpu):
-    path = tuning.cache_dir() / "some_gpu_3000.json"
+    path = tuning.tuned_dir() / "some_gpu_3000.json"
     path.parent.mkdir()
     path.write_text('{"choices": {"a": {"method": "gemm", "block_q": 3}}}')
     with pytest.raises(ValueError, match=r"some_gpu_3000\.json: not a file of tuned choices"):

@@ -86,13 +86,16 @@ class LlmqQuantizer(HfQuantizer):
         from llmq.formats import FORMATS
         from llmq.formats.native import NATIVE
         from llmq.kv import quantize_kv
+        from llmq.models.arch import linear_shape
         from llmq.modules import QuantLinear
         from llmq.spec import ActSpec
 
         settings = self.quantization_config.settings()
         fmt = FORMATS[settings.get("format", METHOD)]
         activations = ActSpec(**(settings.get("activations") or {}))
-        specs = dict.fromkeys(settings.get("modules_to_not_convert") or [])
+        head = model.get_output_embeddings()
+        # What is linear still is kept as it is, whether or not the config says so: GPTQ's has no list of such layers.
+        specs: dict[str, Any] = {name: None for name, module in model.named_modules() if linear_shape(module) is not None and module is not head}
         for name, module in list(model.named_modules()):
             if isinstance(module, StoredLinear):
                 tensors = module.tensors()

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, VerificationError
 from llmq.formats import Format, choose_format, files
 from llmq.formats.gptq import with_act_order
 from llmq.models.arch import quantizable_layers
@@ -49,7 +51,7 @@ def layer_tensors(name: str, qtensor: QuantizedTensor, fmt: Format) -> dict[str,
 def save(
     model: PreTrainedModel, out_dir: str | os.PathLike[str], *, tokenizer: PreTrainedTokenizerBase | None = None, format: str = "auto", overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> Path:
-    """Write a quantized model to a folder that `llmq.load` and, for `gptq`, other engines load. The folder appears complete or not at all.
+    """Write a quantized model to a folder that `llmq.load` and, for `gptq`, other engines load. The folder appears complete and read back, or not at all.
 
     format: "auto", "gptq", "gptq_v2" or "llmq". Raises `LlmqError` when the model is not quantized, the format cannot hold it, or the output exists.
     """
@@ -108,9 +110,18 @@ def _write_shards(work_dir: Path, tensors: dict[str, Tensor], max_shard_bytes: i
         shards[-1][name] = tensor.detach().cpu()
         size += tensor.nbytes
     if len(shards) == 1:
-        files.write_tensors(work_dir / "model.safetensors", shards[0])
+        _write_shard(work_dir / "model.safetensors", shards[0])
         return
     names = {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
     for file_name, shard in names.items():
-        files.write_tensors(work_dir / file_name, shard)
+        _write_shard(work_dir / file_name, shard)
     files.write_index(work_dir, {name: list(shard) for name, shard in names.items()}, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file and read it back. Raises `VerificationError` when a byte differs."""
+    files.write_tensors(path, tensors)
+    with safe_open(path, "pt") as written:
+        for name, tensor in tensors.items():
+            if not torch.equal(written.get_tensor(name).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)):
+                raise VerificationError(f"{path.name}: tensor {name} reads back otherwise than it was written; the disk or the memory is faulty")

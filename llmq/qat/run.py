@@ -151,7 +151,9 @@ def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str, 
 
 
 def work_dir_of(out_dir: Path) -> Path:
-    return out_dir.absolute().with_name(f".{out_dir.name}.qat")
+    """Beside the output; where that is a link, beside what it points to, so that a rename can publish it."""
+    out_dir = out_dir.resolve()
+    return out_dir.with_name(f".{out_dir.name}.qat")
 
 
 def check_identity(work_dir: Path, identity: dict[str, Any]) -> None:

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, VerificationError
+from llmq.formats import files
 from llmq.modules import QuantLinear, quantized_modules
-from llmq.recipe import Recipe
+from llmq.recipe import Recipe, Rule
+from llmq.spec import QuantSpec
 
 TOKENS = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -63,6 +65,34 @@ def test_save_pretrained_of_a_loaded_model_round_trips(quantized, tmp_path):
     llmq.load(folder).save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("fmt", ["gptq", "llmq"])
+def test_kept_layers_are_named_when_a_loaded_model_is_saved_again(fmt, tmp_path, tokenizer):
+    """A GPTQ folder has no list of them; what transformers writes must have one."""
+    model = make_model()
+    llmq.quantize(model, Recipe(rules=(Rule("*.o_proj", None), Rule("*", QuantSpec("int4", 32))), method="rtn"))
+    llmq.save(model, tmp_path / "first", tokenizer=tokenizer, format=fmt)
+    llmq.load(tmp_path / "first").save_pretrained(tmp_path / "second")
+    settings = json.loads((tmp_path / "second" / "config.json").read_text())["quantization_config"]
+    assert sorted(settings["modules_to_not_convert"]) == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    with torch.no_grad():
+        assert torch.equal(llmq.load(tmp_path / "second")(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_what_is_saved_is_read_back(tmp_path, monkeypatch):
+    model = make_model()
+    llmq.quantize(model, Recipe.uniform("w4g32", method="rtn"))
+
+    def damaged(path, tensors):
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        next(iter(tensors.values())).view(-1).view(torch.uint8)[0] ^= 1
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(files, "write_tensors", damaged)
+    with pytest.raises(VerificationError, match="reads back otherwise"):
+        llmq.save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_splits_into_shards_with_an_index(tmp_path, tokenizer):

@@ -120,7 +120,6 @@ def prepare_job(
         raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
     skeleton = meta_model(config)
     n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    settings = settings.with_rates(n_parameters)
     activations = ActSpec(settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope)  # type: ignore[arg-type]
     recipe = Recipe(rules=(*rules, Rule("*", settings.scheme.weights)), method=settings.init, sequence_length=settings.sequence_length, seed=settings.seed, activations=activations)
     plans = recipe.plan(quantizable_layers(skeleton))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from llmq.errors import LlmqError
@@ -39,8 +39,8 @@ class QATSettings:
     """scheme, quantizer: what is trained (see `llmq.qat.weights`). init: the method of the start, "rtn", "gptq" or "blockwise". kv_before_rope: quantize keys before the rotary embedding (LLM-QAT).
 
     max_tokens, max_steps: length of the run, the first that is given; both None: one pass over the text. sequence_length, batch_size: of a process; accumulation: batches per step.
-    lr_weights, lr_scales: peaks; None: `default_rates`. precision: of the arithmetic; masters are float32 always. loss, phases: see there. log_every, save_every, eval_every: steps; 0: about
-    100, 5 and 5 times in a run. n_held_out: windows at the end of the text that are not trained on, for deciding whether training helped.
+    lr_weights, lr_scales: absolute peaks; None: by the grid of each layer (`llmq.qat.rates`). precision: of the arithmetic; masters are float32 always. loss, phases: see there. log_every,
+    save_every, eval_every: steps; 0: about 100, 5 and 5 times in a run. n_held_out: windows spread over the text that are not trained on, for deciding whether training helped.
     """
 
     scheme: Scheme
@@ -53,7 +53,7 @@ class QATSettings:
     batch_size: int = 8
     accumulation: int = 1
     lr_weights: float | None = None
-    lr_scales: float = 1e-4
+    lr_scales: float | None = None
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
     loss: LossWeights = field(default_factory=LossWeights)
@@ -85,16 +85,10 @@ class QATSettings:
         tokens = self.max_tokens if self.max_tokens is not None else n_windows * self.sequence_length
         return max(1, tokens // per_step)
 
-    def with_rates(self, n_parameters: int) -> QATSettings:
-        """These settings with the weights' learning rate filled in: tiny models stand, and coarse grids need, larger steps."""
-        return self if self.lr_weights is not None else replace(self, lr_weights=default_rate(self.scheme.weights, n_parameters))
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def default_rate(spec: QuantSpec, n_parameters: int) -> float:
-    """Peak learning rate of the weights: 1e-5 at 1B parameters and more to 5e-5 at 200M and fewer for 4 bits; twice, four and ten times that at 3, 2 and ternary (spec's recipes)."""
-    small = min(1.0, max(0.0, (1e9 - n_parameters) / 8e8))
-    base = 1e-5 + small * 4e-5
-    return base * {"int8": 1, "int4": 1, "int3": 2, "int2": 4, "int2h": 4, "ternary": 10}[spec.code]
+def grid_rate(spec: QuantSpec) -> float:
+    """Peak learning rate of the weights in steps of their grid. Coarse grids are fewer steps wide, and their codes have further to go."""
+    return {"int8": 1e-3, "int4": 2e-3, "int3": 1.5e-3, "int2": 1e-3, "int2h": 1e-3, "ternary": 2e-3}[spec.code]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from llmq.errors import VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.evaluation.windows import Windows
+from llmq.qat.rates import SCALES, parameter_groups
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import Student
 from llmq.qat.telemetry import Telemetry
-from llmq.qat.weights import WeightQuantizer, fake_quant_modules
+from llmq.qat.weights import fake_quant_modules
 
 WEIGHTS = "masters.safetensors"
 
@@ -92,28 +94,25 @@ class QATTrainer(Trainer):
         self.n_parts = 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW without weight decay; scales and zero points have a learning rate of their own."""
+        """AdamW without weight decay, with rates by `parameter_groups`."""
         if self.optimizer is None:
-            assert self.settings.lr_weights is not None
-            scale_ids = {id(parameter) for module in self.model.modules() if isinstance(module, WeightQuantizer) for parameter in module.parameters(recurse=False)}
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            groups = [{"params": [p for p in trained if id(p) not in scale_ids], "lr": self.settings.lr_weights}, {"params": [p for p in trained if id(p) in scale_ids], "lr": self.settings.lr_scales}]
-            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.settings), betas=(0.9, 0.95), weight_decay=0.0)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
-            phases = self.settings.phases
-            factors = [lambda step: phases.learning_rate(step / num_training_steps), lambda step: phases.learning_rate(step / num_training_steps, scales=True)]
             assert self.optimizer is not None
-            self.lr_scheduler = LambdaLR(self.optimizer, factors[: len(self.optimizer.param_groups)])
+            self.lr_scheduler = LambdaLR(self.optimizer, [self._factor(num_training_steps, group["kind"]) for group in self.optimizer.param_groups])
         return self.lr_scheduler
+
+    def _factor(self, n_steps: int, kind: str) -> Callable[[int], float]:
+        return lambda step: self.settings.phases.learning_rate(step / n_steps, scales=kind == SCALES)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         outputs = model(**inputs)
         loss = outputs["loss"]
         if not bool(torch.isfinite(loss.detach())):
-            raise VerificationError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; {self._last_checkpoint()}; lower --lr-weights or use --precision fp32")
+            raise VerificationError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; {self._last_checkpoint()}; give a lower --lr-weights or use --precision fp32")
         self.parts = {name: self.parts.get(name, 0) + outputs[name] for name in ("kl", "ce")}
         self.n_parts += 1
         return (loss, outputs) if return_outputs else loss

@@ -7,7 +7,7 @@ from conftest import make_model
 from llmq.errors import LlmqError
 from llmq.qat.losses import LossWeights, distillation_loss
 from llmq.qat.schedule import Phases
-from llmq.qat.settings import QATSettings, Scheme, default_rate
+from llmq.qat.settings import QATSettings, Scheme
 from llmq.qat.student import Student, check_head, next_tokens
 from llmq.spec import QuantSpec
 
@@ -87,15 +87,13 @@ def test_phases():
         Phases(gradual=5)
 
 
-def test_schemes_and_rates():
+def test_schemes_and_steps():
     assert Scheme.parse("w4a8kv8") == Scheme(QuantSpec("int4", 128), "int8-token", 8)
     assert Scheme.parse("w2") == Scheme(QuantSpec("int2", 64, symmetric=False))
     assert Scheme.parse("ternary").weights.code == "ternary"
     for text in ("w5", "ternarya4", "w4kv3", ""):
         with pytest.raises(LlmqError, match="expected w8"):
             Scheme.parse(text)
-    assert default_rate(QuantSpec("int4"), 10**10) == pytest.approx(1e-5)
-    assert default_rate(QuantSpec("int4"), 10**7) == pytest.approx(5e-5, rel=0.02)
     settings = QATSettings(Scheme.parse("w4"), max_tokens=10_000, sequence_length=100, batch_size=5, accumulation=2)
     assert settings.n_steps(1000) == 10
     assert settings.n_steps(1000, n_processes=2) == 5

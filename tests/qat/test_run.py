@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(a
     monkeypatch.setattr(Student, "forward", forward)
     # Another run in its place is refused, and says what differs; the same one goes on.
     assert main(at(arguments, out, "--save-every", "2", "--lr-scales", "1e-2")) == 2
-    assert "lr_scales: 0.0001 there, 0.01 now" in capsys.readouterr().err
+    assert "lr_scales: None there, 0.01 now" in capsys.readouterr().err
     assert main(at(arguments, out, "--save-every", "2")) == 0
     assert [step for step, _, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
 

@@ -2,7 +2,8 @@
 
     python scripts/benchmark_kernels.py --out gpu-results
 
-A step that fails is reported at the end and does not stop the others; the exit code is 1 then. The tuned file in the folder can be shipped as `kernels/llmq_kernels/tuned/<gpu>.json`.
+Time is shared out: tests and tuning have their own limits, the table stops where decoding needs what is left of --max-seconds, and what was not reached is counted in the JSON. A step that fails is
+reported at the end and does not stop the others; the exit code is 1 then. The tuned file in the folder can be shipped as `kernels/llmq_kernels/tuned/<gpu>.json`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ from llmq_kernels import triton_tuning
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_tests(out: Path) -> dict[str, Any]:
+DECODE_SECONDS = 90  # kept for the last step: making and quantizing 8B weights on the device, and two times 64 tokens
+
+
+def run_tests(out: Path, seconds: float) -> dict[str, Any]:
     """`pytest -m gpu`; its whole output goes to a file."""
     parallel = ["-n", "6"] if find_spec("xdist") else []  # most of the time goes into compiling some 200 kernels
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *parallel, "tests/kernels"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    (out / "tests.txt").write_text(done.stdout + done.stderr)
-    last = done.stdout.strip().splitlines()[-1]
+    with (out / "tests.txt").open("w+") as log:  # a file, so that what ran before a timeout can be read
+        done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-m", "gpu", *parallel, "tests/kernels"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+        log.seek(0)
+        last = log.read().strip().splitlines()[-1]
     if done.returncode:
         raise RuntimeError(f"pytest ended with {done.returncode}: {last}; see tests.txt")
     return {"result": last}
@@ -48,16 +53,19 @@ def tune(device: torch.device, seconds: float, out: Path) -> dict[str, Any]:
     return {"problems": len(results), "seconds_by_candidate": results}
 
 
-def table(device: torch.device, out: Path) -> dict[str, Any]:
-    """Every shape, M and kind of weight."""
-    rows = []
+def table(device: torch.device, out: Path, deadline: float) -> dict[str, Any]:
+    """Every shape, M and kind of weight, as far as the time allows."""
+    rows: list[dict[str, Any]] = []
+    n_rows = len(kernels.GPU_SHAPES) * len(kernels.GPU_ROWS) * len(kernels.GPU_WEIGHTS)
     for row in kernels.measure(kernels.GPU_SHAPES, kernels.GPU_ROWS, [kernels.Kind(text) for text in kernels.GPU_WEIGHTS], device):
         rows.append(row)
         others = ", ".join(f"{name} {row['bf16_seconds'] / other['seconds']:.2f}" for name, other in row["others"].items() if "seconds" in other)
         print(f"{row['n']:6}x{row['k']:<6}{row['weights']:11}M={row['m']:<5}{row['ratio']:6.2f} x bfloat16, {row['share_of_copy_bandwidth']:4.0%} of copy; {others}", flush=True)
+        if time.monotonic() > deadline:
+            break
     if find_spec("matplotlib"):
         plot.ratios(rows, str(out / "kernels.png"))
-    return {"rows": rows}
+    return {"rows": rows, "rows_not_reached": n_rows - len(rows)}
 
 
 def versions() -> dict[str, Any]:
@@ -70,7 +78,9 @@ def versions() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--tune-seconds", type=float, default=150)
+    parser.add_argument("--tune-seconds", type=float, default=130)
+    parser.add_argument("--test-seconds", type=float, default=200)
+    parser.add_argument("--max-seconds", type=float, default=570, help="for everything")
     parser.add_argument("--layers", type=int, default=32, help="blocks of the synthetic Llama-3-8B")
     parser.add_argument("--only", nargs="+", choices=("tests", "defaults", "tune", "kernels", "decode"), help="some of the steps")
     args = parser.parse_args()
@@ -79,12 +89,13 @@ def main() -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda", 0)
+    end = time.monotonic() + args.max_seconds
     few = [kernels.Kind("w4g128")]
     steps: dict[str, Callable[[], Any]] = {
-        "tests": lambda: run_tests(args.out),
+        "tests": lambda: run_tests(args.out, args.test_seconds),
         "defaults": lambda: {"rows": list(kernels.measure([(4096, 4096)], (1, 16, 64, 256), few, device))},  # before tuning: what the rules of thumb give
         "tune": lambda: tune(device, args.tune_seconds, args.out),
-        "kernels": lambda: table(device, args.out),
+        "kernels": lambda: table(device, args.out, end - DECODE_SECONDS),
         "decode": lambda: compare_decode(device, num_hidden_layers=args.layers),
     }
     failed = []

@@ -74,6 +74,11 @@ class QATJob:
         return {plan.layer.name: plan.note for plan in self.plans if plan.note}
 
     @property
+    def teacher_dtype(self) -> str:
+        """What the teacher is held and computed in: bfloat16 if it is stored so and the arithmetic of the run is bfloat16 anyway, else float32."""
+        return "bfloat16" if self.settings.precision == "bf16" and load_config(self.teacher_dir).dtype == torch.bfloat16 else "float32"
+
+    @property
     def processes(self) -> PartialState:
         """The processes that train together, under `accelerate launch` or `torchrun`; one otherwise."""
         return PartialState(cpu=self.device == "cpu")
@@ -98,8 +103,9 @@ class QATJob:
         n_processes = self.processes.num_processes
         steps = self.settings.n_steps(self.n_windows, n_processes)
         tokens = steps * self.settings.tokens_per_batch * self.settings.accumulation * n_processes
-        # Student forward and backward, teacher forward, heads once more in the backward pass.
-        return {"tokens": tokens, "steps": steps, "bytes": self.n_parameters * (4 * 4 + 4), "flops": 8.5 * self.n_parameters * tokens}
+        # float32 masters, gradients and two moments, and the teacher. Student forward and backward, teacher forward, heads once more in the backward pass.
+        n_bytes = self.n_parameters * (4 * 4 + (2 if self.teacher_dtype == "bfloat16" else 4))
+        return {"tokens": tokens, "steps": steps, "bytes": n_bytes, "flops": 8.5 * self.n_parameters * tokens}
 
 
 def prepare_job(
@@ -248,7 +254,7 @@ def train(model: PreTrainedModel, job: QATJob, windows: Tensor, work_dir: Path, 
     settings = job.settings
     n_steps = settings.n_steps(len(windows), job.processes.num_processes)
     trainer_dir = work_dir / "trainer"
-    teacher = load(job.teacher_dir, dtype="float32").to(job.processes.device) if settings.loss.kl else None
+    teacher = load(job.teacher_dir, dtype=job.teacher_dtype).to(job.processes.device) if settings.loss.kl else None
     student = Student(model, teacher, settings.loss)
     callbacks = [ScheduleCallback(student, settings, held_out_windows(job), work_dir / "log.jsonl"), _Progress(show)]
     arguments = training_arguments(settings, n_steps, trainer_dir, device=job.device, report_to=report_to)
@@ -303,6 +309,7 @@ def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Pat
     return {
         "model": job.model_dir.name,
         "teacher": job.teacher_dir.name,
+        "teacher_dtype": job.teacher_dtype,
         "method": "qat",
         "shipped": "trained" if improved else "start",
         "verdict": None if scores else "no held-out text: nothing was compared",

@@ -130,9 +130,11 @@ def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOption
 
 def _shift(pull: Tensor, order: Tensor, factor: Tensor) -> Tensor:
     """`W C H^-1`: the change of W that best restores, from the quantized model's inputs, the outputs that the layer has in the full-precision model. H^-1 = U^T U in rounding order."""
-    shift = pull[:, order] @ factor.T @ factor
-    restored = torch.empty_like(shift)
-    restored[:, order] = shift
+    pull = pull[:, order]  # by steps, so that no more than two are in memory
+    pull = pull @ factor.T
+    pull = pull @ factor
+    restored = torch.empty_like(pull)
+    restored[:, order] = pull
     return restored
 
 

@@ -24,18 +24,21 @@ class _Descent:
 
     def __init__(self, weight: Tensor, tensor: QuantizedTensor, hessian: Tensor) -> None:
         self.spec, self.hessian = tensor.spec, hessian
+        # First, and gone before anything else is made: a float32 copy of stacked rows is the largest thing that a block needs beside its weights.
+        self.product_t = hessian @ tensor.dequantize().neg_().add_(weight).T
         k = weight.shape[1]
-        size = self.spec.columns_per_group(k)
         g_idx = tensor.g_idx
-        self.group_of = torch.arange(k, device=weight.device) // size if g_idx is None else g_idx.long()
+        self.group_of = torch.arange(k, device=weight.device) // self.spec.columns_per_group(k) if g_idx is None else g_idx.long()
         self.scale_t = tensor.scale.float().T.contiguous()  # [G, N or 1]
         zero = tensor.zero
         self.zero_t = torch.full_like(self.scale_t, self.spec.levels.offset) if zero is None else zero.float().T.contiguous()
-        self.integers_t = tensor.codes().T.float()
-        self.integers_t -= self.zero_t[self.group_of]  # code - zero, [K, N]
-        residual_t = self.scale_t[self.group_of].mul_(self.integers_t) if self.scale_t.shape[1] > 1 else self.integers_t * self.scale_t[self.group_of]
-        torch.sub(weight.T, residual_t, out=residual_t)
-        self.product_t = hessian @ residual_t
+        self.integers_t = tensor.codes().T.float().contiguous()
+        self._shift_integers(-self.zero_t)  # code - zero, [K, N]
+
+    def _shift_integers(self, shift_t: Tensor) -> None:
+        """Add `[G, N or 1]` to the integers, group by group."""
+        for group, shift in enumerate(shift_t):
+            self.integers_t[self.group_of == group] += shift
 
     def sweep_scales(self) -> None:
         """Least squares for the scale of each row in each group, rounded as it will be stored."""
@@ -74,7 +77,9 @@ class _Descent:
             self.product_t.addmm_(self.hessian[:, start:stop], change)
 
     def result(self, tensor: QuantizedTensor) -> QuantizedTensor:
-        codes = (self.integers_t + self.zero_t[self.group_of]).T.to(torch.uint8)
+        del self.product_t
+        self._shift_integers(self.zero_t)
+        codes = self.integers_t.to(torch.uint8).T
         return QuantizedTensor.from_codes(codes, self.scale_t.T, None if tensor.zero is None else self.zero_t.T, self.spec, tensor.g_idx)
 
 

@@ -91,8 +91,7 @@ def int8_form() -> str | None:
 
 
 def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
-    """Codes in bands, in place of the canonical words, and float32 scales in bands; with zero points also `-scale * zero`. With a static range also what every output lacks because the codes of x
-    are multiplied 128 lower and not at their zero point: `shift = scale * (128 - zero) * sum_k W`, float32 `[N]`."""
+    """Codes in bands, in place of the canonical words, and float32 scales in bands; with zero points also `-scale * zero`."""
     n, k = weight.shape
     layout = Layout(weight.code.bits, n, k)
     n_groups = -(-layout.k_padded // _columns_per_group(weight))
@@ -103,10 +102,7 @@ def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
     state = {"packed": arrange(unpack(weight.packed, weight.code.bits, k), weight.code.bits), "band_scale": in_bands(weight.scale.float())}
     if weight.zero is not None:
         state["band_shift"] = in_bands(-weight.scale.float() * weight.zero.float())
-    if weight.input_range is not None:
-        scale, zero = weight.input_range.double()
-        state["shift"] = (weight.dequantize().sum(1, dtype=torch.float64) * (scale * (128 - zero))).float()
-    return state
+    return state | weight.static_shift()
 
 
 def restore(weight: PackedWeight, state: State) -> Tensor:

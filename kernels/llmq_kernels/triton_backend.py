@@ -128,13 +128,8 @@ def restore(weight: PackedWeight, state: State) -> Tensor:
 
 
 def int8_prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
-    """Bytes of interleaved codes in place of the canonical words. With a static range also `shift`, float32 `[N]`: what every output lacks because codes are stored 128 lower and not at their
-    zero point, `scale * (128 - zero) * sum_k W`."""
-    state = {"packed": layout.pack_bytes(weight), **_side_tensors(weight)}
-    if weight.input_range is not None:
-        scale, zero = weight.input_range.double()
-        state["shift"] = (weight.dequantize().sum(1, dtype=torch.float64) * (scale * (128 - zero))).float()
-    return state
+    """Bytes of interleaved codes in place of the canonical words."""
+    return {"packed": layout.pack_bytes(weight), **_side_tensors(weight), **weight.static_shift()}
 
 
 def int8_restore(weight: PackedWeight, state: State) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llmq_kernels.codes import Code
@@ -32,3 +33,11 @@ class PackedWeight:
         """float32 `[N, K]`."""
         zero = self.code.offset if self.zero is None else self.zero
         return dequantize_codes(unpack(self.packed, self.code.bits, self.shape[1]), self.scale, zero, self.group_size, self.g_idx)
+
+    def static_shift(self) -> dict[str, Tensor]:
+        """With a static range, `{"shift": float32 [N]}`: what outputs lack when codes of x, 0 to 255, are multiplied as signed bytes 128 lower instead of at their zero point,
+        `scale * (128 - zero) * sum_k W`. Empty without one."""
+        if self.input_range is None:
+            return {}
+        scale, zero = self.input_range.double()
+        return {"shift": (self.dequantize().sum(1, dtype=torch.float64) * (scale * (128 - zero))).float()}

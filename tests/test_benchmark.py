@@ -1,5 +1,6 @@
 """`llmq bench` and what stands behind it, on a CPU: figures are figures, refusals are one line, and the decoder is the model it claims to be."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -109,3 +110,39 @@ def test_gpu_script_without_a_gpu():
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "no CUDA device" in done.stderr
+
+
+def gpu_script():
+    spec = importlib.util.spec_from_file_location("benchmark_kernels", ROOT / "scripts" / "benchmark_kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gpu_script_stops_its_table_in_time(monkeypatch, tmp_path):
+    """One row is measured whatever the time; the others are counted."""
+    script = gpu_script()
+    monkeypatch.setattr(kernels, "GPU_SHAPES", ((128, 256), (64, 128)))
+    monkeypatch.setattr(kernels, "GPU_ROWS", (1, 3))
+    for deadline, n_rows in ((0.0, 1), (float("inf"), 8)):
+        result = script.table(CPU, tmp_path, deadline)
+        assert len(result["rows"]) == n_rows
+        assert result["rows_not_reached"] == 8 - n_rows
+
+
+def test_gpu_script_runs_its_tests_within_their_time(monkeypatch, tmp_path):
+    """The command is what counts here: its tests are replaced by one that passes and one that never ends."""
+    script = gpu_script()
+    (tmp_path / "tests" / "kernels").mkdir(parents=True)
+    test, marks = tmp_path / "tests" / "kernels" / "test_it.py", "import pytest, time\n@pytest.mark.gpu\ndef test_it():\n    "
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: of a GPU\n")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    test.write_text(marks + "pass\n")
+    assert "1 passed" in script.run_tests(tmp_path, 60)["result"]
+    test.write_text(marks + "assert False\n")
+    with pytest.raises(RuntimeError, match="1 failed"):
+        script.run_tests(tmp_path, 60)
+    test.write_text(marks + "time.sleep(100)\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        script.run_tests(tmp_path, 5)
+    assert "test session starts" in (tmp_path / "tests.txt").read_text()

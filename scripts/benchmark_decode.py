@@ -97,7 +97,7 @@ def measure(name: str, threads: int, n_new: int) -> dict[str, float]:
     import llmq.inference.decoding  # noqa: F401
     import llmq_kernels.emit  # noqa: F401  loads LLVM, a library like the others
     from llmq.inference.cache import cache_bytes, in_place_cache
-    from llmq.ptq.memory import LARGE_BLOCK, release_freed_memory
+    from llmq.ptq.memory import release_freed_memory
 
     torch.set_num_threads(threads)
     before = resident()
@@ -122,7 +122,7 @@ def measure(name: str, threads: int, n_new: int) -> dict[str, float]:
         cache = in_place_cache(model.config, PROMPT + n_new)
         model.generate(prompt, past_key_values=cache, max_new_tokens=n_new, do_sample=False, pad_token_id=0, stopping_criteria=[stamp])
     steps = [after - previous for previous, after in itertools.pairwise(stamps[1:])]
-    release_freed_memory(LARGE_BLOCK)
+    release_freed_memory()
     held = weight_bytes(model)
     return {"decode": 1 / statistics.median(steps), "prefill": PROMPT / prefill, "resident": resident() - before, "weights": held, "cache": cache_bytes(cache)}
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 
@@ -32,8 +32,7 @@ class BlockCall:
         """The same for hidden states of a dtype: masks, rotary tables and the like are cast. They are float32 here."""
         if dtype == torch.float32:
             return self
-        args, kwargs = tree_map(lambda value: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value, (self.args, self.kwargs))
-        return BlockCall(args, kwargs)
+        return BlockCall(*recursively_apply(lambda value: value.to(dtype), (self.args, self.kwargs), test_type=lambda value: isinstance(value, Tensor) and value.is_floating_point()))
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states."""

@@ -37,11 +37,10 @@ def map_large_tensors(block_bytes: int) -> bool:
     return bool(library.mallopt(_M_MMAP_THRESHOLD, large) and library.mallopt(_M_TRIM_THRESHOLD, 8 * large))
 
 
-def release_freed_memory(block_bytes: int) -> bool:
-    """Return every free page of the heap, holes in its middle included. block_bytes: as above; beside a small block the holes are small and the 7 milliseconds are not, so nothing is done
-    (they were 2% of a run). False then, and where the C library is not glibc."""
+def release_freed_memory() -> bool:
+    """Return every free page of the heap, holes in its middle included. A few milliseconds. False where the C library is not glibc: then nothing happens."""
     library = _libc()
-    if library is None or block_bytes < LARGE_BLOCK:
+    if library is None:
         return False
     library.malloc_trim(0)
     return True

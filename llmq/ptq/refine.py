@@ -32,13 +32,13 @@ class _Descent:
         self.scale_t = tensor.scale.float().T.contiguous()  # [G, N or 1]
         zero = tensor.zero
         self.zero_t = torch.full_like(self.scale_t, self.spec.levels.offset) if zero is None else zero.float().T.contiguous()
-        self.integers_t = tensor.codes().T.float().contiguous()
+        self.integers_t = tensor.codes().T.contiguous().float()
         self._shift_integers(-self.zero_t)  # code - zero, [K, N]
 
     def _shift_integers(self, shift_t: Tensor) -> None:
-        """Add `[G, N or 1]` to the integers, group by group."""
-        for group, shift in enumerate(shift_t):
-            self.integers_t[self.group_of == group] += shift
+        """Add `[G, N or 1]` to the integers, by blocks: spread over all columns at once it would be another copy of the weight."""
+        for integers, groups in zip(self.integers_t.split(BLOCK_COLUMNS), self.group_of.split(BLOCK_COLUMNS), strict=True):
+            integers += shift_t[groups]
 
     def sweep_scales(self) -> None:
         """Least squares for the scale of each row in each group, rounded as it will be stored."""

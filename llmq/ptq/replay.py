@@ -39,6 +39,9 @@ class SolvedParts:
         self.work_dir, self.length, self.batch_size = work_dir, length, batch_size
         self.children = {name: child for name, child in block.named_children() if enabled and any(layer.startswith(name + ".") for layer in targets)}
         self.tails: dict[str, Tail] = {}  # by child
+        # Tails whose inputs and outputs this object keeps. An interrupted run may have left files of the same names.
+        self._with_inputs: set[str] = set()
+        self._with_outputs: set[str] = set()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -71,6 +74,7 @@ class SolvedParts:
         if any(tail.layer == layer for tail in self.tails.values()):
             with self._inputs(layer).appender(durable=False) as append:
                 yield append
+            self._with_inputs.add(layer)
         else:
             yield lambda batch: None
 
@@ -78,36 +82,38 @@ class SolvedParts:
     def playing(self, solved: Collection[str]) -> Iterator[None]:
         """For one run of the block over all batches, in order: replace the children whose tail is solved."""
         is_last_run = len(solved) == len(self.targets)
+        kept = []
         with ExitStack() as stack:
             for name, tail in self.tails.items():
-                inputs, outputs = self._inputs(tail.layer), self._outputs(tail.layer)
-                if outputs.path.exists():
-                    play = self._repeat(tail)
-                elif tail.layer in solved and inputs.path.exists():
-                    play = self._apply(tail, (lambda batch: None) if is_last_run else stack.enter_context(outputs.appender(durable=False)))
-                else:
+                if tail.layer not in solved or tail.layer not in self._with_inputs:
                     continue
-                self.children[name].forward = play  # type: ignore[method-assign]
-                stack.callback(delattr, self.children[name], "forward")
+                if tail.layer in self._with_outputs:
+                    outputs = self._outputs(tail.layer).batches(self.batch_size)
+                elif is_last_run:
+                    outputs = self._apply(tail.layer)
+                else:
+                    outputs = self._apply(tail.layer, stack.enter_context(self._outputs(tail.layer).appender(durable=False)))
+                    kept.append(tail.layer)
+                child = self.children[name]
+                child.forward = self._player(tail, outputs)  # type: ignore[method-assign]
+                stack.callback(delattr, child, "forward")
             yield
+        self._with_outputs.update(kept)
 
-    def _apply(self, tail: Tail, keep: Callable[[Tensor], object]) -> Callable[..., Any]:
-        """The child as its last layer, on the inputs that are kept."""
-        batches, layer = self._inputs(tail.layer).batches(self.batch_size), self.block.get_submodule(tail.layer)
-
-        def forward(*_args: Any, **_kwargs: Any) -> Any:
-            output = layer(next(batches).to(linear_weight(layer).device))
+    def _apply(self, layer: str, keep: Callable[[Tensor], object] = lambda output: None) -> Iterator[Tensor]:
+        """A layer's outputs for the inputs that are kept, each handed to `keep`."""
+        module = self.block.get_submodule(layer)
+        for batch in self._inputs(layer).batches(self.batch_size):
+            output = module(batch.to(linear_weight(module).device))
             keep(output)
-            return output if tail.rest is None else (output, *tail.rest)
+            yield output
 
-        return forward
-
-    def _repeat(self, tail: Tail) -> Callable[..., Any]:
-        """The child as the outputs that are kept."""
-        batches, layer = self._outputs(tail.layer).batches(self.batch_size), self.block.get_submodule(tail.layer)
+    def _player(self, tail: Tail, outputs: Iterator[Tensor]) -> Callable[..., Any]:
+        """A child's forward function that returns the outputs one by one."""
+        device = linear_weight(self.block.get_submodule(tail.layer)).device
 
         def forward(*_args: Any, **_kwargs: Any) -> Any:
-            output = next(batches).to(linear_weight(layer).device)
+            output = next(outputs).to(device)
             return output if tail.rest is None else (output, *tail.rest)
 
         return forward
@@ -117,3 +123,5 @@ class SolvedParts:
         for tail in self.tails.values():
             self._inputs(tail.layer).recycle()
             self._outputs(tail.layer).recycle()
+        self._with_inputs.clear()
+        self._with_outputs.clear()

@@ -9,7 +9,6 @@ import torch
 import transformers
 
 import llmq
-from llmq.ptq.engine import exact_dtype
 
 if TYPE_CHECKING:
     from llmq.ptq.run import Job
@@ -44,7 +43,7 @@ def build_report(job: Job, blocks: list[dict[str, Any]], *, source_bytes: int, s
         "tuned_blocks": [{key: block[key] for key in ("index", "start_error", "tuned_error", "n_skipped_steps")} for block in blocks if block["tuned_error"] is not None],
         "layers": layers,
         "device": device,
-        "full_precision_stream": str(exact_dtype(job.config, job.recipe, device)).removeprefix("torch."),
+        "full_precision_stream": None if job.tokens is None else str(job.exact_dtype(device)).removeprefix("torch."),
         "versions": versions(),
     }
 

@@ -87,6 +87,10 @@ class Job:
         """Layers that differ from what was asked, and the remarks."""
         return {plan.layer.name: plan.note for plan in self.plans if plan.note} | self.remarks
 
+    def exact_dtype(self, device: str) -> torch.dtype:
+        """What the full-precision stream is computed in on a device."""
+        return exact_dtype(self.config, self.recipe, device)
+
 
 def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, format: str = "auto", revision: str | None = None, strict: bool = False) -> Job:
     """Resolve and check everything that can be checked before computing: model, names of all tensors, rules, format, calibration text. Raises `LlmqError`."""
@@ -148,7 +152,7 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
             "device": device,
-            "full-precision stream": str(exact_dtype(job.config, job.recipe, device)),
+            "full-precision stream": str(job.exact_dtype(device)),
         },
     }
 
@@ -169,7 +173,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
         first_block = min(partial.n_finished(), len(blocks))
         on_start(first_block, len(blocks))
         tokens = None if job.tokens is None else job.tokens.tokens
-        Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device, exact_dtype(job.config, job.recipe, device)).run(first_block)
+        Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device, job.exact_dtype(device)).run(first_block)
         report = _finish(job, partial, reader, prefix, first_block, time.monotonic() - started, device)
     except files.WriteError as error:
         partial.close()
@@ -265,17 +269,7 @@ def quantize(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = Non
     quantize_kv(meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope)  # whether it can be done is known before anything changes
     sink = _ModelSink(model, recipe.activations)
     with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
-        Engine(
-            skeleton,
-            ModelReader(model),
-            recipe,
-            plans,
-            None if recipe.method == "rtn" else tokens,
-            Path(work_dir),
-            sink.store,
-            sink.seal,
-            on_block,
-            exact_dtype=exact_dtype(model.config, recipe, "cpu"),
-        ).run()
+        dtype = exact_dtype(model.config, recipe, "cpu")
+        Engine(skeleton, ModelReader(model), recipe, plans, None if recipe.method == "rtn" else tokens, Path(work_dir), sink.store, sink.seal, on_block, exact_dtype=dtype).run()
     quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
     return sink.reports

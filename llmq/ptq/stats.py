@@ -62,10 +62,8 @@ class LayerStats:
         for start in range(0, len(self.hessian), step):
             stop = start + step
             self.hessian[start:stop, stop:] = self.hessian[stop:, start:stop].T
-        if self.cross is not None and self.projection is None:
-            self.cross.sub_(self.hessian)
-        elif self.cross is not None and self.projection is not None:
-            self.cross.addmm_(self.projection, self.hessian, alpha=-1)
+        if self.cross is not None:
+            self.cross.sub_(self.hessian) if self.projection is None else self.cross.addmm_(self.projection, self.hessian, alpha=-1)
         return self
 
     def pull(self, weight: Tensor) -> Tensor:

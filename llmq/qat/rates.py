@@ -16,10 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
-from llmq.qat.settings import QATSettings, grid_rate
+from llmq.qat.settings import QATSettings
 from llmq.qat.weights import FakeQuantLinear, fake_quant_modules
+from llmq.spec import QuantSpec
 
 SCALES = "scales"  # marks groups of scales and zero points, which stop moving before the weights do
+
+
+def grid_rate(spec: QuantSpec) -> float:
+    """Peak learning rate of the weights in steps of their grid. Those of 4 and 2 bits are measured, see above; the others stand between and beside them."""
+    return {"int8": 1e-3, "int4": 2e-3, "int3": 1.5e-3, "int2": 1e-3, "int2h": 1e-3, "ternary": 2e-3}[spec.code]
 
 
 @torch.no_grad()
@@ -33,24 +39,22 @@ def parameter_groups(model: nn.Module, settings: QATSettings) -> list[dict[str, 
 
     `settings.lr_weights` and `settings.lr_scales` are absolute and replace the rates of this module. Raises `LlmqError` for a model without quantized layers when there is no lr_weights.
     """
-    modules = fake_quant_modules(model)
-    steps = {name: grid_step(module) for name, module in modules.items()}
     groups: list[dict[str, Any]] = []
 
-    def add(kind: str, rate: float, *parameters: Tensor | None) -> None:
+    def add(kind: str, absolute: float | None, relative: float, *parameters: Tensor | None) -> None:
         trained = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
         if trained:
-            groups.append({"params": trained, "lr": rate, "kind": kind})
+            groups.append({"params": trained, "lr": relative if absolute is None else absolute, "kind": kind})
 
-    for name, module in modules.items():
-        spec, step = module.quantizer.spec, steps[name]
-        rate = grid_rate(spec)
-        add("weights", rate * step if settings.lr_weights is None else settings.lr_weights, module.weight)
-        add(SCALES, rate * step / (spec.levels.levels / 2) if settings.lr_scales is None else settings.lr_scales, module.quantizer.scale)
-        add(SCALES, rate if settings.lr_scales is None else settings.lr_scales, module.quantizer.zero)
+    for module in fake_quant_modules(model).values():
+        spec = module.quantizer.spec
+        rate, step = grid_rate(spec), grid_step(module)
+        add("weights", settings.lr_weights, rate * step, module.weight)
+        add(SCALES, settings.lr_scales, rate * step / (spec.levels.levels / 2), module.quantizer.scale)
+        add(SCALES, settings.lr_scales, rate, module.quantizer.zero)
     grouped = {id(parameter) for group in groups for parameter in group["params"]}
     rates = [group["lr"] for group in groups if group["kind"] == "weights"]
     if not rates and settings.lr_weights is None:
         raise LlmqError("this model has no quantized layer to take a learning rate from; give lr_weights")
-    add("weights", sum(rates) / len(rates) if settings.lr_weights is None else settings.lr_weights, *(parameter for parameter in model.parameters() if id(parameter) not in grouped))
+    add("weights", settings.lr_weights, sum(rates) / max(1, len(rates)), *(parameter for parameter in model.parameters() if id(parameter) not in grouped))
     return groups

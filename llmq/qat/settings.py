@@ -87,8 +87,3 @@ class QATSettings:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def grid_rate(spec: QuantSpec) -> float:
-    """Peak learning rate of the weights in steps of their grid. Coarse grids are fewer steps wide, and their codes have further to go."""
-    return {"int8": 1e-3, "int4": 2e-3, "int3": 1.5e-3, "int2": 1e-3, "int2h": 1e-3, "ternary": 2e-3}[spec.code]

@@ -15,6 +15,7 @@ import torch
 
 from llmq.errors import LlmqError
 from llmq.formats.files import MANIFEST
+from llmq.ptq.replay import SolvedParts
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe
 
@@ -118,6 +119,19 @@ def interrupted(model_folder, calibration_file, out, recipe):
     with pytest.raises(KeyboardInterrupt):
         quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), out, on_block=stop)
     return folder
+
+
+def test_what_an_interrupted_block_kept_is_not_played(model_folder, calibration_file, tmp_path, monkeypatch):
+    """The block is run again from its inputs: files of solved parts that lie there from before must not stand in for layers that are still to be solved."""
+    recipe, folder = Recipe.uniform("w4g32", samples=4, sequence_length=32), model_folder()
+    quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "reference")
+    with monkeypatch.context() as patch:
+        patch.setattr(SolvedParts, "discard", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")
+    assert list(tmp_path.glob(".out*/played-*.f32"))
+    quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "reference")
 
 
 def test_other_settings_do_not_continue_an_interrupted_run(model_folder, calibration_file, tmp_path):

@@ -41,8 +41,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Stop:
+    """SIGTERM and SIGINT as KeyboardInterrupt, remembered: raised inside a C extension, it can come out as another error (safetensors makes a ValueError of it)."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a shell starts its background jobs so
+                signal.signal(number, self._raise)
+
+    def _raise(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+        raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,29 +61,34 @@ def main(argv: list[str] | None = None) -> int:
         args = _parse(argv)
     except LlmqError as error:
         return _fail("--json" in (sys.argv if argv is None else argv), str(error), error.exit_code)
-    signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    stop = _Stop()
     try:
         result, text = args.module.run(args)
         print(json.dumps(result) if args.json else text, flush=True)
-    except LlmqError as error:
-        return _fail(args.json, str(error), error.exit_code)
-    except KeyboardInterrupt:
-        hint = "; the same command continues where it stopped" if args.command in ("quantize", "qat") else ""
-        return _fail(args.json, f"interrupted{hint}", 130)
-    except ValueError as error:
-        from llmq_kernels.errors import SettingError  # here, because it imports torch
-
-        if not isinstance(error, SettingError):
-            raise
-        return _fail(args.json, str(error), 2)
-    except BrokenPipeError:
-        # What is still buffered would be written, and fail again, when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        return _fail(args.json, f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
+    except (Exception, KeyboardInterrupt) as error:
+        if stop.requested or isinstance(error, KeyboardInterrupt):
+            hint = "; the same command continues where it stopped" if args.command in ("quantize", "qat") else ""
+            return _fail(args.json, f"interrupted{hint}", 130)
+        if isinstance(error, BrokenPipeError):
+            # What is still buffered would be written, and fail again, when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        return _fail(args.json, *_explain(error))
     return 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """The message and the exit code of what the user can mend; anything else is a defect of ours and is raised again."""
+    if isinstance(error, LlmqError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}", 2
+    from llmq_kernels.errors import SettingError  # here, because it imports torch
+
+    if isinstance(error, SettingError):
+        return str(error), 2
+    raise error
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 from llmq.cli import build_parser, main
+from llmq.errors import LlmqError
 from llmq.recipe import Recipe, Rule
 from llmq.spec import QuantSpec
 
@@ -397,3 +399,24 @@ def test_a_reader_that_left_gets_no_traceback(llmq, monkeypatch):
         code = main(["inspect", "tiny"])
         monkeypatch.undo()
     assert code == 141
+
+
+@pytest.mark.parametrize("disguise", [ValueError("could not determine the shape"), LlmqError("x: damaged; download it again"), OSError("failed")], ids=repr)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_an_interruption_in_disguise_is_still_one(llmq, monkeypatch, disguise, number):
+    """An exception raised by a signal inside a C extension comes out as the extension likes; safetensors makes a ValueError of it."""
+
+    def interrupted(args):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise disguise from None
+
+    monkeypatch.setattr("llmq.commands.quantize.run", interrupted)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code, _, stderr = llmq("quantize", "model", "out")
+    finally:
+        for handled, handler in handlers.items():
+            signal.signal(handled, handler)
+    assert (code, stderr) == (130, "llmq: interrupted; the same command continues where it stopped\n")

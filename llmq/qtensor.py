@@ -107,9 +107,11 @@ class QuantizedTensor:
 
 
 def stack_rows(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """One weight `[sum of N, K]` of several with the same spec and K, without an order of columns of their own. One scale per tensor becomes one per row, with the same values."""
+    """One weight `[sum of N, K]` of several with the same spec, K and order of columns. One scale per tensor becomes one per row, with the same values."""
     first = tensors[0]
-    if any(each.spec != first.spec or each.shape[1] != first.shape[1] or each.g_idx is not None or each.input_range is not None for each in tensors):
+    if len(tensors) == 1:
+        return first
+    if any(each.spec != first.spec or each.shape[1] != first.shape[1] or not _same_order(each, first) or each.input_range is not None for each in tensors):
         raise LlmqError(f"weights can be stacked only if they are quantized alike: {', '.join(f'{each.spec} of {list(each.shape)}' for each in tensors)}")
     is_whole = first.spec.group_size == PER_TENSOR
 
@@ -119,4 +121,11 @@ def stack_rows(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
     scale = torch.cat([per_row(each.scale, each.shape[0]) for each in tensors])
     zeros = [per_row(each.zero, each.shape[0]) for each in tensors if each.zero is not None]
     spec = replace(first.spec, group_size=PER_ROW) if is_whole else first.spec
-    return QuantizedTensor(torch.cat([each.packed for each in tensors]), scale, torch.cat(zeros) if zeros else None, spec, (len(scale), first.shape[1]))
+    packed = torch.cat([each.packed for each in tensors])
+    return QuantizedTensor(packed, scale, torch.cat(zeros) if zeros else None, spec, (len(scale), first.shape[1]), first.g_idx)
+
+
+def _same_order(first: QuantizedTensor, second: QuantizedTensor) -> bool:
+    if first.g_idx is None or second.g_idx is None:
+        return first.g_idx is second.g_idx
+    return torch.equal(first.g_idx, second.g_idx)

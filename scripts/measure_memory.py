@@ -3,7 +3,7 @@
     python scripts/measure_memory.py
 
 Writes models of about 2.2 and 4.2 GB into a temporary folder, quantizes each with 32 x 512 tokens in a process of its own, and prints the peak resident memory above that of an
-interpreter with the libraries loaded.
+interpreter with the libraries loaded, as it stood after 1, 2, 4, ... blocks and at the end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,12 +52,36 @@ def write_model(folder: Path, depth: int, width: int, intermediate: int, vocabul
     return total
 
 
-def peak_of(program: str, *arguments: str) -> tuple[float, str]:
-    """Peak resident megabytes of a Python process, and what it printed to stderr."""
-    done = subprocess.run([sys.executable, "-c", program + _PEAK, *arguments], capture_output=True, text=True)
-    if done.returncode or "PEAK" not in done.stderr:
-        sys.exit(done.stderr)
-    return int(done.stderr.rpartition("PEAK ")[2]) / 1024, done.stderr.rpartition("PEAK")[0]
+@dataclass
+class Run:
+    """peak: resident megabytes of the whole process. after: the peak so far when block n was done. seconds: per block, as the run itself printed them."""
+
+    peak: float = 0.0
+    after: dict[int, float] = field(default_factory=dict)
+    seconds: list[str] = field(default_factory=list)
+
+
+def measure(program: str, *arguments: str) -> Run:
+    """Run a Python process and read its peaks."""
+    run, log = Run(), []
+    with subprocess.Popen([sys.executable, "-c", program + _PEAK, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            log.append(line)
+            if " s/block" in line:
+                run.after[int(line.split("blocks ")[1].split("/")[0])] = peak_of(process.pid)
+                run.seconds.append(line.split(" s/block")[0].rpartition(" ")[2])
+            elif line.startswith("PEAK "):
+                run.peak = int(line.split()[1]) / 1024
+    if process.returncode or not run.peak:
+        sys.exit("".join(log))
+    return run
+
+
+def peak_of(pid: int) -> float:
+    """Peak resident megabytes of a running process so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def main() -> None:
@@ -71,15 +96,15 @@ def main() -> None:
     parser.add_argument("--quantize-options", nargs=argparse.REMAINDER, default=[], help="further options of `llmq quantize`")
     args = parser.parse_args()
 
-    baseline, _ = peak_of(_BASELINE)
+    baseline = measure(_BASELINE).peak
     print(f"interpreter with the libraries loaded: {baseline:.0f} MB", flush=True)
     for depth in args.depths:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             total = write_model(Path(folder) / "model", depth, args.width, args.intermediate, args.vocabulary)
             options = ["--samples", str(args.samples), "--sequence-length", str(args.sequence_length), *args.quantize_options]
-            peak, log = peak_of(_RUN, "quantize", str(Path(folder) / "model"), str(Path(folder) / "out"), *options)
-            seconds = [line.split(" s/block")[0].rpartition(" ")[2] for line in log.splitlines() if "s/block" in line]
-            print(f"{depth} blocks, {total / 1e9:.2f} GB: peak {peak:.0f} MB, {peak - baseline:.0f} MB above; seconds per block {' '.join(seconds)}", flush=True)
+            run = measure(_RUN, "quantize", str(Path(folder) / "model"), str(Path(folder) / "out"), *options)
+            after = ", ".join(f"{peak - baseline:.0f} after {n}" for n, peak in run.after.items() if n & (n - 1) == 0)
+            print(f"{depth} blocks, {total / 1e9:.2f} GB: peak {run.peak:.0f} MB, {run.peak - baseline:.0f} MB above ({after}); seconds per block {' '.join(run.seconds)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -287,8 +287,8 @@ class Engine:
                 stats = self._measure(index, block, group, parts, results)
                 self._release_freed_memory()
             for layers, spec in by_spec(group, targets):
-                weight = torch.cat([linear_weight(block.get_submodule(layer)) for layer in layers]).float()
-                solved = solve(weight, stats, spec, self.recipe)
+                weights = [linear_weight(block.get_submodule(layer)) for layer in layers]
+                solved = solve(torch.cat(weights) if len(weights) > 1 else weights[0], stats, spec, self.recipe)
                 for layer, result in zip(layers, split(solved, [n_rows(block, layer) for layer in layers]), strict=True):
                     original = linear_weight(block.get_submodule(layer))
                     if self.tunes and stats is not None:

@@ -28,11 +28,12 @@ from llmq.errors import LlmqError
 from llmq.ptq.refine import refine
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats
-from llmq.qtensor import QuantizedTensor
+from llmq.qtensor import QuantizedTensor, stack_rows
 from llmq.spec import PER_ROW, PER_TENSOR, QuantSpec
 
 Order = Literal["group", "static", "none", "act"]
 BLOCK_COLUMNS = 128
+ROW_BLOCK_BYTES = 32 << 20
 DAMPING_STEPS = (1.0, 10.0, 100.0)
 
 
@@ -113,19 +114,30 @@ def gptq(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOption
     if factor is None:
         return SolverResult(QuantizedTensor.quantize(weight, spec, importance), damping, n_dead, "Hessian not positive definite")
 
-    if stats.cross is not None and options.alpha:
-        weight = torch.add(weight, _shift(stats.pull(weight), order, factor), alpha=options.alpha)
-    solve = _Solve(weight, order, importance, spec, options)
-    solve.run(factor)
-    tensor = solve.result()
-    del solve, factor
-    if options.sweeps:
-        # Damped in place and put back exactly: a copy of H would be the largest thing in memory here.
-        damped = stats.hessian.diagonal()
-        damped.add_(_ridge(stats.hessian, dead, damping))
-        tensor = refine(weight, tensor, stats.hessian, options.sweeps)
-        damped.copy_(diagonal)
+    def solve_rows(rows: slice) -> QuantizedTensor:
+        part = weight[rows]
+        if stats.cross is not None and options.alpha:
+            part = torch.add(part, _shift(stats.pull(part, rows), order, factor), alpha=options.alpha)
+        solve = _Solve(part, order, importance, spec, options)
+        solve.run(factor)
+        tensor = solve.result()
+        del solve
+        return refine(part, tensor, stats.hessian, options.sweeps) if options.sweeps else tensor
+
+    # Damped in place and put back exactly: a copy of H would be the largest thing in memory here.
+    damped = stats.hessian.diagonal()
+    damped.add_(_ridge(stats.hessian, dead, damping))
+    tensor = stack_rows([solve_rows(rows) for rows in row_blocks(weight, spec)])
+    damped.copy_(diagonal)
     return SolverResult(tensor, damping, n_dead)
+
+
+def row_blocks(weight: Tensor, spec: QuantSpec) -> list[slice]:
+    """Rows that are solved together. With H given they are independent of each other, and a solve holds four copies of its rows: gate and up of a block 2048 wide, solved whole, were the peak of
+    a run. On a GPU the calls per column are what a solve costs, and one scale for the whole tensor ties its rows together: there it is all rows at once."""
+    n, k = weight.shape
+    at_once = n if weight.is_cuda or spec.group_size == PER_TENSOR else max(1, ROW_BLOCK_BYTES // (weight.element_size() * k))
+    return [slice(start, min(start + at_once, n)) for start in range(0, n, at_once)]
 
 
 def _shift(pull: Tensor, order: Tensor, factor: Tensor) -> Tensor:

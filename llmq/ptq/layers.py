@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.models.arch import linear_shape
-from llmq.ptq.gptq import GPTQOptions, gptq
+from llmq.ptq.gptq import GPTQOptions, gptq, row_blocks
 from llmq.ptq.rtn import rtn
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats, output_error
@@ -74,10 +74,18 @@ def report_layer(name: str, original: Tensor, result: SolverResult, stats: Layer
     n, k = result.tensor.shape
     errors: dict[str, float] = {}
     if stats is not None:
-        energy = max(output_error(original, stats.hessian), 1e-30)
-        errors["error"] = output_error(result.tensor.dequantize() - original, stats.hessian) / energy
-        errors["rtn_error"] = output_error(QuantizedTensor.quantize(original, result.tensor.spec).dequantize() - original, stats.hessian) / energy
+        parts = [_row_errors(original, result.tensor, stats.hessian, rows) for rows in row_blocks(original, result.tensor.spec)]
+        energy, error, rtn_error = (sum(values) for values in zip(*parts, strict=True))
+        errors = {"error": error / max(energy, 1e-30), "rtn_error": rtn_error / max(energy, 1e-30)}
     return LayerReport(
         name, str(result.tensor.spec), (n, k), result.tensor.n_bytes, 8 * result.tensor.n_bytes / (n * k), damping=result.damping, fallback=result.fallback,
         n_dead_columns=result.n_dead, n_dropped_rows=0 if stats is None else stats.n_dropped, **errors,
     )  # fmt: skip
+
+
+def _row_errors(original: Tensor, tensor: QuantizedTensor, hessian: Tensor, rows: slice) -> tuple[float, float, float]:
+    """Squared output of some rows, and its squared error after this quantization and after plain rounding."""
+    part, spec = original[rows], tensor.spec
+    quantized = tensor if len(part) == len(original) else tensor.rows(rows.start, rows.stop)
+    error = output_error(quantized.dequantize().sub_(part), hessian)
+    return output_error(part, hessian), error, output_error(QuantizedTensor.quantize(part, spec).dequantize().sub_(part), hessian)

@@ -66,10 +66,10 @@ class LayerStats:
             self.cross.sub_(self.hessian) if self.projection is None else self.cross.addmm_(self.projection, self.hessian, alpha=-1)
         return self
 
-    def pull(self, weight: Tensor) -> Tensor:
-        """`W C` `[N, K]`: the correlation of a layer's missing output with its input. Weight `[N, K]`: the projection, where there is one."""
+    def pull(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """`W C` `[N, K]`: the correlation of a layer's missing output with its input. Weight `[N, K]`: these rows of the layer's."""
         assert self.cross is not None
-        return weight @ self.cross if self.projection is None else self.cross
+        return weight @ self.cross if self.projection is None else self.cross[rows]
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:

@@ -63,6 +63,29 @@ def test_only_act_order_stores_g_idx(stats):
     assert torch.bincount(gptq(weight, layer, QuantSpec("int4", 32), GPTQOptions(order="act")).tensor.g_idx).tolist() == [32] * 4
 
 
+@pytest.mark.parametrize("text", ["w4g64", "w2g64-asym", "w8"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_solved_in_blocks_are_rows_solved_alone(text, order, stats, monkeypatch):
+    weight, layer, spec = torch.randn(40, 128), stats(128), QuantSpec.parse(text)
+    layer.cross = torch.randn(128, 128) * 0.01
+    before = layer.hessian.clone()
+    options = GPTQOptions(order=order, alpha=0.5)
+    alone = [gptq(part, layer, spec, options).tensor for part in weight.split(16)]
+    monkeypatch.setattr("llmq.ptq.gptq.ROW_BLOCK_BYTES", 16 * weight[0].nbytes)
+    whole = gptq(weight, layer, spec, options).tensor
+    whole.validate("weight")
+    assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in alone]))
+    assert (whole.g_idx is not None) == (order == "act" and spec.n_groups(128) > 1)
+    assert torch.equal(layer.hessian, before)
+
+
+def test_one_scale_for_all_rows_is_solved_at_once(stats, monkeypatch):
+    weight, layer, spec = torch.randn(40, 128), stats(128), QuantSpec.parse("w4-tensor")
+    whole = gptq(weight, layer, spec).tensor
+    monkeypatch.setattr("llmq.ptq.gptq.ROW_BLOCK_BYTES", 1)
+    assert torch.equal(gptq(weight, layer, spec).tensor.dequantize(), whole.dequantize())
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders_are_permutations_and_group_order_keeps_groups_whole(order):
     importance = torch.rand(100)

@@ -53,6 +53,12 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def identified(tokens: Tensor, bos: str, documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """Windows with the hashes of the text and the tokenizer that they come from."""
+    text_hash = hashlib.sha256("\n\n".join(documents).encode("utf-8", "surrogatepass")).hexdigest()
+    return Windows(tokens, bos, text_hash, _tokenizer_hash(tokenizer))
+
+
 def cut_windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, config: Any, sequence_length: int, bos: Bos = "auto") -> Windows:
     """Windows of `sequence_length` tokens.
 
@@ -76,8 +82,7 @@ def cut_windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, config
         if policy == "start" and begin is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [begin]:
             row = torch.cat([torch.tensor([begin]), row])
         tokens = _cut(row, sequence_length)
-    text_hash = hashlib.sha256("\n\n".join(documents).encode("utf-8", "surrogatepass")).hexdigest()
-    return Windows(tokens, policy, text_hash, _tokenizer_hash(tokenizer))
+    return identified(tokens, policy, documents, tokenizer)
 
 
 def _cut(row: Tensor, length: int) -> Tensor:

@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from llmq import data
 from llmq.errors import LlmqError
 from llmq.evaluation.perplexity import Perplexity, evaluate
-from llmq.evaluation.windows import Windows
+from llmq.evaluation.windows import Windows, identified
 from llmq.formats import files
 from llmq.formats.load import load
 from llmq.formats.save import save
@@ -55,7 +55,7 @@ Show = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class QATJob:
-    """Everything known before anything is trained. windows, held_out: int64 `[n, T]`; windows is None while they are still to be generated."""
+    """Everything known before anything is trained. windows: int64 `[n, T]`, or None while they are still to be generated. held_out: windows of the same text, or None where there are none."""
 
     model_dir: Path
     teacher_dir: Path
@@ -63,7 +63,7 @@ class QATJob:
     recipe: Recipe
     train: str
     windows: Tensor | None
-    held_out: Tensor
+    held_out: Windows | None
     n_parameters: int
     plans: list[LayerPlan]
     device: str
@@ -135,7 +135,7 @@ def prepare_job(
         raise LlmqError("--precision fp16 needs a GPU: CPUs have no fast float16 training; use bf16 or fp32")
     teacher_dir = resolve(teacher, None) if teacher else model_dir
     check_same_vocabulary(config, load_config(teacher_dir))
-    windows, held_out = None, torch.empty(0, settings.sequence_length, dtype=torch.int64)
+    windows, held_out = None, None
     if train != GENERATED:
         windows, held_out = _read_text(model_dir, config, settings, train, PartialState(cpu=device == "cpu").num_processes)
     return QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, plans, device)
@@ -148,11 +148,13 @@ def check_engine() -> None:
             raise LlmqError(f"llmq qat trains with whole weights in every process, not with {name}; use data parallelism: accelerate launch --multi_gpu -m llmq qat ...")
 
 
-def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str, n_processes: int) -> tuple[Tensor, Tensor]:
-    row = data.tokenize(data.load_documents(train, "train"), load_tokenizer(model_dir))
+def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str, n_processes: int) -> tuple[Tensor, Windows | None]:
+    documents, tokenizer = data.load_documents(train, "train"), load_tokenizer(model_dir)
+    row = data.tokenize(documents, tokenizer)
     data.check_vocabulary(row, config.get_text_config().vocab_size, train)
     per_step = settings.batch_size * settings.accumulation * n_processes
-    return split_windows(row, settings.sequence_length, settings.n_held_out, per_step, train)
+    windows, held_out = split_windows(row, settings.sequence_length, settings.n_held_out, per_step, train)
+    return windows, identified(held_out, "none", documents, tokenizer) if len(held_out) else None
 
 
 def work_dir_of(out_dir: Path) -> Path:
@@ -256,7 +258,7 @@ def train(model: PreTrainedModel, job: QATJob, windows: Tensor, work_dir: Path, 
     trainer_dir = work_dir / "trainer"
     teacher = load(job.teacher_dir, dtype=job.teacher_dtype).to(job.processes.device) if settings.loss.kl else None
     student = Student(model, teacher, settings.loss)
-    callbacks = [ScheduleCallback(student, settings, held_out_windows(job), work_dir / "log.jsonl"), _Progress(show)]
+    callbacks = [ScheduleCallback(student, settings, job.held_out, work_dir / "log.jsonl"), _Progress(show)]
     arguments = training_arguments(settings, n_steps, trainer_dir, device=job.device, report_to=report_to)
     trainer = QATTrainer(settings=settings, model=student, args=arguments, train_dataset=TokenWindows(windows), callbacks=callbacks)
     last = get_last_checkpoint(str(trainer_dir)) if trainer_dir.is_dir() else None
@@ -265,16 +267,11 @@ def train(model: PreTrainedModel, job: QATJob, windows: Tensor, work_dir: Path, 
     model.eval()
 
 
-def held_out_windows(job: QATJob) -> Windows | None:
-    """The held-out windows as the evaluation takes them, or None for generated text."""
-    return Windows(job.held_out, "none", "", "") if len(job.held_out) else None
-
-
 def _ship(model: PreTrainedModel, job: QATJob, start_dir: Path, work_dir: Path, out_dir: Path, overwrite: bool, seconds: float) -> dict[str, Any]:
     """Freeze, compare with the start on held-out text, and publish the better one."""
     tokenizer = load_tokenizer(job.model_dir)
     freeze(model, job.recipe.activations)
-    held_out = held_out_windows(job)
+    held_out = job.held_out
     scores: dict[str, Perplexity] = {}
     if held_out is not None:
         scores = {"full_precision": evaluate(load(job.model_dir, dtype="float32"), held_out), "start": evaluate(load(start_dir, dtype="float32"), held_out), "trained": evaluate(model, held_out)}

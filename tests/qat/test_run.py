@@ -59,6 +59,7 @@ def test_from_a_folder_to_a_folder(scheme, options, fmt, arguments, tmp_path, ca
     report = json.loads(capsys.readouterr().out)
     assert main(["inspect", str(out)]) == 0
     assert f"shipped: {report['shipped']}" in capsys.readouterr().out
+    assert {len(score["text_sha256"]) for score in report["held_out"].values()} == {len(score["tokenizer_sha256"]) for score in report["held_out"].values()} == {64}
     assert report["shipped"] == ("trained" if report["held_out"]["trained"]["perplexity"] < report["held_out"]["start"]["perplexity"] else "start")
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     training = [row for row in rows if "loss" in row]

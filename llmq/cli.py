@@ -83,7 +83,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, LlmqError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
-        return f"{error.filename or 'input or output'}: {error.strerror or error}", 2
+        return f"{error.filename or 'input or output'}: {error.strerror or error}; check that it exists, may be used and has space left", 2
     from llmq_kernels.errors import SettingError  # here, because it imports torch
 
     if isinstance(error, SettingError):

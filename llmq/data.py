@@ -8,6 +8,7 @@ Salesforce/wikitext:wikitext-2-raw-v1:train    a Hub data set, with configuratio
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +28,11 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_documents(source: str, split: Literal["train", "calibration", "eval"], revision: str | None = None) -> list[str]:
-    """The non-empty documents of a source. split: which part of the bundled text. Raises `LlmqError` for what cannot be found or read."""
+    """The documents of a source, empty rows included: joined by blank lines they are the text that published perplexities are measured on (a third of WikiText-2's rows are empty).
+
+    split: which part of the bundled text. Of a Hub data set the first `MAX_HUB_DOCUMENTS` are read, since some have no end that could be waited for, and a warning tells when there are
+    more. Raises `LlmqError` for what cannot be found or read.
+    """
     if source == BUNDLED:
         return standard_library_documents(split)
     path = Path(source)
@@ -42,8 +47,7 @@ def load_documents(source: str, split: Literal["train", "calibration", "eval"], 
         raise LlmqError(f"{source}: no such file; give a .txt, .jsonl or .parquet file, a folder of them, a Hub data set (name:config:split) or '{BUNDLED}'")
     else:
         documents = _read_hub(source, revision)
-    documents = [document for document in documents if document.strip()]
-    if not documents:
+    if not any(document.strip() for document in documents):
         raise LlmqError(f"{source}: holds no text")
     return documents
 
@@ -66,7 +70,7 @@ def _read_file(path: Path) -> list[str]:
 
 def _texts(rows: Iterable[dict[str, object]], where: str) -> list[str]:
     texts = []
-    for row in islice(rows, MAX_HUB_DOCUMENTS):
+    for row in rows:
         text = row.get("text")
         if not isinstance(text, str):
             raise LlmqError(f"{where}: expected a column 'text' with strings, found columns {', '.join(row)}")
@@ -80,11 +84,14 @@ def _read_hub(source: str, revision: str | None) -> list[str]:
     name, config, split = ([*source.split(":"), "", ""])[:3]
     try:
         rows = load_dataset(name, config or None, split=split or "train", streaming=True, revision=revision)
-        return _texts(rows, source)
+        documents = _texts(islice(rows, MAX_HUB_DOCUMENTS + 1), source)
     except LlmqError:
         raise
     except Exception as error:  # datasets raises whatever its file systems raise; every one of them means that the data cannot be had.
         raise LlmqError(f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}); expected name:config:split") from None
+    if len(documents) > MAX_HUB_DOCUMENTS:
+        warnings.warn(f"{source}: the first {MAX_HUB_DOCUMENTS} documents are used; the data set has more", stacklevel=3)
+    return documents[:MAX_HUB_DOCUMENTS]
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
     if smallest < 0:
         raise LlmqError(f"{source}: token id {smallest} is negative; expected ids of the model's vocabulary of {vocab_size}, padding left out")
     if largest >= vocab_size:
-        raise LlmqError(f"{source}: token id {largest} is beyond the model's vocabulary of {vocab_size}; the tokenizer does not belong to this model")
+        raise LlmqError(f"{source}: token id {largest} is beyond the model's vocabulary of {vocab_size}; the tokenizer does not belong to this model: put its own into the folder")
 
 
 def check_windows(tokens: Tensor, vocab_size: int) -> None:

@@ -5,7 +5,7 @@
 
 A Llama of 0.85B parameters with random weights (16 layers, 2048 wide, MLP 5632, vocabulary 32000): what the numbers are does not matter for speed. Each engine runs in a process of its own, they take
 turns, and the table shows medians: tokens per second of decoding after a prompt of 128 tokens, prompt tokens per second, and resident memory beyond the libraries against the bytes of the weights.
-llama.cpp gets Q4_0 with its usual Q6_K head, as written here with the gguf package (`pip install 'llmq[gguf]'`).
+llama.cpp gets Q4_0 with its usual Q6_K head, as written here with the gguf package (`pip install '.[gguf]'`).
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_mistakes_are_named(folder, monkeypatch):
     with pytest.raises(LlmqError, match="LLMQ_COMPUTE=fast"):
         llmq.load(folder)
     monkeypatch.delenv("LLMQ_COMPUTE")
-    monkeypatch.setattr(jit, "missing", lambda: "llvmlite is not installed (pip install 'llmq[cpu]')")
+    monkeypatch.setattr(jit, "missing", lambda: "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)")
     with pytest.raises(LlmqError, match="llmq\\[cpu\\]"):
         llmq.load(folder, compute="int8")
 

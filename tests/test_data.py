@@ -31,10 +31,21 @@ def test_hub_data_set_names_are_split(monkeypatch):
         return [{"text": "a"}, {"text": ""}, {"text": "b"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert data.load_documents("someone/texts:small:validation", "eval", "r1") == ["a", "b"]
+    assert data.load_documents("someone/texts:small:validation", "eval", "r1") == ["a", "", "b"]  # empty rows make the blank lines of published figures
     assert seen == {"name": "someone/texts", "config": "small", "split": "validation", "streaming": True, "revision": "r1"}
     data.load_documents("someone/texts", "eval")
     assert (seen["config"], seen["split"]) == (None, "train")
+
+
+def test_long_hub_data_sets_are_cut_with_a_warning_and_files_are_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "MAX_HUB_DOCUMENTS", 3)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: ({"text": str(i)} for i in range(5)))
+    with pytest.warns(UserWarning, match="someone/texts: the first 3 documents are used"):
+        assert data.load_documents("someone/texts", "train") == ["0", "1", "2"]
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "MAX_HUB_DOCUMENTS", 3)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(5)))
+    assert len(data.load_documents(str(tmp_path / "rows.jsonl"), "train")) == 5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Each part may import the parts to its right and itself.
-LAYERS = ["cli", "commands", "benchmark", "qat", "ptq", "evaluation", "formats", "kv", "data", "models", "modules", "recipe", "qtensor", "fakequant", "quantizer", "spec", "corpus", "errors"]
+LAYERS = ["cli", "commands", "benchmark", "qat", "ptq", "evaluation", "formats", "kv", "data", "models", "inference", "modules", "recipe", "qtensor"]
+LAYERS += ["fakequant", "quantizer", "spec", "corpus", "errors"]
 
 
 def imports_of(path: Path):
@@ -89,6 +91,12 @@ def test_help_answers_at_once():
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
     assert "quantize" in done.stdout
     assert time.perf_counter() - started < 2
+
+
+def test_nobody_is_sent_to_the_package_index_for_llmq():
+    """The name belongs to somebody else there."""
+    for path in [*ROOT.glob("*.md"), *(path for root in ("llmq", "kernels", "scripts") for path in (ROOT / root).rglob("*") if path.suffix in (".py", ".sh", ".md"))]:
+        assert not re.search(r"pip install\W+(-\S+ )*llmq", path.read_text()), path
 
 
 def test_no_path_of_one_machine_and_no_service_is_named():

@@ -136,7 +136,7 @@ def test_without_triton_everything_imports_and_says_why():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["Triton is not installed (pip install llmq[triton])", "torch.Size([2, 64])"]
+    assert done.stdout.splitlines() == ["Triton is not installed (pip install '.[triton]' in a clone of llmq)", "torch.Size([2, 64])"]
 
 
 def test_a_copy_is_prepared_by_itself_in_a_trace():

@@ -44,7 +44,7 @@ def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"its kernels are written for x86-64, not {platform.machine()}"
-    return None if find_spec("llvmlite") else "llvmlite is not installed (pip install 'llmq[cpu]')"
+    return None if find_spec("llvmlite") else "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)"
 
 
 @cache

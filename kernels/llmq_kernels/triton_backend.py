@@ -56,7 +56,7 @@ def _use_asm() -> bool:
 @cache
 def _device_refusal(device: torch.device) -> str | None:
     if not installed():
-        return "Triton is not installed (pip install llmq[triton])"
+        return "Triton is not installed (pip install '.[triton]' in a clone of llmq)"
     if device.type == "cpu" and interpreting():
         return None
     if device.type != "cuda":

@@ -12,7 +12,7 @@ from llmq.errors import LlmqError
 def check_installed() -> None:
     """Raise `LlmqError` without matplotlib: before minutes of measurement, not after."""
     if find_spec("matplotlib") is None:
-        raise LlmqError("--plot: matplotlib is not installed; pip install llmq[plots]")
+        raise LlmqError("--plot: matplotlib is not installed; pip install '.[plots]' in a clone of llmq")
 
 
 def ratios(rows: Sequence[dict[str, Any]], path: str) -> None:

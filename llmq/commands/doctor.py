@@ -13,7 +13,13 @@ from llmq.commands import common
 HELP = "Print versions, devices, the backends that work here, and what is missing."
 
 REQUIRED = ("torch", "transformers", "datasets", "accelerate", "safetensors", "huggingface-hub", "rich", "wrapt")
-OPTIONAL = {"triton": "GPU kernels", "llvmlite": "llmq[cpu]: fast CPU kernels", "lm-eval": "llmq[eval]: task evaluation", "gguf": "llmq[gguf]: GGUF export", "matplotlib": "llmq[plots]: plots"}
+OPTIONAL = {
+    "triton": "GPU kernels",
+    "llvmlite": "'.[cpu]': fast CPU kernels",
+    "lm-eval": "'.[eval]': its tasks on a loaded model",
+    "gguf": "'.[gguf]': the comparison with llama.cpp",
+    "matplotlib": "'.[plots]': plots",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +93,7 @@ def _text(result: dict[str, Any]) -> str:
     pairs |= {f"kernels for {form}": state for form, state in compiled["forms"].items()}
     pairs["compiled kernels"] = f"in {compiled['threads']}, kept in {compiled['cache']}"
     if result["missing"]:
-        pairs["missing"] = f"{', '.join(result['missing'])}: pip install llmq brings them"
+        pairs["missing"] = f"{', '.join(result['missing'])}: pip install . in a clone of llmq brings them"
     for name, purpose in result["missing_optional"].items():
         pairs[f"optional {name}"] = f"not installed ({purpose})"
     return common.render_pairs(pairs)

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    from llmq.ptq.budget import flops, peak_bytes, stored_bytes
+    from llmq.ptq.budget import flops, peak_bytes, stored_bytes, work_bytes
 
     job = jobs.prepare_job(args)
     source = sum(path.stat().st_size for path in set(job.shards.names.values()))
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "layers": [{"name": plan.layer.name, "shape": list(plan.layer.shape), "spec": None if plan.spec is None else str(plan.spec), "note": plan.note} for plan in job.plans],
         "source_bytes": source,
         "planned_bytes": stored_bytes(job),
+        "planned_work_bytes": work_bytes(job),
         "planned_peak_bytes": peak_bytes(job),
         "planned_seconds": round(flops(job) / rate, 1),
         "recipe": job.recipe.to_json(),
@@ -49,6 +50,7 @@ def _text(result: dict[str, Any]) -> str:
             "method, format": f"{result['method']}, {result['format']}",
             "weight files": f"{result['source_bytes'] / 1e6:.1f} MB -> about {result['planned_bytes'] / 1e6:.1f} MB",
             "peak memory": f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries",
+            "disk": f"about {(result['planned_bytes'] + result['planned_work_bytes']) / 1e9:.2f} GB while it runs",
             "time": f"about {result['planned_seconds']:.0f} s on this machine's CPU",
         }
     )

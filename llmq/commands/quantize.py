@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.errors import VerificationError
-    from llmq.formats.files import check_output
+    from llmq.formats.partial import check_output
     from llmq.ptq.run import quantize_folder
 
     check_output(Path(args.out), args.overwrite)

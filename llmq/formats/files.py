@@ -93,11 +93,37 @@ def check_output(out_dir: Path, overwrite: bool) -> None:
         raise LlmqError(f"{out_dir}: {existing} is not a folder that can be written; choose another output")
 
 
+def check_space(folder: Path, n_bytes: int) -> None:
+    """Refuse to start what will fill the disk of a folder."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise LlmqError(f"{folder}: {free / 1e9:.2f} GB are free, and output and activations need about {n_bytes / 1e9:.2f} GB; make space, choose an output elsewhere or give fewer --samples")
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Create a folder with its parents. Returns those that were not there, innermost first, for `remove_empty`."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those folders that hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def aside_of(out_dir: Path) -> Path:
+    """Where an output waits while another takes its place."""
+    return out_dir.with_name(f".{out_dir.name}.replaced")
+
+
 def publish(finished_dir: Path, out_dir: Path) -> None:
     """Put a finished folder in its place by renaming; an earlier output is moved aside first and removed after."""
     out_dir = out_dir.resolve()  # a link stays, what it points to is replaced
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    aside = out_dir.with_name(f".{out_dir.name}.replaced")
+    aside = aside_of(out_dir)
     if out_dir.exists():
         if aside.exists():
             shutil.rmtree(aside)

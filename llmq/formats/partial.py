@@ -31,7 +31,7 @@ class PartialCheckpoint:
 
     def __init__(self, out_dir: Path, identity: dict[str, Any], n_shards: int) -> None:
         self.out_dir = out_dir.resolve()  # beside what a link points to, so that renaming never crosses file systems
-        self.work_dir = self.out_dir.with_name(f".{self.out_dir.name}.llmq-partial")
+        self.work_dir = work_dir_of(self.out_dir)
         self.checkpoint_dir = self.work_dir / "checkpoint"
         self.n_shards = n_shards
         self._open(identity)
@@ -48,7 +48,7 @@ class PartialCheckpoint:
                 raise LlmqError(
                     f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)} ({parts}); repeat its command as it was to finish it, or remove that folder to start over"
                 )
-        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        self._made = files.make_folder(self.checkpoint_dir)
         (self.work_dir / "blocks").mkdir(exist_ok=True)
         self._lock = (self.work_dir / "lock").open("w")
         try:
@@ -99,9 +99,25 @@ class PartialCheckpoint:
         """Remove everything, after an error that repeating the command would meet again."""
         self.close()
         shutil.rmtree(self.work_dir, ignore_errors=True)
+        files.remove_empty(self._made)
 
     def close(self) -> None:
         self._lock.close()
+
+
+def work_dir_of(out_dir: Path) -> Path:
+    """Where the work on an output lies."""
+    return out_dir.with_name(f".{out_dir.name}.llmq-partial")
+
+
+def check_output(out_dir: Path, overwrite: bool) -> None:
+    """`files.check_output`, after removing what a run left behind that was killed when its output was in place already."""
+    resolved = out_dir.resolve()
+    if (resolved / files.MANIFEST).is_file():
+        if not (work_dir_of(resolved) / "checkpoint").exists():
+            shutil.rmtree(work_dir_of(resolved), ignore_errors=True)
+        shutil.rmtree(files.aside_of(resolved), ignore_errors=True)
+    files.check_output(out_dir, overwrite)
 
 
 def _differences(there: Any, now: Any, name: str = "") -> list[str]:

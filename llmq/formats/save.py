@@ -84,7 +84,7 @@ def save(
 
     work_dir = target.with_name(f".{target.name}.llmq-saving")
     shutil.rmtree(work_dir, ignore_errors=True)
-    work_dir.mkdir(parents=True)
+    made = files.make_folder(work_dir)
     try:
         _write_shards(work_dir, tensors, max_shard_bytes)
         if tokenizer is not None:
@@ -97,6 +97,7 @@ def save(
         files.publish(work_dir, target)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
+        files.remove_empty(made)
     return Path(out_dir)
 
 

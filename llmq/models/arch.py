@@ -45,6 +45,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def check_type(model_type: str) -> None:
+    """Refuse a `model_type` that transformers has no causal language model for, naming the nearest family. Raises `LlmqError`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        nearest = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
+        hint = f" (the nearest is {nearest[0]})" if nearest else ""
+        raise LlmqError(f"model type {model_type!r} is not a causal language model that transformers can build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually work")
+
+
 def check_supported(config: PretrainedConfig) -> None:
     """Refuse, from the config alone, what cannot be quantized as a whole. Raises `LlmqError`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -57,12 +67,7 @@ def check_supported(config: PretrainedConfig) -> None:
                 f"{config.model_type} is a mixture of experts ({key} = {n_experts}), which llmq does not quantize yet: its experts are fused tensors that would stay in full "
                 f"precision. Tested dense families: {', '.join(FAMILIES)}"
             )
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        nearest = difflib.get_close_matches(config.model_type, FAMILIES, n=1)
-        hint = f" (the nearest is {nearest[0]})" if nearest else ""
-        raise LlmqError(
-            f"model type {config.model_type!r} is not a causal language model that transformers can build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually work"
-        )
+    check_type(config.model_type)
     found = config.architectures or []
     if found and not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(found):
         raise LlmqError(f"{found[0]} is not a causal language model; expected weights of {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts the next token")

@@ -23,7 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from llmq.errors import LlmqError
-from llmq.models.arch import check_supported
+from llmq.models.arch import check_supported, check_type
 
 BUNDLED = {"tiny": "assets/tiny"}
 INDEX = "model.safetensors.index.json"
@@ -69,6 +69,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
 def load_config(model_dir: Path) -> PretrainedConfig:
     """The config of a causal LM. Raises `LlmqError` for what is damaged, not a causal LM or not supported. Remote code is never run."""
     try:
+        check_type(json.loads((model_dir / "config.json").read_text()).get("model_type"))
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LlmqError(f"{model_dir / 'config.json'}: not a model config that transformers can read ({str(error).splitlines()[0]})") from None
@@ -103,12 +104,14 @@ class ShardReader:
         self._scan()
 
     def _scan(self) -> None:
-        if (self.model_dir / INDEX).is_file():
+        single = self.model_dir / "model.safetensors"
+        if single.is_file():  # before an index that lies beside it, as transformers does: both must read the same weights
+            paths = [single]
+        elif (self.model_dir / INDEX).is_file():
             paths = self._indexed_files()
         else:
             paths = sorted(self.model_dir.glob("*.safetensors"))
-            if len(paths) > 1:
-                paths = [path for path in paths if path.name == "model.safetensors"]
+            paths = paths if len(paths) == 1 else []
         if not paths:
             pickles = " (only pickled weights, which can run code and are not read: convert them to safetensors first)" if list(self.model_dir.glob("*.bin")) else ""
             raise LlmqError(f"{self.model_dir}: no model.safetensors and no {INDEX}{pickles}")
@@ -159,7 +162,7 @@ class ShardReader:
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise `LlmqError` for NaN or infinite values."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise LlmqError(f"{name} holds {int((~torch.isfinite(tensor)).sum())} NaN or infinite values of {tensor.numel()}; the weights are damaged")
+        raise LlmqError(f"{name} holds {int((~torch.isfinite(tensor)).sum())} NaN or infinite values of {tensor.numel()}; the weights are damaged: download or convert the model again")
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:

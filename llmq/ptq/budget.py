@@ -23,6 +23,16 @@ def stored_bytes(job: Job) -> int:
     return int(source - saved)
 
 
+def work_bytes(job: Job) -> int:
+    """Bytes of the files beside the output while the job runs: both streams' inputs of two blocks, what each layer reads (or, where that is less, gives) in the full-precision model, and inputs and
+    outputs of solved parts."""
+    if job.tokens is None:
+        return 0
+    hidden = job.model.config.get_text_config().hidden_size
+    first = _first_block(job)
+    return job.tokens.n_tokens * (2 * 2 * 4 * hidden + sum(2 * min(shape) for shape in first) + 4 * (max(max(shape) for shape in first) + 2 * hidden))
+
+
 def peak_bytes(job: Job) -> int:
     """Peak resident memory above the loaded libraries: one float32 block (and its stored copy), and the larger of the embedding phase and the largest solve."""
     prefix, blocks = find_blocks(job.model)

@@ -16,6 +16,8 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmq.errors import LlmqError
+
 
 class _Stop(Exception):
     """Ends a forward pass once everything that was asked for has been seen."""
@@ -57,6 +59,10 @@ class BlockRecorder:
             # Some models unpack `block(...)[0]`: the next block then sees the first sequence alone.
             self._returns_tuple = True
             hidden, calls = self._attempt(input_ids)
+        if len(calls) < len(self.blocks):
+            raise LlmqError(
+                f"{type(self.model).__name__}: block {len(calls)} does not take the outputs of the block before it as they are, so blocks cannot be run one by one; this architecture is not supported"
+            )
         return hidden, calls
 
     def _attempt(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:

@@ -34,13 +34,12 @@ from llmq.spec import PER_ROW, PER_TENSOR, QuantSpec
 Order = Literal["group", "static", "none", "act"]
 BLOCK_COLUMNS = 128
 ROW_BLOCK_BYTES = 32 << 20
-DAMPING_STEPS = (1.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True)
 class GPTQOptions:
-    """order: see the module's text. damping: added to diag(H), as a share of its mean; times 10 and 100 if the factorization fails. search: choose scales by diag(H)-weighted error
-    instead of by range. sweeps: passes of coordinate descent over codes and scales afterwards (`llmq.ptq.refine`). alpha: the share of the correction for what the layers before
+    """order: see the module's text. damping: added to diag(H), as a share of its mean; times 10 until the factorization succeeds, at most the whole mean. search: choose scales by
+    diag(H)-weighted error instead of by range. sweeps: passes of coordinate descent over codes and scales afterwards (`llmq.ptq.refine`). alpha: the share of the correction for what the layers before
     this one lost, where the statistics carry it (GPTAQ, Li et al., 2025; there folded into the column loop, here a change of the target beforehand, which is the same least squares
     problem and leaves loop and descent as they are)."""
 
@@ -71,12 +70,10 @@ def _factor_of_reversed(reversed_hessian: Tensor) -> Tensor | None:
 
 def _damped_factor(hessian: Tensor, order: Tensor, dead: Tensor, damping: float) -> tuple[Tensor | None, float]:
     """The factor of the reordered, damped Hessian, and the damping (share of the mean diagonal) at which it succeeded. Dead columns get the mean as their diagonal."""
-    share = damping
-    for step in DAMPING_STEPS:
-        share = min(damping * step, 1.0)
-        if (factor := _factor_of_reversed(_damped_reversed(hessian, order, dead, share))) is not None:
-            return factor, share
-    return None, share
+    share = min(damping, 1.0)
+    while (factor := _factor_of_reversed(_damped_reversed(hessian, order, dead, share))) is None and share < 1:
+        share = min(10 * share, 1.0)
+    return factor, share
 
 
 def _damped_reversed(hessian: Tensor, order: Tensor, dead: Tensor, share: float) -> Tensor:

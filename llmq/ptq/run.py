@@ -18,12 +18,13 @@ import llmq
 from llmq import data
 from llmq.errors import LlmqError, VerificationError
 from llmq.formats import Format, choose_format, files, format_note
-from llmq.formats.partial import PartialCheckpoint
+from llmq.formats.partial import PartialCheckpoint, check_output
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.kv import quantize_kv
 from llmq.models.arch import check_length, find_blocks, needs_bos, quantizable_layers
 from llmq.models.load import ShardReader, check_finite, check_shapes, left_out, load_config, load_tokenizer, match_names, meta_model, resolve
 from llmq.modules import quantized_modules, swap
+from llmq.ptq.budget import stored_bytes, work_bytes
 from llmq.ptq.engine import BlockReport, BlockResult, Engine, exact_dtype
 from llmq.ptq.report import build_report, model_card
 from llmq.qtensor import QuantizedTensor
@@ -163,7 +164,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
 
     on_start: told how many blocks are finished already, of how many. Raises `LlmqError` for bad input (nothing is left behind), `VerificationError` when the result fails its checks.
     """
-    files.check_output(out_dir, overwrite)
+    check_output(out_dir, overwrite)
     started = time.monotonic()
     prefix, blocks = find_blocks(job.model)
     reader = CheckpointReader(job.model, job.shards)
@@ -171,6 +172,8 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
     try:
         sink = _FolderSink(partial, reader, job.fmt, job.plans, job.recipe)
         first_block = min(partial.n_finished(), len(blocks))
+        if first_block == 0:
+            files.check_space(partial.work_dir, stored_bytes(job) + work_bytes(job))
         on_start(first_block, len(blocks))
         tokens = None if job.tokens is None else job.tokens.tokens
         Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device, job.exact_dtype(device)).run(first_block)
@@ -181,6 +184,9 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
     except LlmqError:
         partial.discard()
         raise
+    except OSError as error:  # of activations, reports or the manifest
+        partial.close()
+        raise files.WriteError(f"{error.filename or partial.work_dir}: {error.strerror or error}; make space on this disk, then repeat the command, which continues where it stopped") from None
     except BaseException:
         partial.close()
         raise

@@ -37,6 +37,7 @@ def small(calibration_file):
 
 def test_the_whole_way(llmq, model_folder, calibration_file, tmp_path):
     folder, out = model_folder(dtype=torch.bfloat16), tmp_path / "out"
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     code, stdout, stderr = llmq("quantize", folder, out, *small(calibration_file), "--json")
     assert code == 0, stderr
     report = json.loads(stdout)
@@ -67,6 +68,8 @@ def test_the_whole_way(llmq, model_folder, calibration_file, tmp_path):
     assert inspected["specs"] == {"w4g32": 14}
     assert inspected["tensor_kinds"]["qweight"] == 14
     assert (inspected["quantization"]["quant_method"], inspected["quantization"]["format"]) == ("gptq", "gptq")
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes(), name
     for command in (["inspect", out], ["inspect", folder], ["plan", folder, *small(calibration_file)], ["doctor"], ["compare", folder, folder, *evaluation[:4]], ["eval", folder, *evaluation[:4]]):
         code, stdout, stderr = llmq(*command)
         assert code == 0, stderr
@@ -80,6 +83,7 @@ def test_plan_tells_what_would_happen_and_runs_nothing(llmq, model_folder, calib
     assert {layer["name"].rpartition(".")[2] for layer in plan["layers"] if layer["spec"] is None} == {"o_proj"}
     assert plan["planned_bytes"] < plan["source_bytes"]
     assert plan["planned_peak_bytes"] > 0
+    assert plan["planned_work_bytes"] > 4 * 32 * 4 * 64 * 4  # two streams of two blocks' inputs: 4 samples of 32 tokens, 64 wide, float32
     assert plan["planned_seconds"] >= 0
 
 
@@ -212,11 +216,16 @@ def not_causal(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
 
 
+def mixture(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
+
+
 BAD_INPUT = [
     (poison, [], "tensor model.layers.1.mlp.up_proj.weight holds 1 NaN"),
     (truncate, [], "not a readable safetensors file"),
     (other_tokenizer, [], "beyond the model's vocabulary of 300"),
     (not_causal, [], "not a causal language model"),
+    (mixture, [], "mixture of experts"),
     (shutil.rmtree, [], "no such folder"),
     (None, ["--rule", "*.dwon=w8"], "matches none"),
     (None, ["--rule", "nonsense"], "expected PATTERN=SPEC"),
@@ -246,7 +255,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(llmq, model_folder, calibrat
     if damage:
         damage(folder)
     before = sorted(tmp_path.iterdir())
-    code, stdout, stderr = llmq("quantize", folder, tmp_path / "out", *small(calibration_file), *options)
+    code, stdout, stderr = llmq("quantize", folder, tmp_path / "new" / "out", *small(calibration_file), *options)
     errors = [line for line in stderr.splitlines() if line.startswith("llmq: ")]
     assert code == 2, stderr
     assert len(errors) == 1
@@ -279,6 +288,19 @@ def test_an_unknown_backend_is_bad_usage(llmq, monkeypatch, model_folder, tmp_pa
     monkeypatch.setenv("LLMQ_BACKEND", "warp-drive")
     code, _, stderr = llmq("generate", tmp_path / "out", "--prompt", "def")
     assert (code, "choose one of" in stderr, "cpu-int4" in stderr) == (2, True, True)
+
+
+def test_what_is_missing_is_named(llmq, monkeypatch):
+    plain = json.loads(llmq("doctor", "--json")[1])
+    assert plain["missing"] == []
+    assert plain["packages"]["torch"] == torch.__version__
+    assert plain["devices"][0].startswith("cpu (")
+    assert plain["backends"]["reference"] == "works here"
+    monkeypatch.setattr("llmq.commands.doctor._version", lambda package: None if package in ("datasets", "gguf") else "1")
+    result = json.loads(llmq("doctor", "--json")[1])
+    assert result["missing"] == ["datasets"]
+    assert "gguf" in result["missing_optional"]
+    assert "datasets: pip install ." in llmq("doctor")[1]
 
 
 def test_notes_of_layers_that_differ_go_to_stderr(llmq, model_folder, tmp_path):

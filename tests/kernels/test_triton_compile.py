@@ -10,7 +10,7 @@ from llmq_kernels import CODES
 from llmq_kernels.triton_layout import PLANES
 from llmq_kernels.triton_tuning import CHIPS, Choice, Problem, default_choice, shared_bytes
 
-triton = pytest.importorskip("triton", reason="needs Triton (pip install llmq[triton])")
+triton = pytest.importorskip("triton", reason="needs Triton (pip install '.[triton]')")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")]
 
 POINTERS = {"packed": "i32", "zero": "u8", "codes": "i8", "sums": "i32", "x_sums": "i32", "x_scale": "fp32", "workspace": "fp32"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="needs Triton (pip install llmq[triton])")
+pytest.importorskip("triton", reason="needs Triton (pip install '.[triton]')")
 HERE = Path(__file__).resolve().parent
 
 

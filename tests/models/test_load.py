@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import FAMILY_CONFIGS, make_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmq
 from llmq.errors import LlmqError
@@ -169,10 +169,12 @@ def test_meta_model_holds_no_weights_and_real_rotary_tables():
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
         ({"model_type": "qwen3_moe", "num_experts": 4}, "mixture of experts"),
         ({"model_type": "t5"}, "not a causal language model"),
-        ({"model_type": "lama"}, "not a model config"),
+        ({"model_type": "lama"}, r"model type 'lama' is not a causal.*the nearest is llama"),
+        ({"model_type": "mistal"}, "the nearest is mistral"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not a causal language model"),
         ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not a causal language model"),
-        ({}, "not a model config"),
+        ({}, "model type None"),
+        ([], "not a model config"),
     ],
 )
 def test_unsupported_architectures_are_refused_from_the_config(config, message, tmp_path):
@@ -243,6 +245,13 @@ def test_sharded_and_single_files_read_the_same(model_folder):
     first, second = (reader.read(reader.names) for reader in readers)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_file_comes_before_an_index_as_in_transformers(model_folder):
+    folder, other = model_folder(name="sharded", max_shard_size="100KB", seed=1), model_folder(name="single", seed=2)
+    (other / "model.safetensors").rename(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(ShardReader(folder).read([name])[name], AutoModelForCausalLM.from_pretrained(folder).state_dict()[name])
 
 
 def test_faults_of_the_files_are_named(model_folder):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import FAMILY_CONFIGS, make_model
 
+from llmq.errors import LlmqError
 from llmq.models.arch import block_layers, find_blocks
 from llmq.ptq.capture import BlockRecorder, run_until, shared_inputs
 
@@ -24,6 +25,23 @@ def test_blocks_run_one_by_one_reproduce_the_model(model_type):
         hidden = call.run(block, hidden)
     assert torch.equal(hidden, states[0])
     assert "forward" not in vars(blocks[0])
+
+
+@torch.no_grad()
+def test_blocks_that_do_not_follow_each_other_directly_are_refused():
+    model = make_model("llama")
+    _, blocks = find_blocks(model)
+    inner = model.model.forward
+
+    def doubled(*args, **kwargs):
+        """Something between the blocks: here the second sees twice what the first gives."""
+        first = blocks[0].forward
+        blocks[0].forward = lambda hidden, *rest, **more: 2 * first(hidden, *rest, **more)
+        return inner(*args, **kwargs)
+
+    model.model.forward = doubled
+    with pytest.raises(LlmqError, match="block 1 does not take the outputs of the block before"):
+        BlockRecorder(model, blocks).run(torch.randint(2, 2048, (2, 8)))
 
 
 @torch.no_grad()

@@ -55,6 +55,17 @@ def calibration_windows_of(folder, calibration_file):
 
 
 @torch.no_grad()
+def test_an_mlp_that_no_group_divides_is_quantized_by_rows(model_folder, calibration_file, tmp_path):
+    """172 columns, as in stories260K: kept by the rule for groups, exact by rows."""
+    folder = model_folder(intermediate_size=172)
+    report = quantize_folder(prepare(str(folder), recipe("w4"), calibration=str(calibration_file)), tmp_path / "out")
+    assert not report["kept_layers"]
+    in_memory = make_model(intermediate_size=172)
+    llmq.quantize(in_memory, recipe("w4"), calibration_windows_of(folder, calibration_file))
+    assert torch.equal(llmq.load(tmp_path / "out", dtype="float32")(TOKENS).logits, in_memory(TOKENS).logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("spec", ["w8", "w3g64-asym", "w2g32-asym", "ternary-g32", "w4-tensor", "w4g32-asym"])
 def test_every_code_survives_the_disk(spec, model_folder, calibration_file, tmp_path):
     out = tmp_path / "out"

@@ -115,6 +115,8 @@ def test_damping_rises_before_it_falls_back():
     raised = gptq(torch.randn(4, k), stats, QuantSpec("int4", 32))
     assert raised.fallback is None
     assert raised.damping == pytest.approx(0.1)
+    patient = gptq(torch.randn(4, k), stats, QuantSpec("int4", 32), GPTQOptions(damping=1e-5))
+    assert (patient.fallback, patient.damping) == (None, pytest.approx(0.1))
     stats.hessian = torch.eye(k) - 3 * torch.outer(direction, direction) / direction.square().sum() + 0.1
     stats.hessian[0, 1] = stats.hessian[1, 0] = 50.0
     weight = torch.randn(4, k)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,39 @@ def test_a_full_disk_keeps_what_is_finished(model_folder, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert quantize_folder(job, tmp_path / "out")["resumed_at_block"] == 2
+
+
+def test_no_space_for_activations_keeps_what_is_finished(model_folder, calibration_file, tmp_path):
+    folder = model_folder(vocab_size=2048)
+    job = prepare(str(folder), Recipe.uniform("w4g32", samples=40, sequence_length=64), calibration=str(calibration_file))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, limits[1]))  # inputs are 40 x 64 x 64 x 4 bytes
+    try:
+        with pytest.raises(LlmqError, match=r"\.out\.llmq-partial.*File too large.*continues where it stopped"):
+            quantize_folder(job, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert quantize_folder(job, tmp_path / "out")["resumed_at_block"] == 0
+
+
+def test_a_disk_that_will_not_do_is_refused_at_the_start(model_folder, calibration_file, tmp_path, monkeypatch):
+    job = prepare(str(model_folder()), Recipe.uniform("w4g32", samples=4, sequence_length=32), calibration=str(calibration_file))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(LlmqError, match=r"0\.00 GB are free, and output and activations need about 0\.00 GB; make space"):
+        quantize_folder(job, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
+def test_killed_with_the_output_in_place_leaves_nothing_in_the_end(model_folder, tmp_path, monkeypatch):
+    job = prepare(str(model_folder()), Recipe.uniform("w4g32", method="rtn"))
+    with monkeypatch.context() as patch:
+        patch.setattr("llmq.formats.partial.PartialCheckpoint.close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize_folder(job, tmp_path / "out")
+    assert (tmp_path / ".out.llmq-partial").exists()
+    with pytest.raises(LlmqError, match="exists already"):
+        quantize_folder(job, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_two_runs_cannot_share_an_output(model_folder, calibration_file, tmp_path):

@@ -31,7 +31,7 @@ from llmq.qat.run import fine_tune, prepare_job, train
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.recipe import Recipe
 
-SCHEMES = ("w4", "w3", "w2", "ternary", "w4a8kv8")
+SCHEMES = ("w8", "w4", "w3", "w2", "ternary", "w4a8kv8")
 PTQ_METHODS = ("rtn", "gptq", "blockwise")
 
 
@@ -63,7 +63,7 @@ def control(args: argparse.Namespace, folder: Path) -> PreTrainedModel:
 def ptq(args: argparse.Namespace, scheme: Scheme, method: str, folder: Path) -> PreTrainedModel:
     """The model quantized by a PTQ method with the scheme's weights."""
     recipe = Recipe.uniform(scheme.weights, method=method, samples=128, sequence_length=args.sequence_length, seed=args.seed)
-    quantize_folder(prepare(args.model, recipe, calibration=args.train), folder)
+    quantize_folder(prepare(args.model, recipe, calibration=args.calibration or args.train), folder)
     return llmq.load(folder, dtype="float32")
 
 
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--train", default="bundled")
     parser.add_argument("--eval", default="bundled")
+    parser.add_argument("--calibration", help="text that the PTQ rows are calibrated on (default: the training text, on which QAT's own start is calibrated too)")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
@@ -114,9 +115,13 @@ def main() -> None:
         teacher, teacher_value = (str(folder / "control"), tuned) if tuned < plain else (args.model, plain)
         for name in args.schemes:
             scheme = scheme_of(name)
-            for method in () if scheme.kv_bits else args.ptq:
+            # 8 bits are there to compare with: what PTQ loses at them is next to nothing, and training would have nothing to win.
+            is_reference = scheme.weights.bits == 8
+            for method in () if scheme.kv_bits else args.ptq[:2] if is_reference else args.ptq:
                 started = time.perf_counter()
                 note(str(scheme.weights), method, ptq(args, scheme, method, folder / f"{name}-{method}"), folder / f"{name}-{method}", started)
+            if is_reference:
+                continue
             started = time.perf_counter()
             report = fine_tune(prepare_job(args.model, settings_of(args, scheme), train=args.train, teacher=teacher), folder / f"{name}-qat")
             note(name if scheme.kv_bits else str(scheme.weights), "QAT", llmq.load(folder / f"{name}-qat", dtype="float32"), folder / f"{name}-qat", started, shipped=report["shipped"])

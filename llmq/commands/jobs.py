@@ -31,14 +31,16 @@ def prepare_job(args: argparse.Namespace) -> Job:
     return job
 
 
-def measured_rate() -> float:
-    """float32 matmul rate of this machine in FLOP/s, halved: a run also does work that is not matmul."""
+def measured_rate(device: str = "cpu", precision: str = "fp32") -> float:
+    """Matmul rate of a device in FLOP/s, halved: a run also does work that is not matmul. On a CPU always in float32, which what is around the products costs there."""
     import torch
 
-    a = torch.randn(1024, 1024)
+    size = 1024 if device == "cpu" else 8192
+    dtype = torch.float32 if device == "cpu" or precision == "fp32" else torch.bfloat16 if precision == "bf16" else torch.float16
+    a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
-        a @ a
+        (a @ a)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)
-    return float(2 * 1024**3 / best / 2)
+    return float(2 * size**3 / best / 2)

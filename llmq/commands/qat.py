@@ -41,10 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr-weights", type=real(), help="peak learning rate of the weights (default: 0.001 to 0.002 of a step of each layer's own grid)")
     parser.add_argument("--lr-scales", type=real(), help="peak learning rate of scales and zero points (default: as far as the weights move)")
     parser.add_argument("--kl", type=real(), default=1.0, help="weight of KL divergence to the teacher (default: 1)")
-    parser.add_argument("--ce", type=real(), default=0.1, help="weight of cross entropy with the text (default: 0.1)")
+    parser.add_argument("--ce", type=real(), help="weight of cross entropy with the text (default: 0.1; 0 with --train generated)")
     phases = "share of the run"
     parser.add_argument("--gradual", type=real(), default=0.0, help=f"{phases} over which quantization is blended in (default: 0; try 0.1 for ternary)")
-    parser.add_argument("--activations-from", type=real(), default=0.0, help=f"{phases} after which activations are quantized (default: 0)")
+    parser.add_argument("--warmup", type=real(), default=0.03, help=f"{phases} over which learning rates rise (default: 0.03)")
+    parser.add_argument("--activations-from", type=real(), help=f"{phases} after which activations are quantized (default: 0; 0.1 with static ranges, which are only observed at first)")
+    parser.add_argument("--freeze-ranges", type=real(), default=0.85, help=f"{phases} after which static activation ranges stop (default: 0.85)")
     parser.add_argument("--freeze-scales", type=real(), default=0.85, help=f"{phases} after which scales stop (default: 0.85)")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="arithmetic; master weights are float32 always (default: bf16)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
@@ -65,6 +67,7 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
 
     from llmq.errors import LlmqError
     from llmq.qat.losses import LossWeights
+    from llmq.qat.run import GENERATED
     from llmq.qat.schedule import Phases
     from llmq.qat.settings import QATSettings, Scheme
 
@@ -76,14 +79,16 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
     if args.activations and scheme.activations == "none":
         raise LlmqError(f"--activations {args.activations}: the scheme {args.scheme} does not quantize activations; write {args.scheme}a8")
     scheme = replace(scheme, weights=grid, activations=args.activations or scheme.activations)
+    activations_from = args.activations_from if args.activations_from is not None else 0.1 if scheme.activations == "int8-static" else 0.0
+    ce = args.ce if args.ce is not None else 0.0 if args.train == GENERATED else 0.1
     length = args.sequence_length or min(2048, max_length)
     if length > max_length:
         raise LlmqError(f"--sequence-length {length}: the model has positions for {max_length} tokens only")
     return QATSettings(
         scheme, quantizer=args.quantizer, init=args.init, kv_before_rope=args.kv_before_rope, max_tokens=None if args.max_tokens is None else int(args.max_tokens), max_steps=args.max_steps,
         sequence_length=length, batch_size=args.batch_size, accumulation=args.accumulation, lr_weights=args.lr_weights, lr_scales=args.lr_scales, precision=args.precision,
-        gradient_checkpointing=args.gradient_checkpointing, loss=LossWeights(args.kl, args.ce), seed=args.seed, log_every=args.log_every, save_every=args.save_every, eval_every=args.eval_every,
-        phases=Phases(gradual=args.gradual, activations=args.activations_from, freeze_scales=args.freeze_scales),
+        gradient_checkpointing=args.gradient_checkpointing, loss=LossWeights(args.kl, ce), seed=args.seed, log_every=args.log_every, save_every=args.save_every, eval_every=args.eval_every,
+        phases=Phases(args.warmup, args.gradual, activations_from, args.freeze_scales, args.freeze_ranges),
     )  # fmt: skip
 
 
@@ -126,9 +131,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def budget_line(job: QATJob) -> str:
     """What the training will take, before it starts."""
     budget = job.budget()
-    hours = budget["flops"] / jobs.measured_rate() / 3600
-    memory = f"{budget['bytes'] / 1e9:.2f} GB of weights and optimizer state and the activations of a batch"
-    return f"budget: {budget['tokens']:,} tokens in {budget['steps']:,} steps, {memory}, about {hours:.2f} h on this CPU"
+    device = job.processes.device.type
+    hours = budget["flops"] / (jobs.measured_rate(device, job.settings.precision) * job.processes.num_processes) / 3600
+    memory = f"about {budget['bytes'] / 1e9:.2f} GB per process for weights and optimizer and {budget['activation_bytes'] / 1e9:.2f} GB for the activations of a batch"
+    return f"budget: {budget['tokens']:,} tokens in {budget['steps']:,} steps, {memory}, about {hours:.2f} h on {'this CPU' if device == 'cpu' else device}"
 
 
 def _summary(out: str, report: dict[str, Any]) -> str:
@@ -137,6 +143,8 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     held_out = {name: score["perplexity"] for name, score in report["held_out"].items()}
     pairs: dict[str, object] = {"written": f"{out}: {'the trained model' if report['shipped'] == 'trained' else 'the PTQ start, because training did not beat it on held-out text'}"}
     pairs |= {f"held-out perplexity, {name.replace('_', ' ')}": f"{value:.3f}" for name, value in held_out.items()}
+    if report["verdict"]:
+        pairs["compared"] = report["verdict"]
     if report["last_loss"] is not None:
         pairs["loss"] = f"{report['first_loss']:.4f} -> {report['last_loss']:.4f}"
     pairs["seconds"] = f"{report['seconds']:.0f}"

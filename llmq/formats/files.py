@@ -72,9 +72,9 @@ def write_index(target_dir: Path, shards: Mapping[str, Iterable[str]], total_siz
 def write_manifest(target_dir: Path) -> None:
     """The last file: sha256 and size of every other one. A folder with it was written by llmq and is complete."""
     entries = {}
-    for path in sorted(target_dir.iterdir()):
+    for path in sorted(path for path in target_dir.rglob("*") if path.is_file()):
         with path.open("rb") as file:
-            entries[path.name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+            entries[path.relative_to(target_dir).as_posix()] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
         sync(path)
     write_json(target_dir / MANIFEST, {"files": entries})
     sync(target_dir)

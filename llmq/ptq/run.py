@@ -93,8 +93,11 @@ class Job:
         return exact_dtype(self.config, self.recipe, device)
 
 
-def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, format: str = "auto", revision: str | None = None, strict: bool = False) -> Job:
-    """Resolve and check everything that can be checked before computing: model, names of all tensors, rules, format, calibration text. Raises `LlmqError`."""
+def prepare(model: str, recipe: Recipe, *, calibration: str | data.TokenSet = data.BUNDLED, format: str = "auto", revision: str | None = None, strict: bool = False) -> Job:
+    """Resolve and check everything that can be checked before computing: model, names of all tensors, rules, format, calibration text. Raises `LlmqError`.
+
+    calibration: where the text is, or windows of tokens that are there already.
+    """
     model_dir = resolve(model, revision)
     config = load_config(model_dir)
     if getattr(config, "quantization_config", None) is not None:
@@ -115,7 +118,9 @@ def prepare(model: str, recipe: Recipe, *, calibration: str = data.BUNDLED, form
         remarks["source tensors"] = f"{len(unused)} of {len(shards.names)} are not used by {type(skeleton).__name__} as config.json describes it and are left out, the first being {unused[0]}"
         if strict:
             raise LlmqError(f"--strict: {model_dir}: {remarks['source tensors']}")
-    tokens = None if recipe.method == "rtn" else calibration_tokens(model_dir, config, recipe, calibration)
+    tokens = None
+    if recipe.method != "rtn":
+        tokens = calibration_tokens(model_dir, config, recipe, calibration) if isinstance(calibration, str) else calibration
     return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens, remarks)
 
 

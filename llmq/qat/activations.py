@@ -34,26 +34,29 @@ def fake_quantize_ranged(x: Tensor, input_range: Tensor) -> Tensor:
 
 
 class ActivationQuantizer(nn.Module):
-    """The node before a layer. kind: "int8-token" or "int8-static". enabled: quantize. observing: let the static range follow the data (while training)."""
+    """The node before a layer. kind: "int8-token" or "int8-static". enabled: quantize. observing: let the static range follow the data (while training).
+    recomputing: this forward pass is gradient checkpointing's second one, on inputs that were seen. input_range: a static range to start from, float32 `[2]`, or None to start from the data."""
 
     low: Tensor
     high: Tensor
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, input_range: Tensor | None = None) -> None:
         super().__init__()
         if kind not in ("int8-token", "int8-static"):
             raise LlmqError(f"unknown activation quantization {kind!r}: expected none, int8-token or int8-static")
         self.kind = kind
         self.enabled = True
         self.observing = kind == "int8-static"
+        self.recomputing = False
         if kind == "int8-static":
-            self.register_buffer("low", torch.tensor(torch.nan))
-            self.register_buffer("high", torch.tensor(torch.nan))
+            scale, zero = torch.full((2,), torch.nan) if input_range is None else input_range.float()
+            self.register_buffer("low", (0 - zero) * scale)
+            self.register_buffer("high", (LEVELS - zero) * scale)
 
     @classmethod
-    def of(cls, kind: str) -> ActivationQuantizer | None:
+    def of(cls, kind: str, input_range: Tensor | None = None) -> ActivationQuantizer | None:
         """The node, or None for "none"."""
-        return None if kind == "none" else cls(kind)
+        return None if kind == "none" else cls(kind, input_range)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -67,13 +70,15 @@ class ActivationQuantizer(nn.Module):
         self.high.copy_(high if first else torch.lerp(self.high, high, EMA))
 
     def input_range(self) -> Tensor:
-        """Scale and zero point of a static range, float32 `[2]`."""
+        """Scale and zero point of a static range, float32 `[2]`. Raises `LlmqError` for a range that has seen no data."""
+        if bool(self.low.isnan()):
+            raise LlmqError("a static activation range has seen no data: run the model on text in training mode, or start from a result of GPTQ, which has ranges")
         return static_range(self.low, self.high)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "int8-token":
             return fake_quantize_per_token(x) if self.enabled else x
-        if self.training and self.observing:
+        if self.training and self.observing and not self.recomputing:
             self.observe(x)
         if not self.enabled or bool(self.low.isnan()):
             return x

@@ -16,7 +16,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from llmq import data
 from llmq.errors import LlmqError
@@ -42,9 +42,10 @@ from llmq.ptq.run import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
 from llmq.qat.data import TokenWindows, split_windows
 from llmq.qat.generate import generate_windows
+from llmq.qat.losses import CHUNK_TOKENS
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import Student, check_same_vocabulary
-from llmq.qat.trainer import QATTrainer, ScheduleCallback, training_arguments
+from llmq.qat.trainer import QATTrainer, ScheduleCallback, last_checkpoint, training_arguments
 from llmq.qat.weights import freeze, prepare
 from llmq.recipe import LayerPlan, Recipe, Rule
 from llmq.spec import ActSpec
@@ -81,14 +82,14 @@ class QATJob:
     @property
     def processes(self) -> PartialState:
         """The processes that train together, under `accelerate launch` or `torchrun`; one otherwise."""
-        return PartialState(cpu=self.device == "cpu")
+        return processes(self.device)
 
     @property
     def n_windows(self) -> int:
         """Windows that are trained on once."""
         if self.windows is not None:
             return len(self.windows)
-        tokens = self.settings.max_tokens or (self.settings.max_steps or 0) * self.settings.tokens_per_batch * self.settings.accumulation
+        tokens = self.settings.max_tokens or (self.settings.max_steps or 0) * self.settings.tokens_per_batch * self.settings.accumulation * self.processes.num_processes
         return -(-tokens // self.settings.sequence_length)
 
     def identity(self) -> dict[str, Any]:
@@ -99,13 +100,18 @@ class QATJob:
         }  # fmt: skip
 
     def budget(self) -> dict[str, Any]:
-        """tokens, steps, peak memory of weights and optimizer in bytes, and floating-point operations of the training."""
+        """tokens, steps, peak memory in bytes of weights and optimizer and of activations, and floating-point operations of the training. Estimates."""
         n_processes = self.processes.num_processes
         steps = self.settings.n_steps(self.n_windows, n_processes)
         tokens = steps * self.settings.tokens_per_batch * self.settings.accumulation * n_processes
         # float32 masters, gradients and two moments, and the teacher. Student forward and backward, teacher forward, heads once more in the backward pass.
         n_bytes = self.n_parameters * (4 * 4 + (2 if self.teacher_dtype == "bfloat16" else 4))
-        return {"tokens": tokens, "steps": steps, "bytes": n_bytes, "flops": 8.5 * self.n_parameters * tokens}
+        # Kept for the backward pass: each layer's input and output, and as much again around attention and norms; with checkpointing, of one block. And one chunk of float32 logits three times.
+        per_token = 2 * sum(sum(plan.layer.shape) for plan in self.plans) * (4 if self.settings.precision == "fp32" else 2)
+        n_blocks = load_config(self.model_dir).get_text_config().num_hidden_layers
+        kept = self.settings.tokens_per_batch * per_token // (n_blocks if self.settings.gradient_checkpointing else 1)
+        logits = 3 * 4 * CHUNK_TOKENS * load_config(self.model_dir).get_text_config().vocab_size
+        return {"tokens": tokens, "steps": steps, "bytes": n_bytes, "activation_bytes": kept + logits, "flops": 8.5 * self.n_parameters * tokens}
 
 
 def prepare_job(
@@ -137,8 +143,17 @@ def prepare_job(
     check_same_vocabulary(config, load_config(teacher_dir))
     windows, held_out = None, None
     if train != GENERATED:
-        windows, held_out = _read_text(model_dir, config, settings, train, PartialState(cpu=device == "cpu").num_processes)
-    return QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, plans, device)
+        windows, held_out = _read_text(model_dir, config, settings, train, processes(device).num_processes)
+    job = QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, plans, device)
+    per_step = settings.batch_size * settings.accumulation * job.processes.num_processes
+    if job.n_windows < per_step:
+        raise LlmqError(f"--max-tokens {settings.max_tokens}: makes {job.n_windows} windows of {settings.sequence_length}, but one step needs {per_step}; give more, or a smaller --batch-size")
+    return job
+
+
+def processes(device: str) -> PartialState:
+    """The processes that train together. They wait for the first one's PTQ start, which takes longer than the half hour that torch waits by itself."""
+    return PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
 
 
 def check_engine() -> None:
@@ -194,10 +209,11 @@ def fine_tune(job: QATJob, out_dir: Path, *, overwrite: bool = False, report_to:
         check_identity(work_dir, job.identity())
     state.wait_for_everyone()
     with state.main_process_first():
+        job = _with_text(job, work_dir, device, show)
         start_dir = _start(job, work_dir, device, show)
-        windows = _windows(job, work_dir, device, show)
     model = student_model(job, start_dir)
-    train(model, job, windows, work_dir, report_to=report_to, show=show)
+    assert job.windows is not None
+    train(model, job, job.windows, work_dir, report_to=report_to, show=show)
     report: dict[str, Any] = {}
     if state.is_main_process:
         report = _ship(model.to("cpu"), job, start_dir, work_dir, out_dir, overwrite, time.monotonic() - started)
@@ -210,7 +226,9 @@ def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
     """The PTQ result, made once."""
     start_dir = work_dir / "start"
     if not start_dir.exists():
-        source = job.train if job.train != GENERATED else data.BUNDLED
+        assert job.windows is not None
+        # No other text than the generated one is looked at: that is what the mode is for.
+        source = job.train if job.train != GENERATED else data.TokenSet(job.windows[: job.recipe.samples], GENERATED)
         ptq = prepare_ptq(str(job.model_dir), job.recipe, calibration=source)
         total, done = len(find_blocks(ptq.model)[1]), 0
 
@@ -223,11 +241,17 @@ def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
     return start_dir
 
 
-def _windows(job: QATJob, work_dir: Path, device: str, show: Show) -> Tensor:
+def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
+    """The job with its windows, which are written by the teacher where there is no other text; a few more than are trained on decide whether training helped."""
     if job.windows is not None:
-        return job.windows
+        return job
     teacher = load(job.teacher_dir, dtype="float32").to(device)
-    return generate_windows(teacher, job.n_windows, job.settings.sequence_length, work_dir, seed=job.settings.seed, on_batch=lambda done, total: show("generated", done, total, ""))
+    n_held_out = min(job.settings.n_held_out, -(-job.n_windows // 9))
+    n = job.n_windows + n_held_out
+    tokens = generate_windows(teacher, n, job.settings.sequence_length, work_dir, seed=job.settings.seed, on_batch=lambda done, total: show("generated", done, total, ""))
+    windows, held_out = tokens[: job.n_windows], tokens[job.n_windows :]
+    identity = [data.token_hash(tokens)]  # there is no text beside the tokens
+    return replace(job, windows=windows, held_out=identified(held_out, "none", identity, load_tokenizer(job.model_dir)) if len(held_out) else None)
 
 
 def student_model(job: QATJob, start_dir: Path) -> PreTrainedModel:
@@ -261,32 +285,33 @@ def train(model: PreTrainedModel, job: QATJob, windows: Tensor, work_dir: Path, 
     callbacks = [ScheduleCallback(student, settings, job.held_out, work_dir / "log.jsonl"), _Progress(show)]
     arguments = training_arguments(settings, n_steps, trainer_dir, device=job.device, report_to=report_to)
     trainer = QATTrainer(settings=settings, model=student, args=arguments, train_dataset=TokenWindows(windows), callbacks=callbacks)
-    last = get_last_checkpoint(str(trainer_dir)) if trainer_dir.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = last_checkpoint(trainer_dir)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     settings.phases.apply(student, 1.0)
     model.eval()
 
 
 def _ship(model: PreTrainedModel, job: QATJob, start_dir: Path, work_dir: Path, out_dir: Path, overwrite: bool, seconds: float) -> dict[str, Any]:
     """Freeze, compare with the start on held-out text, and publish the better one."""
-    tokenizer = load_tokenizer(job.model_dir)
     freeze(model, job.recipe.activations)
-    held_out = job.held_out
-    scores: dict[str, Perplexity] = {}
-    if held_out is not None:
-        scores = {"full_precision": evaluate(load(job.model_dir, dtype="float32"), held_out), "start": evaluate(load(start_dir, dtype="float32"), held_out), "trained": evaluate(model, held_out)}
-    improved = not scores or scores["trained"].value < scores["start"].value
     staging = work_dir / "out"
     shutil.rmtree(staging, ignore_errors=True)
-    if improved:
-        save(_in_source_dtype(model, job.model_dir), staging, tokenizer=tokenizer)
-    else:
+    save(_in_source_dtype(model, job.model_dir), staging, tokenizer=load_tokenizer(job.model_dir))
+    scores: dict[str, Perplexity] = {}
+    if job.held_out is not None:  # of what is on the disk: embeddings and norms are rounded to the source's dtype there
+        folders = {"full_precision": job.model_dir, "start": start_dir, "trained": staging}
+        scores = {name: evaluate(load(folder, dtype="float32"), job.held_out) for name, folder in folders.items()}
+    improved = not scores or scores["trained"].value < scores["start"].value
+    if not improved:
+        shutil.rmtree(staging)
         shutil.copytree(start_dir, staging)
     log = work_dir / "log.jsonl"
     report = _report(job, scores, improved, log, seconds)
     if log.exists():
         shutil.copyfile(log, staging / "log.jsonl")
     files.write_json(staging / "report.json", report)
+    if (work_dir / "trainer" / "runs").is_dir():
+        shutil.copytree(work_dir / "trainer" / "runs", staging / "runs")  # TensorBoard's
     (staging / files.MANIFEST).unlink()
     files.write_manifest(staging)
     files.publish(staging, out_dir)
@@ -309,7 +334,7 @@ def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Pat
         "teacher_dtype": job.teacher_dtype,
         "method": "qat",
         "shipped": "trained" if improved else "start",
-        "verdict": None if scores else "no held-out text: nothing was compared",
+        "verdict": None if scores else "no held-out text (fewer than 10 windows): nothing was compared",
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
         "train": {"source": job.train, "windows": list(job.windows.shape) if job.windows is not None else job.n_windows},

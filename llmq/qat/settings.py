@@ -40,7 +40,8 @@ class QATSettings:
 
     max_tokens, max_steps: length of the run, the first that is given; both None: one pass over the text. sequence_length, batch_size: of a process; accumulation: batches per step.
     lr_weights, lr_scales: absolute peaks; None: by the grid of each layer (`llmq.qat.rates`). precision: of the arithmetic; masters are float32 always. loss, phases: see there. log_every,
-    save_every, eval_every: steps; 0: about 100, 5 and 5 times in a run. n_held_out: windows spread over the text that are not trained on, for deciding whether training helped.
+    save_every, eval_every: steps; 0: about 100, 5 and 5 times in a run, checkpoints always where there is a row of the log too, so that a resumed run's rows are means of the same steps.
+    n_held_out: windows spread over the text that are not trained on, for deciding whether training helped.
     """
 
     scheme: Scheme
@@ -68,8 +69,10 @@ class QATSettings:
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp16", "fp32"):
             raise LlmqError(f"precision {self.precision!r}: expected bf16, fp16 or fp32")
-        if self.quantizer == "seq" and self.init != "rtn":
-            raise LlmqError("quantizer seq chooses its scales itself, so another start than plain rounding would be lost; give --init rtn")
+        if self.quantizer != "lsq" and self.init != "rtn":
+            raise LlmqError(f"quantizer {self.quantizer} chooses its scales itself, so another start than plain rounding would be lost; give --init rtn")
+        if self.log_every and self.save_every % self.log_every:
+            raise LlmqError(f"--save-every {self.save_every} is no multiple of --log-every {self.log_every}: the means of a resumed run's log would be of other steps")
         if self.sequence_length < 2 or self.batch_size < 1 or self.accumulation < 1:
             raise LlmqError(f"batches of {self.batch_size} x {self.sequence_length} tokens, {self.accumulation} per step: expected at least one sequence of 2 tokens")
 
@@ -84,6 +87,14 @@ class QATSettings:
             return self.max_steps
         tokens = self.max_tokens if self.max_tokens is not None else n_windows * self.sequence_length
         return max(1, tokens // per_step)
+
+    def cadence(self, n_steps: int) -> tuple[int, int]:
+        """Steps between rows of the log, and between checkpoints: a multiple of it."""
+        log = self.log_every or max(1, n_steps // 100)
+        save = self.save_every or max(1, n_steps // 5 // log) * log
+        while save % log:  # --save-every alone was given
+            log -= 1
+        return log, save
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
+from llmq.qat.activations import ActivationQuantizer
 from llmq.qat.losses import Head, LossWeights, distillation_loss
 
 
@@ -31,7 +32,10 @@ def head_of(model: PreTrainedModel) -> Head:
 def check_head(model: PreTrainedModel) -> None:
     """Raise `LlmqError` for a model whose logits are more than the head on the last hidden states: its loss would be another one."""
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    training = model.training
+    model.eval()  # or static ranges of activations would start from these four tokens
     expected, found = model(input_ids=ids, use_cache=False).logits.float(), head_of(model)(last_hidden(model, ids)).float()
+    model.train(training)
     if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
         raise LlmqError(f"{type(model).__name__}: its logits are not its output head applied to its last hidden states, so the loss in chunks does not fit it; please report the model")
 
@@ -56,6 +60,7 @@ class Student(nn.Module):
         self.model = model
         self.weights = weights
         self._beside: list[PreTrainedModel] = [] if teacher is None else [teacher.eval().requires_grad_(False)]
+        self._nodes = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
         check_head(model)
         if teacher is not None:
             check_head(teacher)
@@ -67,4 +72,9 @@ class Student(nn.Module):
         for teacher in self._beside:
             with torch.no_grad():
                 teacher_hidden, teacher_head = last_hidden(teacher, input_ids), head_of(teacher)
-        return distillation_loss(last_hidden(self.model, input_ids), next_tokens(input_ids), head_of(self.model), self.weights, teacher_hidden, teacher_head)
+        for node in self._nodes:
+            node.recomputing = False
+        hidden = last_hidden(self.model, input_ids)
+        for node in self._nodes:  # whatever runs from here on is gradient checkpointing
+            node.recomputing = True
+        return distillation_loss(hidden, next_tokens(input_ids), head_of(self.model), self.weights, teacher_hidden, teacher_head)

@@ -12,6 +12,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llmq.errors import VerificationError
 from llmq.evaluation.perplexity import evaluate
@@ -27,12 +28,25 @@ WEIGHTS = "masters.safetensors"
 
 def training_arguments(settings: QATSettings, n_steps: int, out_dir: Path, *, device: str, report_to: str = "none") -> TrainingArguments:
     """The Trainer's own arguments."""
+    log_every, save_every = settings.cadence(n_steps)
     return TrainingArguments(
         output_dir=str(out_dir), max_steps=n_steps, per_device_train_batch_size=settings.batch_size, gradient_accumulation_steps=settings.accumulation, bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16", use_cpu=device == "cpu", max_grad_norm=settings.max_grad_norm, seed=settings.seed, data_seed=settings.seed, save_strategy="steps",
-        save_steps=settings.save_every or max(1, n_steps // 5), save_total_limit=2, logging_steps=settings.log_every or max(1, n_steps // 100), logging_nan_inf_filter=False, report_to=report_to,
+        save_steps=save_every, save_total_limit=2, logging_steps=log_every, logging_nan_inf_filter=False, report_to=report_to,
         remove_unused_columns=False, label_names=[], disable_tqdm=True, dataloader_drop_last=True, dataloader_pin_memory=device != "cpu", ddp_find_unused_parameters=False,
     )  # fmt: skip
+
+
+def remedy(args: TrainingArguments) -> str:
+    """What to do about numbers that are not finite."""
+    last = last_checkpoint(Path(args.output_dir))
+    return f"{f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}; give a lower --lr-weights or use --precision fp32"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, which is `trainer_state.json`."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class ScheduleCallback(TrainerCallback):
@@ -43,6 +57,12 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.settings.phases.apply(self.student, state.global_step / state.max_steps)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A finite loss can have a gradient that is not, and one such step is in every weight. Not under fp16, whose scaler skips these steps."""
+        gradients = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
+        if gradients and not args.fp16 and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())):
+            raise VerificationError(f"step {state.global_step + 1}: the gradient holds NaN or infinite values; {remedy(args)}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         every = self.settings.eval_every or max(1, state.max_steps // 5)
@@ -112,14 +132,10 @@ class QATTrainer(Trainer):
         outputs = model(**inputs)
         loss = outputs["loss"]
         if not bool(torch.isfinite(loss.detach())):
-            raise VerificationError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; {self._last_checkpoint()}; give a lower --lr-weights or use --precision fp32")
+            raise VerificationError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; {remedy(self.args)}")
         self.parts = {name: self.parts.get(name, 0) + outputs[name] for name in ("kl", "ce")}
         self.n_parts += 1
         return (loss, outputs) if return_outputs else loss
-
-    def _last_checkpoint(self) -> str:
-        saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.n_parts:
@@ -135,3 +151,4 @@ class QATTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_model(self.model if model is None else model, str(Path(resume_from_checkpoint) / WEIGHTS))
+        self.telemetry(self.model)  # checkpoints are where the log has rows, so these are the codes that the next row counts flips from

@@ -134,7 +134,7 @@ def prepare(model: nn.Module, start: Mapping[str, QuantizedTensor], name: Quanti
         weight = masters(original, qtensor) if name == "lsq" else original
         scale = stretched_scale(original.float(), qtensor.spec) if name == "seq" else qtensor.scale
         weight_quantizer = WeightQuantizer(qtensor.spec, name, scale, qtensor.zero)
-        model.set_submodule(layer, FakeQuantLinear(weight, bias, weight_quantizer, ActivationQuantizer.of(activations)))
+        model.set_submodule(layer, FakeQuantLinear(weight, bias, weight_quantizer, ActivationQuantizer.of(activations, qtensor.input_range)))
 
 
 @torch.no_grad()

@@ -11,9 +11,13 @@ import torch
 
 import llmq
 from llmq.cli import main
+from llmq.evaluation.perplexity import evaluate
 from llmq.models.load import load_config
 from llmq.qat import trainer as trainer_module
+from llmq.qat.run import prepare_job
+from llmq.qat.settings import QATSettings, Scheme
 from llmq.qat.student import Student
+from llmq.qat.trainer import last_checkpoint
 
 _KILLER = """
 import os, signal, sys
@@ -87,7 +91,7 @@ def test_the_start_is_shipped_when_training_made_it_worse(arguments, tmp_path, c
 
 @pytest.mark.slow
 def test_killed_and_continued_is_never_disturbed(arguments, tmp_path):
-    options = ["--save-every", "2", "--gradual", "0.5", "--scheme", "w4a8", "--activations", "int8-static", "--init", "gptq"]
+    options = ["--save-every", "2", "--log-every", "2", "--gradual", "0.5", "--scheme", "w4a8", "--activations", "int8-static", "--init", "gptq"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for out, kills in ((whole, [99]), (broken, [3, 99])):
@@ -141,14 +145,68 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(a
     assert [step for step, _, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_weight(arguments, tmp_path, capsys, monkeypatch):
+    forward, calls = Student.forward, []
+
+    def broken(self, input_ids):
+        outputs = forward(self, input_ids)
+        calls.append(1)
+        if len(calls) == 4:
+            outputs["loss"].register_hook(lambda gradient: gradient * float("nan"))
+        return outputs
+
+    monkeypatch.setattr(Student, "forward", broken)
+    assert main(at(arguments, tmp_path / "out", "--save-every", "2")) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "step 4: the gradient holds NaN" in message
+    assert "checkpoint-2" in message
+    monkeypatch.undo()
+    assert main(at(arguments, tmp_path / "out", "--save-every", "2")) == 0
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_continued_from(tmp_path):
+    for step, is_whole in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if is_whole:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_what_is_scored_is_what_is_stored(arguments, model_folder, calibration_file, tmp_path, capsys):
+    """Embeddings and norms of a bfloat16 model are trained in float32 and stored in bfloat16."""
+    arguments[1] = str(model_folder(name="half", dtype=torch.bfloat16))
+    assert main(at(arguments, tmp_path / "out", "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    settings = QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=4)
+    held_out = prepare_job(arguments[1], settings, train=str(calibration_file)).held_out
+    assert evaluate(llmq.load(tmp_path / "out", dtype="float32"), held_out).value == report["held_out"][report["shipped"]]["perplexity"]
+
+
+def test_tensorboard_logs_are_kept(arguments, tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard, which the Trainer writes with")
+    assert main(at(arguments, tmp_path / "out", "--report-to", "tensorboard")) == 0
+    assert list((tmp_path / "out" / "runs").rglob("events*"))
+
+
 def test_generated_text(arguments, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     arguments = [*arguments]
     arguments[arguments.index("--train") + 1] = "generated"
-    assert main(at(arguments, out, "--max-steps", "2", "--sequence-length", "12", "--json")) == 0
+    assert main(at(arguments, out, "--max-steps", "2", "--sequence-length", "12", "--init", "gptq", "--json")) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["train"] == {"source": "generated", "windows": 8}
-    assert report["verdict"] == "no held-out text: nothing was compared"
+    assert report["train"] == {"source": "generated", "windows": [8, 12]}
+    assert report["settings"]["loss"]["ce"] == 0
+    assert report["held_out"]["start"]["tokens"] == 11, "one window beside the eight"
+    assert report["verdict"] is None
+
+
+def test_text_without_held_out_windows_says_that_nothing_was_compared(arguments, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("def f(x):\n    return x\n" * 20)
+    arguments[arguments.index("--train") + 1] = str(short)
+    assert main(at(arguments, tmp_path / "out")) == 0
+    assert "fewer than 10 windows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -157,6 +215,9 @@ def test_generated_text(arguments, tmp_path, capsys, monkeypatch):
         (["--scheme", "w5"], "unknown scheme 'w5'"),
         (["--sequence-length", "4096"], "positions for 128 tokens only"),
         (["--batch-size", "100000"], "one step needs 100000"),
+        (["--train", "generated", "--max-tokens", "40"], "makes 2 windows of 32, but one step needs 4"),
+        (["--quantizer", "ste", "--init", "gptq"], "give --init rtn"),
+        (["--log-every", "3", "--save-every", "4"], "no multiple of --log-every"),
         (["--activations", "int8-static"], "write w4a8"),
         (["--train", "missing.txt"], "no such file"),
         (["--precision", "fp16"], "needs a GPU"),

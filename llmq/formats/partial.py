@@ -15,11 +15,12 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from llmq.errors import LlmqError, VerificationError
@@ -66,13 +67,19 @@ class PartialCheckpoint:
 
     def write_shard(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write a shard under a temporary name and return what was written, read back from the file. Raises `VerificationError` when a bit of it differs."""
+        return dict(self.written(index, tensors))
+
+    def written(self, index: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """`write_shard` tensor by tensor, for shards of which two copies at a time would be too much: embeddings and head of a large vocabulary."""
         path = self.shard_path(index).with_suffix(".tmp")
         files.write_tensors(path, tensors)
-        written = load_file(path)
-        for name in tensors.keys() | written.keys():
-            if name not in tensors or name not in written or not _same_bits(tensors[name], written[name]):
+        with safe_open(path, framework="pt") as shard:
+            stored = set(shard.keys())
+        for name in sorted(tensors.keys() | stored):
+            tensor = _read(path, name) if name in stored else None
+            if tensor is None or name not in tensors or not _same_bits(tensors[name], tensor):
                 raise VerificationError(f"{path.name}: tensor {name} read back differs from the one written; the disk or the memory is faulty")
-        return written
+            yield name, tensor
 
     def finish_shard(self, index: int, report: dict[str, Any] | None = None) -> None:
         """Give the shard its name: from here on it is part of the result."""
@@ -125,6 +132,13 @@ def _differences(there: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(there, dict) and isinstance(now, dict):
         return [line for key in sorted(there.keys() | now.keys()) for line in _differences(there.get(key), now.get(key), key)]
     return [] if there == now else [f"{name}: {there} there, {now} now"]
+
+
+def _read(path: Path, name: str) -> Tensor:
+    """One tensor of a file that is open no longer than that: mapped pages count as resident memory."""
+    with safe_open(path, framework="pt") as shard:
+        tensor: Tensor = shard.get_tensor(name).clone()
+    return tensor
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -229,7 +229,8 @@ def _finish(job: Job, partial: PartialCheckpoint, reader: CheckpointReader, pref
     """Write everything that is not a block, then publish."""
     outside = [name for name in reader.names if not name.startswith(prefix + ".") and name not in job.model.all_tied_weights_keys]
     last = partial.n_shards - 1
-    partial.write_shard(last, reader.stored_names(reader.read_parameters(outside)))
+    for _ in partial.written(last, reader.stored_names(reader.read_parameters(outside))):
+        pass
     partial.finish_shard(last)
     target = partial.checkpoint_dir
     shards = {partial.shard_path(i).name: list(ShardReader.names_in(partial.shard_path(i))) for i in range(partial.n_shards)}

@@ -39,10 +39,10 @@ def test_training_starts_from_the_codes_it_is_given(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", ["lsq", "ste", "absmean"])
+@pytest.mark.parametrize("name", ["lsq", "seq", "ste", "absmean"])
 def test_the_packed_weight_is_the_trained_one_bit_for_bit(spec, name):
-    if name == "absmean" and not spec.startswith("ternary"):
-        with pytest.raises(LlmqError, match="absmean is for ternary"):
+    if name in ("absmean", "seq") and not spec.startswith(("ternary", "w2h") if name == "seq" else "ternary"):
+        with pytest.raises(LlmqError, match=f"{name} is for"):
             layer(spec, name)
         return
     _, _, module = layer(spec, name)

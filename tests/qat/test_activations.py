@@ -4,10 +4,17 @@ import pytest
 import torch
 from conftest import make_model
 
+import llmq
 from llmq.errors import LlmqError
 from llmq.kv import fake_quantize_heads, quantize_kv
 from llmq.ptq.ranges import RangeObserver, static_range
 from llmq.qat.activations import EMA, ActivationQuantizer, fake_quantize_per_token, fake_quantize_ranged
+from llmq.qat.losses import LossWeights
+from llmq.qat.schedule import Phases
+from llmq.qat.student import Student
+from llmq.qat.weights import fake_quant_modules
+from llmq.recipe import Recipe
+from llmq.spec import ActSpec
 from llmq_kernels.reference import fake_quantize_static
 
 
@@ -106,3 +113,49 @@ def test_keys_and_values_before_rope_and_errors():
         quantize_kv(model, 5)
     with pytest.raises(LlmqError, match="k_proj"):
         quantize_kv(make_model("gpt2"), 8, before_rope=True)
+
+
+def test_a_static_range_starts_from_the_one_that_was_calibrated():
+    start = torch.tensor([0.05, 100.0])
+    node = ActivationQuantizer("int8-static", start)
+    assert torch.allclose(node.input_range(), start)
+    node.train()
+    node(torch.full((4, 8), 50.0))
+    assert float(node.high) == pytest.approx(0.05 * 155 + 0.01 * (50 - 0.05 * 155), rel=1e-4), "one observation moves it by a hundredth"
+
+
+def test_a_range_without_data_is_named_instead_of_stored():
+    with pytest.raises(LlmqError, match="has seen no data"):
+        ActivationQuantizer("int8-static").input_range()
+
+
+def static_model():
+    tokens = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(1))
+    return llmq.prepare_qat(make_model("llama"), Recipe.uniform("w4g32", samples=2, sequence_length=16, activations=ActSpec("int8-static")), tokens)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_ranges_see_each_batch_once(checkpointing):
+    """Neither the check of the head nor the second forward pass of gradient checkpointing is data."""
+    model = static_model().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    nodes = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+    calibrated = [node.high.clone() for node in nodes]
+    student = Student(model, None, LossWeights(kl=0, ce=1)).train()
+    assert [node.high for node in nodes] == calibrated
+    tokens = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
+    seen = []
+    for node in nodes:
+        node.observe = lambda x, observe=node.observe: (seen.append(1), observe(x))
+    for _ in range(2):
+        student(tokens)["loss"].backward()
+    assert len(seen) == 2 * len(nodes)
+
+
+def test_the_schedule_sets_every_switch():
+    model = static_model()
+    phases = Phases(gradual=0.5, activations=0.2, freeze_ranges=0.6)
+    for done, strength, enabled, observing in ((0.0, 0.0, False, True), (0.25, 0.5, True, True), (0.6, 1.0, True, False)):
+        phases.apply(model, done)
+        assert {(module.strength, module.activations.enabled, module.activations.observing) for module in fake_quant_modules(model).values()} == {(strength, enabled, observing)}

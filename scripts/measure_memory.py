@@ -2,7 +2,7 @@
 
     python scripts/measure_memory.py
 
-Writes models of about 2.2 and 4.2 GB into a temporary folder, quantizes each with 32 x 512 tokens in a process of its own, and prints the peak resident memory above that of an
+Writes models of about 1.9 and 3.6 GB into a temporary folder, quantizes each with 32 x 512 tokens in a process of its own, and prints the peak resident memory above that of an
 interpreter with the libraries loaded, as it stood after 1, 2, 4, ... blocks and at the end.
 """
 

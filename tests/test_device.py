@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import llmq
+from llmq.cli import main
 from llmq.commands import jobs, plan
 from llmq.data import load_documents
 from llmq.errors import LlmqError
@@ -95,3 +96,27 @@ def test_a_limit_of_gpu_memory():
     plan.add_arguments(args)
     with pytest.raises(LlmqError, match="--max-gpu-memory 1e-06: the run is planned to need"):
         jobs.prepare_job(args.parse_args(["tiny", "--device", "cuda", "--max-gpu-memory", "0.000001", "--samples", "2", "--sequence-length", "32"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["rtn", "gptq", "blockwise"])
+def test_quantized_on_a_gpu(method, model_folder, calibration_file, tmp_path):
+    """The same model as on the CPU, up to codes that the last bit of another product decides."""
+    recipe = Recipe.uniform("w4g32", method=method, samples=8, sequence_length=32, iterations=20)
+    folder = model_folder()
+    reports = [quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / device, device=device) for device in ("cpu", "cuda")]
+    errors = [[layer["error"] for layer in report["layers"]] for report in reports]
+    assert errors[1] == (pytest.approx(errors[0], rel=0.25) if method != "rtn" else errors[0])
+    logits = [llmq.load(tmp_path / device, dtype="float32")(torch.arange(2, 20)[None]).logits for device in ("cpu", "cuda")]
+    assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_fine_tuned_on_a_gpu(precision, model_folder, calibration_file, tmp_path):
+    shape = ["--sequence-length", "32", "--batch-size", "4", "--max-steps", "6", "--group-size", "32", "--init", "rtn", "--scheme", "w4a8"]
+    options = ["--train", str(calibration_file), "--device", "cuda", "--precision", precision]
+    assert main(["qat", str(model_folder()), str(tmp_path / "out"), *shape, *options]) == 0
+    assert torch.isfinite(llmq.load(tmp_path / "out", dtype="float32")(torch.arange(2, 20)[None]).logits).all()

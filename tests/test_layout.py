@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -64,7 +65,9 @@ def test_kernels_is_a_source_root_not_a_package():
 
 @pytest.mark.slow
 def test_wheel_and_editable_install_import_from_elsewhere(tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True, timeout=300)
+    source = tmp_path / "source"  # a copy, because building leaves its files where it builds
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "tests", "*.egg-info"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source], check=True, capture_output=True, timeout=300)
     wheel = next(tmp_path.glob("llmq-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert {"llmq/assets/tiny/model.safetensors", "llmq_kernels/cpu.py", "llmq/py.typed"} <= set(names)
@@ -78,6 +81,11 @@ def test_wheel_and_editable_install_import_from_elsewhere(tmp_path):
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(str(target) if path else str(ROOT))
+    assert "llmq/cli.py" in names
+    entry = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "llmq = llmq.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    done = subprocess.run([Path(sys.executable).parent / "llmq", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("llmq "), done.stderr
 
 
 def test_help_answers_at_once():

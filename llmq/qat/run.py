@@ -141,6 +141,8 @@ def prepare_job(
         raise LlmqError("--precision fp16 needs a GPU: CPUs have no fast float16 training; use bf16 or fp32")
     teacher_dir = resolve(teacher, None) if teacher else model_dir
     check_same_vocabulary(config, load_config(teacher_dir))
+    if teacher and load_tokenizer(teacher_dir).get_vocab() != load_tokenizer(model_dir).get_vocab():
+        raise LlmqError(f"{teacher_dir}: the teacher's tokenizer has other tokens than that of {model_dir}; distillation needs the same tokenizer, so take a teacher of the same family")
     windows, held_out = None, None
     if train != GENERATED:
         windows, held_out = _read_text(model_dir, config, settings, train, processes(device).num_processes)

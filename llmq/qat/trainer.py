@@ -65,6 +65,8 @@ class ScheduleCallback(TrainerCallback):
             raise VerificationError(f"step {state.global_step + 1}: the gradient holds NaN or infinite values; {remedy(args)}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for module in fake_quant_modules(self.student).values():
+            module.quantizer.keep_positive()
         every = self.settings.eval_every or max(1, state.max_steps // 5)
         if self.held_out is not None and state.is_world_process_zero and (state.global_step % every == 0 or state.global_step == state.max_steps):
             self._write({"step": state.global_step, "held_out_perplexity": held_out_perplexity(self.student, self.held_out)})

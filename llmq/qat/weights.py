@@ -60,6 +60,13 @@ class WeightQuantizer(nn.Module):
         scale, zero = quantizer.range_scale(weight, self.spec)  # the mean magnitude for ternary codes
         return quantizer.round_scale(scale, self.spec), zero
 
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """Stop a learned scale at the smallest number that its dtype holds: beyond zero it would turn every code's sign, and zero stands for an empty group."""
+        if self.scale is not None:
+            limits = torch.finfo(getattr(torch, self.spec.scale_dtype))
+            self.scale.clamp_(min=limits.tiny * limits.eps)
+
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, float32 `[N, K]`."""
         if self.scale is not None:

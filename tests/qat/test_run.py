@@ -239,6 +239,19 @@ def test_engines_that_split_weights(engine, arguments, tmp_path, capsys, monkeyp
     assert not list(tmp_path.glob("*out*")), "nothing is left behind"
 
 
+def test_a_vocabulary_of_the_same_size_with_other_tokens(arguments, model_folder, tmp_path, capsys):
+    teacher = model_folder(name="teacher")
+    path = teacher / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(tokenizer))
+    assert main(at(arguments, tmp_path / "out", "--teacher", str(teacher))) == 2
+    assert "other tokens" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*")), "nothing is left behind"
+
+
 def test_another_vocabulary(arguments, model_folder, tmp_path, capsys):
     teacher = model_folder(name="teacher", vocab_size=1024)
     assert main(at(arguments, tmp_path / "out", "--teacher", str(teacher))) == 2

@@ -181,3 +181,13 @@ def test_act_order_weights_are_refused():
     ordered = QuantizedTensor(plain.packed, plain.scale, plain.zero, plain.spec, plain.shape, torch.arange(64, dtype=torch.int32) // 32)
     with pytest.raises(LlmqError, match="act-order"):
         prepare(model, {"model.layers.0.self_attn.q_proj": ordered})
+
+
+def test_a_learned_scale_never_crosses_zero():
+    _, _, module = layer("w4g32")
+    with torch.no_grad():
+        module.quantizer.scale[0, 0] = -0.3
+    module.quantizer.keep_positive()
+    qtensor = module.qtensor()
+    qtensor.validate("layer")
+    assert 0 < float(qtensor.scale[0, 0]) < 1e-4

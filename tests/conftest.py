@@ -9,7 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["LLMQ_CACHE_DIR"] = tempfile.mkdtemp(prefix="llmq-test-cache-")  # what is compiled here is what is tested, by this process and those it starts
+_cache = tempfile.TemporaryDirectory(prefix="llmq-test-cache-")  # removed when this process ends
+os.environ["LLMQ_CACHE_DIR"] = _cache.name  # what is compiled here is what is tested, by this process and those it starts
 
 import pytest
 import torch

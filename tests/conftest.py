@@ -9,8 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_cache = tempfile.TemporaryDirectory(prefix="llmq-test-cache-")  # removed when this process ends
-os.environ["LLMQ_CACHE_DIR"] = _cache.name  # what is compiled here is what is tested, by this process and those it starts
+# What is compiled here is what is tested, by this process and those it starts; removed when it ends.
+os.environ["LLMQ_CACHE_DIR"] = (_cache := tempfile.TemporaryDirectory(prefix="llmq-test-cache-")).name
 
 import pytest
 import torch

@@ -21,15 +21,15 @@ from llmq.qat.student import Student
 from llmq.recipe import Recipe
 from llmq.spec import ActSpec
 
-KINDS = {"plain": None, "w4g128": "none", "w4g128, INT8 activations": "int8-token"}
+KINDS = {"plain": None, "w4g128": ActSpec(), "w4g128, INT8 activations": ActSpec("int8-token")}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def student_of(model_name: str, activations: str | None, device: str) -> Student:
+def student_of(model_name: str, activations: ActSpec | None, device: str) -> Student:
     """A model in training that starts from plain rounding, or as it is where nothing is to be quantized."""
     model = llmq.load(model_name, dtype="float32")
     if activations is not None:
-        llmq.prepare_qat(model, Recipe.uniform("w4g128", method="rtn", activations=ActSpec(activations)))  # type: ignore[arg-type]
+        llmq.prepare_qat(model, Recipe.uniform("w4g128", method="rtn", activations=activations))
     return Student(model.to(device).train(), None, LossWeights(kl=0, ce=1))
 
 

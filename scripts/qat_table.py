@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import llmq
 from llmq.data import load_documents
 from llmq.evaluation.perplexity import evaluate
-from llmq.evaluation.windows import Windows, cut_windows
+from llmq.evaluation.windows import cut_windows
 from llmq.models.load import load_config, load_tokenizer, resolve
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.qat.losses import LossWeights
@@ -92,7 +92,7 @@ def main() -> None:
 
     model_dir = resolve(args.model)
     text = cut_windows(load_documents(args.eval, "eval"), load_tokenizer(model_dir), load_config(model_dir), args.sequence_length)
-    text = Windows(text.tokens[: args.max_windows], text.bos, text.text_sha256, text.tokenizer_sha256)
+    text = replace(text, tokens=text.tokens[: args.max_windows])
     rows: list[dict[str, Any]] = []
 
     def note(weights: str, method: str, model: PreTrainedModel, folder: Path, started: float, **more: Any) -> float:

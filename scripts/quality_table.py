@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -98,7 +98,7 @@ def main() -> None:
 
     model_dir = resolve(args.model)
     text = cut_windows(load_documents(args.eval, "eval"), load_tokenizer(model_dir), load_config(model_dir), args.sequence_length)
-    text = Windows(text.tokens[: args.max_windows], text.bos, text.text_sha256, text.tokenizer_sha256)
+    text = replace(text, tokens=text.tokens[: args.max_windows])
     full = evaluate(llmq.load(args.model, dtype="float32"), text)
     print(f"full precision: {full.value:.3f} ({full.ci95[0]:.3f} to {full.ci95[1]:.3f}); {text.n_targets} tokens\n", flush=True)
     titles = [f"{method}, mean | each seed | seconds | worst layer, error / RTN error" for method in args.methods]

@@ -32,11 +32,11 @@ def prepare_job(args: argparse.Namespace) -> Job:
 
 
 def measured_rate(device: str = "cpu", precision: str = "fp32") -> float:
-    """Matmul rate of a device in FLOP/s, halved: a run also does work that is not matmul. On a CPU always in float32, which what is around the products costs there."""
+    """Matmul rate of a device in FLOP/s, halved: a run also does work that is not matmul. On a CPU always that of float32: the time there goes to what is around the products too."""
     import torch
 
-    size = 1024 if device == "cpu" else 8192
-    dtype = torch.float32 if device == "cpu" or precision == "fp32" else torch.bfloat16 if precision == "bf16" else torch.float16
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    size, dtype = (1024, torch.float32) if device == "cpu" else (8192, dtypes[precision])
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):

@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ce", type=real(), help="weight of cross entropy with the text (default: 0.1; 0 with --train generated)")
     phases = "share of the run"
     parser.add_argument("--gradual", type=real(), default=0.0, help=f"{phases} over which quantization is blended in (default: 0; try 0.1 for ternary)")
-    parser.add_argument("--warmup", type=real(), default=0.03, help=f"{phases} over which learning rates rise (default: 0.03)")
     parser.add_argument("--activations-from", type=real(), help=f"{phases} after which activations are quantized (default: 0; 0.1 with static ranges, which are only observed at first)")
     parser.add_argument("--freeze-ranges", type=real(), default=0.85, help=f"{phases} after which static activation ranges stop (default: 0.85)")
     parser.add_argument("--freeze-scales", type=real(), default=0.85, help=f"{phases} after which scales stop (default: 0.85)")
@@ -88,7 +87,7 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
         scheme, quantizer=args.quantizer, init=args.init, kv_before_rope=args.kv_before_rope, max_tokens=None if args.max_tokens is None else int(args.max_tokens), max_steps=args.max_steps,
         sequence_length=length, batch_size=args.batch_size, accumulation=args.accumulation, lr_weights=args.lr_weights, lr_scales=args.lr_scales, precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing, loss=LossWeights(args.kl, ce), seed=args.seed, log_every=args.log_every, save_every=args.save_every, eval_every=args.eval_every,
-        phases=Phases(args.warmup, args.gradual, activations_from, args.freeze_scales, args.freeze_ranges),
+        phases=Phases(gradual=args.gradual, activations=activations_from, freeze_scales=args.freeze_scales, freeze_ranges=args.freeze_ranges),
     )  # fmt: skip
 
 

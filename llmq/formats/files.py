@@ -26,6 +26,11 @@ class WriteError(LlmqError):
     """A file could not be written, mostly for want of space: what was finished before is worth keeping."""
 
 
+def unwritable(path: object, reason: object) -> WriteError:
+    """The error for a file that cannot be written."""
+    return WriteError(f"{path}: cannot be written ({reason}); make space on this disk, then repeat the command")
+
+
 def sync(path: Path) -> None:
     """Make a file or a directory entry durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -44,7 +49,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         path.chmod(mode)
         sync(path)
     except (SafetensorError, OSError) as error:
-        raise WriteError(f"{path}: cannot be written ({error}); make space on this disk, then repeat the command") from None
+        raise unwritable(path, error) from None
 
 
 def write_json(path: Path, data: Any) -> None:

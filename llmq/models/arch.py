@@ -56,7 +56,7 @@ def check_type(model_type: str) -> None:
 
 
 def check_supported(config: PretrainedConfig) -> None:
-    """Refuse, from the config alone, what cannot be quantized as a whole. Raises `LlmqError`."""
+    """Refuse, from the config alone, what cannot be quantized as a whole, of a type that passed `check_type`. Raises `LlmqError`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     text_config = config.get_text_config()
@@ -67,7 +67,6 @@ def check_supported(config: PretrainedConfig) -> None:
                 f"{config.model_type} is a mixture of experts ({key} = {n_experts}), which llmq does not quantize yet: its experts are fused tensors that would stay in full "
                 f"precision. Tested dense families: {', '.join(FAMILIES)}"
             )
-    check_type(config.model_type)
     found = config.architectures or []
     if found and not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(found):
         raise LlmqError(f"{found[0]} is not a causal language model; expected weights of {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts the next token")

@@ -183,15 +183,13 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
         tokens = None if job.tokens is None else job.tokens.tokens
         Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device, job.exact_dtype(device)).run(first_block)
         report = _finish(job, partial, reader, prefix, first_block, time.monotonic() - started, device)
-    except files.WriteError as error:
+    except (files.WriteError, OSError) as error:  # OSError: of activations, reports or the manifest
         partial.close()
-        raise files.WriteError(f"{error}, which continues where it stopped") from None
+        known = error if isinstance(error, files.WriteError) else files.unwritable(error.filename or partial.work_dir, error.strerror or error)
+        raise files.WriteError(f"{known}, which continues where it stopped") from None
     except LlmqError:
         partial.discard()
         raise
-    except OSError as error:  # of activations, reports or the manifest
-        partial.close()
-        raise files.WriteError(f"{error.filename or partial.work_dir}: {error.strerror or error}; make space on this disk, then repeat the command, which continues where it stopped") from None
     except BaseException:
         partial.close()
         raise

@@ -82,4 +82,4 @@ class ActivationQuantizer(nn.Module):
             self.observe(x)
         if not self.enabled or bool(self.low.isnan()):
             return x
-        return fake_quantize_ranged(x, self.input_range())
+        return fake_quantize_ranged(x, static_range(self.low, self.high))

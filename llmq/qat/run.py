@@ -89,8 +89,9 @@ class QATJob:
         """Windows that are trained on once."""
         if self.windows is not None:
             return len(self.windows)
-        tokens = self.settings.max_tokens or (self.settings.max_steps or 0) * self.settings.tokens_per_batch * self.settings.accumulation * self.processes.num_processes
-        return -(-tokens // self.settings.sequence_length)
+        if self.settings.max_tokens:
+            return -(-int(self.settings.max_tokens) // self.settings.sequence_length)
+        return (self.settings.max_steps or 0) * self.settings.windows_per_step(self.processes.num_processes)
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: a started run is continued only with all of it the same."""
@@ -103,14 +104,14 @@ class QATJob:
         """tokens, steps, peak memory in bytes of weights and optimizer and of activations, and floating-point operations of the training. Estimates."""
         n_processes = self.processes.num_processes
         steps = self.settings.n_steps(self.n_windows, n_processes)
-        tokens = steps * self.settings.tokens_per_batch * self.settings.accumulation * n_processes
+        tokens = steps * self.settings.windows_per_step(n_processes) * self.settings.sequence_length
         # float32 masters, gradients and two moments, and the teacher. Student forward and backward, teacher forward, heads once more in the backward pass.
         n_bytes = self.n_parameters * (4 * 4 + (2 if self.teacher_dtype == "bfloat16" else 4))
         # Kept for the backward pass: each layer's input and output, and as much again around attention and norms; with checkpointing, of one block. And one chunk of float32 logits three times.
         per_token = 2 * sum(sum(plan.layer.shape) for plan in self.plans) * (4 if self.settings.precision == "fp32" else 2)
-        n_blocks = load_config(self.model_dir).get_text_config().num_hidden_layers
-        kept = self.settings.tokens_per_batch * per_token // (n_blocks if self.settings.gradient_checkpointing else 1)
-        logits = 3 * 4 * CHUNK_TOKENS * load_config(self.model_dir).get_text_config().vocab_size
+        config = load_config(self.model_dir).get_text_config()
+        kept = self.settings.tokens_per_batch * per_token // (config.num_hidden_layers if self.settings.gradient_checkpointing else 1)
+        logits = 3 * 4 * CHUNK_TOKENS * config.vocab_size
         return {"tokens": tokens, "steps": steps, "bytes": n_bytes, "activation_bytes": kept + logits, "flops": 8.5 * self.n_parameters * tokens}
 
 
@@ -147,7 +148,7 @@ def prepare_job(
     if train != GENERATED:
         windows, held_out = _read_text(model_dir, config, settings, train, processes(device).num_processes)
     job = QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, plans, device)
-    per_step = settings.batch_size * settings.accumulation * job.processes.num_processes
+    per_step = settings.windows_per_step(job.processes.num_processes)
     if job.n_windows < per_step:
         raise LlmqError(f"--max-tokens {settings.max_tokens}: makes {job.n_windows} windows of {settings.sequence_length}, but one step needs {per_step}; give more, or a smaller --batch-size")
     return job
@@ -169,8 +170,7 @@ def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str, 
     documents, tokenizer = data.load_documents(train, "train"), load_tokenizer(model_dir)
     row = data.tokenize(documents, tokenizer)
     data.check_vocabulary(row, config.get_text_config().vocab_size, train)
-    per_step = settings.batch_size * settings.accumulation * n_processes
-    windows, held_out = split_windows(row, settings.sequence_length, settings.n_held_out, per_step, train)
+    windows, held_out = split_windows(row, settings.sequence_length, settings.n_held_out, settings.windows_per_step(n_processes), train)
     return windows, identified(held_out, "none", documents, tokenizer) if len(held_out) else None
 
 

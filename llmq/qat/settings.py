@@ -80,13 +80,16 @@ class QATSettings:
     def tokens_per_batch(self) -> int:
         return self.batch_size * self.sequence_length
 
+    def windows_per_step(self, n_processes: int = 1) -> int:
+        """Windows that one optimizer step takes, of all processes together."""
+        return self.batch_size * self.accumulation * n_processes
+
     def n_steps(self, n_windows: int, n_processes: int = 1) -> int:
         """Optimizer steps for a text of `n_windows` windows."""
-        per_step = self.tokens_per_batch * self.accumulation * n_processes
         if self.max_steps is not None:
             return self.max_steps
         tokens = self.max_tokens if self.max_tokens is not None else n_windows * self.sequence_length
-        return max(1, tokens // per_step)
+        return max(1, tokens // (self.windows_per_step(n_processes) * self.sequence_length))
 
     def cadence(self, n_steps: int) -> tuple[int, int]:
         """Steps between rows of the log, and between checkpoints: a multiple of it."""

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,29 +147,30 @@ def test_other_settings_do_not_continue_an_interrupted_run(model_folder, calibra
     assert quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")["resumed_at_block"] == 1
 
 
-def test_a_full_disk_keeps_what_is_finished(model_folder, tmp_path):
-    """A limit on the size of files stands for a full disk: the blocks fit, the last shard does not."""
-    job = prepare(str(model_folder()), Recipe.uniform("w4g32", method="rtn"))
+@contextmanager
+def files_of_at_most(n_bytes):
+    """A limit on the size of files stands for a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
     try:
-        with pytest.raises(LlmqError, match=r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where it stopped"):
-            quantize_folder(job, tmp_path / "out")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_keeps_what_is_finished(model_folder, tmp_path):
+    """The blocks fit, the last shard does not."""
+    job = prepare(str(model_folder()), Recipe.uniform("w4g32", method="rtn"))
+    with files_of_at_most(300_000), pytest.raises(LlmqError, match=r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where it stopped"):
+        quantize_folder(job, tmp_path / "out")
     assert quantize_folder(job, tmp_path / "out")["resumed_at_block"] == 2
 
 
 def test_no_space_for_activations_keeps_what_is_finished(model_folder, calibration_file, tmp_path):
     folder = model_folder(vocab_size=2048)
     job = prepare(str(folder), Recipe.uniform("w4g32", samples=40, sequence_length=64), calibration=str(calibration_file))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, limits[1]))  # inputs are 40 x 64 x 64 x 4 bytes
-    try:
-        with pytest.raises(LlmqError, match=r"\.out\.llmq-partial.*File too large.*continues where it stopped"):
-            quantize_folder(job, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_of_at_most(600_000), pytest.raises(LlmqError, match=r"\.out\.llmq-partial.*File too large.*continues where it stopped"):  # inputs are 40 x 64 x 64 x 4 bytes
+        quantize_folder(job, tmp_path / "out")
     assert quantize_folder(job, tmp_path / "out")["resumed_at_block"] == 0
 
 

@@ -71,7 +71,7 @@ class Recipe:
     damping: share of the mean diagonal added to the Hessian. search: choose scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes and scales after
     GPTQ (see `llmq.ptq.refine`). inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which corrects each layer for
     what the layers before it lost (GPTAQ), by the share alpha. samples, sequence_length, seed: the calibration windows. iterations, learning_rate, autocast: of block-wise tuning: steps per
-    block, their size as a share of the distance between two codes, and whether blocks run in bfloat16 meanwhile. activations: how activations are quantized at inference;
+    block, their size as a share of the distance between two codes, and whether blocks run in bfloat16 meanwhile (None: see `llmq.ptq.precision`). activations: their treatment at inference;
     activation_range: how static ranges are chosen, "minmax", "percentile" or "mse" (see `llmq.ptq.ranges`).
     """
 
@@ -88,7 +88,7 @@ class Recipe:
     seed: int = 0
     iterations: int = 200
     learning_rate: float = 0.02
-    autocast: bool = False
+    autocast: bool | None = None
     activations: ActSpec = field(default_factory=ActSpec)
     activation_range: Literal["minmax", "percentile", "mse"] = "mse"
 
@@ -125,6 +125,8 @@ class Recipe:
                 raise LlmqError(f"unknown {name.replace('_', ' ')} {value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}")
             if hint in (int, bool) and type(value) is not hint:
                 raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected {'a whole number' if hint is int else 'true or false'}")
+            if hint == bool | None and type(value) not in (bool, type(None)):
+                raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected true, false or null")
             if hint is float and not (type(value) in (int, float) and math.isfinite(value)):
                 raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected a finite number")
         if not (isinstance(self.rules, tuple) and all(isinstance(rule, Rule) for rule in self.rules)):

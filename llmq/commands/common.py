@@ -57,7 +57,8 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=real(), help="share of that correction (default: 0.5)")
     parser.add_argument("--iterations", type=whole(1), metavar="N", help="steps per block of --method blockwise (default: 200)")
     parser.add_argument("--learning-rate", type=real(), help="size of these steps, as a share of the distance between two codes (default: 0.02)")
-    parser.add_argument("--autocast", action="store_true", default=None, help="run blocks in bfloat16 while they are trained; faster where the hardware multiplies bfloat16")
+    autocast_help = "run blocks in bfloat16 while they are trained (default: if the model is stored in it and the hardware multiplies it)"
+    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=None, help=autocast_help)
     activations_help = "quantize layer inputs, per token or by a static range, and multiply integers (default: none)"
     parser.add_argument("--activations", choices=("none", "int8-token", "int8-static"), default=None, help=activations_help)
     parser.add_argument("--activation-range", choices=("minmax", "percentile", "mse"), default=None, help="how static ranges are chosen (default: mse)")

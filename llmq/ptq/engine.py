@@ -6,10 +6,7 @@ in which they run and see the repairs of those before ("true-sequential"); layer
 After each block the inputs of the next one lie on disk, so a run can start again at any block. A block is handed over through `store`, which gives back the weights as they were stored: the
 engine runs the block with these, compares bit for bit, and only then lets `seal` make it count.
 
-Two streams of hidden states run side by side: what the quantized model computes, always in float32, and what the full-precision model computes, which tells each layer what was lost before it. Of the
-second only means over all tokens are used. A model stored in bfloat16 therefore runs it as everybody runs that model, in bfloat16, where the processor multiplies that natively: its roundings
-average out (W4 g128 of a 6M-parameter Llama, perplexity of three calibration seeds: 42.051 against 42.055 in float32), and a run takes a tenth less time. The report names the dtype.
-Block-wise tuning aims at single tokens of that stream and has it in float32.
+Two streams of hidden states run side by side: what the quantized model computes, always in float32, and what the full-precision model computes, which tells each layer what was lost before it.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError, VerificationError
 from llmq.models.arch import find_blocks, linear_weight
@@ -35,6 +32,7 @@ from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, sequences_per_step
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.layers import LayerReport, by_spec, n_rows, report_layer, solve, split
 from llmq.ptq.memory import LARGE_BLOCK, map_large_tensors, release_freed_memory
+from llmq.ptq.precision import Precision
 from llmq.ptq.ranges import RangeObserver
 from llmq.ptq.replay import SolvedParts
 from llmq.ptq.solver import SolverResult
@@ -82,7 +80,7 @@ class BlockResult:
 class Engine:
     """The state of one run. model: on the meta device. plans: every linear layer of the blocks. tokens: int64 `[n_sequences, length]`, or None for methods without data.
     store: stores a block's result and returns the weights as read back from there. seal: makes a stored and verified block count. on_block: told after each block.
-    exact_dtype: what the full-precision stream is computed in."""
+    precision: what the full-precision stream and block-wise tuning are computed in."""
 
     model: PreTrainedModel
     reader: WeightReader
@@ -94,7 +92,7 @@ class Engine:
     seal: Callable[[BlockReport], None]
     on_block: Callable[[BlockReport], None] = lambda report: None
     device: str = "cpu"
-    exact_dtype: torch.dtype = torch.float32
+    precision: Precision = field(default_factory=Precision)
     _calls: dict[int, list[BlockCall]] = field(default_factory=dict)
     _untuned: dict[str, tuple[Tensor, LayerStats]] = field(default_factory=dict)  # full-precision weights of the block whose layers are solved, and what they were solved with
 
@@ -121,7 +119,7 @@ class Engine:
         """The file of the inputs of block `index`."""
         assert self.tokens is not None
         width = self.model.config.get_text_config().hidden_size
-        return ActivationFile(self.work_dir / f"inputs-{stream}-{index:05d}.bin", self.tokens.shape[1], width, self.exact_dtype if stream == "full-precision" else torch.float32)
+        return ActivationFile(self.work_dir / f"inputs-{stream}-{index:05d}.bin", self.tokens.shape[1], width, self.precision.stream if stream == "full-precision" else torch.float32)
 
     @property
     def _is_static(self) -> bool:
@@ -196,7 +194,7 @@ class Engine:
             groups = self._groups(index, block, name, targets)
         exact_output = None
         if "full-precision" in self.streams and self.tokens is not None:
-            exact = block if self.exact_dtype == torch.float32 else copy.deepcopy(block).to(self.exact_dtype)
+            exact = block if self.precision.stream == torch.float32 else copy.deepcopy(block).to(self.precision.stream)
             exact_output = self._advance(exact, index, "full-precision", groups).float()
             del exact
         results, layer_reports = self._solve_block(index, block, name, targets, groups, parts)
@@ -306,7 +304,7 @@ class Engine:
         """Tune the solved block as a whole: its results, its weights and the reports of its layers become those of the tuned ones."""
         assert self.tokens is not None
         recipe, (untuned, self._untuned) = self.recipe, (self._untuned, {})
-        options = BlockwiseOptions(recipe.iterations, recipe.learning_rate, recipe.autocast, seed=(recipe.seed * len(self.blocks) + index) % (1 << 63))
+        options = BlockwiseOptions(recipe.iterations, recipe.learning_rate, autocast=self.precision.training == torch.bfloat16, seed=(recipe.seed * len(self.blocks) + index) % (1 << 63))
         call = self._calls[sequences_per_step(*self.tokens.shape)][index]
         weights, start = {layer: weight for layer, (weight, _) in untuned.items()}, {layer: result.tensor for layer, result in results.items()}
         tuning = tune_block(block, weights, start, self.inputs_of(index), self.inputs_of(index + 1, "full-precision"), call, options)
@@ -367,20 +365,6 @@ def _narrows(block: nn.Module, group: list[str]) -> bool:
     """Whether a group is a single layer with fewer outputs than inputs."""
     n, k = linear_weight(block.get_submodule(group[0])).shape
     return len(group) == 1 and n < k
-
-
-def exact_dtype(config: PretrainedConfig, recipe: Recipe, device: str) -> torch.dtype:
-    """What the full-precision stream of a model with this config is best computed in: see the module's text."""
-    needs_means_only = recipe.inputs == "both" and recipe.method == "gptq"
-    is_native = (config.dtype or config.get_text_config().dtype) == torch.bfloat16 and multiplies_bfloat16(device)
-    return torch.bfloat16 if needs_means_only and is_native else torch.float32
-
-
-def multiplies_bfloat16(device: str) -> bool:
-    """Whether a device has instructions for products of bfloat16 numbers; without them they are slower than float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def batch_size(plans: list[LayerPlan], length: int) -> int:

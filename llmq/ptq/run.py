@@ -25,7 +25,8 @@ from llmq.models.arch import check_length, find_blocks, needs_bos, quantizable_l
 from llmq.models.load import ShardReader, check_finite, check_shapes, left_out, load_config, load_tokenizer, match_names, meta_model, resolve
 from llmq.modules import quantized_modules, swap
 from llmq.ptq.budget import stored_bytes, work_bytes
-from llmq.ptq.engine import BlockReport, BlockResult, Engine, exact_dtype
+from llmq.ptq.engine import BlockReport, BlockResult, Engine
+from llmq.ptq.precision import Precision
 from llmq.ptq.report import build_report, model_card
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
@@ -88,9 +89,9 @@ class Job:
         """Layers that differ from what was asked, and the remarks."""
         return {plan.layer.name: plan.note for plan in self.plans if plan.note} | self.remarks
 
-    def exact_dtype(self, device: str) -> torch.dtype:
-        """What the full-precision stream is computed in on a device."""
-        return exact_dtype(self.config, self.recipe, device)
+    def precision(self, device: str) -> Precision:
+        """What the parts of the run are computed in on a device."""
+        return Precision.of(self.config, self.recipe, device)
 
 
 def prepare(model: str, recipe: Recipe, *, calibration: str | data.TokenSet = data.BUNDLED, format: str = "auto", revision: str | None = None, strict: bool = False) -> Job:
@@ -158,7 +159,7 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
             "device": device,
-            "full-precision stream": str(job.exact_dtype(device)),
+            "precision": str(job.precision(device)),
         },
     }
 
@@ -181,7 +182,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             files.check_space(partial.work_dir, stored_bytes(job) + work_bytes(job))
         on_start(first_block, len(blocks))
         tokens = None if job.tokens is None else job.tokens.tokens
-        Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device, job.exact_dtype(device)).run(first_block)
+        Engine(job.model, reader, job.recipe, job.plans, tokens, partial.work_dir, sink.store, sink.seal, on_block, device, job.precision(device)).run(first_block)
         report = _finish(job, partial, reader, prefix, first_block, time.monotonic() - started, device)
     except (files.WriteError, OSError) as error:  # OSError: of activations, reports or the manifest
         partial.close()
@@ -279,7 +280,7 @@ def quantize(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = Non
     quantize_kv(meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope)  # whether it can be done is known before anything changes
     sink = _ModelSink(model, recipe.activations)
     with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
-        dtype = exact_dtype(model.config, recipe, "cpu")
-        Engine(skeleton, ModelReader(model), recipe, plans, None if recipe.method == "rtn" else tokens, Path(work_dir), sink.store, sink.seal, on_block, exact_dtype=dtype).run()
+        precision = Precision.of(model.config, recipe, "cpu")
+        Engine(skeleton, ModelReader(model), recipe, plans, None if recipe.method == "rtn" else tokens, Path(work_dir), sink.store, sink.seal, on_block, precision=precision).run()
     quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
     return sink.reports

@@ -13,7 +13,8 @@ from llmq.data import calibration_windows
 from llmq.errors import LlmqError, VerificationError
 from llmq.formats import files
 from llmq.modules import quantized_modules
-from llmq.ptq import engine
+from llmq.ptq import precision
+from llmq.ptq.precision import Precision
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe, Rule
 from llmq.spec import ActSpec, QuantSpec
@@ -184,15 +185,13 @@ def test_a_full_precision_stream_in_bfloat16_leads_to_the_same_place(model_type,
     tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 30, 32, 0, "text").tokens
     reports = []
     for native in (True, False):
-        monkeypatch.setattr(engine, "multiplies_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device, native=native: native)
         model = make_model(model_type, dtype=torch.bfloat16)
-        assert engine.exact_dtype(model.config, recipe(), "cpu") == (torch.bfloat16 if native else torch.float32)
+        assert Precision.of(model.config, recipe(), "cpu").stream == (torch.bfloat16 if native else torch.float32)
         reports.append(llmq.quantize(model, recipe(), tokens))
     for ours, exact in zip(*reports, strict=True):
         assert ours.output_error == pytest.approx(exact.output_error, rel=0.1)
         assert all(layer.error < layer.rtn_error for layer in ours.layers)
-    assert engine.exact_dtype(model.config, recipe(inputs="full-precision"), "cpu") == torch.float32
-    assert engine.exact_dtype(model.config, recipe(method="blockwise"), "cpu") == torch.float32
 
 
 def test_report_counts_and_card(model_folder, calibration_file, tmp_path):

@@ -86,6 +86,34 @@ def test_heads_are_quantized_one_by_one_and_only_once(bits):
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
+def on_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Heads on their grid, with the gradient passed straight through: written out once more, by autograd."""
+    scale = x.detach().abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return x + ((x / scale).round() * scale - x).detach()
+
+
+@pytest.mark.parametrize("before_rope", [False, True])
+def test_gradients_of_a_whole_model_with_quantized_keys_and_values(before_rope, monkeypatch):
+    """Every weight gets the gradient that autograd finds when keys and values are quantized by hand, where attention reads them or where the projections give them."""
+    ids, bits = torch.randint(2, 2048, (2, 12)), 4
+    ours, by_hand, plain = (make_model() for _ in range(3))
+    quantize_kv(ours, bits, before_rope=before_rope)
+    for model in (ours, plain):
+        model(input_ids=ids, labels=ids).loss.backward()
+    if before_rope:
+        width = by_hand.config.hidden_size // by_hand.config.num_attention_heads
+        for block in by_hand.model.layers:
+            for projection in (block.self_attn.k_proj, block.self_attn.v_proj):
+                projection.forward = lambda x, weight=projection.weight: on_grid((x @ weight.T).unflatten(-1, (-1, width)), bits).flatten(-2)
+    else:
+        attend = torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **options: attend(q, on_grid(k, bits), on_grid(v, bits), **options))
+    by_hand(input_ids=ids, labels=ids).loss.backward()
+    for (name, parameter), expected, without in zip(ours.named_parameters(), by_hand.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, expected.grad, rtol=1e-3, atol=1e-6), name
+        assert not torch.allclose(parameter.grad, without.grad, rtol=1e-3, atol=1e-6), name
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
 def test_keys_and_values_after_rope(model_type):
     """The whole text at once and token by token with a cache compute the same function."""

@@ -10,7 +10,7 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.fakequant import lsq_factor
 from llmq.models.arch import linear_weight, quantizable_layers
-from llmq.models.load import meta_model
+from llmq.models.load import load_config, meta_model
 from llmq.modules import quantized_modules
 from llmq.qat.weights import FakeQuantLinear, WeightQuantizer, fake_quant_modules, freeze, masters, prepare, stretched_scale
 from llmq.qtensor import QuantizedTensor
@@ -149,19 +149,42 @@ def test_prepare_and_freeze_a_model(model_type, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_from_a_model_in_memory_to_a_folder(method, tmp_path, tokenizer):
+def test_training_a_model_starts_from_its_quantized_one(method):
     model, ids = make_model(), torch.randint(2, 2048, (4, 16))
     recipe = llmq.Recipe.uniform("w3g32-asym", method=method)
     llmq.quantize(start := copy.deepcopy(model), recipe, ids)
     llmq.prepare_qat(model, recipe, ids)
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids).logits, start(input_ids=ids).logits, atol=1e-4)
+
+
+SCHEMES = [(spec, "lsq", "none") for spec in SPECS] + [
+    ("w4g32", "ste", "int8-token"), ("w2h-g32", "seq", "none"), ("ternary-g32", "seq", "none"), ("ternary-row", "absmean", "none"), ("ternary-tensor", "absmean", "int8-token"),
+    ("w8", "lsq", "int8-static"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "quantizer", "activations"), SCHEMES)
+def test_every_scheme_from_a_model_in_memory_to_a_folder(spec, quantizer, activations, tmp_path, tokenizer):
+    """Trained, frozen, saved in the format that holds it, loaded: codes and logits stay the same bit for bit."""
+    model, ids = make_model(), torch.randint(2, 2048, (4, 16))
+    recipe = llmq.Recipe.uniform(spec, method="gptq" if activations == "int8-static" else "rtn", activations=ActSpec(activations))
+    llmq.prepare_qat(model, recipe, ids, quantizer=quantizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert all(module.weight.grad.any() and module.quantizer.scale.grad.any() for module in fake_quant_modules(model).values())
-    llmq.freeze(model)
-    llmq.save(model, tmp_path / "out", tokenizer=tokenizer)
+    for module in fake_quant_modules(model).values():
+        assert all(parameter.grad.any() for name, parameter in module.named_parameters() if name != "quantizer.zero"), "zero points get theirs from clipped weights only"
+    optimizer.step()
     with torch.no_grad():
-        assert torch.equal(llmq.load(tmp_path / "out", dtype="float32")(input_ids=ids).logits, model(input_ids=ids).logits)
+        used = {name: module.quantizer(module.weight) for name, module in fake_quant_modules(model).items()}
+        frozen = llmq.freeze(model, recipe.activations)
+        assert all(torch.equal(frozen[name].dequantize(), value) for name, value in used.items())
+        llmq.save(model, tmp_path / "out", tokenizer=tokenizer)
+        loaded = llmq.load(tmp_path / "out", dtype="float32")
+        assert all(torch.equal(module.qtensor().dequantize(), used[name]) for name, module in quantized_modules(loaded).items())
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    is_bitnet, is_gptq = (spec, activations) == ("ternary-tensor", "int8-token"), spec in ("w8", "w4g32") and activations == "none"
+    assert load_config(tmp_path / "out").quantization_config["quant_method"] == ("bitnet" if is_bitnet else "gptq" if is_gptq else "llmq")
 
 
 def test_activations_are_not_lost_when_a_model_is_frozen():

@@ -1,0 +1,34 @@
+"""What runs in bfloat16 by itself: only what may, only for models that are stored so, only where the processor multiplies it, and never against the recipe."""
+
+import pytest
+import torch
+from conftest import make_model
+
+from llmq.ptq import precision
+from llmq.ptq.precision import Precision
+from llmq.recipe import Recipe
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+def of(dtype=HALF, **options):
+    return Precision.of(make_model(dtype=dtype).config, Recipe(**options), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "native", "other"),
+    [
+        ({}, Precision(HALF, FULL), Precision()),
+        ({"inputs": "full-precision"}, Precision(), Precision()),
+        ({"method": "blockwise"}, Precision(FULL, HALF), Precision()),
+        ({"method": "blockwise", "autocast": False}, Precision(), Precision()),
+        ({"method": "blockwise", "autocast": True}, Precision(FULL, HALF), Precision(FULL, HALF)),
+        ({"autocast": True}, Precision(HALF, FULL), Precision()),
+    ],
+)
+def test_precision(options, native, other, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
+    assert of(**options) == native
+    assert of(FULL, **options) == other, "a model that is not stored in bfloat16"
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
+    assert of(**options) == other, "a processor without its products"

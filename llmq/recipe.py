@@ -67,7 +67,7 @@ class LayerPlan:
 class Recipe:
     """Everything that decides the result, apart from the model and the texts.
 
-    rules: ordered, first match wins. method: "rtn", "gptq", or "blockwise", which starts from GPTQ (see `llmq.ptq.blockwise`). order: the column order of GPTQ (see `llmq.ptq.gptq`).
+    rules: ordered, first match wins. method: "rtn", "gptq", or "blockwise" (see `llmq.ptq.blockwise`), which starts from `init`. order: the column order of GPTQ (see `llmq.ptq.gptq`).
     damping: share of the mean diagonal added to the Hessian. search: choose scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes and scales after
     GPTQ (see `llmq.ptq.refine`). inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which corrects each layer for
     what the layers before it lost (GPTAQ), by the share alpha. samples, sequence_length, seed: the calibration windows. iterations, learning_rate, autocast: of block-wise tuning: steps per
@@ -77,6 +77,7 @@ class Recipe:
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
     method: Literal["rtn", "gptq", "blockwise"] = "gptq"
+    init: Literal["rtn", "gptq"] = "gptq"
     order: Literal["group", "static", "none", "act"] = "group"
     damping: float = 0.01
     search: bool = True
@@ -88,6 +89,7 @@ class Recipe:
     seed: int = 0
     iterations: int = 200
     learning_rate: float = 0.02
+    tune_zero_points: bool = False
     autocast: bool | None = None
     activations: ActSpec = field(default_factory=ActSpec)
     activation_range: Literal["minmax", "percentile", "mse"] = "mse"
@@ -112,6 +114,8 @@ class Recipe:
             raise LlmqError(f"iterations {self.iterations}: expected 1 or more steps per block; use --method gptq for none")
         if not 0 < self.learning_rate <= 1:
             raise LlmqError(f"learning rate {self.learning_rate}: expected a share of a step between two codes, above 0 and at most 1 (0.02 is usual)")
+        if self.init == "rtn" and self.method != "blockwise":
+            raise LlmqError(f"init rtn: method {self.method} starts from nothing; give --method blockwise, or --method rtn for plain rounding")
         if self.method == "blockwise" and self.order == "act":
             raise LlmqError(
                 "block-wise tuning needs groups of consecutive columns, and true act-order stores other ones: leave out --act-order (--order group sorts columns too), or use --method gptq"
@@ -133,6 +137,11 @@ class Recipe:
             raise LlmqError(f"rules {self.rules!r}: expected a tuple of Rule")
         if not isinstance(self.activations, ActSpec):
             raise LlmqError(f"activations {self.activations!r}: expected an ActSpec")
+
+    @property
+    def corrects_targets(self) -> bool:
+        """Whether layers are solved with the means of both input streams."""
+        return self.inputs == "both" and not (self.method == "blockwise" and self.init == "rtn")
 
     @classmethod
     def uniform(cls, spec: str | QuantSpec, **options: Any) -> Recipe:

@@ -68,6 +68,8 @@ def test_json_round_trip():
         ({"order": "desc"}, "unknown order 'desc': expected group, static, none or act"),
         ({"inputs": "fp"}, "unknown inputs 'fp': expected quantized, full-precision or both"),
         ({"activation_range": ["mse"]}, "unknown activation range .* expected minmax, percentile or mse"),
+        ({"autocast": 1}, "autocast 1: expected true, false or null"),
+        ({"init": "rtn"}, "init rtn: method gptq starts from nothing; give --method blockwise"),
         ({"method": "rtn", "order": "act"}, "rtn has no order of columns: leave out --act-order"),
     ],
 )

@@ -57,6 +57,8 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=real(), help="share of that correction (default: 0.5)")
     parser.add_argument("--iterations", type=whole(1), metavar="N", help="steps per block of --method blockwise (default: 200)")
     parser.add_argument("--learning-rate", type=real(), help="size of these steps, as a share of the distance between two codes (default: 0.02)")
+    parser.add_argument("--init", choices=("rtn", "gptq"), default=None, help="what --method blockwise starts from (default: gptq)")
+    parser.add_argument("--tune-zero-points", action="store_true", default=None, help="--method blockwise trains zero points, too (default: weights and scales)")
     autocast_help = "run blocks in bfloat16 while they are trained (default: if the model is stored in it and the hardware multiplies it)"
     parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=None, help=autocast_help)
     activations_help = "quantize layer inputs, per token or by a static range, and multiply integers (default: none)"
@@ -89,7 +91,7 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
     base = _recipe_of_file(args.recipe, defaults, args) if args.recipe else defaults
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
-    names = ("method", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "iterations", "learning_rate", "autocast", "activation_range")
+    names = ("method", "init", "tune_zero_points", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "iterations", "learning_rate", "autocast", "activation_range")
     options = {name: getattr(args, name) for name in names}
     options |= {"order": "act" if args.act_order else args.order, "search": False if args.no_search else None}
     if args.activations or args.kv_bits:

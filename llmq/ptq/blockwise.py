@@ -41,11 +41,12 @@ SCALE_RANGE = 4.0  # a scale may leave its start by this factor
 
 @dataclass(frozen=True)
 class BlockwiseOptions:
-    """iterations: optimizer steps per block. learning_rate: of the weights, in steps of their own grid; scales move so that the outermost code moves as far. Both fall to zero along a half
-    cosine. autocast: run the block in bfloat16 while it trains, on float32 masters. seed: of the order of the sequences."""
+    """iterations: optimizer steps per block. learning_rate: of the weights, in steps of their own grid; scales move so that the outermost code moves as far, and zero points, if they are tuned, as
+    far as a weight. All fall to zero along a half cosine. autocast: run the block in bfloat16 while it trains, on float32 masters. seed: of the order of the sequences."""
 
     iterations: int = 200
     learning_rate: float = 0.02
+    tune_zero_points: bool = False
     autocast: bool = False
     seed: int = 0
 
@@ -77,7 +78,7 @@ def tune_block(
     """
     tuner = _Tuner(block, inputs, targets, call, options)
     start_error = tuner.error({layer: tensor.dequantize() for layer, tensor in start.items()})
-    masters = {layer: _Master(weights[layer], start[layer], options.learning_rate) for layer in start}
+    masters = {layer: _Master(weights[layer], start[layer], options) for layer in start}
     n_skipped = tuner.train(masters)
     tuned = {layer: master.freeze() for layer, master in masters.items()}
     error = tuner.error({layer: tensor.dequantize() for layer, tensor in tuned.items()})
@@ -89,17 +90,20 @@ def tune_block(
 class _Master:
     """One layer in training: float32 weight, scale and zero point off the grid, and what they are once stored."""
 
-    def __init__(self, weight: Tensor, start: QuantizedTensor, learning_rate: float) -> None:
+    def __init__(self, weight: Tensor, start: QuantizedTensor, options: BlockwiseOptions) -> None:
         self.spec = start.spec
         self.weight = weight.detach().clone().requires_grad_()
         self.scale = start.scale.float().clone().requires_grad_()
-        self.zero = None if start.zero is None else start.zero.float()
+        self.zero = None if start.zero is None else start.zero.float().clone()
         smallest = torch.finfo(start.scale.dtype).smallest_normal
         initial = self.scale.detach().clone()
         # A scale below the smallest normal number of its dtype would lose its digits, and at last become zero.
         self.lowest, self.highest = torch.minimum(initial, (initial / SCALE_RANGE).clamp_min(smallest)), initial * SCALE_RANGE
         step, outermost = float(initial.mean()), self.spec.levels.levels / 2
-        self.groups = [{"params": [self.weight], "lr": learning_rate * step}, {"params": [self.scale], "lr": learning_rate * step / outermost}]
+        rate = options.learning_rate
+        self.groups = [{"params": [self.weight], "lr": rate * step}, {"params": [self.scale], "lr": rate * step / outermost}]
+        if self.zero is not None and options.tune_zero_points:
+            self.groups.append({"params": [self.zero.requires_grad_()], "lr": rate})
 
     def value(self) -> Tensor:
         return fake_quantize_ste(self.weight, self.scale, self.zero, self.spec)
@@ -112,7 +116,8 @@ class _Master:
     @torch.no_grad()
     def freeze(self) -> QuantizedTensor:
         """The values of the last `value()`, packed."""
-        return QuantizedTensor.round(self.weight, quantizer.round_scale(self.scale, self.spec), self.zero, self.spec)
+        zero = None if self.zero is None else quantizer.round_zero(self.zero, self.spec)
+        return QuantizedTensor.round(self.weight, quantizer.round_scale(self.scale, self.spec), zero, self.spec)
 
 
 class _Tuner:

@@ -246,7 +246,7 @@ class Engine:
 
     def _advance(self, block: nn.Module, index: int, stream: str, record: Sequence[list[str]] = ()) -> Tensor:
         """Run the block over a stream, write the next block's inputs (none after the last) and the `_exact_rows` of recorded groups, and return the first batch's output."""
-        groups = record if self.recipe.inputs == "both" else ()
+        groups = record if self.recipe.corrects_targets else ()
         recorded: tuple[dict[str, nn.Module], dict[str, nn.Module]] = ({}, {})
         for group in groups:
             recorded[_narrows(block, group)][group[0]] = block.get_submodule(group[0])
@@ -304,7 +304,8 @@ class Engine:
         """Tune the solved block as a whole: its results, its weights and the reports of its layers become those of the tuned ones."""
         assert self.tokens is not None
         recipe, (untuned, self._untuned) = self.recipe, (self._untuned, {})
-        options = BlockwiseOptions(recipe.iterations, recipe.learning_rate, autocast=self.precision.training == torch.bfloat16, seed=(recipe.seed * len(self.blocks) + index) % (1 << 63))
+        seed = (recipe.seed * len(self.blocks) + index) % (1 << 63)
+        options = BlockwiseOptions(recipe.iterations, recipe.learning_rate, recipe.tune_zero_points, self.precision.training == torch.bfloat16, seed)
         call = self._calls[sequences_per_step(*self.tokens.shape)][index]
         weights, start = {layer: weight for layer, (weight, _) in untuned.items()}, {layer: result.tensor for layer, result in results.items()}
         tuning = tune_block(block, weights, start, self.inputs_of(index), self.inputs_of(index + 1, "full-precision"), call, options)
@@ -331,7 +332,7 @@ class Engine:
     def _measure(self, index: int, block: nn.Module, group: list[str], parts: SolvedParts, solved: Collection[str]) -> LayerStats:
         """Statistics of the inputs that a group of layers shares, on the stream that the recipe names."""
         layer = block.get_submodule(group[0])
-        both = self.recipe.inputs == "both"
+        both = self.recipe.corrects_targets
         weight = linear_weight(layer)
         stats = LayerStats(weight.shape[1], self.device, cross=both, projection=weight if both and _narrows(block, group) else None, ranges=RangeObserver() if self._is_static else None)
         exact_file = self._exact_rows(block, group)

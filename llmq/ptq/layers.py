@@ -48,9 +48,11 @@ def by_spec(group: list[str], targets: dict[str, QuantSpec]) -> Iterator[tuple[l
 
 
 def solve(weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe) -> SolverResult:
-    """Quantize a float32 weight `[N, K]` by the recipe's layer solver; without statistics by plain rounding."""
+    """Quantize a float32 weight `[N, K]` by the recipe's layer solver, which block-wise tuning starts from; without statistics by plain rounding."""
     if recipe.method == "rtn" or stats is None:
         return rtn(weight, spec)
+    if recipe.method == "blockwise" and recipe.init == "rtn":
+        return rtn(weight, spec, stats.hessian.diagonal() if recipe.search else None)
     return gptq(weight, stats, spec, GPTQOptions(recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha))
 
 

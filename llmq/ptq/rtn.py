@@ -1,4 +1,4 @@
-"""Round to nearest: no data, no repairs. The first rung of the ladder and the fallback of the others."""
+"""Round to nearest: no repairs. The first rung of the ladder and the fallback of the others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from llmq.qtensor import QuantizedTensor
 from llmq.spec import QuantSpec
 
 
-def rtn(weight: Tensor, spec: QuantSpec) -> SolverResult:
-    """Quantize a float32 weight `[N, K]` with scales from its ranges."""
-    return SolverResult(QuantizedTensor.quantize(weight, spec))
+def rtn(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> SolverResult:
+    """Quantize a float32 weight `[N, K]` with scales from its ranges, or from a search under the importance `[K]` of its columns (see `quantizer.choose_scale`)."""
+    n_dead = 0 if importance is None else int((importance == 0).sum())
+    return SolverResult(QuantizedTensor.quantize(weight, spec, importance), n_dead=n_dead)

@@ -14,7 +14,9 @@ from llmq.modules import quantized_modules
 from llmq.ptq.activations import ActivationFile
 from llmq.ptq.blockwise import BlockwiseOptions, _Master, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockRecorder
+from llmq.ptq.layers import solve
 from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.stats import LayerStats
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Recipe
 from llmq.spec import ActSpec, QuantSpec
@@ -104,8 +106,10 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(autocast, tmp_path):
 @pytest.mark.parametrize("spec", ["w4g32", "w2g32-asym", "ternary", "w4-tensor", "w8"])
 def test_what_was_trained_is_what_is_packed(spec):
     weight = torch.randn(24, 96)
-    master = _Master(weight, QuantizedTensor.quantize(weight, QuantSpec.parse(spec)), 0.02)
+    master = _Master(weight, QuantizedTensor.quantize(weight, QuantSpec.parse(spec)), BlockwiseOptions(tune_zero_points=True))
     with torch.no_grad():
+        if master.zero is not None:
+            master.zero.add_(torch.randn_like(master.zero))
         master.weight.add_(torch.randn_like(weight), alpha=0.3)
         master.scale.mul_(torch.rand_like(master.scale) * 6)
     master.keep_in_range()
@@ -119,7 +123,7 @@ def test_tiny_scales_do_not_vanish():
     """An almost empty group: its float16 scale is not a normal number, and a quarter of it would be zero, which stands for one."""
     weight = torch.randn(4, 64)
     weight[:, 32:] *= 1e-7
-    master = _Master(weight, QuantizedTensor.quantize(weight, QuantSpec("int4", 32)), 0.02)
+    master = _Master(weight, QuantizedTensor.quantize(weight, QuantSpec("int4", 32)), BlockwiseOptions())
     with torch.no_grad():
         master.scale.zero_()
     master.keep_in_range()
@@ -163,6 +167,33 @@ def test_few_sequences_and_every_kind_of_start(inputs, samples):
     tokens = calibration_windows(torch.randint(2, 2048, (3000,)), samples, LENGTH, 0, "text").tokens
     reports = llmq.quantize(model, recipe(inputs=inputs, iterations=2), tokens)
     assert [block.tuned_error is not None for block in reports] == [True] * 3
+
+
+def test_a_start_from_plain_rounding():
+    """It is RTN with scales searched under each layer's own inputs, which tuning makes better, too."""
+    tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 64, LENGTH, 0, "text").tokens
+    first = {init: llmq.quantize(make_model(), recipe(init=init, search=True, iterations=20), tokens)[0] for init in ("rtn", "gptq")}
+    assert first["rtn"].start_error > first["gptq"].start_error > 0
+    assert first["rtn"].tuned_error < 0.95 * first["rtn"].start_error
+    weight, stats = torch.randn(24, 64), LayerStats(64)
+    stats.add(torch.randn(4, LENGTH, 64) * torch.rand(64))
+    stats.finish()
+    spec = QuantSpec.parse("w2g32-asym")
+    for search in (True, False):
+        expected = QuantizedTensor.quantize(weight, spec, stats.hessian.diagonal() if search else None)
+        found = solve(weight, stats, spec, recipe(init="rtn", search=search)).tensor
+        assert torch.equal(found.dequantize(), expected.dequantize())
+
+
+def test_zero_points_are_tuned_when_asked(tmp_path):
+    problem = Problem(tmp_path)
+    for asked in (False, True):
+        tuning = problem.tune(tune_zero_points=asked)
+        assert tuning.error < tuning.start_error
+        moved = [not torch.equal(tensor.zero, problem.start[name].zero) for name, tensor in tuning.tensors.items()]
+        assert any(moved) is asked
+        for name, tensor in tuning.tensors.items():
+            tensor.validate(name)
 
 
 def test_blocks_that_are_kept_are_passed_by():

@@ -87,18 +87,17 @@ class ScheduleCallback(TrainerCallback):
 
 
 def held_out_perplexity(student: Student, windows: Windows) -> float:
-    """Perplexity at full quantization strength, whatever the schedule is at."""
-    modules = list(fake_quant_modules(student).values())
-    strengths, training = [module.strength for module in modules], student.training
-    for module in modules:
+    """Perplexity with everything quantized that will be, whatever the schedule is at; it sets its switches again before the next step."""
+    training = student.training
+    for module in fake_quant_modules(student).values():
         module.strength = 1.0
+        if module.activations is not None:
+            module.activations.enabled = True
     student.eval()
     try:
         return evaluate(student.model, windows).value
     finally:
         student.train(training)
-        for module, strength in zip(modules, strengths, strict=True):
-            module.strength = strength
 
 
 class QATTrainer(Trainer):

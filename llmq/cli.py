@@ -12,11 +12,14 @@ import json
 import os
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llmq import __version__
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, LlmqWarning
 
 COMMANDS = ("plan", "quantize", "qat", "eval", "compare", "generate", "inspect", "bench", "doctor")
 
@@ -55,6 +58,25 @@ class _Stop:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def _told_warnings() -> Iterator[list[str]]:
+    """llmq's own warnings as lines on stderr and in the list; those of other packages as ever."""
+    told: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LlmqWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, LlmqWarning):
+                told.append(str(message))
+                print(f"llmq: warning: {message}", file=sys.stderr)
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield told
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     try:
@@ -64,7 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     stop = _Stop()
     try:
-        result, text = args.module.run(args)
+        with _told_warnings() as told:
+            result, text = args.module.run(args)
+        if told:
+            result = {**result, "warnings": told}
         print(json.dumps(result) if args.json else text, flush=True)
     except (Exception, KeyboardInterrupt) as error:
         if stop.requested or isinstance(error, KeyboardInterrupt):

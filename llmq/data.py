@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmq.corpus import standard_library_documents
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, LlmqWarning
 
 BUNDLED = "bundled"
 MAX_HUB_DOCUMENTS = 20_000
@@ -90,7 +90,7 @@ def _read_hub(source: str, revision: str | None) -> list[str]:
     except Exception as error:  # datasets raises whatever its file systems raise; every one of them means that the data cannot be had.
         raise LlmqError(f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}); expected name:config:split") from None
     if len(documents) > MAX_HUB_DOCUMENTS:
-        warnings.warn(f"{source}: the first {MAX_HUB_DOCUMENTS} documents are used; the data set has more", stacklevel=3)
+        warnings.warn(f"{source}: the first {MAX_HUB_DOCUMENTS} documents are used; the data set has more", LlmqWarning, stacklevel=3)
     return documents[:MAX_HUB_DOCUMENTS]
 
 

@@ -9,6 +9,10 @@ class LlmqError(Exception):
     exit_code = 2
 
 
+class LlmqWarning(UserWarning):
+    """Something was done otherwise than one would expect, and the result is still good. The command line tells it on stderr and in the JSON under "warnings"."""
+
+
 class VerificationError(LlmqError):
     """A result failed its own check, or too much of it fell back to a weaker method. Exit code 1."""
 

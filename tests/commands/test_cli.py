@@ -443,3 +443,16 @@ def test_an_interruption_in_disguise_is_still_one(llmq, monkeypatch, disguise, n
         for handled, handler in handlers.items():
             signal.signal(handled, handler)
     assert (code, stderr) == (130, "llmq: interrupted; the same command continues where it stopped\n")
+
+
+def test_warnings_are_told_and_in_the_json(model_folder, monkeypatch, capsys):
+    monkeypatch.setattr("llmq.data.MAX_HUB_DOCUMENTS", 2)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: ({"text": "some words of a row " * 20} for _ in range(3)))
+    arguments = ["eval", str(model_folder()), "--data", "someone/texts", "--sequence-length", "16", "--max-windows", "2"]
+    assert main([*arguments, "--json"]) == 0
+    found = capsys.readouterr()
+    (warning,) = json.loads(found.out)["warnings"]
+    assert "the first 2 documents are used" in warning
+    assert f"llmq: warning: {warning}" in found.err
+    assert main(arguments) == 0
+    assert warning in capsys.readouterr().err

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=whole(2), metavar="T", help="tokens per window (default: 2048, or what the model has positions for)")
     parser.add_argument("--batch-size", type=whole(1), default=8, help="sequences per process and batch (default: 8)")
     parser.add_argument("--accumulation", type=whole(1), default=1, help="batches per optimizer step (default: 1)")
-    parser.add_argument("--lr-weights", type=real(), help="peak learning rate of the weights (default: 0.001 to 0.002 of a step of each layer's own grid)")
+    parser.add_argument("--lr-weights", type=real(), help="peak learning rate of the weights (default: 0.001 to 0.004 of a step of each layer's own grid)")
     parser.add_argument("--lr-scales", type=real(), help="peak learning rate of scales and zero points (default: as far as the weights move)")
     parser.add_argument("--kl", type=real(), default=1.0, help="weight of KL divergence to the teacher (default: 1)")
     parser.add_argument("--ce", type=real(), help="weight of cross entropy with the text (default: 0.1; 0 with --train generated)")

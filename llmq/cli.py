@@ -1,4 +1,4 @@
-"""The command line. Each command is a module of `llmq.commands` with `HELP`, `add_arguments(parser)` and `run(args) -> (JSON-able result, text)`.
+"""The command line. Each command is a module of `llmq.commands` with `HELP`, `add_arguments(parser)` and `run(args) -> (JSON-able result, text)`, or None.
 
 Progress goes to stderr, results to stdout; `--json` prints one JSON object instead of text. Exit codes: 0 done, 1 quality or verification failed, 2 bad usage or input,
 130 interrupted, 141 when the reader of stdout left (`llmq plan tiny | head -1`), as a shell reports it. Parsing imports neither torch nor transformers, so `--help` answers at once.
@@ -87,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     stop = _Stop()
     try:
         with _told_warnings() as told:
-            result, text = args.module.run(args)
+            answer = args.module.run(args)
+        if answer is None:  # one of many processes, whose main one answers
+            return 0
+        result, text = answer
         if told:
             result = {**result, "warnings": told}
         print(json.dumps(result) if args.json else text, flush=True)

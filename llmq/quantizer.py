@@ -37,7 +37,8 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """The scale as it will be stored, in float32; 0 (an empty group) becomes 1. Raises `LlmqError` when a scale does not fit into its dtype."""
     stored = scale.to(getattr(torch, spec.scale_dtype))
     if not torch.isfinite(stored).all():
-        raise LlmqError(f'a scale of {scale.abs().max().item():.3g} does not fit into {spec.scale_dtype}: give "scale_dtype": "bfloat16" in the rules of a --recipe')
+        remedy = 'quantize with scales in bfloat16 ("scale_dtype": "bfloat16" in the rules of a recipe), or keep this layer'
+        raise LlmqError(f"a scale of {scale.abs().max().item():.3g} does not fit into {spec.scale_dtype}: {remedy}")
     return torch.where(stored == 0, torch.ones_like(stored), stored).float()
 
 

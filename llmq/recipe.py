@@ -104,8 +104,6 @@ class Recipe:
             raise LlmqError("method rtn has no order of columns: leave out --act-order, or use --method gptq")
         if self.samples < 1 or self.sequence_length < 2:
             raise LlmqError(f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens")
-        if self.activations.kind == "int8-static" and self.method == "rtn":
-            raise LlmqError("activations int8-static need calibration data for their ranges, which method rtn does not read; use --method gptq, or int8-token")
         if self.sweeps < 0:
             raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:
@@ -141,7 +139,12 @@ class Recipe:
     @property
     def corrects_targets(self) -> bool:
         """Whether layers are solved with the means of both input streams."""
-        return self.inputs == "both" and not (self.method == "blockwise" and self.init == "rtn")
+        return self.inputs == "both" and self.method != "rtn" and not (self.method == "blockwise" and self.init == "rtn")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether text is read: plain rounding needs it for static activation ranges only."""
+        return self.method != "rtn" or self.activations.kind == "int8-static"
 
     @classmethod
     def uniform(cls, spec: str | QuantSpec, **options: Any) -> Recipe:

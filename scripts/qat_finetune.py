@@ -11,7 +11,10 @@ import argparse
 from pathlib import Path
 
 import llmq
-from llmq.qat.run import fine_tune, prepare_job
+from llmq.commands.common import progress
+from llmq.commands.qat import budget_line
+from llmq.qat.job import prepare_job
+from llmq.qat.run import fine_tune
 from llmq.qat.settings import QATSettings, Scheme
 
 
@@ -26,13 +29,14 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     args = parser.parse_args()
 
-    # What to train: the grid of the weights, the length of the run. Learning rates follow from model size and bits.
+    # What to train: the grid of the weights, the length of the run. Learning rates follow from the grid of each layer.
     settings = QATSettings(Scheme.parse(args.scheme), max_steps=args.steps, batch_size=args.batch_size, sequence_length=args.sequence_length)
     job = prepare_job(args.model, settings, train=args.train)
-    print(job.budget())
+    print(budget_line(job))
 
     # PTQ start, training, freezing; the same call continues an interrupted run.
-    report = fine_tune(job, args.out, show=lambda title, done, total, remark: print(f"{title} {done}/{total} {remark}"))
+    with progress("qat") as bar:
+        report = fine_tune(job, args.out, show=lambda title, done, total, remark: bar(done, total, f"{title} {remark}"))
     for name, score in report["held_out"].items():
         print(f"held-out perplexity, {name}: {score['perplexity']:.3f}")
     print(f"shipped: {report['shipped']}")

@@ -26,8 +26,9 @@ from llmq.evaluation.perplexity import evaluate
 from llmq.evaluation.windows import cut_windows
 from llmq.models.load import load_config, load_tokenizer, resolve
 from llmq.ptq.run import prepare, quantize_folder
+from llmq.qat.job import prepare_job
 from llmq.qat.losses import LossWeights
-from llmq.qat.run import fine_tune, prepare_job, train
+from llmq.qat.run import fine_tune, train
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.recipe import Recipe
 
@@ -101,7 +102,8 @@ def main() -> None:
         row = rows[-1]
         against = f"{100 * (score.value / teacher_value - 1):+.2f}%" if teacher_value else ""
         low, high = score.ci95
-        print(f"{weights:12} {method:16} {score.value:8.3f} [{low:.2f}, {high:.2f}] {against:>8} {row['bytes'] / 1e6:6.1f} MB {row['seconds']:7.1f} s", flush=True)
+        remark = "(the start: training lost)" if more.get("shipped") == "start" else ""
+        print(f"{weights:12} {method:16} {score.value:8.3f} [{low:.2f}, {high:.2f}] {against:>8} {row['bytes'] / 1e6:6.1f} MB {row['seconds']:7.1f} s {remark}", flush=True)
         if args.out:
             args.out.write_text(json.dumps({"steps": args.steps, "tokens": args.steps * args.batch_size * args.sequence_length, "rows": rows}, indent=1))
         return score.value

@@ -46,7 +46,7 @@ def measure(model_name: str, recipe: Recipe, calibration: str, text: Windows) ->
     """Perplexity, seconds of the quantization, and the report of every layer."""
     model = llmq.load(model_name)
     model_dir = resolve(model_name)
-    tokens = None if recipe.method == "rtn" else windows(load_tokenizer(model_dir), load_config(model_dir), recipe, calibration).tokens
+    tokens = windows(load_tokenizer(model_dir), load_config(model_dir), recipe, calibration).tokens if recipe.needs_calibration else None
     started = time.perf_counter()
     blocks = llmq.quantize(model, recipe, tokens)
     seconds = time.perf_counter() - started

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError
 
 
-def check_installed() -> None:
-    """Raise `LlmqError` without matplotlib: before minutes of measurement, not after."""
+def check_plot(path: str) -> None:
+    """Raise `LlmqError` without matplotlib, or for a file of a kind that it does not write: before minutes of measurement, not after."""
     if find_spec("matplotlib") is None:
         raise LlmqError("--plot: matplotlib is not installed; pip install '.[plots]' in a clone of llmq")
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".").lower() not in kinds:
+        raise LlmqError(f"--plot {path}: expected a file that ends in {', '.join('.' + kind for kind in kinds)}")
 
 
 def ratios(rows: Sequence[dict[str, Any]], path: str) -> None:

@@ -60,7 +60,7 @@ def _kernels(args: argparse.Namespace, device: Any, environment: dict[str, Any])
     from llmq.benchmark import kernels, plot
 
     if args.plot:
-        plot.check_installed()
+        plot.check_plot(args.plot)
     on_gpu = device.type == "cuda"
     shapes = _shapes(args.shapes) if args.shapes else list(kernels.GPU_SHAPES if on_gpu else kernels.CPU_SHAPES)
     rows = args.rows or list(kernels.GPU_ROWS if on_gpu else kernels.CPU_ROWS)

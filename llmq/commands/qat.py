@@ -11,7 +11,7 @@ from llmq.commands import common, jobs
 from llmq.commands.values import real, source, whole
 
 if TYPE_CHECKING:
-    from llmq.qat.run import QATJob
+    from llmq.qat.job import QATJob
     from llmq.qat.settings import QATSettings
 
 HELP = "Fine-tune a model through its quantizer, from a PTQ start to a packed checkpoint. For many GPUs: accelerate launch -m llmq qat ..."
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--scheme", default="w4", help="w8, w4, w3, w2 or ternary, with a8 and kv8 or kv4 behind where wanted: w4a8kv8 (default: w4)")
     parser.add_argument("--group-size", type=whole(-1), metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; w2: 64)")
-    parser.add_argument("--asymmetric", action="store_true", help="a learned zero point per group (w2 always has one)")
+    parser.add_argument("--asymmetric", action="store_true", help="a learned zero point per group (w2 has one, except with --quantizer seq)")
     parser.add_argument("--activations", choices=("int8-token", "int8-static"), default=None, help="which kind of INT8 activations a scheme with a8 has (default: int8-token)")
     parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help="another treatment for some layers, such as '*.layers.0.*=w8' or '*.down_proj=keep'")
     quantizers = "learned scales, the same stretched over the range (ParetoQ; 2 bits and ternary), scales from the range (LLM-QAT), or absmean ternary (BitNet) (default: lsq)"
@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr-scales", type=real(), help="peak learning rate of scales and zero points (default: as far as the weights move)")
     parser.add_argument("--kl", type=real(), default=1.0, help="weight of KL divergence to the teacher (default: 1)")
     parser.add_argument("--ce", type=real(), help="weight of cross entropy with the text (default: 0.1; 0 with --train generated)")
+    parser.add_argument("--max-grad-norm", type=real(), default=1.0, help="longer gradients are cut to this length (default: 1)")
+    parser.add_argument("--held-out", type=whole(0), default=32, metavar="N", help="windows of the text that are not trained on, at most a tenth (default: 32)")
     phases = "share of the run"
+    parser.add_argument("--warmup", type=real(), default=0.03, help=f"{phases} over which learning rates rise (default: 0.03)")
     parser.add_argument("--gradual", type=real(), default=0.0, help=f"{phases} over which quantization is blended in (default: 0; try 0.1 for ternary)")
     parser.add_argument("--activations-from", type=real(), help=f"{phases} after which activations are quantized (default: 0; 0.1 with static ranges, which are only observed at first)")
     parser.add_argument("--freeze-ranges", type=real(), default=0.85, help=f"{phases} after which static activation ranges stop (default: 0.85)")
@@ -65,8 +68,8 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
     from dataclasses import replace
 
     from llmq.errors import LlmqError
+    from llmq.qat.job import GENERATED
     from llmq.qat.losses import LossWeights
-    from llmq.qat.run import GENERATED
     from llmq.qat.schedule import Phases
     from llmq.qat.settings import QATSettings, Scheme
 
@@ -74,6 +77,8 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
     grid = scheme.weights
     grid = replace(grid, group_size=grid.group_size if args.group_size is None else args.group_size, symmetric=grid.symmetric and not args.asymmetric)
     if args.quantizer == "seq" and grid.code == "int2":
+        if args.asymmetric:
+            raise LlmqError("--asymmetric: the levels of --quantizer seq lie at half-integers around zero and have no zero point; leave it out, or use --quantizer lsq")
         grid = replace(grid, code="int2h", symmetric=True)
     if args.activations and scheme.activations == "none":
         raise LlmqError(f"--activations {args.activations}: the scheme {args.scheme} does not quantize activations; write {args.scheme}a8")
@@ -87,23 +92,25 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
         scheme, quantizer=args.quantizer, init=args.init, kv_before_rope=args.kv_before_rope, max_tokens=None if args.max_tokens is None else int(args.max_tokens), max_steps=args.max_steps,
         sequence_length=length, batch_size=args.batch_size, accumulation=args.accumulation, lr_weights=args.lr_weights, lr_scales=args.lr_scales, precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing, loss=LossWeights(args.kl, ce), seed=args.seed, log_every=args.log_every, save_every=args.save_every, eval_every=args.eval_every,
-        phases=Phases(gradual=args.gradual, activations=activations_from, freeze_scales=args.freeze_scales, freeze_ranges=args.freeze_ranges),
+        max_grad_norm=args.max_grad_norm, n_held_out=args.held_out,
+        phases=Phases(warmup=args.warmup, gradual=args.gradual, activations=activations_from, freeze_scales=args.freeze_scales, freeze_ranges=args.freeze_ranges),
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The result as JSON-able data and as text."""
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
+    """The result as JSON-able data and as text; None in all but the main process, which has them."""
     import torch
 
-    from llmq.benchmark.plot import check_installed
+    from llmq.benchmark.plot import check_plot
     from llmq.formats.files import check_output
     from llmq.models.load import load_config, resolve
-    from llmq.qat.run import fine_tune, prepare_job
+    from llmq.qat.job import prepare_job
+    from llmq.qat.run import fine_tune
     from llmq.recipe import Rule
 
     check_output(Path(args.out), args.overwrite)
     if args.plot:
-        check_installed()
+        check_plot(args.plot)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     common.check_device(device)
     model_dir = resolve(args.model, args.revision)
@@ -124,7 +131,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from llmq.qat.plot import plot_log
 
         plot_log(Path(args.out) / "log.jsonl", Path(args.plot))
-    return {"out": args.out, **report}, _summary(args.out, report)
+    return ({"out": args.out, **report}, _summary(args.out, report)) if report else None
 
 
 def budget_line(job: QATJob) -> str:
@@ -137,8 +144,6 @@ def budget_line(job: QATJob) -> str:
 
 
 def _summary(out: str, report: dict[str, Any]) -> str:
-    if not report:
-        return "done (the report is printed by the main process)"
     held_out = {name: score["perplexity"] for name, score in report["held_out"].items()}
     pairs: dict[str, object] = {"written": f"{out}: {'the trained model' if report['shipped'] == 'trained' else 'the PTQ start, because training did not beat it on held-out text'}"}
     pairs |= {f"held-out perplexity, {name.replace('_', ' ')}": f"{value:.3f}" for name, value in held_out.items()}

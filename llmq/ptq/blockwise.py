@@ -56,7 +56,7 @@ class BlockwiseOptions:
 @dataclass(frozen=True)
 class BlockTuning:
     """tensors: by layer. start_error, error: distance from the targets on up to four steps' sequences before and after, mean over tokens of the squared distance over the target's squared length;
-    the start is kept when tuning does not lower it (then they are equal). n_skipped: steps without a finite loss."""
+    the start is kept when tuning does not lower it (then they are equal). n_skipped: steps without a finite loss or gradient."""
 
     tensors: dict[str, QuantizedTensor]
     start_error: float
@@ -122,6 +122,15 @@ class _Master:
         return QuantizedTensor.round(self.weight, quantizer.round_scale(self.scale, self.spec), zero, self.spec)
 
 
+def _backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether loss and gradients, which are computed here, are finite: a step without would be in every weight."""
+    if not bool(torch.isfinite(loss)):
+        return False
+    loss.backward()
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()))
+
+
 class _Tuner:
     """The block, its data and the order in which they are used."""
 
@@ -156,7 +165,7 @@ class _Tuner:
 
     @torch.enable_grad()
     def train(self, masters: Mapping[str, _Master]) -> int:
-        """All steps. Returns how many were skipped because NaN or infinity reached the loss."""
+        """All steps. Returns how many were skipped because NaN or infinity reached loss or gradients."""
         optimizer = torch.optim.Adam([group for master in masters.values() for group in master.groups], betas=BETAS, eps=1e-12, fused=True)
         first_rates = [group["lr"] for group in optimizer.param_groups]
         n_skipped = 0
@@ -165,8 +174,7 @@ class _Tuner:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self.options.iterations))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
                 loss = self._distance({layer: master.value() for layer, master in masters.items()}, sequences)
-            if bool(torch.isfinite(loss)):
-                loss.backward()
+            if _backward(loss, optimizer):
                 optimizer.step()
                 for master in masters.values():
                     master.keep_in_range()

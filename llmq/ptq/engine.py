@@ -53,7 +53,7 @@ class WeightReader(Protocol):
 @dataclass(frozen=True)
 class BlockReport:
     """index, layers, seconds for the block; output_error: squared distance of the quantized block's outputs from the full-precision model's on the first batch, relative.
-    start_error, tuned_error: mean over tokens of such a distance before and after block-wise tuning; n_skipped_steps: its steps without a finite loss."""
+    start_error, tuned_error: mean over tokens of such a distance before and after block-wise tuning; n_skipped_steps: its steps without a finite loss or gradient."""
 
     index: int
     layers: list[LayerReport]
@@ -98,8 +98,9 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.prefix, self.blocks = find_blocks(self.model)
-        if self.tokens is None and self.recipe.method != "rtn":
-            raise LlmqError(f"method {self.recipe.method} needs calibration text; give --calibration, or use --method rtn")
+        if self.tokens is None and self.recipe.needs_calibration:
+            needing, remedy = (f"method {self.recipe.method}", "--method rtn") if self.recipe.method != "rtn" else ("activations int8-static", "int8-token")
+            raise LlmqError(f"{needing} needs calibration text; give --calibration, or use {remedy}")
         self.block_bytes = 4 * sum(parameter.numel() for parameter in self.blocks[0].parameters())
         self.batch_size = 1 if self.tokens is None else batch_size(self.plans, self.tokens.shape[1])
 
@@ -127,7 +128,8 @@ class Engine:
 
     @property
     def streams(self) -> list[str]:
-        return ["quantized"] if self.recipe.inputs == "quantized" and not self.tunes else ["quantized", "full-precision"]
+        one_is_enough = not self.recipe.corrects_targets and self.recipe.inputs != "full-precision" and not self.tunes
+        return ["quantized"] if one_is_enough else ["quantized", "full-precision"]
 
     @property
     def tunes(self) -> bool:

@@ -120,7 +120,7 @@ def prepare(model: str, recipe: Recipe, *, calibration: str | data.TokenSet = da
         if strict:
             raise LlmqError(f"--strict: {model_dir}: {remarks['source tensors']}")
     tokens = None
-    if recipe.method != "rtn":
+    if recipe.needs_calibration:
         tokens = calibration_tokens(model_dir, config, recipe, calibration) if isinstance(calibration, str) else calibration
     return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens, remarks)
 
@@ -281,6 +281,6 @@ def quantize(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = Non
     sink = _ModelSink(model, recipe.activations)
     with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
         precision = Precision.of(model.config, recipe, "cpu")
-        Engine(skeleton, ModelReader(model), recipe, plans, None if recipe.method == "rtn" else tokens, Path(work_dir), sink.store, sink.seal, on_block, precision=precision).run()
+        Engine(skeleton, ModelReader(model), recipe, plans, tokens if recipe.needs_calibration else None, Path(work_dir), sink.store, sink.seal, on_block, precision=precision).run()
     quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
     return sink.reports

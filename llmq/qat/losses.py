@@ -13,16 +13,22 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llmq.errors import LlmqError
+
 CHUNK_TOKENS = 1024
 Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """loss = kl * KL(teacher || student) at temperature 1 + ce * cross entropy with the text."""
+    """loss = kl * KL(teacher || student) at temperature 1 + ce * cross entropy with the text; without a teacher the second alone."""
 
     kl: float = 1.0
     ce: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.kl >= 0 and self.ce >= 0 and self.kl + self.ce > 0):
+            raise LlmqError(f"loss weights kl {self.kl}, ce {self.ce}: expected two numbers of at least 0, one of them above it; give --kl or --ce")
 
 
 def _chunk_sums(hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, head: Head, teacher_head: Head | None) -> tuple[Tensor, Tensor]:
@@ -55,5 +61,5 @@ def distillation_loss(
         kl, ce = kl + chunk_kl, ce + chunk_ce
     n = max(1, len(goals))
     kl, ce = kl / n, ce / n
-    total = weights.kl * kl + weights.ce * ce if teacher_hidden is not None else ce
+    total = weights.kl * kl + weights.ce * ce
     return {"loss": total, "kl": kl.detach(), "ce": ce.detach()}

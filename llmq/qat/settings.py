@@ -38,7 +38,7 @@ class Scheme:
 class QATSettings:
     """scheme, quantizer: what is trained (see `llmq.qat.weights`). init: the method of the start, "rtn", "gptq" or "blockwise". kv_before_rope: quantize keys before the rotary embedding (LLM-QAT).
 
-    max_tokens, max_steps: length of the run, the first that is given; both None: one pass over the text. sequence_length, batch_size: of a process; accumulation: batches per step.
+    max_tokens, max_steps: length of the run, one of them; both None: one pass over the text. sequence_length, batch_size: of a process; accumulation: batches per step.
     lr_weights, lr_scales: absolute peaks; None: by the grid of each layer (`llmq.qat.rates`). precision: of the arithmetic; masters are float32 always. loss, phases: see there. log_every,
     save_every, eval_every: steps; 0: about 100, 5 and 5 times in a run, checkpoints always where there is a row of the log too, so that a resumed run's rows are means of the same steps.
     n_held_out: windows spread over the text that are not trained on, for deciding whether training helped.
@@ -71,6 +71,8 @@ class QATSettings:
             raise LlmqError(f"precision {self.precision!r}: expected bf16, fp16 or fp32")
         if self.quantizer != "lsq" and self.init != "rtn":
             raise LlmqError(f"quantizer {self.quantizer} chooses its scales itself, so another start than plain rounding would be lost; give --init rtn")
+        if self.max_tokens is not None and self.max_steps is not None:
+            raise LlmqError(f"--max-tokens {self.max_tokens} and --max-steps {self.max_steps} both set the length of the run; give one of them")
         if self.log_every and self.save_every % self.log_every:
             raise LlmqError(f"--save-every {self.save_every} is no multiple of --log-every {self.log_every}: the means of a resumed run's log would be of other steps")
         if self.sequence_length < 2 or self.batch_size < 1 or self.accumulation < 1:
@@ -85,11 +87,13 @@ class QATSettings:
         return self.batch_size * self.accumulation * n_processes
 
     def n_steps(self, n_windows: int, n_processes: int = 1) -> int:
-        """Optimizer steps for a text of `n_windows` windows."""
+        """Optimizer steps for a text of `n_windows` windows. Raises `LlmqError` for `max_tokens` of less than a step."""
+        per_step = self.windows_per_step(n_processes) * self.sequence_length
         if self.max_steps is not None:
             return self.max_steps
-        tokens = self.max_tokens if self.max_tokens is not None else n_windows * self.sequence_length
-        return max(1, tokens // (self.windows_per_step(n_processes) * self.sequence_length))
+        if self.max_tokens is not None and self.max_tokens < per_step:
+            raise LlmqError(f"--max-tokens {self.max_tokens}: one step takes {per_step}; give more, or a smaller --batch-size or --sequence-length")
+        return max(1, (n_windows * self.sequence_length if self.max_tokens is None else self.max_tokens) // per_step)
 
     def cadence(self, n_steps: int) -> tuple[int, int]:
         """Steps between rows of the log, and between checkpoints: a multiple of it."""

@@ -12,9 +12,10 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llmq.errors import VerificationError
+from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.evaluation.windows import Windows
 from llmq.qat.rates import SCALES, parameter_groups
@@ -24,17 +25,28 @@ from llmq.qat.telemetry import Telemetry
 from llmq.qat.weights import fake_quant_modules
 
 WEIGHTS = "masters.safetensors"
+SKIPPED_STEPS = 40  # in a row under fp16: its scaler starts at 2^16 and is below 2^-24 by then
 
 
 def training_arguments(settings: QATSettings, n_steps: int, out_dir: Path, *, device: str, report_to: str = "none") -> TrainingArguments:
     """The Trainer's own arguments."""
     log_every, save_every = settings.cadence(n_steps)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(out_dir), max_steps=n_steps, per_device_train_batch_size=settings.batch_size, gradient_accumulation_steps=settings.accumulation, bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16", use_cpu=device == "cpu", max_grad_norm=settings.max_grad_norm, seed=settings.seed, data_seed=settings.seed, save_strategy="steps",
         save_steps=save_every, save_total_limit=2, logging_steps=log_every, logging_nan_inf_filter=False, report_to=report_to,
         remove_unused_columns=False, label_names=[], disable_tqdm=True, dataloader_drop_last=True, dataloader_pin_memory=device != "cpu", ddp_find_unused_parameters=False,
     )  # fmt: skip
+    # One GPU per process: with more in sight the Trainer would split batches over threads (DataParallel), whose copies of the student all have the teacher on the first GPU.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def check_reporter(name: str) -> None:
+    """Raise `LlmqError` for a reporter that the Trainer does not know or that is not installed."""
+    installed = get_available_reporting_integrations()
+    if name not in ("none", *installed):
+        raise LlmqError(f"--report-to {name}: expected none{''.join(f' or {each}' for each in installed)}, which are the ones installed here")
 
 
 def remedy(args: TrainingArguments) -> str:
@@ -46,7 +58,12 @@ def remedy(args: TrainingArguments) -> str:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end, which is `trainer_state.json`."""
     whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(whole, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 class ScheduleCallback(TrainerCallback):
@@ -54,19 +71,20 @@ class ScheduleCallback(TrainerCallback):
 
     def __init__(self, student: Student, settings: QATSettings, held_out: Windows | None, log_path: Path) -> None:
         self.student, self.settings, self.held_out, self.log_path = student, settings, held_out, log_path
+        self.n_skipped = 0  # steps in a row
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.settings.phases.apply(self.student, state.global_step / state.max_steps)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A finite loss can have a gradient that is not, and one such step is in every weight. Not under fp16, whose scaler skips these steps."""
+        """A finite loss can have a gradient that is not, and one such step is in every weight. The scaler of fp16 skips these steps and halves its factor, which must help at some time."""
         gradients = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
-        if gradients and not args.fp16 and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())):
+        is_finite = not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()))
+        self.n_skipped = 0 if is_finite else self.n_skipped + 1
+        if self.n_skipped >= (min(SKIPPED_STEPS, state.max_steps) if args.fp16 else 1):
             raise VerificationError(f"step {state.global_step + 1}: the gradient holds NaN or infinite values; {remedy(args)}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        for module in fake_quant_modules(self.student).values():
-            module.quantizer.keep_positive()
         every = self.settings.eval_every or max(1, state.max_steps // 5)
         if self.held_out is not None and state.is_world_process_zero and (state.global_step % every == 0 or state.global_step == state.max_steps):
             self._write({"step": state.global_step, "held_out_perplexity": held_out_perplexity(self.student, self.held_out)})
@@ -149,6 +167,10 @@ class QATTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / WEIGHTS))
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Take the weights of a checkpoint, without training on."""
+        load_model(self.model, str(folder / WEIGHTS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_model(self.model if model is None else model, str(Path(resume_from_checkpoint) / WEIGHTS))

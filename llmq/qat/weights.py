@@ -36,6 +36,14 @@ QuantizerName = Literal["lsq", "seq", "ste", "absmean"]
 CELL = 0.49  # masters keep this many steps of distance from their code's level at most: a little inside the cell, so that float32 rounding cannot change the code
 
 
+def check_quantizer(name: QuantizerName, spec: QuantSpec, where: str = "") -> None:
+    """Raise `LlmqError` for a quantizer that is not made for a grid."""
+    if name == "absmean" and spec.code != "ternary":
+        raise LlmqError(f"{where}quantizer absmean is for ternary codes, not {spec}; use lsq or ste")
+    if name == "seq" and spec.code not in ("int2h", "ternary"):
+        raise LlmqError(f"{where}quantizer seq is for 2-bit codes with half-integer levels (w2h) and ternary ones, not {spec}; use lsq")
+
+
 class WeightQuantizer(nn.Module):
     """spec: the grid. scale, zero: float32 masters of what is stored, `[N or 1, G]`; parameters under "lsq" and "seq", absent otherwise."""
 
@@ -44,10 +52,7 @@ class WeightQuantizer(nn.Module):
 
     def __init__(self, spec: QuantSpec, name: QuantizerName, scale: Tensor | None = None, zero: Tensor | None = None) -> None:
         super().__init__()
-        if name == "absmean" and spec.code != "ternary":
-            raise LlmqError(f"quantizer absmean is for ternary codes, not {spec}; use lsq or ste")
-        if name == "seq" and spec.code not in ("int2h", "ternary"):
-            raise LlmqError(f"quantizer seq is for 2-bit codes with half-integer levels (w2h) and ternary ones, not {spec}; use lsq")
+        check_quantizer(name, spec)
         self.spec, self.name = spec, name
         learned = name in ("lsq", "seq")
         self.register_parameter("scale", nn.Parameter(scale.float().clone()) if learned and scale is not None else None)
@@ -56,13 +61,14 @@ class WeightQuantizer(nn.Module):
     def stored(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point as they will be stored, float32, for a master weight `[N, K]`."""
         if self.scale is not None:
+            self.keep_positive()
             return quantizer.round_scale(self.scale, self.spec), None if self.zero is None else quantizer.round_zero(self.zero, self.spec)
         scale, zero = quantizer.range_scale(weight, self.spec)  # the mean magnitude for ternary codes
         return quantizer.round_scale(scale, self.spec), zero
 
     @torch.no_grad()
     def keep_positive(self) -> None:
-        """Stop a learned scale at the smallest number that its dtype holds: beyond zero it would turn every code's sign, and zero stands for an empty group."""
+        """Stop a learned scale, wherever an optimizer has moved it, at the smallest number that its dtype holds: beyond zero it would turn every code's sign, and zero stands for an empty group."""
         if self.scale is not None:
             limits = torch.finfo(getattr(torch, self.spec.scale_dtype))
             self.scale.clamp_(min=limits.tiny * limits.eps)
@@ -70,6 +76,7 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, float32 `[N, K]`."""
         if self.scale is not None:
+            self.keep_positive()
             return fake_quantize_ste(weight, self.scale, self.zero, self.spec, lsq_factor(self.spec, *weight.shape))
         with torch.no_grad():
             scale, zero = self.stored(weight)

@@ -12,7 +12,7 @@ from llmq.errors import LlmqError
 from llmq.models.arch import block_layers, linear_weight
 from llmq.modules import quantized_modules
 from llmq.ptq.activations import ActivationFile
-from llmq.ptq.blockwise import BlockwiseOptions, _Master, sequences_per_step, tune_block
+from llmq.ptq.blockwise import BlockwiseOptions, _backward, _Master, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.layers import solve
 from llmq.ptq.run import prepare, quantize_folder
@@ -194,6 +194,14 @@ def test_zero_points_are_tuned_when_asked(tmp_path):
         assert any(moved) is asked
         for name, tensor in tuning.tensors.items():
             tensor.validate(name)
+
+
+def test_a_step_without_a_finite_gradient_is_none():
+    parameter = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter])
+    assert _backward(parameter.sum(), optimizer)
+    assert not _backward(parameter.sqrt().sum(), optimizer), "the loss is 0, its gradient infinite"
+    assert not _backward(parameter.sum() * torch.nan, optimizer)
 
 
 def test_blocks_that_are_kept_are_passed_by():

@@ -194,6 +194,20 @@ def test_a_full_precision_stream_in_bfloat16_leads_to_the_same_place(model_type,
         assert all(layer.error < layer.rtn_error for layer in ours.layers)
 
 
+def test_plain_rounding_reads_text_for_static_ranges_only():
+    tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 8, 32, 0, "text").tokens
+    models = [make_model(), make_model()]
+    static = Recipe.uniform("w8", method="rtn", activations=ActSpec("int8-static"))
+    with pytest.raises(LlmqError, match="activations int8-static needs calibration text"):
+        llmq.quantize(make_model(), static)
+    llmq.quantize(models[0], static, tokens)
+    llmq.quantize(models[1], Recipe.uniform("w8", method="rtn"))
+    for ours, plain in zip(*(quantized_modules(model).values() for model in models), strict=True):
+        assert torch.equal(ours.qtensor().packed, plain.qtensor().packed)
+        assert float(ours.qtensor().input_range[0]) > 0
+        assert plain.qtensor().input_range is None
+
+
 def test_report_counts_and_card(model_folder, calibration_file, tmp_path):
     out = tmp_path / "out"
     folder = model_folder()

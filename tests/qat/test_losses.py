@@ -1,5 +1,7 @@
 """The loss in chunks is the loss at once, and phases are functions of the share that is done."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_model
@@ -30,7 +32,7 @@ def test_chunks_change_nothing(with_teacher):
     ce = -log_q.gather(1, targets[counted][:, None]).mean()
     p = torch.softmax(teacher_head(teacher_hidden), -1)[counted]
     kl = (p * (p.log() - log_q)).sum(-1).mean()
-    expected = 0.7 * kl + 0.3 * ce if with_teacher else ce
+    expected = 0.7 * kl + 0.3 * ce if with_teacher else 0.3 * ce
     expected.backward()
     assert parts["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert float(parts["ce"]) == pytest.approx(ce.item(), rel=1e-5)
@@ -97,5 +99,11 @@ def test_schemes_and_steps():
     settings = QATSettings(Scheme.parse("w4"), max_tokens=10_000, sequence_length=100, batch_size=5, accumulation=2)
     assert settings.n_steps(1000) == 10
     assert settings.n_steps(1000, n_processes=2) == 5
+    with pytest.raises(LlmqError, match="--max-tokens 10000: one step takes 16000"):
+        replace(settings, batch_size=80).n_steps(1000)
+    with pytest.raises(LlmqError, match="both set the length"):
+        replace(settings, max_steps=3)
+    with pytest.raises(LlmqError, match="at least 0"):
+        LossWeights(kl=-1.0)
     with pytest.raises(LlmqError, match="precision"):
         QATSettings(Scheme.parse("w4"), precision="fp8")

@@ -2,19 +2,25 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_model
 
 import llmq
 from llmq.cli import main
+from llmq.commands.qat import budget_line
+from llmq.errors import VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.models.load import load_config
+from llmq.qat import run as run_module
 from llmq.qat import trainer as trainer_module
-from llmq.qat.run import prepare_job
+from llmq.qat.job import prepare_job
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.qat.student import Student
 from llmq.qat.trainer import last_checkpoint
@@ -22,12 +28,16 @@ from llmq.qat.trainer import last_checkpoint
 _KILLER = """
 import os, signal, sys
 from llmq.qat.trainer import QATTrainer
-original, last = QATTrainer.compute_loss, int(sys.argv[1])
+from llmq.qat import run
+original, last = QATTrainer.compute_loss, sys.argv[1]
 def killing(self, *args, **kwargs):
-    if self.state.global_step == last:
+    if self.state.global_step == int(last):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *args, **kwargs)
-QATTrainer.compute_loss = killing
+if last == "ship":
+    run.ship = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+elif last != "never":
+    QATTrainer.compute_loss = killing
 from llmq.cli import main
 sys.exit(main(sys.argv[2:]))
 """
@@ -54,6 +64,7 @@ def losses(out):
         ("w4", [], "gptq"),
         ("w2", ["--precision", "bf16", "--gradient-checkpointing"], "llmq"),
         ("ternarya8kv8", ["--quantizer", "absmean", "--gradual", "0.5", "--activations-from", "0.5"], "llmq"),
+        ("w2a8", ["--activations", "int8-static", "--quantizer", "seq"], "llmq"),
         ("w8a8kv4", ["--activations", "int8-static", "--init", "gptq", "--kv-before-rope"], "llmq"),
     ],
 )
@@ -91,16 +102,16 @@ def test_the_start_is_shipped_when_training_made_it_worse(arguments, tmp_path, c
 
 @pytest.mark.slow
 def test_killed_and_continued_is_never_disturbed(arguments, tmp_path):
+    """Killed at a random step, and once more when all are done."""
     options = ["--save-every", "2", "--log-every", "2", "--gradual", "0.5", "--scheme", "w4a8", "--activations", "int8-static", "--init", "gptq"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for out, kills in ((whole, [99]), (broken, [3, 99])):
+    random_step = str(random.randrange(6))
+    for out, kills in ((whole, ["never"]), (broken, [random_step, "ship", "never"])):
         for kill in kills:
-            done = subprocess.run([sys.executable, "-c", _KILLER, str(kill), *at(arguments, out, *options)], env=environment, capture_output=True, text=True, timeout=300)
-            assert done.returncode == (0 if kill == 99 else -signal.SIGKILL), done.stderr
-        if len(kills) > 1:
-            assert (tmp_path / "broken").is_dir()
-    assert losses(broken) == losses(whole)
+            done = subprocess.run([sys.executable, "-c", _KILLER, kill, *at(arguments, out, *options)], env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == (0 if kill == "never" else -signal.SIGKILL), done.stderr
+    assert losses(broken) == losses(whole), f"killed at step {random_step}"
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -111,10 +122,11 @@ def test_two_processes_are_one_with_twice_the_batch(arguments, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     single = [sys.executable, "-m", "llmq", *at(arguments, one, "--batch-size", "8", "--scheme", "ternarya8", "--activations", "int8-static", "--init", "gptq")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    double = [*launch, "-m", "llmq", *at(arguments, two, "--scheme", "ternarya8", "--activations", "int8-static", "--init", "gptq")]
+    double = [*launch, "-m", "llmq", *at(arguments, two, "--json", "--scheme", "ternarya8", "--activations", "int8-static", "--init", "gptq")]
     for command in (single, double):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["shipped"], "one object, of the main process"
     for (step, loss, kl), (other_step, other_loss, other_kl) in zip(losses(one), losses(two), strict=True):
         assert step == other_step
         assert loss == pytest.approx(other_loss, rel=1e-4)
@@ -201,6 +213,63 @@ def test_generated_text(arguments, tmp_path, capsys, monkeypatch):
     assert report["verdict"] is None
 
 
+def test_a_start_with_too_many_fallbacks_is_not_trained_from(arguments, tmp_path, capsys, monkeypatch):
+    quantize_folder = run_module.quantize_folder
+
+    def falls_back(job, out, **options):
+        quantize_folder(job, out, **options)
+        raise VerificationError("7 of 14 layers fell back to plain rounding")
+
+    monkeypatch.setattr(run_module, "quantize_folder", falls_back)
+    for _ in range(2):  # the second attempt does not find the start of the first
+        assert main(at(arguments, tmp_path / "out")) == 1
+        assert "fell back" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(at(arguments, tmp_path / "out")) == 0
+
+
+def test_the_start_is_calibrated_on_windows_that_are_trained_on(arguments, calibration_file):
+    job = prepare_job(arguments[1], QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=4), train=str(calibration_file))
+    trained, held_out = ({tuple(window) for window in windows.tolist()} for windows in (job.windows, job.held_out.tokens))
+    calibration = {tuple(window) for window in run_module._calibration(job).tokens.tolist()}
+    assert calibration <= trained
+    assert not calibration & (held_out - trained)
+
+
+def test_a_run_is_not_continued_with_other_weights(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, "train", lambda *args, **options: (_ for _ in ()).throw(VerificationError("stopped")))
+    assert main(at(arguments, tmp_path / "out")) == 1
+    os.utime(tmp_path.parent / arguments[1] / "model.safetensors", (1, 1))
+    assert main(at(arguments, tmp_path / "out")) == 2
+    assert "holds a run with other settings (weights of the model" in capsys.readouterr().err
+
+
+def test_code_flips_are_counted_from_the_start(arguments, tmp_path):
+    assert main(at(arguments, tmp_path / "out", "--log-every", "6", "--lr-weights", "0.02")) == 0
+    (row,) = [row for row in map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()) if "loss" in row]
+    assert row["flip_rate"] > 0
+
+
+def test_a_picture_of_the_log(arguments, tmp_path):
+    picture = tmp_path / "log.svg"
+    assert main(at(arguments, tmp_path / "out", "--plot", str(picture))) == 0
+    assert "held-out perplexity" in picture.read_text()
+
+
+def test_budget(arguments, calibration_file):
+    """Estimates that follow from the settings: tokens and steps exactly, memory and operations in proportion."""
+    settings = QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=4, accumulation=2, max_steps=10)
+    budget, wider = (prepare_job(arguments[1], each, train=str(calibration_file)).budget() for each in (settings, replace(settings, batch_size=8)))
+    n_parameters = sum(parameter.numel() for parameter in make_model().parameters())
+    assert (budget["tokens"], budget["steps"]) == (10 * 2 * 4 * 32, 10)
+    assert 16 * n_parameters < budget["bytes"] < 24 * n_parameters
+    assert wider["flops"] == 2 * budget["flops"]
+    assert wider["activation_bytes"] > budget["activation_bytes"]
+    line = budget_line(prepare_job(arguments[1], settings, train=str(calibration_file)))
+    assert "2,560 tokens in 10 steps" in line
+    assert " h on this CPU" in line
+
+
 def test_text_without_held_out_windows_says_that_nothing_was_compared(arguments, tmp_path, capsys):
     short = tmp_path / "short.txt"
     short.write_text("def f(x):\n    return x\n" * 20)
@@ -215,7 +284,14 @@ def test_text_without_held_out_windows_says_that_nothing_was_compared(arguments,
         (["--scheme", "w5"], "unknown scheme 'w5'"),
         (["--sequence-length", "4096"], "positions for 128 tokens only"),
         (["--batch-size", "100000"], "one step needs 100000"),
-        (["--train", "generated", "--max-tokens", "40"], "makes 2 windows of 32, but one step needs 4"),
+        (["--max-tokens", "40"], "both set the length of the run"),
+        (["--kl", "0", "--ce", "0"], "give --kl or --ce"),
+        (["--scheme", "w2", "--quantizer", "seq", "--asymmetric"], "have no zero point"),
+        (["--scheme", "w3", "--quantizer", "absmean"], "layers.0.self_attn.q_proj: quantizer absmean is for ternary codes"),
+        (["--scheme", "ternary", "--quantizer", "absmean", "--rule", "*.layers.1.*=w8"], "layers.1.self_attn.q_proj: quantizer absmean is for ternary codes"),
+        (["--rule", "*=keep"], "none of the 14 linear layers would be quantized"),
+        (["--report-to", "nobody"], "--report-to nobody: expected none"),
+        (["--plot", "loss.xyz"], "expected a file that ends in"),
         (["--quantizer", "ste", "--init", "gptq"], "give --init rtn"),
         (["--log-every", "3", "--save-every", "4"], "no multiple of --log-every"),
         (["--activations", "int8-static"], "write w4a8"),

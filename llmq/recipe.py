@@ -87,7 +87,7 @@ class Recipe:
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0
-    iterations: int = 200
+    iterations: int = 150
     learning_rate: float = 0.02
     tune_zero_points: bool = False
     autocast: bool | None = None

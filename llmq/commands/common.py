@@ -55,7 +55,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweeps", type=whole(0), help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)")
     parser.add_argument("--inputs", choices=("quantized", "full-precision", "both"), default=None, help="inputs that layers are measured on; both: also correct for earlier losses (default: both)")
     parser.add_argument("--alpha", type=real(), help="share of that correction (default: 0.5)")
-    parser.add_argument("--iterations", type=whole(1), metavar="N", help="steps per block of --method blockwise (default: 200)")
+    parser.add_argument("--iterations", type=whole(1), metavar="N", help="steps per block of --method blockwise (default: 150)")
     parser.add_argument("--learning-rate", type=real(), help="size of these steps, as a share of the distance between two codes (default: 0.02)")
     parser.add_argument("--init", choices=("rtn", "gptq"), default=None, help="what --method blockwise starts from (default: gptq)")
     parser.add_argument("--tune-zero-points", action="store_true", default=None, help="--method blockwise trains zero points, too (default: weights and scales)")

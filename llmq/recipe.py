@@ -65,7 +65,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, apart from the model and the texts.
+    """Everything that decides the result, apart from model, texts and, where `autocast` is None, the machine.
 
     rules: ordered, first match wins. method: "rtn", "gptq", or "blockwise" (see `llmq.ptq.blockwise`), which starts from `init`. order: the column order of GPTQ (see `llmq.ptq.gptq`).
     damping: share of the mean diagonal added to the Hessian. search: choose scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes and scales after
@@ -113,7 +113,7 @@ class Recipe:
         if not 0 < self.learning_rate <= 1:
             raise LlmqError(f"learning rate {self.learning_rate}: expected a share of a step between two codes, above 0 and at most 1 (0.02 is usual)")
         if self.init == "rtn" and self.method != "blockwise":
-            raise LlmqError(f"init rtn: method {self.method} starts from nothing; give --method blockwise, or --method rtn for plain rounding")
+            raise LlmqError(f"init rtn is what method blockwise starts from, and the method is {self.method}; give --method blockwise, or --init gptq to leave it out")
         if self.method == "blockwise" and self.order == "act":
             raise LlmqError(
                 "block-wise tuning needs groups of consecutive columns, and true act-order stores other ones: leave out --act-order (--order group sorts columns too), or use --method gptq"

@@ -69,7 +69,7 @@ def test_json_round_trip():
         ({"inputs": "fp"}, "unknown inputs 'fp': expected quantized, full-precision or both"),
         ({"activation_range": ["mse"]}, "unknown activation range .* expected minmax, percentile or mse"),
         ({"autocast": 1}, "autocast 1: expected true, false or null"),
-        ({"init": "rtn"}, "init rtn: method gptq starts from nothing; give --method blockwise"),
+        ({"init": "rtn"}, "what method blockwise starts from, and the method is gptq; give --method blockwise, or --init gptq"),
         ({"method": "rtn", "order": "act"}, "rtn has no order of columns: leave out --act-order"),
     ],
 )

@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr-weights", type=real(), help="peak learning rate of the weights (default: 0.001 to 0.004 of a step of each layer's own grid)")
     parser.add_argument("--lr-scales", type=real(), help="peak learning rate of scales and zero points (default: as far as the weights move)")
     parser.add_argument("--kl", type=real(), default=1.0, help="weight of KL divergence to the teacher (default: 1)")
-    parser.add_argument("--ce", type=real(), help="weight of cross entropy with the text (default: 0.1; 0 with --train generated)")
-    parser.add_argument("--max-grad-norm", type=real(), default=1.0, help="longer gradients are cut to this length (default: 1)")
+    parser.add_argument("--ce", type=real(), help="weight of cross entropy with the text (default: 0.1; 1 with --kl 0; 0 with --train generated)")
+    parser.add_argument("--max-grad-norm", type=real(), default=1.0, help="longer gradients are cut to this length; 0: none (default: 1)")
     parser.add_argument("--held-out", type=whole(0), default=32, metavar="N", help="windows of the text that are not trained on, at most a tenth (default: 32)")
     phases = "share of the run"
     parser.add_argument("--warmup", type=real(), default=0.03, help=f"{phases} over which learning rates rise (default: 0.03)")
@@ -84,7 +84,7 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
         raise LlmqError(f"--activations {args.activations}: the scheme {args.scheme} does not quantize activations; write {args.scheme}a8")
     scheme = replace(scheme, weights=grid, activations=args.activations or scheme.activations)
     activations_from = args.activations_from if args.activations_from is not None else 0.1 if scheme.activations == "int8-static" else 0.0
-    ce = args.ce if args.ce is not None else 0.0 if args.train == GENERATED else 0.1
+    ce = args.ce if args.ce is not None else 0.0 if args.train == GENERATED else 0.1 if args.kl else 1.0
     length = args.sequence_length or min(2048, max_length)
     if length > max_length:
         raise LlmqError(f"--sequence-length {length}: the model has positions for {max_length} tokens only")

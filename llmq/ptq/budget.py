@@ -40,8 +40,9 @@ def peak_bytes(job: Job) -> int:
     if job.tokens is None:
         return int(block * 1.5)
     shapes = [plan.layer.shape for plan in job.plans if plan.spec]
-    # Hessian, its reordered copy, factor and inverse factor; then W, W^T, errors and codes of up to two stacked layers.
-    solve = max(16 * k * k + 2 * 13 * n * k for n, k in shapes)
+    # Hessian, its reordered copy, factor and inverse factor (rounding, which wants ranges only: the first); then W, W^T, errors and codes of up to two stacked layers.
+    squares = 4 if job.recipe.method == "rtn" else 16
+    solve = max(squares * k * k + 2 * 13 * n * k for n, k in shapes)
     widest = max(max(shape) for shape in shapes)
     length = job.tokens.tokens.shape[1]
     batch = 4 * batch_size(job.plans, length) * length * widest * 4
@@ -75,6 +76,8 @@ def flops(job: Job) -> float:
     n_tokens = job.tokens.n_tokens
     forward = 4 * 2 * n_tokens * sum(prod(plan.layer.shape) for plan in job.plans)
     hessians = sum(2 * n_tokens * plan.layer.shape[1] ** 2 for plan in job.plans if plan.spec) / 2  # about half of the layers share an input
+    if job.recipe.method == "rtn":  # measures the ranges of activations
+        return float(forward + hessians)
     solves = sum(k**3 + 6 * n * k * k for n, k in (plan.layer.shape for plan in job.plans if plan.spec))
     search = sum(31 * 8 * prod(plan.layer.shape) for plan in job.plans if plan.spec) * 8  # memory-bound: counted eightfold
     return float(forward + hessians + solves + search) + _tuning_flops(job)

@@ -100,7 +100,7 @@ class Engine:
         self.prefix, self.blocks = find_blocks(self.model)
         if self.tokens is None and self.recipe.needs_calibration:
             needing, remedy = (f"method {self.recipe.method}", "--method rtn") if self.recipe.method != "rtn" else ("activations int8-static", "int8-token")
-            raise LlmqError(f"{needing} needs calibration text; give --calibration, or use {remedy}")
+            raise LlmqError(f"{needing} needs calibration text; give tokens (--calibration), or use {remedy}")
         self.block_bytes = 4 * sum(parameter.numel() for parameter in self.blocks[0].parameters())
         self.batch_size = 1 if self.tokens is None else batch_size(self.plans, self.tokens.shape[1])
 

@@ -43,7 +43,7 @@ def build_report(job: Job, blocks: list[dict[str, Any]], *, source_bytes: int, s
         "tuned_blocks": [{key: block[key] for key in ("index", "start_error", "tuned_error", "n_skipped_steps")} for block in blocks if block["tuned_error"] is not None],
         "layers": layers,
         "device": device,
-        "full_precision_stream": None if job.tokens is None else str(job.precision(device).stream).removeprefix("torch."),
+        "full_precision_stream": None if job.recipe.method == "rtn" else str(job.precision(device).stream).removeprefix("torch."),
         "tuned_in": str(job.precision(device).training).removeprefix("torch.") if job.recipe.method == "blockwise" else None,
         "versions": versions(),
     }

@@ -24,8 +24,8 @@ from llmq.recipe import Recipe
 def prepare_qat(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = None, *, quantizer: QuantizerName = "lsq") -> PreTrainedModel:
     """Replace the linear layers of a float32 `model` by layers in training, in place, and return it.
 
-    recipe: what is quantized and how the start is found; methods other than "rtn" need calibration tokens int64 `[n_sequences, length]`. A copy of the model is quantized for the start, so memory for
-    two is needed at that time. quantizer: see `llmq.qat.weights`. Raises `LlmqError` for recipes that cannot be trained (act-order).
+    recipe: what is quantized and how the start is found. tokens: calibration windows int64 `[n_sequences, length]`, for methods other than "rtn" and for activations "int8-static". A copy of the
+    model is quantized for the start, so memory for two is needed at that time. quantizer: see `llmq.qat.weights`. Raises `LlmqError` for recipes that cannot be trained (act-order).
     """
     start = copy.deepcopy(model)
     quantize(start, recipe, tokens)

@@ -64,7 +64,7 @@ def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Pat
         "teacher_dtype": job.teacher_dtype,
         "method": "qat",
         "shipped": "trained" if improved else "start",
-        "verdict": None if scores else "no held-out text (fewer than 10 windows): nothing was compared",
+        "verdict": None if scores else f"no held-out text ({'none was asked for' if job.settings.n_held_out == 0 else 'fewer than 10 windows'}): nothing was compared",
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
         "train": {"source": job.train, "windows": list(job.windows.shape) if job.windows is not None else job.n_windows},

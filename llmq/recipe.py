@@ -139,7 +139,7 @@ class Recipe:
     @property
     def corrects_targets(self) -> bool:
         """Whether layers are solved with the means of both input streams."""
-        return self.inputs == "both" and self.method != "rtn" and not (self.method == "blockwise" and self.init == "rtn")
+        return self.inputs == "both" and self.method != "rtn" and self.init != "rtn"
 
     @property
     def needs_calibration(self) -> bool:

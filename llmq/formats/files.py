@@ -74,6 +74,11 @@ def write_index(target_dir: Path, shards: Mapping[str, Iterable[str]], total_siz
     write_json(target_dir / "model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
+def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of files by name: enough to notice that one was replaced."""
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
+
+
 def write_manifest(target_dir: Path) -> None:
     """The last file: sha256 and size of every other one. A folder with it was written by llmq and is complete."""
     entries = {}

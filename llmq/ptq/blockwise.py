@@ -125,11 +125,9 @@ class _Master:
 
 def _backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
     """Whether loss and gradients, which are computed here, are finite: a step without would be in every weight."""
-    if not bool(torch.isfinite(loss)):
-        return False
     loss.backward()
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()))
+    return bool(torch.isfinite(loss.detach() + nn.utils.get_total_norm(gradients)))  # one wait for the device
 
 
 class _Tuner:

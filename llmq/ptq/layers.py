@@ -51,7 +51,7 @@ def solve(weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Rec
     """Quantize a float32 weight `[N, K]` by the recipe's layer solver, which block-wise tuning starts from; without statistics by plain rounding."""
     if recipe.method == "rtn" or stats is None:
         return rtn(weight, spec)
-    if recipe.method == "blockwise" and recipe.init == "rtn":
+    if recipe.init == "rtn":
         return rtn(weight, spec, stats.hessian.diagonal() if recipe.search else None)
     return gptq(weight, stats, spec, GPTQOptions(recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha))
 

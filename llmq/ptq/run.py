@@ -147,9 +147,8 @@ def windows(tokenizer: PreTrainedTokenizerBase, config: Any, recipe: Recipe, sou
 
 def _identity(job: Job, device: str) -> dict[str, Any]:
     """What decides the bytes of the result: an interrupted run with the same identity is continued."""
-    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(job.shards.names.values()))}
     return {
-        "model": {"folder": str(job.model_dir.resolve()), "size and time of": stats},
+        "model": {"folder": str(job.model_dir.resolve()), "size and time of": files.stamps(set(job.shards.names.values()))},
         "recipe": job.recipe.to_json(),
         "format": job.fmt.name,
         "calibration text": None if job.tokens is None else job.tokens.sha256,

@@ -17,6 +17,7 @@ import llmq
 from llmq import data
 from llmq.errors import LlmqError
 from llmq.evaluation.windows import Windows, identified
+from llmq.formats import files
 from llmq.models.arch import quantizable_layers
 from llmq.models.load import load_config, load_tokenizer, meta_model, resolve
 from llmq.ptq.precision import multiplies_bfloat16
@@ -75,7 +76,7 @@ class QATJob:
         return {
             "model": str(self.model_dir), "teacher": str(self.teacher_dir), "train": self.train, "windows": None if self.windows is None else data.token_hash(self.windows),
             "recipe": self.recipe.to_json(), "processes": self.processes.num_processes, **self.settings.to_json(), "device": self.device,
-            "weights of the model": _stamps(self.model_dir), "weights of the teacher": _stamps(self.teacher_dir),
+            "weights of the model": files.stamps(self.model_dir.glob("*.safetensors")), "weights of the teacher": files.stamps(self.teacher_dir.glob("*.safetensors")),
             "software": {"llmq": llmq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
@@ -112,7 +113,7 @@ def prepare_job(
         raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
     skeleton = meta_model(config)
     n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    activations = ActSpec(settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope)  # type: ignore[arg-type]
+    activations = ActSpec(settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope)
     recipe = Recipe(rules=(*rules, Rule("*", settings.scheme.weights)), method=settings.init, sequence_length=settings.sequence_length, seed=settings.seed, activations=activations)
     plans = recipe.plan(quantizable_layers(skeleton))
     for plan in plans:
@@ -135,11 +136,6 @@ def prepare_job(
         windows, held_out = _read_text(model_dir, config, settings, train, processes(device).num_processes)
     settings.n_steps(0 if windows is None else len(windows), processes(device).num_processes)  # or there is less than one
     return QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, plans, device)
-
-
-def _stamps(folder: Path) -> dict[str, list[int]]:
-    """Size and time of each weight file: enough to notice that one was replaced."""
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
 
 
 def processes(device: str) -> PartialState:

@@ -22,7 +22,7 @@ class Scheme:
     """weights: the grid. activations: "none", "int8-token" or "int8-static". kv_bits: bits of keys and values, or None for full precision."""
 
     weights: QuantSpec
-    activations: str = "none"
+    activations: Literal["none", "int8-token", "int8-static"] = "none"
     kv_bits: int | None = None
 
     @classmethod

@@ -79,7 +79,7 @@ class ScheduleCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A finite loss can have a gradient that is not, and one such step is in every weight. The scaler of fp16 skips these steps and halves its factor, which must help at some time."""
         gradients = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
-        is_finite = not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()))
+        is_finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
         self.n_skipped = 0 if is_finite else self.n_skipped + 1
         if self.n_skipped >= (min(SKIPPED_STEPS, state.max_steps) if args.fp16 else 1):
             raise VerificationError(f"step {state.global_step + 1}: the gradient holds NaN or infinite values; {remedy(args)}")
@@ -170,7 +170,7 @@ class QATTrainer(Trainer):
 
     def load_checkpoint(self, folder: Path) -> None:
         """Take the weights of a checkpoint, without training on."""
-        load_model(self.model, str(folder / WEIGHTS))
+        self._load_from_checkpoint(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_model(self.model if model is None else model, str(Path(resume_from_checkpoint) / WEIGHTS))

@@ -1,13 +1,14 @@
-"""llmq: quantize Hugging Face causal language models after training or while fine-tuning, with proof of what was lost.
+"""llmq: quantize Hugging Face causal language models after training or while fine-tuning, with
+proof of what was lost.
 
     import llmq
     llmq.quantize(model, llmq.Recipe.uniform("w4g128"), tokens)
     llmq.save(model, "out", tokenizer=tokenizer)
     model = llmq.load("out")
 
-Importing this package costs nothing: the names below load what they need when they are first used, and the transformers quantizer that lets
-`AutoModelForCausalLM.from_pretrained` read llmq folders is registered when transformers itself is loaded.
-"""
+Importing this package costs nothing: the names below load what they need when they are first used,
+and the transformers quantizer that lets `AutoModelForCausalLM.from_pretrained` read llmq folders is
+registered when transformers itself is loaded."""
 
 from __future__ import annotations
 
@@ -46,7 +47,22 @@ _HOMES = {
     "quantize": "llmq.ptq.run",
     "save": "llmq.formats.save",
 }
-__all__ = ["LlmqError", "QuantSpec", "QuantizedTensor", "Recipe", "Rule", "VerificationError", "__version__", "compare", "freeze", "load", "perplexity", "prepare_qat", "quantize", "save"]
+__all__ = [
+    "LlmqError",
+    "QuantSpec",
+    "QuantizedTensor",
+    "Recipe",
+    "Rule",
+    "VerificationError",
+    "__version__",
+    "compare",
+    "freeze",
+    "load",
+    "perplexity",
+    "prepare_qat",
+    "quantize",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,10 @@
-"""The command line. Each command is a module of `llmq.commands` with `HELP`, `add_arguments(parser)` and `run(args) -> (JSON-able result, text)`, or None.
+"""The command line. Each command is a module of `llmq.commands` with `HELP`,
+`add_arguments(parser)` and `run(args) -> (JSON-able result, text)`, or None.
 
-Progress goes to stderr, results to stdout; `--json` prints one JSON object instead of text. Exit codes: 0 done, 1 quality or verification failed, 2 bad usage or input,
-130 interrupted, 141 when the reader of stdout left (`llmq plan tiny | head -1`), as a shell reports it. Parsing imports neither torch nor transformers, so `--help` answers at once.
-"""
+Progress goes to stderr, results to stdout; `--json` prints one JSON object instead of text. Exit
+codes: 0 done, 1 quality or verification failed, 2 bad usage or input, 130 interrupted, 141 when the
+reader of stdout left (`llmq plan tiny | head -1`), as a shell reports it. Parsing imports neither
+torch nor transformers, so `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -25,19 +27,28 @@ COMMANDS = ("plan", "quantize", "qat", "eval", "compare", "generate", "inspect",
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises its errors, so that bad usage is reported like bad input: one line, and as JSON where that was asked for."""
+    """Raises its errors, so that bad usage is reported like bad input: one line, and as JSON where
+    that was asked for."""
 
     def error(self, message: str) -> NoReturn:
         raise LlmqError(f"{message.removeprefix('argument ')}; see '{self.prog} --help'")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="llmq", description="Quantize Hugging Face causal language models, with proof of what was lost.")
+    parser = _Parser(
+        prog="llmq",
+        description="Quantize Hugging Face causal language models, with proof of what was lost.",
+    )
     parser.add_argument("--version", action="version", version=f"llmq {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"llmq.commands.{name}")
-        subparser = subparsers.add_parser(name, help=module.HELP.splitlines()[0], description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+        subparser = subparsers.add_parser(
+            name,
+            help=module.HELP.splitlines()[0],
+            description=module.HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print one JSON object")
         subparser.set_defaults(module=module, parser=subparser)
@@ -45,12 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Stop:
-    """SIGTERM and SIGINT as KeyboardInterrupt, remembered: raised inside a C extension, it can come out as another error (safetensors makes a ValueError of it)."""
+    """SIGTERM and SIGINT as KeyboardInterrupt, remembered: raised inside a C extension, it can come
+    out as another error (safetensors makes a ValueError of it)."""
 
     def __init__(self) -> None:
         self.requested = False
         for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # a shell starts its background jobs so
+            if (
+                signal.getsignal(number) is not signal.SIG_IGN
+            ):  # a shell starts its background jobs so
                 signal.signal(number, self._raise)
 
     def _raise(self, signum: int, frame: FrameType | None) -> None:
@@ -96,7 +110,11 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result) if args.json else text, flush=True)
     except (Exception, KeyboardInterrupt) as error:
         if stop.requested or isinstance(error, KeyboardInterrupt):
-            hint = "; the same command continues where it stopped" if args.command in ("quantize", "qat") else ""
+            hint = (
+                "; the same command continues where it stopped"
+                if args.command in ("quantize", "qat")
+                else ""
+            )
             return _fail(args.json, f"interrupted{hint}", 130)
         if isinstance(error, BrokenPipeError):
             # What is still buffered would be written, and fail again, when the interpreter ends.
@@ -107,11 +125,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """The message and the exit code of what the user can mend; anything else is a defect of ours and is raised again."""
+    """The message and the exit code of what the user can mend; anything else is a defect of ours
+    and is raised again."""
     if isinstance(error, LlmqError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
-        return f"{error.filename or 'input or output'}: {error.strerror or error}; check that it exists, may be used and has space left", 2
+        return (
+            f"{error.filename or 'input or output'}: {error.strerror or error}; check that it exists, may be used and has space left",
+            2,
+        )
     from llmq_kernels.errors import SettingError  # here, because it imports torch
 
     if isinstance(error, SettingError):

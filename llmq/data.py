@@ -1,4 +1,5 @@
-"""Calibration and evaluation text: the bundled text, local files, folders, or data sets of the Hub, as tokens with a fingerprint.
+"""Calibration and evaluation text: the bundled text, local files, folders, or data sets of the Hub,
+as tokens with a fingerprint.
 
 bundled                        sources of the standard library (see `llmq.corpus`); the default
 notes.txt, rows.jsonl, x.parquet, or a folder of them; jsonl and parquet hold a column `text`
@@ -27,12 +28,15 @@ MAX_HUB_DOCUMENTS = 20_000
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def load_documents(source: str, split: Literal["train", "calibration", "eval"], revision: str | None = None) -> list[str]:
-    """The documents of a source, empty rows included: joined by blank lines they are the text that published perplexities are measured on (a third of WikiText-2's rows are empty).
+def load_documents(
+    source: str, split: Literal["train", "calibration", "eval"], revision: str | None = None
+) -> list[str]:
+    """The documents of a source, empty rows included: joined by blank lines they are the text that
+    published perplexities are measured on (a third of WikiText-2's rows are empty).
 
-    split: which part of the bundled text. Of a Hub data set the first `MAX_HUB_DOCUMENTS` are read, since some have no end that could be waited for, and a warning tells when there are
-    more. Raises `LlmqError` for what cannot be found or read.
-    """
+    split: which part of the bundled text. Of a Hub data set the first `MAX_HUB_DOCUMENTS` are read,
+    since some have no end that could be waited for, and a warning tells when there are more. Raises
+    `LlmqError` for what cannot be found or read."""
     if source == BUNDLED:
         return standard_library_documents(split)
     path = Path(source)
@@ -44,7 +48,9 @@ def load_documents(source: str, split: Literal["train", "calibration", "eval"], 
     elif path.is_file():
         documents = _read_file(path)
     elif path.suffix in {".txt", *_READERS} or path.is_absolute() or source.startswith("."):
-        raise LlmqError(f"{source}: no such file; give a .txt, .jsonl or .parquet file, a folder of them, a Hub data set (name:config:split) or '{BUNDLED}'")
+        raise LlmqError(
+            f"{source}: no such file; give a .txt, .jsonl or .parquet file, a folder of them, a Hub data set (name:config:split) or '{BUNDLED}'"
+        )
     else:
         documents = _read_hub(source, revision)
     if not any(document.strip() for document in documents):
@@ -57,15 +63,21 @@ def _read_file(path: Path) -> list[str]:
         try:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
-            raise LlmqError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or give a .jsonl or .parquet file") from None
+            raise LlmqError(
+                f"{path}: not UTF-8 text (byte {error.start}); convert it, or give a .jsonl or .parquet file"
+            ) from None
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", streaming=True)
+        rows = load_dataset(
+            _READERS[path.suffix], data_files=str(path), split="train", streaming=True
+        )
         return _texts(rows, str(path))
     except (ValueError, OSError, DatasetGenerationError) as error:
-        raise LlmqError(f"{path}: not readable as {path.suffix} ({str(error).splitlines()[0]})") from None
+        raise LlmqError(
+            f"{path}: not readable as {path.suffix} ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _texts(rows: Iterable[dict[str, object]], where: str) -> list[str]:
@@ -73,7 +85,9 @@ def _texts(rows: Iterable[dict[str, object]], where: str) -> list[str]:
     for row in rows:
         text = row.get("text")
         if not isinstance(text, str):
-            raise LlmqError(f"{where}: expected a column 'text' with strings, found columns {', '.join(row)}")
+            raise LlmqError(
+                f"{where}: expected a column 'text' with strings, found columns {', '.join(row)}"
+            )
         texts.append(text)
     return texts
 
@@ -83,20 +97,29 @@ def _read_hub(source: str, revision: str | None) -> list[str]:
 
     name, config, split = ([*source.split(":"), "", ""])[:3]
     try:
-        rows = load_dataset(name, config or None, split=split or "train", streaming=True, revision=revision)
+        rows = load_dataset(
+            name, config or None, split=split or "train", streaming=True, revision=revision
+        )
         documents = _texts(islice(rows, MAX_HUB_DOCUMENTS + 1), source)
     except LlmqError:
         raise
     except Exception as error:  # datasets raises whatever its file systems raise; every one of them means that the data cannot be had.
-        raise LlmqError(f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}); expected name:config:split") from None
+        raise LlmqError(
+            f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}); expected name:config:split"
+        ) from None
     if len(documents) > MAX_HUB_DOCUMENTS:
-        warnings.warn(f"{source}: the first {MAX_HUB_DOCUMENTS} documents are used; the data set has more", LlmqWarning, stacklevel=3)
+        warnings.warn(
+            f"{source}: the first {MAX_HUB_DOCUMENTS} documents are used; the data set has more",
+            LlmqWarning,
+            stacklevel=3,
+        )
     return documents[:MAX_HUB_DOCUMENTS]
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Token windows int64 `[n, length]`, where they came from and a hash that two equal sets share."""
+    """Token windows int64 `[n, length]`, where they came from and a hash that two equal sets
+    share."""
 
     tokens: Tensor
     source: str
@@ -113,12 +136,21 @@ class TokenSet:
 def token_hash(tokens: Tensor) -> str:
     """sha256 over shape and little-endian int64 values."""
     header = "x".join(map(str, tokens.shape)).encode()
-    return hashlib.sha256(header + tokens.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(
+        header + tokens.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()
+    ).hexdigest()
 
 
-def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False) -> Tensor:
+def tokenize(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False
+) -> Tensor:
     """The documents joined by blank lines as one row of tokens, int64 `[n]`."""
-    ids = tokenizer("\n\n".join(documents), add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = tokenizer(
+        "\n\n".join(documents),
+        add_special_tokens=special_tokens,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -126,25 +158,37 @@ def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
     """Raise `LlmqError` when a token id lies beyond the model's embeddings."""
     smallest, largest = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
     if smallest < 0:
-        raise LlmqError(f"{source}: token id {smallest} is negative; expected ids of the model's vocabulary of {vocab_size}, padding left out")
+        raise LlmqError(
+            f"{source}: token id {smallest} is negative; expected ids of the model's vocabulary of {vocab_size}, padding left out"
+        )
     if largest >= vocab_size:
-        raise LlmqError(f"{source}: token id {largest} is beyond the model's vocabulary of {vocab_size}; the tokenizer does not belong to this model: put its own into the folder")
+        raise LlmqError(
+            f"{source}: token id {largest} is beyond the model's vocabulary of {vocab_size}; the tokenizer does not belong to this model: put its own into the folder"
+        )
 
 
 def check_windows(tokens: Tensor, vocab_size: int) -> None:
-    """Raise `LlmqError` for anything but windows of tokens, whole numbers `[n, length]` below `vocab_size`."""
+    """Raise `LlmqError` for anything but windows of tokens, whole numbers `[n, length]` below
+    `vocab_size`."""
     if tokens.dim() != 2 or not tokens.numel() or tokens.dtype not in (torch.int64, torch.int32):
-        raise LlmqError(f"tokens: expected int64 of shape [n, length], got {tokens.dtype} of shape {list(tokens.shape)}; llmq.data.calibration_windows makes such")
+        raise LlmqError(
+            f"tokens: expected int64 of shape [n, length], got {tokens.dtype} of shape {list(tokens.shape)}; llmq.data.calibration_windows makes such"
+        )
     check_vocabulary(tokens, vocab_size, "tokens")
 
 
-def calibration_windows(tokens: Tensor, n_samples: int, length: int, seed: int, source: str, bos: int | None = None) -> TokenSet:
-    """`n_samples` windows at seeded random offsets of a row of tokens. bos: a token that takes the first place in every window, for models that need it.
+def calibration_windows(
+    tokens: Tensor, n_samples: int, length: int, seed: int, source: str, bos: int | None = None
+) -> TokenSet:
+    """`n_samples` windows at seeded random offsets of a row of tokens. bos: a token that takes the
+    first place in every window, for models that need it.
 
     Raises `LlmqError` when the text is shorter than one window.
     """
     if len(tokens) < length:
-        raise LlmqError(f"calibration text {source}: {len(tokens)} tokens, but one sequence needs {length}; give more text or a smaller --sequence-length")
+        raise LlmqError(
+            f"calibration text {source}: {len(tokens)} tokens, but one sequence needs {length}; give more text or a smaller --sequence-length"
+        )
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randint(len(tokens) - length + 1, (n_samples,), generator=generator)
     windows = tokens[offsets[:, None] + torch.arange(length)]

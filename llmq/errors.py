@@ -1,19 +1,23 @@
-"""Errors that a user can act on. The command line prints them as one line and leaves with the exit code they carry."""
+"""Errors that a user can act on. The command line prints them as one line and leaves with the exit
+code they carry."""
 
 from __future__ import annotations
 
 
 class LlmqError(Exception):
-    """Bad usage or input: the message says what, where, what was expected, what came, and what to do next. Exit code 2."""
+    """Bad usage or input: the message says what, where, what was expected, what came, and what to
+    do next. Exit code 2."""
 
     exit_code = 2
 
 
 class LlmqWarning(UserWarning):
-    """Something was done otherwise than one would expect, and the result is still good. The command line tells it on stderr and in the JSON under "warnings"."""
+    """Something was done otherwise than one would expect, and the result is still good. The command
+    line tells it on stderr and in the JSON under "warnings"."""
 
 
 class VerificationError(LlmqError):
-    """A result failed its own check, or too much of it fell back to a weaker method. Exit code 1."""
+    """A result failed its own check, or too much of it fell back to a weaker method. Exit code
+    1."""
 
     exit_code = 1

@@ -19,19 +19,25 @@ from llmq_kernels.dispatch import PreparedWeight
 from llmq_kernels.weight import PackedWeight
 
 _KEYS = itertools.count()
-_MODULES: WeakValueDictionary[str, QuantLinear] = WeakValueDictionary()  # those alive, for `_prepare_in_trace`
+_MODULES: WeakValueDictionary[str, QuantLinear] = (
+    WeakValueDictionary()
+)  # those alive, for `_prepare_in_trace`
 
 
 class QuantLinear(nn.Module):
-    """`y = x @ dequantize(W).T + bias`, computed by the backend that suits the dtype and device of x.
+    """`y = x @ dequantize(W).T + bias`, computed by the backend that suits the dtype and device of
+    x.
 
-    The packed tensors are buffers, so `state_dict`, `.to(device)` and safetensors treat them as weights. Scales keep their stored dtype under `.to(dtype)` and `.half()`:
-    casting them would change every weight of the layer. A backend may keep the words in its own layout; then that is the only copy, and `qtensor` inverts it.
+    The packed tensors are buffers, so `state_dict`, `.to(device)` and safetensors treat them as
+    weights. Scales keep their stored dtype under `.to(dtype)` and `.half()`: casting them would
+    change every weight of the layer. A backend may keep the words in its own layout; then that is
+    the only copy, and `qtensor` inverts it.
 
-    Prepared tensors are buffers too, but not saved ones: that counts them as the module's memory and tells CUDA graphs that their addresses stay. `torch.compile(fullgraph=True)` works before and
-    after the first call. Where a module is traced before it is prepared, it prepares itself and the trace starts over; models that are compiled block by block should call `prepare` first, so that
-    all blocks look alike to the compiler.
-    """
+    Prepared tensors are buffers too, but not saved ones: that counts them as the module's memory
+    and tells CUDA graphs that their addresses stay. `torch.compile(fullgraph=True)` works before
+    and after the first call. Where a module is traced before it is prepared, it prepares itself and
+    the trace starts over; models that are compiled block by block should call `prepare` first, so
+    that all blocks look alike to the compiler."""
 
     packed: Tensor | None
     scale: Tensor
@@ -43,7 +49,9 @@ class QuantLinear(nn.Module):
     _ready_device: torch.device | None
     _prepared_names: tuple[str, ...]
 
-    def __init__(self, qtensor: QuantizedTensor, bias: Tensor | None = None, activations: ActSpec = ActSpec()) -> None:
+    def __init__(
+        self, qtensor: QuantizedTensor, bias: Tensor | None = None, activations: ActSpec = ActSpec()
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = qtensor.shape
         self.spec: QuantSpec = qtensor.spec
@@ -68,10 +76,20 @@ class QuantLinear(nn.Module):
         """The weight in canonical form."""
         packed = self.packed if self._prepared is None else self._prepared.canonical_packed()
         assert packed is not None
-        return QuantizedTensor(packed, self.scale, self.zero, self.spec, (self.out_features, self.in_features), self.g_idx, self.input_range)
+        return QuantizedTensor(
+            packed,
+            self.scale,
+            self.zero,
+            self.spec,
+            (self.out_features, self.in_features),
+            self.g_idx,
+            self.input_range,
+        )
 
     def _as_packed(self, dtype: torch.dtype, device: torch.device) -> PackedWeight:
-        return at_run_time(self.qtensor().as_packed(self.activations.kind), self.compute, dtype, device)
+        return at_run_time(
+            self.qtensor().as_packed(self.activations.kind), self.compute, dtype, device
+        )
 
     def set_compute(self, mode: str) -> None:
         """Whether activations may be rounded at run time: see `llmq_kernels.compute`."""
@@ -79,9 +97,14 @@ class QuantLinear(nn.Module):
         self.compute = mode
 
     def prepare(self, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
-        """Lay the weight out for activations of `dtype` on `device` (default: where the weight is). The first forward pass does this by itself."""
+        """Lay the weight out for activations of `dtype` on `device` (default: where the weight is).
+        The first forward pass does this by itself."""
         device = self.scale.device if device is None else torch.device(device)
-        if self._prepared is not None and self._prepared.dtype == dtype and self._prepared.device == device:
+        if (
+            self._prepared is not None
+            and self._prepared.dtype == dtype
+            and self._prepared.device == device
+        ):
             return
         self._release()
         self._prepared = prepared = PreparedWeight(self._as_packed(dtype, device), dtype, device)
@@ -109,7 +132,9 @@ class QuantLinear(nn.Module):
         if torch.compiler.is_compiling():
             if self._ready_dtype != x.dtype or self._ready_device != x.device:
                 _prepare_in_trace(self._key, x.dtype, x.device)
-            return torch.ops.llmq.linear(x, [getattr(self, name) for name in self._prepared_names], self._layout, self.bias)
+            return torch.ops.llmq.linear(
+                x, [getattr(self, name) for name in self._prepared_names], self._layout, self.bias
+            )
         prepared = self._prepared
         if prepared is None or prepared.dtype != x.dtype or prepared.device != x.device:
             self.prepare(x.dtype, x.device)
@@ -119,7 +144,8 @@ class QuantLinear(nn.Module):
 
     @property
     def prepared(self) -> PreparedWeight | None:
-        """The weight as its backend has it, another object whenever that changes; None before the first forward pass."""
+        """The weight as its backend has it, another object whenever that changes; None before the
+        first forward pass."""
         return self._prepared
 
     @property
@@ -148,34 +174,47 @@ class QuantLinear(nn.Module):
 
 @torch.compiler.assume_constant_result
 def _prepare_in_trace(key: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Prepare a module while Dynamo traces it, and have the trace start over with the module as it is then: what was traced so far stands on guards that no longer hold. By key, since not every
+    """Prepare a module while Dynamo traces it, and have the trace start over with the module as it
+    is then: what was traced so far stands on guards that no longer hold. By key, since not every
     version of torch takes a module for a constant."""
     _MODULES[key].prepare(dtype, device)
     restart = getattr(torch._dynamo.exc, "UnspecializeRestartAnalysis", None)
     if restart is None:
-        raise LlmqError("this version of torch cannot prepare a quantized weight while it traces; call llmq.modules.prepare(model, dtype) before torch.compile")
+        raise LlmqError(
+            "this version of torch cannot prepare a quantized weight while it traces; call llmq.modules.prepare(model, dtype) before torch.compile"
+        )
     raise restart(restart_reason="a quantized weight was laid out for its backend")
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Lay out every quantized weight for activations of `dtype` on the device it is on, before compiling or capturing."""
+    """Lay out every quantized weight for activations of `dtype` on the device it is on, before
+    compiling or capturing."""
     for module in quantized_modules(model).values():
         module.prepare(dtype)
 
 
-def swap(model: nn.Module, tensors: Mapping[str, QuantizedTensor], activations: ActSpec = ActSpec()) -> None:
+def swap(
+    model: nn.Module, tensors: Mapping[str, QuantizedTensor], activations: ActSpec = ActSpec()
+) -> None:
     """Replace the named linear layers by `QuantLinear` modules, in place, keeping their biases."""
     for name, qtensor in tensors.items():
         old = model.get_submodule(name)
         bias = getattr(old, "bias", None)
-        model.set_submodule(name, QuantLinear(qtensor, bias if isinstance(bias, torch.Tensor) else None, activations))
+        model.set_submodule(
+            name,
+            QuantLinear(qtensor, bias if isinstance(bias, torch.Tensor) else None, activations),
+        )
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
     """Name -> module of every quantized layer."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)
+    }
 
 
 def backends_in_use(model: nn.Module) -> dict[str, int]:
     """How many quantized layers each backend multiplied in the last forward pass."""
-    return dict(Counter(module.backend or "not run yet" for module in quantized_modules(model).values()))
+    return dict(
+        Counter(module.backend or "not run yet" for module in quantized_modules(model).values())
+    )

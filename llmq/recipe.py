@@ -1,7 +1,8 @@
-"""What to do with each layer: ordered rules from name patterns to specs, the method, the data and the seed. The first rule that matches a layer decides.
+"""What to do with each layer: ordered rules from name patterns to specs, the method, the data and
+the seed. The first rule that matches a layer decides.
 
-A pattern is a shell pattern on the module's name (`*.down_proj`, `model.layers.0.*`), or a regular expression after `re:`. A rule that matches nothing is an error, because it is a typo.
-"""
+A pattern is a shell pattern on the module's name (`*.down_proj`, `model.layers.0.*`), or a regular
+expression after `re:`. A rule that matches nothing is an error, because it is a typo."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ KEEP = "keep"
 
 @dataclass(frozen=True)
 class Rule:
-    """pattern: which layers. spec: how they are quantized, or None to keep them in full precision."""
+    """pattern: which layers. spec: how they are quantized, or None to keep them in full
+    precision."""
 
     pattern: str
     spec: QuantSpec | None
@@ -30,7 +32,9 @@ class Rule:
             try:
                 re.compile(self.pattern[3:])
             except re.error as error:
-                raise LlmqError(f"rule {self.pattern!r}: not a regular expression ({error}); quote the characters that have a meaning, or use a shell pattern without 're:'") from None
+                raise LlmqError(
+                    f"rule {self.pattern!r}: not a regular expression ({error}); quote the characters that have a meaning, or use a shell pattern without 're:'"
+                ) from None
 
     def matches(self, name: str) -> bool:
         if self.pattern.startswith("re:"):
@@ -42,7 +46,9 @@ class Rule:
         """Read `PATTERN=SPEC`, such as `*.down_proj=w8` or `model.layers.0.*=keep`."""
         pattern, separator, spec = text.rpartition("=")
         if not separator or not pattern:
-            raise LlmqError(f"rule {text!r}: expected PATTERN=SPEC, such as '*.down_proj=w8' or 'model.layers.0.*=keep'")
+            raise LlmqError(
+                f"rule {text!r}: expected PATTERN=SPEC, such as '*.down_proj=w8' or 'model.layers.0.*=keep'"
+            )
         return cls(pattern, None if spec == KEEP else QuantSpec.parse(spec))
 
 
@@ -56,7 +62,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one layer. spec None keeps it in full precision. note: why it differs from what its rule asks for, empty when it does not."""
+    """What happens to one layer. spec None keeps it in full precision. note: why it differs from
+    what its rule asks for, empty when it does not."""
 
     layer: Layer
     spec: QuantSpec | None
@@ -65,15 +72,21 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, apart from model, texts and, where `autocast` is None, the machine.
+    """Everything that decides the result, apart from model, texts and, where `autocast` is None,
+    the machine.
 
-    rules: ordered, first match wins. method: "rtn", "gptq", or "blockwise" (see `llmq.ptq.blockwise`), which starts from `init`. order: the column order of GPTQ (see `llmq.ptq.gptq`).
-    damping: share of the mean diagonal added to the Hessian. search: choose scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes and scales after
-    GPTQ (see `llmq.ptq.refine`). inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which corrects each layer for
-    what the layers before it lost (GPTAQ), by the share alpha. samples, sequence_length, seed: the calibration windows. iterations, learning_rate, autocast: of block-wise tuning: steps per
-    block, their size as a share of the distance between two codes, and whether blocks run in bfloat16 meanwhile (None: see `llmq.ptq.precision`). activations: their treatment at inference;
-    activation_range: how static ranges are chosen, "minmax", "percentile" or "mse" (see `llmq.ptq.ranges`).
-    """
+    rules: ordered, first match wins. method: "rtn", "gptq", or "blockwise" (see
+    `llmq.ptq.blockwise`), which starts from `init`. order: the column order of GPTQ (see
+    `llmq.ptq.gptq`). damping: share of the mean diagonal added to the Hessian. search: choose
+    scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes
+    and scales after GPTQ (see `llmq.ptq.refine`). inputs: where layers are measured: on the
+    "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which
+    corrects each layer for what the layers before it lost (GPTAQ), by the share alpha. samples,
+    sequence_length, seed: the calibration windows. iterations, learning_rate, autocast: of
+    block-wise tuning: steps per block, their size as a share of the distance between two codes, and
+    whether blocks run in bfloat16 meanwhile (None: see `llmq.ptq.precision`). activations: their
+    treatment at inference; activation_range: how static ranges are chosen, "minmax", "percentile"
+    or "mse" (see `llmq.ptq.ranges`)."""
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
     method: Literal["rtn", "gptq", "blockwise"] = "gptq"
@@ -99,21 +112,35 @@ class Recipe:
         if not 0 <= self.seed < 1 << 63:
             raise LlmqError(f"seed {self.seed}: expected a whole number from 0 to 2^63 - 1")
         if not 0 <= self.alpha <= 1:
-            raise LlmqError(f"alpha {self.alpha}: expected a share of the correction, from 0 to 1 (0.5 is usual)")
+            raise LlmqError(
+                f"alpha {self.alpha}: expected a share of the correction, from 0 to 1 (0.5 is usual)"
+            )
         if self.method == "rtn" and self.order == "act":
-            raise LlmqError("method rtn has no order of columns: leave out --act-order, or use --method gptq")
+            raise LlmqError(
+                "method rtn has no order of columns: leave out --act-order, or use --method gptq"
+            )
         if self.samples < 1 or self.sequence_length < 2:
-            raise LlmqError(f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens")
+            raise LlmqError(
+                f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens"
+            )
         if self.sweeps < 0:
             raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:
-            raise LlmqError(f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at most 1 (0.01 is usual)")
+            raise LlmqError(
+                f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at most 1 (0.01 is usual)"
+            )
         if self.iterations < 1:
-            raise LlmqError(f"iterations {self.iterations}: expected 1 or more steps per block; use --method gptq for none")
+            raise LlmqError(
+                f"iterations {self.iterations}: expected 1 or more steps per block; use --method gptq for none"
+            )
         if not 0 < self.learning_rate <= 1:
-            raise LlmqError(f"learning rate {self.learning_rate}: expected a share of a step between two codes, above 0 and at most 1 (0.02 is usual)")
+            raise LlmqError(
+                f"learning rate {self.learning_rate}: expected a share of a step between two codes, above 0 and at most 1 (0.02 is usual)"
+            )
         if self.init == "rtn" and self.method != "blockwise":
-            raise LlmqError(f"init rtn is what method blockwise starts from, and the method is {self.method}; give --method blockwise, or --init gptq to leave it out")
+            raise LlmqError(
+                f"init rtn is what method blockwise starts from, and the method is {self.method}; give --method blockwise, or --init gptq to leave it out"
+            )
         if self.method == "blockwise" and self.order == "act":
             raise LlmqError(
                 "block-wise tuning needs groups of consecutive columns, and true act-order stores other ones: leave out --act-order (--order group sorts columns too), or use --method gptq"
@@ -122,16 +149,25 @@ class Recipe:
     def _check_types(self) -> None:
         """Recipes come from JSON, too, where every value can be of any type."""
         for name, hint in get_type_hints(Recipe).items():
-            value, choices = getattr(self, name), get_args(hint) if get_origin(hint) is Literal else ()
+            value, choices = (
+                getattr(self, name),
+                get_args(hint) if get_origin(hint) is Literal else (),
+            )
             if choices and value not in choices:
-                raise LlmqError(f"unknown {name.replace('_', ' ')} {value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}")
+                raise LlmqError(
+                    f"unknown {name.replace('_', ' ')} {value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}"
+                )
             if hint in (int, bool) and type(value) is not hint:
-                raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected {'a whole number' if hint is int else 'true or false'}")
+                raise LlmqError(
+                    f"{name.replace('_', ' ')} {value!r}: expected {'a whole number' if hint is int else 'true or false'}"
+                )
             if hint == bool | None and type(value) not in (bool, type(None)):
                 raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected true, false or null")
             if hint is float and not (type(value) in (int, float) and math.isfinite(value)):
                 raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected a finite number")
-        if not (isinstance(self.rules, tuple) and all(isinstance(rule, Rule) for rule in self.rules)):
+        if not (
+            isinstance(self.rules, tuple) and all(isinstance(rule, Rule) for rule in self.rules)
+        ):
             raise LlmqError(f"rules {self.rules!r}: expected a tuple of Rule")
         if not isinstance(self.activations, ActSpec):
             raise LlmqError(f"activations {self.activations!r}: expected an ActSpec")
@@ -149,7 +185,9 @@ class Recipe:
     @classmethod
     def uniform(cls, spec: str | QuantSpec, **options: Any) -> Recipe:
         """One spec for every layer: `Recipe.uniform("w4g128", method="gptq")`."""
-        return cls(rules=(Rule("*", QuantSpec.parse(spec) if isinstance(spec, str) else spec),), **options)
+        return cls(
+            rules=(Rule("*", QuantSpec.parse(spec) if isinstance(spec, str) else spec),), **options
+        )
 
     def plan(self, layers: Iterable[Layer]) -> list[LayerPlan]:
         """Decide every layer. Raises `LlmqError` when a rule matches no layer."""
@@ -157,7 +195,9 @@ class Recipe:
         for rule in self.rules:
             if not any(rule.matches(layer.name) for layer in layers):
                 examples = ", ".join(layer.name for layer in layers[:3])
-                raise LlmqError(f"rule {rule.pattern!r} matches none of the {len(layers)} linear layers; their names look like {examples}")
+                raise LlmqError(
+                    f"rule {rule.pattern!r} matches none of the {len(layers)} linear layers; their names look like {examples}"
+                )
         return [self._plan_layer(layer) for layer in layers]
 
     def _plan_layer(self, layer: Layer) -> LayerPlan:
@@ -166,28 +206,52 @@ class Recipe:
             return LayerPlan(layer, None)
         fitting = asked.fit(layer.shape[1])
         if fitting is None:
-            return LayerPlan(layer, None, f"kept in full precision: no group size of 128, 64 or 32 at or below {asked.group_size} divides K = {layer.shape[1]}")
+            return LayerPlan(
+                layer,
+                None,
+                f"kept in full precision: no group size of 128, 64 or 32 at or below {asked.group_size} divides K = {layer.shape[1]}",
+            )
         if fitting != asked:
-            return LayerPlan(layer, fitting, f"group size {fitting.group_size} instead of {asked.group_size}, which does not divide K = {layer.shape[1]}")
+            return LayerPlan(
+                layer,
+                fitting,
+                f"group size {fitting.group_size} instead of {asked.group_size}, which does not divide K = {layer.shape[1]}",
+            )
         return LayerPlan(layer, fitting)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "rules": [[rule.pattern, None if rule.spec is None else rule.spec.to_json()] for rule in self.rules]}
+        return {
+            **asdict(self),
+            "rules": [
+                [rule.pattern, None if rule.spec is None else rule.spec.to_json()]
+                for rule in self.rules
+            ],
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Recipe:
-        """The inverse of `to_json`. Raises `LlmqError` for keys that do not exist and values that make no recipe."""
+        """The inverse of `to_json`. Raises `LlmqError` for keys that do not exist and values that
+        make no recipe."""
         if not isinstance(data, dict):
-            raise LlmqError(f"recipe: expected an object with some of the keys {', '.join(cls.__dataclass_fields__)}, got {type(data).__name__}")
+            raise LlmqError(
+                f"recipe: expected an object with some of the keys {', '.join(cls.__dataclass_fields__)}, got {type(data).__name__}"
+            )
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
-            raise LlmqError(f"recipe: unknown keys {', '.join(sorted(unknown))}; known are {', '.join(cls.__dataclass_fields__)}")
+            raise LlmqError(
+                f"recipe: unknown keys {', '.join(sorted(unknown))}; known are {', '.join(cls.__dataclass_fields__)}"
+            )
         values = dict(data)
         try:
             if "rules" in values:
-                values["rules"] = tuple(Rule(pattern, None if spec is None else QuantSpec.from_json(spec)) for pattern, spec in values["rules"])
+                values["rules"] = tuple(
+                    Rule(pattern, None if spec is None else QuantSpec.from_json(spec))
+                    for pattern, spec in values["rules"]
+                )
             if "activations" in values:
                 values["activations"] = ActSpec(**values["activations"])
         except (TypeError, ValueError, AttributeError) as error:
-            raise LlmqError(f"recipe: rules or activations cannot be read ({error}); expected what report.json holds under 'recipe'") from None
+            raise LlmqError(
+                f"recipe: rules or activations cannot be read ({error}); expected what report.json holds under 'recipe'"
+            ) from None
         return cls(**values)

@@ -1,4 +1,5 @@
-"""How a tensor is quantized: frozen, validated, JSON in and out, with a short text form for rules on the command line.
+"""How a tensor is quantized: frozen, validated, JSON in and out, with a short text form for rules
+on the command line.
 
 w4g128        4-bit integers, symmetric, one scale per 128 columns
 w3g64-asym    3-bit integers with a zero point per group
@@ -21,16 +22,18 @@ PER_ROW = -1
 PER_TENSOR = 0
 SMALLER_GROUPS = (128, 64, 32)
 
-_TEXT = re.compile(r"(?:w(?P<bits>\d+h?)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?")
+_TEXT = re.compile(
+    r"(?:w(?P<bits>\d+h?)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?"
+)
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """How a weight `[N, K]` is quantized.
 
-    code: a name in `llmq_kernels.CODES`. group_size: columns that share a scale; -1 for one scale per row, 0 for one per tensor. symmetric: no zero point is stored.
-    scale_dtype: the dtype that scales are stored in, and rounded to before any code is computed.
-    """
+    code: a name in `llmq_kernels.CODES`. group_size: columns that share a scale; -1 for one scale
+    per row, 0 for one per tensor. symmetric: no zero point is stored. scale_dtype: the dtype that
+    scales are stored in, and rounded to before any code is computed."""
 
     code: str = "int4"
     group_size: int = 128
@@ -41,11 +44,17 @@ class QuantSpec:
         if self.code not in CODES:
             raise LlmqError(f"unknown code {self.code!r}: expected one of {', '.join(CODES)}")
         if self.group_size < PER_ROW or self.group_size == 1:
-            raise LlmqError(f"group size {self.group_size}: expected a number of columns from 2 up, -1 (one scale per row) or 0 (one per tensor)")
+            raise LlmqError(
+                f"group size {self.group_size}: expected a number of columns from 2 up, -1 (one scale per row) or 0 (one per tensor)"
+            )
         if self.code in ("ternary", "int2h") and not self.symmetric:
-            raise LlmqError(f"{self.code} codes are symmetric: they have no zero point to move; leave out --asymmetric")
+            raise LlmqError(
+                f"{self.code} codes are symmetric: they have no zero point to move; leave out --asymmetric"
+            )
         if self.scale_dtype not in ("float16", "bfloat16", "float32"):
-            raise LlmqError(f"scale dtype {self.scale_dtype!r}: expected float16, bfloat16 or float32")
+            raise LlmqError(
+                f"scale dtype {self.scale_dtype!r}: expected float16, bfloat16 or float32"
+            )
 
     @property
     def levels(self) -> Code:
@@ -70,7 +79,8 @@ class QuantSpec:
         return self.bits + n_scales * (scale_bits + (0 if self.symmetric else self.bits)) / (n * k)
 
     def fit(self, k: int) -> QuantSpec | None:
-        """This spec with a group size that divides `k`: its own, else the largest of 128, 64, 32 below it that does, else None (keep the layer in full precision)."""
+        """This spec with a group size that divides `k`: its own, else the largest of 128, 64, 32
+        below it that does, else None (keep the layer in full precision)."""
         if self.group_size <= 0 or k % self.group_size == 0:
             return self
         smaller = [size for size in SMALLER_GROUPS if size < self.group_size and k % size == 0]
@@ -78,7 +88,9 @@ class QuantSpec:
 
     def __str__(self) -> str:
         name = "ternary" if self.code == "ternary" else self.code.replace("int", "w")
-        group = {PER_ROW: "", PER_TENSOR: "-tensor"}.get(self.group_size, f"{'-' if self.code in ('ternary', 'int2h') else ''}g{self.group_size}")
+        group = {PER_ROW: "", PER_TENSOR: "-tensor"}.get(
+            self.group_size, f"{'-' if self.code in ('ternary', 'int2h') else ''}g{self.group_size}"
+        )
         return name + group + ("" if self.symmetric else "-asym")
 
     @classmethod
@@ -87,8 +99,16 @@ class QuantSpec:
         match = _TEXT.fullmatch(text.strip().lower())
         code = match and ("ternary" if match["ternary"] else f"int{match['bits']}")
         if not match or code not in CODES:
-            raise LlmqError(f"cannot read the quantization {text!r}: expected forms are w4g128, w3g64-asym, w8, w4-tensor, ternary-g128 (bits 2, 3, 4, 8), or keep")
-        group_size = int(match["group"]) if match["group"] else PER_TENSOR if match["whole"] == "tensor" else PER_ROW
+            raise LlmqError(
+                f"cannot read the quantization {text!r}: expected forms are w4g128, w3g64-asym, w8, w4-tensor, ternary-g128 (bits 2, 3, 4, 8), or keep"
+            )
+        group_size = (
+            int(match["group"])
+            if match["group"]
+            else PER_TENSOR
+            if match["whole"] == "tensor"
+            else PER_ROW
+        )
         return cls(code=str(code), group_size=group_size, symmetric=not match["asymmetric"])
 
     def to_json(self) -> dict[str, Any]:
@@ -103,9 +123,10 @@ class QuantSpec:
 class ActSpec:
     """How what flows between layers is quantized at inference.
 
-    kind: of the inputs of linear layers, before an integer matmul: "none", "int8-token" (a scale per token from its own largest magnitude) or "int8-static" (a range per layer, stored).
-    kv_bits: of keys and values, 8, 4 or None; kv_before_rope: before the rotary embedding instead of after it (see `llmq.kv`).
-    """
+    kind: of the inputs of linear layers, before an integer matmul: "none", "int8-token" (a scale
+    per token from its own largest magnitude) or "int8-static" (a range per layer, stored). kv_bits:
+    of keys and values, 8, 4 or None; kv_before_rope: before the rotary embedding instead of after
+    it (see `llmq.kv`)."""
 
     kind: Literal["none", "int8-token", "int8-static"] = "none"
     kv_bits: int | None = None
@@ -113,7 +134,9 @@ class ActSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in ("none", "int8-token", "int8-static"):
-            raise LlmqError(f"unknown activation quantization {self.kind!r}: expected none, int8-token or int8-static")
+            raise LlmqError(
+                f"unknown activation quantization {self.kind!r}: expected none, int8-token or int8-static"
+            )
         if self.kv_bits not in (None, 8, 4):
             raise LlmqError(f"keys and values of {self.kv_bits} bits: expected 8 or 4")
 
@@ -123,7 +146,9 @@ class ActSpec:
         return self == ActSpec()
 
     def __str__(self) -> str:
-        parts = [self.kind] * (self.kind != "none") + ([f"{self.kv_bits}-bit keys and values"] if self.kv_bits else [])
+        parts = [self.kind] * (self.kind != "none") + (
+            [f"{self.kv_bits}-bit keys and values"] if self.kv_bits else []
+        )
         return " and ".join(parts) or "none"
 
     def to_json(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The CPU backends beside torch's bfloat16 linear and its int4pack operator, in one run: speed-up by rows of x.
+"""The CPU backends beside torch's bfloat16 linear and its int4pack operator, in one run: speed-up
+by rows of x.
 
     python scripts/benchmark_cpu.py --threads 1
 
-Candidates take turns, so that a slower minute of the machine hits all of them; several copies of each weight take turns, so that weights come from memory and not from a small
-cache. The table shows ratios of medians.
-"""
+Candidates take turns, so that a slower minute of the machine hits all of them; several copies of
+each weight take turns, so that weights come from memory and not from a small cache. The table shows
+ratios of medians."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight and how it is multiplied. group_size: columns per scale, 0 for one per row. backend: None for what llmq chooses."""
+    """A weight and how it is multiplied. group_size: columns per scale, 0 for one per row. backend:
+    None for what llmq chooses."""
 
     code: str
     group_size: int
@@ -47,14 +49,24 @@ CANDIDATES = {
 }
 
 
-def packed_weight(weight: Tensor, code_name: str, group_size: int, activations: str = "none") -> PackedWeight:
+def packed_weight(
+    weight: Tensor, code_name: str, group_size: int, activations: str = "none"
+) -> PackedWeight:
     """A symmetric weight with scales from its ranges."""
     (n, k), code = weight.shape, CODES[code_name]
     group_size = group_size or k
     grouped = weight.view(n, k // group_size, group_size)
     scale = (2 * grouped.abs().amax(-1) / code.max).half()
-    codes = (grouped / scale.float()[..., None]).round().add(code.offset).clamp(0, code.max).to(torch.uint8)
-    return PackedWeight(pack(codes.view(n, k), code.bits), scale, None, None, code, group_size, (n, k), activations)
+    codes = (
+        (grouped / scale.float()[..., None])
+        .round()
+        .add(code.offset)
+        .clamp(0, code.max)
+        .to(torch.uint8)
+    )
+    return PackedWeight(
+        pack(codes.view(n, k), code.bits), scale, None, None, code, group_size, (n, k), activations
+    )
 
 
 def prepared(weight: Tensor, candidate: Candidate) -> PreparedWeight:
@@ -62,15 +74,23 @@ def prepared(weight: Tensor, candidate: Candidate) -> PreparedWeight:
     if candidate.backend:
         os.environ["LLMQ_BACKEND"] = candidate.backend
     try:
-        return PreparedWeight(packed_weight(weight, candidate.code, candidate.group_size, candidate.activations), torch.bfloat16, torch.device("cpu"))
+        return PreparedWeight(
+            packed_weight(weight, candidate.code, candidate.group_size, candidate.activations),
+            torch.bfloat16,
+            torch.device("cpu"),
+        )
     finally:
         os.environ.pop("LLMQ_BACKEND", None)
 
 
-def competitors(n: int, k: int, names: Sequence[str], copies: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
+def competitors(
+    n: int, k: int, names: Sequence[str], copies: int
+) -> dict[str, list[Callable[[Tensor], Tensor]]]:
     """`copies` functions of x for each name, and those of the bfloat16 linear."""
     weights = [torch.randn(n, k) * 0.02 for _ in range(copies)]
-    result: dict[str, list[Callable[[Tensor], Tensor]]] = {"bfloat16": [_linear(weight.bfloat16()) for weight in weights]}
+    result: dict[str, list[Callable[[Tensor], Tensor]]] = {
+        "bfloat16": [_linear(weight.bfloat16()) for weight in weights]
+    }
     for name in names:
         ready = [prepared(weight, CANDIDATES[name]) for weight in weights]
         result[f"{name} ({ready[0].backend.name})"] = [one.linear for one in ready]
@@ -93,7 +113,11 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time instead of the clock on the wall, for one thread on a machine that others use, too")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count processor time instead of the clock on the wall, for one thread on a machine that others use, too",
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=tuple(CANDIDATES))
     parser.add_argument("--json", action="store_true")
@@ -108,15 +132,36 @@ def main() -> None:
     results = {}
     for m in args.rows:
         x = torch.randn(m, args.k).bfloat16()
-        results[m] = medians({name: [_bound(function, x) for function in copies] for name, copies in functions.items()}, args.repeats, clock=clock)
+        results[m] = medians(
+            {
+                name: [_bound(function, x) for function in copies]
+                for name, copies in functions.items()
+            },
+            args.repeats,
+            clock=clock,
+        )
     if args.json:
-        print(json.dumps({"n": args.n, "k": args.k, "threads": torch.get_num_threads(), "seconds": results}))
+        print(
+            json.dumps(
+                {"n": args.n, "k": args.k, "threads": torch.get_num_threads(), "seconds": results}
+            )
+        )
         return
-    print(f"{args.n} x {args.k}, {torch.get_num_threads()} threads, torch {torch.__version__}; speed-up over bfloat16{' in processor time' if args.cpu_time else ''}\n")
+    print(
+        f"{args.n} x {args.k}, {torch.get_num_threads()} threads, torch {torch.__version__}; speed-up over bfloat16{' in processor time' if args.cpu_time else ''}\n"
+    )
     print("| M | " + " | ".join(map(str, results)) + " |\n|" + "---|" * (len(results) + 1))
-    print("| bfloat16, ms | " + " | ".join(f"{row['bfloat16'] * 1e3:.2f}" for row in results.values()) + " |")
+    print(
+        "| bfloat16, ms | "
+        + " | ".join(f"{row['bfloat16'] * 1e3:.2f}" for row in results.values())
+        + " |"
+    )
     for name in list(functions)[1:]:
-        print(f"| {name} | " + " | ".join(f"{row['bfloat16'] / row[name]:.2f}" for row in results.values()) + " |")
+        print(
+            f"| {name} | "
+            + " | ".join(f"{row['bfloat16'] / row[name]:.2f}" for row in results.values())
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Decoding a whole model on a CPU: transformers in bfloat16, llmq, and llama.cpp on the same shapes, in one run.
+"""Decoding a whole model on a CPU: transformers in bfloat16, llmq, and llama.cpp on the same
+shapes, in one run.
 
     python scripts/benchmark_decode.py --threads 2
-    python scripts/benchmark_decode.py --threads 2 --llama-python OTHER_ENV/bin/python   # where llama-cpp-python is installed
+    python scripts/benchmark_decode.py --threads 2 --llama-python OTHER_ENV/bin/python   # where
+    llama-cpp-python is installed
 
-A Llama of 0.85B parameters with random weights (16 layers, 2048 wide, MLP 5632, vocabulary 32000): what the numbers are does not matter for speed. Each engine runs in a process of its own, they take
-turns, and the table shows medians: tokens per second of decoding after a prompt of 128 tokens, prompt tokens per second, and resident memory beyond the libraries against the bytes of the weights.
-llama.cpp gets Q4_0 with its usual Q6_K head, as written here with the gguf package (`pip install '.[gguf]'`).
-"""
+A Llama of 0.85B parameters with random weights (16 layers, 2048 wide, MLP 5632, vocabulary 32000):
+what the numbers are does not matter for speed. Each engine runs in a process of its own, they take
+turns, and the table shows medians: tokens per second of decoding after a prompt of 128 tokens,
+prompt tokens per second, and resident memory beyond the libraries against the bytes of the weights.
+llama.cpp gets Q4_0 with its usual Q6_K head, as written here with the gguf package (`pip install
+'.[gguf]'`)."""
 
 from __future__ import annotations
 
@@ -22,10 +26,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPE = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 2048}
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2048,
+}
 PROMPT = 128
 # name -> compute mode and bits of the head; None for a model that is not quantized
-ENGINES: dict[str, tuple[str, int | None] | None] = {"bfloat16": None, "llmq, exact": ("exact", None), "llmq, exact, 8-bit head": ("exact", 8), "llmq, int8, 8-bit head": ("int8", 8)}
+ENGINES: dict[str, tuple[str, int | None] | None] = {
+    "bfloat16": None,
+    "llmq, exact": ("exact", None),
+    "llmq, exact, 8-bit head": ("exact", 8),
+    "llmq, int8, 8-bit head": ("int8", 8),
+}
 LLAMA = "llama.cpp Q4_0"
 # Run by the other interpreter, which has llama-cpp-python and need not have anything else.
 LLAMA_CODE = """
@@ -50,11 +67,16 @@ print(json.dumps({"decode": 1 / times[len(times) // 2], "prefill": n_prompt / pr
 
 def resident() -> int:
     """Bytes of this process in memory."""
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    )
 
 
 def build(compute: str | None, head_bits: int | None) -> Any:
-    """The model with random weights, packed if a compute mode is given; bfloat16 weights of quantized layers never exist."""
+    """The model with random weights, packed if a compute mode is given; bfloat16 weights of
+    quantized layers never exist."""
     import torch
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,12 +92,27 @@ def build(compute: str | None, head_bits: int | None) -> Any:
     spec = QuantSpec("int4", 128)
     for name, module in list(model.named_modules()):
         if compute is not None and isinstance(module, torch.nn.Linear) and name != "lm_head":
-            packed = torch.randint(-(2**31), 2**31, (module.out_features, module.in_features // 8), dtype=torch.int32)
-            scale = torch.full((module.out_features, module.in_features // 128), 0.004, dtype=torch.float16)
-            swap(model, {name: QuantizedTensor(packed, scale, None, spec, (module.out_features, module.in_features))})
+            packed = torch.randint(
+                -(2**31), 2**31, (module.out_features, module.in_features // 8), dtype=torch.int32
+            )
+            scale = torch.full(
+                (module.out_features, module.in_features // 128), 0.004, dtype=torch.float16
+            )
+            swap(
+                model,
+                {
+                    name: QuantizedTensor(
+                        packed, scale, None, spec, (module.out_features, module.in_features)
+                    )
+                },
+            )
     for name, parameter in list(model.named_parameters()):
         parent, _, last = name.rpartition(".")
-        value = torch.ones(parameter.shape, dtype=torch.bfloat16) if "norm" in name else torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=0.02)
+        value = (
+            torch.ones(parameter.shape, dtype=torch.bfloat16)
+            if "norm" in name
+            else torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=0.02)
+        )
         setattr(model.get_submodule(parent), last, torch.nn.Parameter(value, requires_grad=False))
     for module in quantized_modules(model).values():
         module.set_compute(compute or "exact")
@@ -84,7 +121,11 @@ def build(compute: str | None, head_bits: int | None) -> Any:
 
 def weight_bytes(model: Any) -> int:
     """Bytes of all parameters and buffers, shared ones once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
+    return sum(
+        {
+            tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())
+        }.values()
+    )
 
 
 def measure(name: str, threads: int, n_new: int) -> dict[str, float]:
@@ -120,11 +161,24 @@ def measure(name: str, threads: int, n_new: int) -> dict[str, float]:
         # The way of `llmq generate`, with what transformers does around each token.
         del cache
         cache = in_place_cache(model.config, PROMPT + n_new)
-        model.generate(prompt, past_key_values=cache, max_new_tokens=n_new, do_sample=False, pad_token_id=0, stopping_criteria=[stamp])
+        model.generate(
+            prompt,
+            past_key_values=cache,
+            max_new_tokens=n_new,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[stamp],
+        )
     steps = [after - previous for previous, after in itertools.pairwise(stamps[1:])]
     release_freed_memory()
     held = weight_bytes(model)
-    return {"decode": 1 / statistics.median(steps), "prefill": PROMPT / prefill, "resident": resident() - before, "weights": held, "cache": cache_bytes(cache)}
+    return {
+        "decode": 1 / statistics.median(steps),
+        "prefill": PROMPT / prefill,
+        "resident": resident() - before,
+        "weights": held,
+        "cache": cache_bytes(cache),
+    }
 
 
 def write_gguf(path: Path) -> None:
@@ -144,14 +198,19 @@ def write_gguf(path: Path) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(width // SHAPE["num_attention_heads"])
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([b"<unk>", b"<s>", b"</s>", *(f"t{i}".encode() for i in range(3, vocabulary))])
+    writer.add_token_list(
+        [b"<unk>", b"<s>", b"</s>", *(f"t{i}".encode() for i in range(3, vocabulary))]
+    )
     writer.add_token_scores([0.0] * vocabulary)
     writer.add_token_types([2, 3, 3] + [1] * (vocabulary - 3))
 
     def blocks(name: str, rows: int, columns: int, kind: Any, scale_at: int) -> None:
         values, n_bytes = gguf.GGML_QUANT_SIZES[kind]
         data = random.integers(0, 256, (rows, columns // values, n_bytes), dtype=np.uint8)
-        data[..., scale_at : scale_at + 2] = np.frombuffer(np.float16(0.004 if kind == gguf.GGMLQuantizationType.Q4_0 else 1e-5).tobytes(), np.uint8)
+        data[..., scale_at : scale_at + 2] = np.frombuffer(
+            np.float16(0.004 if kind == gguf.GGMLQuantizationType.Q4_0 else 1e-5).tobytes(),
+            np.uint8,
+        )
         writer.add_tensor(name, data.reshape(rows, -1), raw_dtype=kind)
 
     q4, q6 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q6_K
@@ -161,7 +220,12 @@ def write_gguf(path: Path) -> None:
     for i in range(SHAPE["num_hidden_layers"]):
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(width, np.float32))
-        for name, rows, columns in (*((f"attn_{part}", width, width) for part in ("q", "k", "v", "output")), ("ffn_gate", mlp, width), ("ffn_up", mlp, width), ("ffn_down", width, mlp)):
+        for name, rows, columns in (
+            *((f"attn_{part}", width, width) for part in ("q", "k", "v", "output")),
+            ("ffn_gate", mlp, width),
+            ("ffn_up", mlp, width),
+            ("ffn_down", width, mlp),
+        ):
             blocks(f"blk.{i}.{name}.weight", rows, columns, q4, 0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -172,10 +236,33 @@ def write_gguf(path: Path) -> None:
 def run(name: str, args: argparse.Namespace, model: Path) -> dict[str, float]:
     """One engine in a process of its own."""
     if name == LLAMA:
-        command = [args.llama_python, "-c", LLAMA_CODE, str(model), str(args.threads), str(PROMPT), str(args.new_tokens)]
+        command = [
+            args.llama_python,
+            "-c",
+            LLAMA_CODE,
+            str(model),
+            str(args.threads),
+            str(PROMPT),
+            str(args.new_tokens),
+        ]
     else:
-        command = [sys.executable, __file__, "--engine", name, "--threads", str(args.threads), "--new-tokens", str(args.new_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        command = [
+            sys.executable,
+            __file__,
+            "--engine",
+            name,
+            "--threads",
+            str(args.threads),
+            "--new-tokens",
+            str(args.new_tokens),
+        ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -202,16 +289,34 @@ def main() -> None:
             write_gguf(model)
         rounds = [{name: run(name, args, model) for name in engines} for _ in range(args.rounds)]
         file_bytes = model.stat().st_size if args.llama_python else 0
-    results = {name: {key: statistics.median(each[name][key] for each in rounds) for key in rounds[0][name]} for name in engines}
+    results = {
+        name: {
+            key: statistics.median(each[name][key] for each in rounds) for key in rounds[0][name]
+        }
+        for name in engines
+    }
     if LLAMA in results:
         results[LLAMA]["weights"] = file_bytes
     if args.json:
-        print(json.dumps({"threads": args.threads, "prompt": PROMPT, "new_tokens": args.new_tokens, "engines": results}))
+        print(
+            json.dumps(
+                {
+                    "threads": args.threads,
+                    "prompt": PROMPT,
+                    "new_tokens": args.new_tokens,
+                    "engines": results,
+                }
+            )
+        )
         return
-    print(f"{args.threads} threads, prompt {PROMPT}, {args.new_tokens} new tokens, medians of {args.rounds} rounds\n\n| engine | decode, tokens/s | prefill, tokens/s | resident MB | weights MB |")
+    print(
+        f"{args.threads} threads, prompt {PROMPT}, {args.new_tokens} new tokens, medians of {args.rounds} rounds\n\n| engine | decode, tokens/s | prefill, tokens/s | resident MB | weights MB |"
+    )
     print("|---|---|---|---|---|")
     for name, row in results.items():
-        print(f"| {name} | {row['decode']:.1f} | {row['prefill']:.0f} | {row['resident'] / 1e6:.0f} | {row['weights'] / 1e6:.0f} |")
+        print(
+            f"| {name} | {row['decode']:.1f} | {row['prefill']:.0f} | {row['resident'] / 1e6:.0f} | {row['weights'] / 1e6:.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Everything that needs a GPU, in one call of under ten minutes: the GPU tests, tuning, the kernel table and decoding. Writes JSON (and a plot where matplotlib is installed) to a folder.
+"""Everything that needs a GPU, in one call of under ten minutes: the GPU tests, tuning, the kernel
+table and decoding. Writes JSON (and a plot where matplotlib is installed) to a folder.
 
     python scripts/benchmark_kernels.py --out gpu-results
 
-Time is shared out: tests and tuning have their own limits, the table stops where decoding needs what is left of --max-seconds, and what was not reached is counted in the JSON. A step that fails is
-reported at the end and does not stop the others; the exit code is 1 then. The tuned file in the folder can be shipped as `kernels/llmq_kernels/tuned/<gpu>.json`.
-"""
+Time is shared out: tests and tuning have their own limits, the table stops where decoding needs
+what is left of --max-seconds, and what was not reached is counted in the JSON. A step that fails is
+reported at the end and does not stop the others; the exit code is 1 then. The tuned file in the
+folder can be shipped as `kernels/llmq_kernels/tuned/<gpu>.json`."""
 
 from __future__ import annotations
 
@@ -28,14 +30,26 @@ from llmq_kernels import triton_tuning
 ROOT = Path(__file__).resolve().parent.parent
 
 
-DECODE_SECONDS = 90  # kept for the last step: making and quantizing 8B weights on the device, and two times 64 tokens
+# kept for the last step: making and quantizing 8B weights on the device, and two times 64 tokens
+DECODE_SECONDS = 90
 
 
 def run_tests(out: Path, seconds: float) -> dict[str, Any]:
     """`pytest -m gpu`; its whole output goes to a file."""
-    parallel = ["-n", "6"] if find_spec("xdist") else []  # most of the time goes into compiling some 200 kernels
-    with (out / "tests.txt").open("w+") as log:  # a file, so that what ran before a timeout can be read
-        done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-m", "gpu", *parallel, "tests/kernels"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+    parallel = (
+        ["-n", "6"] if find_spec("xdist") else []
+    )  # most of the time goes into compiling some 200 kernels
+    with (out / "tests.txt").open(
+        "w+"
+    ) as log:  # a file, so that what ran before a timeout can be read
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-v", "-m", "gpu", *parallel, "tests/kernels"],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+        )
         log.seek(0)
         last = log.read().strip().splitlines()[-1]
     if done.returncode:
@@ -45,7 +59,13 @@ def run_tests(out: Path, seconds: float) -> dict[str, Any]:
 
 def tune(device: torch.device, seconds: float, out: Path) -> dict[str, Any]:
     """Tuned choices, for this user and as a file to ship."""
-    results = kernels.tune(kernels.GPU_SHAPES, kernels.GPU_ROWS, [kernels.Kind(text) for text in kernels.GPU_WEIGHTS], device, seconds)
+    results = kernels.tune(
+        kernels.GPU_SHAPES,
+        kernels.GPU_ROWS,
+        [kernels.Kind(text) for text in kernels.GPU_WEIGHTS],
+        device,
+        seconds,
+    )
     chip = triton_tuning.chip_of(device)
     name = f"{triton_tuning.slug(chip.name)}.json"
     for path in (triton_tuning.tuned_dir() / name, out / name):
@@ -57,10 +77,22 @@ def table(device: torch.device, out: Path, deadline: float) -> dict[str, Any]:
     """Every shape, M and kind of weight, as far as the time allows."""
     rows: list[dict[str, Any]] = []
     n_rows = len(kernels.GPU_SHAPES) * len(kernels.GPU_ROWS) * len(kernels.GPU_WEIGHTS)
-    for row in kernels.measure(kernels.GPU_SHAPES, kernels.GPU_ROWS, [kernels.Kind(text) for text in kernels.GPU_WEIGHTS], device):
+    for row in kernels.measure(
+        kernels.GPU_SHAPES,
+        kernels.GPU_ROWS,
+        [kernels.Kind(text) for text in kernels.GPU_WEIGHTS],
+        device,
+    ):
         rows.append(row)
-        others = ", ".join(f"{name} {row['bf16_seconds'] / other['seconds']:.2f}" for name, other in row["others"].items() if "seconds" in other)
-        print(f"{row['n']:6}x{row['k']:<6}{row['weights']:11}M={row['m']:<5}{row['ratio']:6.2f} x bfloat16, {row['share_of_copy_bandwidth']:4.0%} of copy; {others}", flush=True)
+        others = ", ".join(
+            f"{name} {row['bf16_seconds'] / other['seconds']:.2f}"
+            for name, other in row["others"].items()
+            if "seconds" in other
+        )
+        print(
+            f"{row['n']:6}x{row['k']:<6}{row['weights']:11}M={row['m']:<5}{row['ratio']:6.2f} x bfloat16, {row['share_of_copy_bandwidth']:4.0%} of copy; {others}",
+            flush=True,
+        )
         if time.monotonic() > deadline:
             break
     if find_spec("matplotlib"):
@@ -72,7 +104,13 @@ def versions() -> dict[str, Any]:
     """What the figures were measured with."""
     from importlib.metadata import version
 
-    return {"torch": torch.__version__, "triton": version("triton"), "device": torch.cuda.get_device_name(), "driver_cuda": torch.version.cuda, "measured_at": time.strftime("%Y-%m-%d")}
+    return {
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "device": torch.cuda.get_device_name(),
+        "driver_cuda": torch.version.cuda,
+        "measured_at": time.strftime("%Y-%m-%d"),
+    }
 
 
 def main() -> int:
@@ -82,10 +120,18 @@ def main() -> int:
     parser.add_argument("--test-seconds", type=float, default=200)
     parser.add_argument("--max-seconds", type=float, default=570, help="for everything")
     parser.add_argument("--layers", type=int, default=32, help="blocks of the synthetic Llama-3-8B")
-    parser.add_argument("--only", nargs="+", choices=("tests", "defaults", "tune", "kernels", "decode"), help="some of the steps")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=("tests", "defaults", "tune", "kernels", "decode"),
+        help="some of the steps",
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("scripts/benchmark_kernels.py: no CUDA device; 'llmq bench' times the CPU kernels", file=sys.stderr)
+        print(
+            "scripts/benchmark_kernels.py: no CUDA device; 'llmq bench' times the CPU kernels",
+            file=sys.stderr,
+        )
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda", 0)
@@ -93,7 +139,9 @@ def main() -> int:
     few = [kernels.Kind("w4g128")]
     steps: dict[str, Callable[[], Any]] = {
         "tests": lambda: run_tests(args.out, args.test_seconds),
-        "defaults": lambda: {"rows": list(kernels.measure([(4096, 4096)], (1, 16, 64, 256), few, device))},  # before tuning: what the rules of thumb give
+        "defaults": lambda: {
+            "rows": list(kernels.measure([(4096, 4096)], (1, 16, 64, 256), few, device))
+        },  # before tuning: what the rules of thumb give
         "tune": lambda: tune(device, args.tune_seconds, args.out),
         "kernels": lambda: table(device, args.out, end - DECODE_SECONDS),
         "decode": lambda: compare_decode(device, num_hidden_layers=args.layers),
@@ -105,15 +153,22 @@ def main() -> int:
         started = time.monotonic()
         try:
             result = step()
-        except Exception as error:  # the next step may still tell something, and machine time is scarce
+        except (
+            Exception
+        ) as error:  # the next step may still tell something, and machine time is scarce
             traceback.print_exc()
             result = {"failed": f"{type(error).__name__}: {error}"}
             failed.append(name)
         result |= {"step_seconds": time.monotonic() - started, **versions()}
         (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{name}: {result.get('failed', 'done')} in {result['step_seconds']:.0f} s", flush=True)
+        print(
+            f"{name}: {result.get('failed', 'done')} in {result['step_seconds']:.0f} s", flush=True
+        )
         if name == "decode":
-            print({key: value for key, value in result.items() if "tokens" in key or key == "ratio"}, flush=True)
+            print(
+                {key: value for key, value in result.items() if "tokens" in key or key == "ratio"},
+                flush=True,
+            )
     return 1 if failed else 0
 
 

@@ -1,10 +1,11 @@
-"""What the quantizers cost in training: time of a fine-tuning step through them against a plain one, with the same loss and no teacher.
+"""What the quantizers cost in training: time of a fine-tuning step through them against a plain
+one, with the same loss and no teacher.
 
     python scripts/benchmark_qat.py tiny
     python scripts/benchmark_qat.py MODEL --device cuda --batch-size 16 --sequence-length 1024
 
-Forward, backward and AdamW on random tokens; the models take turns, step by step, so that whatever else the machine does hits all of them; medians.
-"""
+Forward, backward and AdamW on random tokens; the models take turns, step by step, so that whatever
+else the machine does hits all of them; medians."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def student_of(model_name: str, activations: ActSpec | None, device: str) -> Student:
-    """A model in training that starts from plain rounding, or as it is where nothing is to be quantized."""
+    """A model in training that starts from plain rounding, or as it is where nothing is to be
+    quantized."""
     model = llmq.load(model_name, dtype="float32")
     if activations is not None:
         llmq.prepare_qat(model, Recipe.uniform("w4g128", method="rtn", activations=activations))
@@ -61,13 +63,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    print(f"{args.batch_size} x {args.sequence_length} tokens, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n| | seconds per step | times plain |\n|---|---|---|")
+    print(
+        f"{args.batch_size} x {args.sequence_length} tokens, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n| | seconds per step | times plain |\n|---|---|---|"
+    )
     for precision, dtype in PRECISIONS.items():
         steps = {}
         for name, activations in KINDS.items():
             student = student_of(args.model, activations, args.device)
             vocabulary = student.model.config.get_text_config().vocab_size
-            tokens = torch.randint(vocabulary, (args.batch_size, args.sequence_length), generator=torch.Generator().manual_seed(0)).to(args.device)
+            tokens = torch.randint(
+                vocabulary,
+                (args.batch_size, args.sequence_length),
+                generator=torch.Generator().manual_seed(0),
+            ).to(args.device)
             steps[name] = stepper(student, tokens, dtype)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for repeat in range(args.repeats + 1):
@@ -77,7 +85,10 @@ def main() -> None:
                     times[name].append(seconds)
         plain = statistics.median(times["plain"])
         for name, values in times.items():
-            print(f"| {precision}, {name} | {statistics.median(values):.3f} | {statistics.median(values) / plain:.2f} |", flush=True)
+            print(
+                f"| {precision}, {name} | {statistics.median(values):.3f} | {statistics.median(values) / plain:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

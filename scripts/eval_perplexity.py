@@ -9,7 +9,7 @@ import argparse
 
 import llmq
 from llmq.data import load_documents
-from llmq.models.load import load_tokenizer, resolve
+from llmq.models.source import load_tokenizer, resolve
 
 
 def main() -> None:
@@ -22,8 +22,12 @@ def main() -> None:
 
     model = llmq.load(args.model, dtype="float32")
     text = "\n\n".join(load_documents(args.data, "eval"))[: args.max_characters]
-    result = llmq.perplexity(model, load_tokenizer(resolve(args.model)), text, sequence_length=args.sequence_length)
-    print(f"perplexity {result.value:.4f}, 95% interval {result.ci95[0]:.4f} to {result.ci95[1]:.4f}, {result.windows.n_targets} tokens")
+    result = llmq.perplexity(
+        model, load_tokenizer(resolve(args.model)), text, sequence_length=args.sequence_length
+    )
+    print(
+        f"perplexity {result.value:.4f}, 95% interval {result.ci95[0]:.4f} to {result.ci95[1]:.4f}, {result.windows.n_targets} tokens"
+    )
 
 
 if __name__ == "__main__":

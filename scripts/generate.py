@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 import llmq
-from llmq.models.load import load_tokenizer, resolve
+from llmq.models.source import load_tokenizer, resolve
 
 
 def main() -> None:
@@ -21,7 +21,12 @@ def main() -> None:
     model = llmq.load(args.model)
     tokenizer = load_tokenizer(resolve(args.model))
     inputs = tokenizer(args.prompt, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    output = model.generate(
+        **inputs,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
     print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 

@@ -1,10 +1,11 @@
-"""Peak memory of `llmq quantize` on a synthetic Llama with random weights, at two depths: what one block needs, and that depth does not matter.
+"""Peak memory of `llmq quantize` on a synthetic Llama with random weights, at two depths: what one
+block needs, and that depth does not matter.
 
     python scripts/measure_memory.py
 
-Writes models of about 1.9 and 3.6 GB into a temporary folder, quantizes each with 32 x 512 tokens in a process of its own, and prints the peak resident memory above that of an
-interpreter with the libraries loaded, as it stood after 1, 2, 4, ... blocks and at the end.
-"""
+Writes models of about 1.9 and 3.6 GB into a temporary folder, quantizes each with 32 x 512 tokens
+in a process of its own, and prints the peak resident memory above that of an interpreter with the
+libraries loaded, as it stood after 1, 2, 4, ... blocks and at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from llmq.models.load import meta_model, resolve
+from llmq.models.source import meta_model, resolve
 
 # The peak is the kernel's own count of resident pages, shared libraries included.
 _BASELINE = "import torch, transformers, llmq.ptq.run, datasets"
@@ -29,7 +30,8 @@ _PEAK = "; import resource, sys; print('PEAK', resource.getrusage(resource.RUSAG
 
 
 def write_model(folder: Path, depth: int, width: int, intermediate: int, vocabulary: int) -> int:
-    """A bfloat16 Llama with random weights, one shard per block, without ever holding it as a whole. Returns its bytes."""
+    """A bfloat16 Llama with random weights, one shard per block, without ever holding it as a
+    whole. Returns its bytes."""
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"))
     tokenizer.save_pretrained(folder)
@@ -44,17 +46,27 @@ def write_model(folder: Path, depth: int, width: int, intermediate: int, vocabul
         groups.setdefault(group, []).append((name, parameter.shape))
     index, total = {}, 0
     for group, entries in groups.items():
-        tensors = {name: (torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)).bfloat16() for name, shape in entries}
+        tensors = {
+            name: (
+                torch.randn(shape, generator=generator) * 0.02
+                if len(shape) > 1
+                else torch.ones(shape)
+            ).bfloat16()
+            for name, shape in entries
+        }
         save_file(tensors, folder / f"model-{group}.safetensors", metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, f"model-{group}.safetensors"))
         total += sum(tensor.nbytes for tensor in tensors.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
     return total
 
 
 @dataclass
 class Run:
-    """peak: resident megabytes of the whole process. after: the peak so far when block n was done. seconds: per block, as the run itself printed them."""
+    """peak: resident megabytes of the whole process. after: the peak so far when block n was done.
+    seconds: per block, as the run itself printed them."""
 
     peak: float = 0.0
     after: dict[int, float] = field(default_factory=dict)
@@ -64,7 +76,12 @@ class Run:
 def measure(program: str, *arguments: str) -> Run:
     """Run a Python process and read its peaks."""
     run, log = Run(), []
-    with subprocess.Popen([sys.executable, "-c", program + _PEAK, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program + _PEAK, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             log.append(line)
@@ -93,18 +110,40 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--quantize-options", nargs=argparse.REMAINDER, default=[], help="further options of `llmq quantize`")
+    parser.add_argument(
+        "--quantize-options",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="further options of `llmq quantize`",
+    )
     args = parser.parse_args()
 
     baseline = measure(_BASELINE).peak
     print(f"interpreter with the libraries loaded: {baseline:.0f} MB", flush=True)
     for depth in args.depths:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            total = write_model(Path(folder) / "model", depth, args.width, args.intermediate, args.vocabulary)
-            options = ["--samples", str(args.samples), "--sequence-length", str(args.sequence_length), *args.quantize_options]
-            run = measure(_RUN, "quantize", str(Path(folder) / "model"), str(Path(folder) / "out"), *options)
-            after = ", ".join(f"{peak - baseline:.0f} after {n}" for n, peak in run.after.items() if n & (n - 1) == 0)
-            print(f"{depth} blocks, {total / 1e9:.2f} GB: peak {run.peak:.0f} MB, {run.peak - baseline:.0f} MB above ({after}); seconds per block {' '.join(run.seconds)}", flush=True)
+            total = write_model(
+                Path(folder) / "model", depth, args.width, args.intermediate, args.vocabulary
+            )
+            options = [
+                "--samples",
+                str(args.samples),
+                "--sequence-length",
+                str(args.sequence_length),
+                *args.quantize_options,
+            ]
+            run = measure(
+                _RUN, "quantize", str(Path(folder) / "model"), str(Path(folder) / "out"), *options
+            )
+            after = ", ".join(
+                f"{peak - baseline:.0f} after {n}"
+                for n, peak in run.after.items()
+                if n & (n - 1) == 0
+            )
+            print(
+                f"{depth} blocks, {total / 1e9:.2f} GB: peak {run.peak:.0f} MB, {run.peak - baseline:.0f} MB above ({after}); seconds per block {' '.join(run.seconds)}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

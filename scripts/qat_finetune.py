@@ -29,21 +29,33 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     args = parser.parse_args()
 
-    # What to train: the grid of the weights, the length of the run. Learning rates follow from the grid of each layer.
-    settings = QATSettings(Scheme.parse(args.scheme), max_steps=args.steps, batch_size=args.batch_size, sequence_length=args.sequence_length)
+    # What to train: the grid of the weights, the length of the run. Learning rates follow from the
+    # grid of each layer.
+    settings = QATSettings(
+        Scheme.parse(args.scheme),
+        max_steps=args.steps,
+        batch_size=args.batch_size,
+        sequence_length=args.sequence_length,
+    )
     job = prepare_job(args.model, settings, train=args.train)
     print(budget_line(job))
 
     # PTQ start, training, freezing; the same call continues an interrupted run.
     with progress("qat") as bar:
-        report = fine_tune(job, args.out, show=lambda title, done, total, remark: bar(done, total, f"{title} {remark}"))
+        report = fine_tune(
+            job,
+            args.out,
+            show=lambda title, done, total, remark: bar(done, total, f"{title} {remark}"),
+        )
     for name, score in report["held_out"].items():
         print(f"held-out perplexity, {name}: {score['perplexity']:.3f}")
     print(f"shipped: {report['shipped']}")
 
     # A checkpoint like any other.
     model = llmq.load(args.out)
-    print(f"{type(model).__name__} with {sum(buffer.nbytes for buffer in model.buffers()) / 1e6:.1f} MB of packed weights")
+    print(
+        f"{type(model).__name__} with {sum(buffer.nbytes for buffer in model.buffers()) / 1e6:.1f} MB of packed weights"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Perplexity of RTN, GPTQ and block-wise tuning at several bit widths, over calibration seeds, as a table: the project's own check of quality.
+"""Perplexity of RTN, GPTQ and block-wise tuning at several bit widths, over calibration seeds, as a
+table: the project's own check of quality.
 
-    python scripts/quality_table.py tiny
-    python scripts/quality_table.py MODEL --calibration calibration.txt --eval eval.txt --seeds 3 --sequence-length 256
+    python scripts/quality_table.py tiny python scripts/quality_table.py MODEL --calibration
+    calibration.txt --eval eval.txt --seeds 3 --sequence-length 256
 
-Float32 arithmetic on the dequantized weights, protocol `gptq`, lm_head and embeddings in full precision. Also checks that GPTQ beats RTN in every layer's Hessian-weighted error at
-4 bits and fewer, and exits with 1 when it does not, or when a method's mean perplexity is not below that of the one to its left.
-"""
+Float32 arithmetic on the dequantized weights, protocol `gptq`, lm_head and embeddings in full
+precision. Also checks that GPTQ beats RTN in every layer's Hessian-weighted error at 4 bits and
+fewer, and exits with 1 when it does not, or when a method's mean perplexity is not below that of
+the one to its left."""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ import llmq
 from llmq.data import load_documents
 from llmq.evaluation.perplexity import Perplexity, evaluate
 from llmq.evaluation.windows import Windows, cut_windows
-from llmq.models.load import load_config, load_tokenizer, resolve
+from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.modules import quantized_modules
 from llmq.ptq.run import windows
 from llmq.recipe import Recipe
@@ -32,7 +34,8 @@ SPECS = ("w8", "w4g128", "w4g64", "w3g128", "w3g64-asym", "w2g64-asym")
 
 
 def dequantized(model: Any) -> Any:
-    """The model with plain float32 linear layers in place of the packed ones: the same values, without unpacking at every step."""
+    """The model with plain float32 linear layers in place of the packed ones: the same values,
+    without unpacking at every step."""
     for name, module in quantized_modules(model).items():
         plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
         plain.weight.data = module.qtensor().dequantize()
@@ -42,21 +45,32 @@ def dequantized(model: Any) -> Any:
     return model
 
 
-def measure(model_name: str, recipe: Recipe, calibration: str, text: Windows) -> tuple[Perplexity, float, list[Any]]:
+def measure(
+    model_name: str, recipe: Recipe, calibration: str, text: Windows
+) -> tuple[Perplexity, float, list[Any]]:
     """Perplexity, seconds of the quantization, and the report of every layer."""
     model = llmq.load(model_name)
     model_dir = resolve(model_name)
-    tokens = windows(load_tokenizer(model_dir), load_config(model_dir), recipe, calibration).tokens if recipe.needs_calibration else None
+    tokens = (
+        windows(load_tokenizer(model_dir), load_config(model_dir), recipe, calibration).tokens
+        if recipe.needs_calibration
+        else None
+    )
     started = time.perf_counter()
     blocks = llmq.quantize(model, recipe, tokens)
     seconds = time.perf_counter() - started
-    return evaluate(dequantized(model).float(), text), seconds, [layer for block in blocks for layer in block.layers]
+    return (
+        evaluate(dequantized(model).float(), text),
+        seconds,
+        [layer for block in blocks for layer in block.layers],
+    )
 
 
 @dataclass(frozen=True)
 class Column:
-    """One method at one spec: perplexity per seed, the fastest run's seconds, and the largest ratio of a layer's error to that of plain rounding. Block-wise tuning may
-    exceed 1 there: it aims at the block's output, not at the layer's."""
+    """One method at one spec: perplexity per seed, the fastest run's seconds, and the largest ratio
+    of a layer's error to that of plain rounding. Block-wise tuning may exceed 1 there: it aims at
+    the block's output, not at the layer's."""
 
     method: str
     values: list[float]
@@ -74,7 +88,16 @@ class Column:
 def measure_seeds(args: argparse.Namespace, method: str, spec: str, text: Windows) -> Column:
     values, times, ratios = [], [], []
     for seed in range(args.seeds):
-        recipe = Recipe.uniform(spec, **{"method": method, "samples": args.samples, "sequence_length": args.sequence_length, "seed": seed, **args.options})
+        recipe = Recipe.uniform(
+            spec,
+            **{
+                "method": method,
+                "samples": args.samples,
+                "sequence_length": args.sequence_length,
+                "seed": seed,
+                **args.options,
+            },
+        )
         result, seconds, layers = measure(args.model, recipe, args.calibration, text)
         values.append(result.value)
         times.append(seconds)
@@ -93,23 +116,43 @@ def main() -> None:
     parser.add_argument("--specs", nargs="+", default=SPECS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--max-windows", type=int)
-    parser.add_argument("--options", type=json.loads, default={}, help="further fields of the recipe, as JSON")
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="further fields of the recipe, as JSON"
+    )
     args = parser.parse_args()
 
     model_dir = resolve(args.model)
-    text = cut_windows(load_documents(args.eval, "eval"), load_tokenizer(model_dir), load_config(model_dir), args.sequence_length)
+    text = cut_windows(
+        load_documents(args.eval, "eval"),
+        load_tokenizer(model_dir),
+        load_config(model_dir),
+        args.sequence_length,
+    )
     text = replace(text, tokens=text.tokens[: args.max_windows])
     full = evaluate(llmq.load(args.model, dtype="float32"), text)
-    print(f"full precision: {full.value:.3f} ({full.ci95[0]:.3f} to {full.ci95[1]:.3f}); {text.n_targets} tokens\n", flush=True)
-    titles = [f"{method}, mean | each seed | seconds | worst layer, error / RTN error" for method in args.methods]
-    print(f"| weights | RTN | {' | '.join(titles)} |\n|---|---|{'---|---|---|---|' * len(titles)}", flush=True)
+    print(
+        f"full precision: {full.value:.3f} ({full.ci95[0]:.3f} to {full.ci95[1]:.3f}); {text.n_targets} tokens\n",
+        flush=True,
+    )
+    titles = [
+        f"{method}, mean | each seed | seconds | worst layer, error / RTN error"
+        for method in args.methods
+    ]
+    print(
+        f"| weights | RTN | {' | '.join(titles)} |\n|---|---|{'---|---|---|---|' * len(titles)}",
+        flush=True,
+    )
     failures = []
     for spec in args.specs:
-        rounded, _, _ = measure(args.model, Recipe.uniform(spec, method="rtn"), args.calibration, text)
+        rounded, _, _ = measure(
+            args.model, Recipe.uniform(spec, method="rtn"), args.calibration, text
+        )
         columns = [measure_seeds(args, method, spec, text) for method in args.methods]
         print(f"| {spec} | {rounded.value:.3f} | {' | '.join(map(str, columns))} |", flush=True)
         means = [rounded.value, *(column.mean for column in columns)]
-        worst_gptq = max((column.worst_layer for column in columns if column.method == "gptq"), default=0.0)
+        worst_gptq = max(
+            (column.worst_layer for column in columns if column.method == "gptq"), default=0.0
+        )
         if not spec.startswith("w8") and (means != sorted(means, reverse=True) or worst_gptq >= 1):
             failures.append(spec)
     sys.exit(f"not better from left to right at {', '.join(failures)}" if failures else 0)

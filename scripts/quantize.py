@@ -11,14 +11,16 @@ import argparse
 
 import llmq
 from llmq.data import calibration_windows, load_documents, tokenize
-from llmq.models.load import load_tokenizer, resolve
+from llmq.models.source import load_tokenizer, resolve
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("out")
-    parser.add_argument("--spec", default="w4g128", help="such as w4g128, w3g64-asym, w8, ternary-g128")
+    parser.add_argument(
+        "--spec", default="w4g128", help="such as w4g128, w3g64-asym, w8, ternary-g128"
+    )
     parser.add_argument("--calibration", default="bundled")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256)
@@ -27,12 +29,16 @@ def main() -> None:
     model = llmq.load(args.model)
     tokenizer = load_tokenizer(resolve(args.model))
     text = tokenize(load_documents(args.calibration, "calibration"), tokenizer)
-    windows = calibration_windows(text, args.samples, args.sequence_length, seed=0, source=args.calibration)
+    windows = calibration_windows(
+        text, args.samples, args.sequence_length, seed=0, source=args.calibration
+    )
 
     recipe = llmq.Recipe.uniform(args.spec)
     for block in llmq.quantize(model, recipe, windows.tokens):
         for layer in block.layers:
-            print(f"{layer.name}: {layer.error:.2e} of the output (plain rounding: {layer.rtn_error:.2e})")
+            print(
+                f"{layer.name}: {layer.error:.2e} of the output (plain rounding: {layer.rtn_error:.2e})"
+            )
     print("saved to", llmq.save(model, args.out, tokenizer=tokenizer))
 
 

@@ -1,10 +1,11 @@
-"""Train the bundled model `tiny` from scratch: a 3.7M-parameter Llama on the sources of the Python standard library.
+"""Train the bundled model `tiny` from scratch: a 3.7M-parameter Llama on the sources of the Python
+standard library.
 
     python scripts/train_tiny.py llmq/assets/tiny
 
-Grouped-query attention, tied embeddings, sizes that are multiples of 128, bf16 weights: small enough to ship in a wheel, real enough that 2-bit rounding breaks it.
-Needs no download. About 25 minutes on two cores.
-"""
+Grouped-query attention, tied embeddings, sizes that are multiples of 128, bf16 weights: small
+enough to ship in a wheel, real enough that 2-bit rounding breaks it. Needs no download. About 25
+minutes on two cores."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ import math
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from llmq.corpus import standard_library_documents
 
@@ -27,17 +35,31 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=CONTEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=CONTEXT,
+    )
 
 
 class Windows(Dataset):  # type: ignore[type-arg]
-    """Windows of CONTEXT tokens, at a fresh offset in each epoch-sized stride so that no window is seen twice."""
+    """Windows of CONTEXT tokens, at a fresh offset in each epoch-sized stride so that no window is
+    seen twice."""
 
     def __init__(self, tokens: torch.Tensor, n_windows: int) -> None:
         self.tokens = tokens
-        self.starts = torch.randint(len(tokens) - CONTEXT, (n_windows,), generator=torch.Generator().manual_seed(0)).tolist()
+        self.starts = torch.randint(
+            len(tokens) - CONTEXT, (n_windows,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -63,16 +85,23 @@ def main() -> None:
         max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, rms_norm_eps=1e-6,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    print(f"{len(tokens):,} tokens of text, {model.num_parameters():,} parameters, {args.steps * args.batch_size * CONTEXT:,} training tokens", flush=True)
+    print(
+        f"{len(tokens):,} tokens of text, {model.num_parameters():,} parameters, {args.steps * args.batch_size * CONTEXT:,} training tokens",
+        flush=True,
+    )
 
     arguments = TrainingArguments(
         output_dir=args.out_dir, max_steps=args.steps, per_device_train_batch_size=args.batch_size, learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=100,
         weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, bf16=True, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_steps=50, report_to=[], seed=0,
     )  # fmt: skip
-    result = Trainer(model=model, args=arguments, train_dataset=Windows(tokens, args.steps * args.batch_size)).train()
+    result = Trainer(
+        model=model, args=arguments, train_dataset=Windows(tokens, args.steps * args.batch_size)
+    ).train()
     model.to(torch.bfloat16).save_pretrained(args.out_dir)
     tokenizer.save_pretrained(args.out_dir)
-    print(f"mean training loss {result.training_loss:.3f} (perplexity {math.exp(result.training_loss):.2f}), saved to {args.out_dir}")
+    print(
+        f"mean training loss {result.training_loss:.3f} (perplexity {math.exp(result.training_loss):.2f}), saved to {args.out_dir}"
+    )
 
 
 if __name__ == "__main__":

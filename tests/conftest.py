@@ -1,4 +1,5 @@
-"""Shared fixtures: tiny real models with random weights, their tokenizer, and calibration tokens. Everything is made here; nothing is downloaded."""
+"""Shared fixtures: tiny real models with random weights, their tokenizer, and calibration tokens.
+Everything is made here; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -9,40 +10,83 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What is compiled here is what is tested, by this process and those it starts; removed when it ends.
-os.environ["LLMQ_CACHE_DIR"] = (_cache := tempfile.TemporaryDirectory(prefix="llmq-test-cache-")).name
+# What is compiled here is what is tested, by this process and those it starts; removed when it
+# ends.
+os.environ["LLMQ_CACHE_DIR"] = (
+    _cache := tempfile.TemporaryDirectory(prefix="llmq-test-cache-")
+).name
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from llmq.models.load import resolve
+from llmq.models.source import resolve
 from llmq.ptq.stats import LayerStats
 
-# Two blocks, widths with groups of 32, 64 and 128; each family with what sets it apart (grouped queries, sliding windows, soft caps, fused projections, biases, Conv1D).
-_SMALL = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 128}
+# Two blocks, widths with groups of 32, 64 and 128; each family with what sets it apart (grouped
+# queries, sliding windows, soft caps, fused projections, biases, Conv1D).
+_SMALL = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+}
 FAMILY_CONFIGS: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"sliding_window": 16},
-    "qwen2": {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 16, "tie_word_embeddings": True},
+    "qwen2": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "tie_word_embeddings": True,
+    },
     "qwen3": {},
     "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 16},
-    "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 32},
+    "gemma3_text": {
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 32,
+    },
     "phi3": {"pad_token_id": 0},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 0},
     "gpt_neox": {},
-    "falcon": {"head_dim": None, "num_key_value_heads": None, "new_decoder_architecture": False, "multi_query": True, "ffn_hidden_size": 128},
+    "falcon": {
+        "head_dim": None,
+        "num_key_value_heads": None,
+        "new_decoder_architecture": False,
+        "multi_query": True,
+        "ffn_hidden_size": 128,
+    },
 }
 
 
-def make_model(model_type: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object) -> PreTrainedModel:
-    """A model of a family with random weights, large enough in magnitude that quantization shows."""
-    settings = {"bos_token_id": 0, "eos_token_id": 0, **_SMALL, **FAMILY_CONFIGS[model_type], **overrides}
+def make_model(
+    model_type: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **overrides: object,
+) -> PreTrainedModel:
+    """A model of a family with random weights, large enough in magnitude that quantization
+    shows."""
+    settings = {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **_SMALL,
+        **FAMILY_CONFIGS[model_type],
+        **overrides,
+    }
     settings = {key: value for key, value in settings.items() if value is not None}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **settings), dtype=dtype
+    )
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             parameter.data.normal_(std=0.08)
@@ -60,7 +104,12 @@ def tokenizer():
 def model_folder(tmp_path: Path, tokenizer) -> Callable[..., Path]:
     """A function that saves a small model with a tokenizer and returns the folder."""
 
-    def save(model_type: str = "llama", name: str = "model", max_shard_size: str = "50GB", **overrides: object) -> Path:
+    def save(
+        model_type: str = "llama",
+        name: str = "model",
+        max_shard_size: str = "50GB",
+        **overrides: object,
+    ) -> Path:
         folder = tmp_path / name
         make_model(model_type, **overrides).save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
@@ -72,7 +121,12 @@ def model_folder(tmp_path: Path, tokenizer) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("\n".join(f"def function_{i}(value, other={i}):\n    return value + other * {i * i}\n" for i in range(400)))
+    path.write_text(
+        "\n".join(
+            f"def function_{i}(value, other={i}):\n    return value + other * {i * i}\n"
+            for i in range(400)
+        )
+    )
     return path
 
 

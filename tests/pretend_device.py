@@ -1,8 +1,9 @@
-"""A device that is not the CPU, for machines that have none: tensors say that they are on `pretend:0`, live in CPU memory, and refuse to meet tensors of the CPU.
+"""A device that is not the CPU, for machines that have none: tensors say that they are on
+`pretend:0`, live in CPU memory, and refuse to meet tensors of the CPU.
 
-What CUDA would object to, tensors of two devices in one operation, this objects to as well, so that code which moves blocks of a model to a device and results back can be run to its end without one.
-Like CUDA, numbers (tensors without dimensions) and indices may come from the CPU.
-"""
+What CUDA would object to, tensors of two devices in one operation, this objects to as well, so that
+code which moves blocks of a model to a device and results back can be run to its end without one.
+Like CUDA, numbers (tensors without dimensions) and indices may come from the CPU."""
 
 from __future__ import annotations
 
@@ -32,10 +33,20 @@ class PretendTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, real: torch.Tensor, requires_grad: bool | None = None) -> torch.Tensor:
-        if requires_grad is not None:  # accelerate makes parameters by the class of those it replaces
+        if (
+            requires_grad is not None
+        ):  # accelerate makes parameters by the class of those it replaces
             return torch.nn.Parameter(real, requires_grad)
-        options = {"strides": real.stride(), "storage_offset": real.storage_offset(), "dtype": real.dtype, "layout": real.layout, "requires_grad": False}
-        tensor: PretendTensor = torch.Tensor._make_wrapper_subclass(cls, real.size(), device=torch.device(NAME, 0), **options)
+        options = {
+            "strides": real.stride(),
+            "storage_offset": real.storage_offset(),
+            "dtype": real.dtype,
+            "layout": real.layout,
+            "requires_grad": False,
+        }
+        tensor: PretendTensor = torch.Tensor._make_wrapper_subclass(
+            cls, real.size(), device=torch.device(NAME, 0), **options
+        )
         tensor.held = real
         return tensor
 
@@ -46,14 +57,22 @@ class PretendTensor(torch.Tensor):
         return self.held.tolist()  # torch has it for its own class only
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
 
 class _Factories(TorchDispatchMode):
     """Sees what has no tensor that could say where it belongs, too."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
 
@@ -74,17 +93,25 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if pretend and name not in _MOVES:
         _check(name, given)
-    real_args, real_kwargs = tree_map_only(PretendTensor, lambda tensor: tensor.held, (args, kwargs))
+    real_args, real_kwargs = tree_map_only(
+        PretendTensor, lambda tensor: tensor.held, (args, kwargs)
+    )
     if isinstance(target, torch.device):
         real_kwargs["device"] = torch.device("cpu")
     result = func(*real_args, **real_kwargs)
-    if name == "aten::_to_copy" and result is not None and any(result is tensor.held for tensor in pretend):
+    if (
+        name == "aten::_to_copy"
+        and result is not None
+        and any(result is tensor.held for tensor in pretend)
+    ):
         result = result.clone()
     if not on_device:
         return result
     if name == "aten::copy_" and not isinstance(args[0], PretendTensor):
         return args[0]
-    owners = {id(tensor.held): tensor for tensor in pretend}  # what was written in place stays the tensor it was
+    owners = {
+        id(tensor.held): tensor for tensor in pretend
+    }  # what was written in place stays the tensor it was
 
     def on_the_device(value: torch.Tensor) -> torch.Tensor:
         return owners[id(value)] if id(value) in owners else PretendTensor(value)
@@ -93,11 +120,17 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _check(name: str, given: list[torch.Tensor]) -> None:
-    strangers = [tensor for tensor in given if not isinstance(tensor, PretendTensor) and tensor.dim() > 0]
+    strangers = [
+        tensor for tensor in given if not isinstance(tensor, PretendTensor) and tensor.dim() > 0
+    ]
     if name in _TAKE_CPU_INDICES:
-        strangers = [tensor for tensor in strangers if tensor.dtype not in (torch.int64, torch.bool)]
+        strangers = [
+            tensor for tensor in strangers if tensor.dtype not in (torch.int64, torch.bool)
+        ]
     if strangers:
-        raise RuntimeError(f"{name}: expected all tensors on {NAME}:0, found one of shape {list(strangers[0].shape)} on {strangers[0].device}")
+        raise RuntimeError(
+            f"{name}: expected all tensors on {NAME}:0, found one of shape {list(strangers[0].shape)} on {strangers[0].device}"
+        )
 
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
@@ -106,12 +139,18 @@ _LIBRARY = torch.library.Library("aten", "IMPL")
 # For `torch.tensor(..., device=...)`, which modes do not see: a tensor is allocated and copied to.
 
 
-def empty_strided(size: Any, stride: Any, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+def empty_strided(
+    size: Any, stride: Any, dtype: torch.dtype | None = None, **_: Any
+) -> torch.Tensor:
     return PretendTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
 
 
-def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    real_source, real_target = (tensor.held if isinstance(tensor, PretendTensor) else tensor for tensor in (source, target))
+def _copy_from(
+    source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False
+) -> torch.Tensor:
+    real_source, real_target = (
+        tensor.held if isinstance(tensor, PretendTensor) else tensor for tensor in (source, target)
+    )
     real_target.copy_(real_source)
     return target
 

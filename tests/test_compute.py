@@ -1,4 +1,5 @@
-"""Rounding activations at run time: only when asked for, visible, and never part of what is saved."""
+"""Rounding activations at run time: only when asked for, visible, and never part of what is
+saved."""
 
 import json
 
@@ -19,7 +20,9 @@ from llmq_kernels.compute import default_mode
 @pytest.fixture
 def folder(model_folder, tokenizer, tmp_path):
     model = llmq.load(model_folder(dtype=torch.bfloat16))
-    llmq.quantize(model, llmq.Recipe.uniform("w4g32", method="rtn"), torch.randint(0, 2048, (4, 32)))
+    llmq.quantize(
+        model, llmq.Recipe.uniform("w4g32", method="rtn"), torch.randint(0, 2048, (4, 32))
+    )
     llmq.save(model, tmp_path / "quantized", tokenizer=tokenizer)
     return tmp_path / "quantized"
 
@@ -48,7 +51,9 @@ def test_int8_can_be_taken_back_and_leaves_the_weight_alone():
     rounded = module(x)
     assert module.backend == "cpu-vnni"
     assert not torch.equal(rounded, exact)
-    assert (rounded - exact).norm() < 0.02 * exact.norm()  # half a step of 1/127 of the largest of 32 values, uniform: about 0.6%
+    assert (
+        (rounded - exact).norm() < 0.02 * exact.norm()
+    )  # half a step of 1/127 of the largest of 32 values, uniform: about 0.6%
     assert torch.equal(module.qtensor().packed, words)
     assert module.activations.kind == "none"
     module.set_compute("exact")
@@ -65,7 +70,12 @@ def test_layers_without_integer_kernel_stay_exact():
 def test_load_passes_the_mode_on(folder, monkeypatch):
     need_integer_kernels()
     tokens = torch.randint(0, 2048, (1, 16))
-    for argument, environment, expected in ((None, None, "exact"), ("int8", None, "int8"), (None, "int8", "int8"), ("exact", "int8", "exact")):
+    for argument, environment, expected in (
+        (None, None, "exact"),
+        ("int8", None, "int8"),
+        (None, "int8", "int8"),
+        ("exact", "int8", "exact"),
+    ):
         monkeypatch.setenv("LLMQ_COMPUTE", environment or "")
         model = llmq.load(folder, compute=argument)
         assert {module.compute for module in quantized_modules(model).values()} == {expected}
@@ -82,7 +92,11 @@ def test_mistakes_are_named(folder, monkeypatch):
     with pytest.raises(LlmqError, match="LLMQ_COMPUTE=fast"):
         llmq.load(folder)
     monkeypatch.delenv("LLMQ_COMPUTE")
-    monkeypatch.setattr(jit, "missing", lambda: "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)")
+    monkeypatch.setattr(
+        jit,
+        "missing",
+        lambda: "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)",
+    )
     with pytest.raises(LlmqError, match=r"\.\[cpu\]"):
         llmq.load(folder, compute="int8")
 
@@ -91,7 +105,24 @@ def test_the_command_line_shows_it(folder, calibration_file, capsys):
     need_integer_kernels()
     results = {}
     for mode in ("exact", "int8"):
-        assert main(["eval", str(folder), "--data", str(calibration_file), "--sequence-length", "32", "--max-windows", "2", "--compute", mode, "--json"]) == 0
+        assert (
+            main(
+                [
+                    "eval",
+                    str(folder),
+                    "--data",
+                    str(calibration_file),
+                    "--sequence-length",
+                    "32",
+                    "--max-windows",
+                    "2",
+                    "--compute",
+                    mode,
+                    "--json",
+                ]
+            )
+            == 0
+        )
         results[mode] = json.loads(capsys.readouterr().out)
     assert list(results["int8"]["backends"]) == ["cpu-vnni"]
     assert "cpu-vnni" not in results["exact"]["backends"]

@@ -12,7 +12,9 @@ from llmq.errors import LlmqError
 
 def test_every_local_source_gives_the_same_documents(tmp_path):
     texts = ["first text", "second text"]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    )
     pandas.DataFrame({"text": texts}).to_parquet(tmp_path / "rows.parquet")
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -31,20 +33,34 @@ def test_hub_data_set_names_are_split(monkeypatch):
         return [{"text": "a"}, {"text": ""}, {"text": "b"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert data.load_documents("someone/texts:small:validation", "eval", "r1") == ["a", "", "b"]  # empty rows make the blank lines of published figures
-    assert seen == {"name": "someone/texts", "config": "small", "split": "validation", "streaming": True, "revision": "r1"}
+    assert data.load_documents("someone/texts:small:validation", "eval", "r1") == [
+        "a",
+        "",
+        "b",
+    ]  # empty rows make the blank lines of published figures
+    assert seen == {
+        "name": "someone/texts",
+        "config": "small",
+        "split": "validation",
+        "streaming": True,
+        "revision": "r1",
+    }
     data.load_documents("someone/texts", "eval")
     assert (seen["config"], seen["split"]) == (None, "train")
 
 
 def test_long_hub_data_sets_are_cut_with_a_warning_and_files_are_not(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "MAX_HUB_DOCUMENTS", 3)
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: ({"text": str(i)} for i in range(5)))
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *args, **kwargs: ({"text": str(i)} for i in range(5))
+    )
     with pytest.warns(UserWarning, match="someone/texts: the first 3 documents are used"):
         assert data.load_documents("someone/texts", "train") == ["0", "1", "2"]
     monkeypatch.undo()
     monkeypatch.setattr(data, "MAX_HUB_DOCUMENTS", 3)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(5)))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": str(i)}) + "\n" for i in range(5))
+    )
     assert len(data.load_documents(str(tmp_path / "rows.jsonl"), "train")) == 5
 
 
@@ -74,11 +90,16 @@ def test_an_unreachable_data_set_is_explained():
 
 def test_windows_are_seeded_and_hashed(tokenizer):
     tokens = data.tokenize(["some text to cut " * 300], tokenizer)
-    first, again, other = (data.calibration_windows(tokens, 5, 32, seed, "text") for seed in (0, 0, 1))
+    first, again, other = (
+        data.calibration_windows(tokens, 5, 32, seed, "text") for seed in (0, 0, 1)
+    )
     assert torch.equal(first.tokens, again.tokens)
     assert first.sha256 == again.sha256 != other.sha256
     assert first.tokens.shape == (5, 32)
-    assert all(any(torch.equal(window, tokens[i : i + 32]) for i in range(len(tokens))) for window in first.tokens)
+    assert all(
+        any(torch.equal(window, tokens[i : i + 32]) for i in range(len(tokens)))
+        for window in first.tokens
+    )
     with_bos = data.calibration_windows(tokens, 5, 32, 0, "text", bos=7)
     assert (with_bos.tokens[:, 0] == 7).all()
     assert torch.equal(with_bos.tokens[:, 1:], first.tokens[:, 1:])
@@ -87,7 +108,9 @@ def test_windows_are_seeded_and_hashed(tokenizer):
 def test_too_little_text_and_foreign_tokens():
     with pytest.raises(LlmqError, match="5 tokens, but one sequence needs 32"):
         data.calibration_windows(torch.arange(5), 2, 32, 0, "short.txt")
-    with pytest.raises(LlmqError, match=r"x\.txt: token id 9 is beyond the model's vocabulary of 9"):
+    with pytest.raises(
+        LlmqError, match=r"x\.txt: token id 9 is beyond the model's vocabulary of 9"
+    ):
         data.check_vocabulary(torch.tensor([1, 9]), 9, "x.txt")
 
 

@@ -1,4 +1,5 @@
-"""Everything that `--device` names runs on a device that is not the CPU: no tensor is left behind, and results come back. On a pretended one, since few machines that run tests have a GPU."""
+"""Everything that `--device` names runs on a device that is not the CPU: no tensor is left behind,
+and results come back. On a pretended one, since few machines that run tests have a GPU."""
 
 import argparse
 import multiprocessing
@@ -18,7 +19,7 @@ from llmq.data import load_documents
 from llmq.errors import LlmqError
 from llmq.evaluation.perplexity import evaluate
 from llmq.evaluation.windows import cut_windows
-from llmq.models.load import load_config, load_tokenizer, resolve
+from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe
 from llmq.spec import ActSpec, QuantSpec
@@ -26,7 +27,8 @@ from llmq.spec import ActSpec, QuantSpec
 
 @pytest.fixture(scope="module")
 def elsewhere():
-    """A process of its own, since a device cannot be unregistered: a function that calls functions there."""
+    """A process of its own, since a device cannot be unregistered: a function that calls functions
+    there."""
     if reason := pretend_device.missing():
         pytest.skip(reason)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -34,10 +36,14 @@ def elsewhere():
 
 
 def recipe_of(method: str, options: dict[str, object]) -> Recipe:
-    return Recipe.uniform(QuantSpec("int4", 32), method=method, samples=6, sequence_length=32, **options)
+    return Recipe.uniform(
+        QuantSpec("int4", 32), method=method, samples=6, sequence_length=32, **options
+    )
 
 
-def quantize_there(folder: Path, out: Path, method: str, options: dict[str, object]) -> dict[str, object]:
+def quantize_there(
+    folder: Path, out: Path, method: str, options: dict[str, object]
+) -> dict[str, object]:
     with pretend_device.pretend_device() as device:
         return quantize_folder(prepare(str(folder), recipe_of(method, options)), out, device=device)
 
@@ -52,17 +58,28 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("family", "method", "options"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_blocks_are_quantized_there_as_here(family, method, options, elsewhere, model_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "method", "options"), CASES, ids=lambda value: str(value).replace(" ", "")
+)
+def test_blocks_are_quantized_there_as_here(
+    family, method, options, elsewhere, model_folder, tmp_path
+):
     folder = model_folder(family)
     there_report = elsewhere(quantize_there, folder, tmp_path / "there", method, options)
     report = quantize_folder(prepare(str(folder), recipe_of(method, options)), tmp_path / "here")
-    assert (there_report["device"], there_report["fallbacks"], report["fallbacks"]) == (pretend_device.NAME, [], [])
+    assert (there_report["device"], there_report["fallbacks"], report["fallbacks"]) == (
+        pretend_device.NAME,
+        [],
+        [],
+    )
     same = total = 0
     for file in sorted((tmp_path / "here").glob("*.safetensors")):
         here, there = load_file(file), load_file(tmp_path / "there" / file.name)
         assert here.keys() == there.keys()
-        assert all(here[name].shape == there[name].shape and here[name].dtype == there[name].dtype for name in here)
+        assert all(
+            here[name].shape == there[name].shape and here[name].dtype == there[name].dtype
+            for name in here
+        )
         same += sum(torch.equal(here[name], there[name]) for name in here)
         total += len(here)
     if family in ("gemma2", "falcon"):
@@ -81,14 +98,18 @@ def perplexity_there(max_windows: int) -> tuple[str, float]:
 
 def windows(n):
     model_dir = resolve("tiny")
-    text = cut_windows(load_documents("bundled", "eval"), load_tokenizer(model_dir), load_config(model_dir), 128)
+    text = cut_windows(
+        load_documents("bundled", "eval"), load_tokenizer(model_dir), load_config(model_dir), 128
+    )
     return replace(text, tokens=text.tokens[:n])
 
 
 def test_perplexity(elsewhere):
     device, there = elsewhere(perplexity_there, 3)
     assert device == pretend_device.NAME
-    assert there == pytest.approx(evaluate(llmq.load("tiny", dtype="float32"), windows(3)).value, rel=1e-6)
+    assert there == pytest.approx(
+        evaluate(llmq.load("tiny", dtype="float32"), windows(3)).value, rel=1e-6
+    )
 
 
 def test_a_limit_of_gpu_memory():
@@ -96,7 +117,21 @@ def test_a_limit_of_gpu_memory():
     args = argparse.ArgumentParser()
     plan.add_arguments(args)
     with pytest.raises(LlmqError, match="--max-gpu-memory 1e-06: the run is planned to need"):
-        jobs.prepare_job(args.parse_args(["tiny", "--device", "cuda", "--max-gpu-memory", "0.000001", "--samples", "2", "--sequence-length", "32"]))
+        jobs.prepare_job(
+            args.parse_args(
+                [
+                    "tiny",
+                    "--device",
+                    "cuda",
+                    "--max-gpu-memory",
+                    "0.000001",
+                    "--samples",
+                    "2",
+                    "--sequence-length",
+                    "32",
+                ]
+            )
+        )
 
 
 @pytest.mark.gpu
@@ -106,10 +141,20 @@ def test_quantized_on_a_gpu(method, model_folder, calibration_file, tmp_path):
     """The same model as on the CPU, up to codes that the last bit of another product decides."""
     recipe = Recipe.uniform("w4g32", method=method, samples=8, sequence_length=32, iterations=20)
     folder = model_folder()
-    reports = [quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / device, device=device) for device in ("cpu", "cuda")]
+    reports = [
+        quantize_folder(
+            prepare(str(folder), recipe, calibration=str(calibration_file)),
+            tmp_path / device,
+            device=device,
+        )
+        for device in ("cpu", "cuda")
+    ]
     errors = [[layer["error"] for layer in report["layers"]] for report in reports]
     assert errors[1] == (pytest.approx(errors[0], rel=0.25) if method != "rtn" else errors[0])
-    logits = [llmq.load(tmp_path / device, dtype="float32")(torch.arange(2, 20)[None]).logits for device in ("cpu", "cuda")]
+    logits = [
+        llmq.load(tmp_path / device, dtype="float32")(torch.arange(2, 20)[None]).logits
+        for device in ("cpu", "cuda")
+    ]
     assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.2
 
 
@@ -117,7 +162,22 @@ def test_quantized_on_a_gpu(method, model_folder, calibration_file, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_fine_tuned_on_a_gpu(precision, model_folder, calibration_file, tmp_path):
-    shape = ["--sequence-length", "32", "--batch-size", "4", "--max-steps", "6", "--group-size", "32", "--init", "rtn", "--scheme", "w4a8"]
+    shape = [
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "4",
+        "--max-steps",
+        "6",
+        "--group-size",
+        "32",
+        "--init",
+        "rtn",
+        "--scheme",
+        "w4a8",
+    ]
     options = ["--train", str(calibration_file), "--device", "cuda", "--precision", precision]
     assert main(["qat", str(model_folder()), str(tmp_path / "out"), *shape, *options]) == 0
-    assert torch.isfinite(llmq.load(tmp_path / "out", dtype="float32")(torch.arange(2, 20)[None]).logits).all()
+    assert torch.isfinite(
+        llmq.load(tmp_path / "out", dtype="float32")(torch.arange(2, 20)[None]).logits
+    ).all()

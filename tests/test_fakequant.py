@@ -1,4 +1,5 @@
-"""The differentiable quantizer: the value is the stored weight bit for bit, the gradients are the formulas of its module, written out a second time with plain loops."""
+"""The differentiable quantizer: the value is the stored weight bit for bit, the gradients are the
+formulas of its module, written out a second time with plain loops."""
 
 import pytest
 import torch
@@ -8,11 +9,21 @@ from llmq.fakequant import fake_quantize_ste, lsq_factor
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import QuantSpec
 
-SPECS = ["w4g32", "w3g32-asym", "w2g32-asym", "w8", "w4-tensor", "w2-tensor-asym", "ternary-g32", "w3g48"]
+SPECS = [
+    "w4g32",
+    "w3g32-asym",
+    "w2g32-asym",
+    "w8",
+    "w4-tensor",
+    "w2-tensor-asym",
+    "ternary-g32",
+    "w3g48",
+]
 
 
 def parts(text, *, n=5, k=96, shrink=0.6):
-    """A weight with many clipped entries, and scale and zero as continuous masters: off the grid of what can be stored."""
+    """A weight with many clipped entries, and scale and zero as continuous masters: off the grid of
+    what can be stored."""
     spec = QuantSpec.parse(text)
     weight = torch.randn(n, k)
     scale, zero = quantizer.choose_scale(weight, spec)
@@ -26,8 +37,13 @@ def parts(text, *, n=5, k=96, shrink=0.6):
 def test_value_is_the_stored_weight_bit_for_bit(text, k):
     weight, scale, zero, spec = parts(text, k=k)
     value = fake_quantize_ste(weight, scale, zero, spec)
-    stored_scale, stored_zero = quantizer.round_scale(scale, spec), None if zero is None else quantizer.round_zero(zero, spec)
-    stored = QuantizedTensor.from_codes(quantizer.quantize(weight, stored_scale, stored_zero, spec), stored_scale, stored_zero, spec)
+    stored_scale, stored_zero = (
+        quantizer.round_scale(scale, spec),
+        None if zero is None else quantizer.round_zero(zero, spec),
+    )
+    stored = QuantizedTensor.from_codes(
+        quantizer.quantize(weight, stored_scale, stored_zero, spec), stored_scale, stored_zero, spec
+    )
     stored.validate("weight")
     assert torch.equal(value, stored.dequantize())
     assert torch.equal(value, quantizer.fake_quantize(weight, stored_scale, stored_zero, spec))
@@ -35,8 +51,15 @@ def test_value_is_the_stored_weight_bit_for_bit(text, k):
 
 def expected_gradients(weight, scale, zero, spec, upstream):
     """The table of `llmq.fakequant`, one weight at a time."""
-    scale, zero = quantizer.round_scale(scale, spec), None if zero is None else quantizer.round_zero(zero, spec)
-    to_weight, to_scale, to_zero = torch.zeros_like(weight), torch.zeros_like(scale), torch.zeros_like(scale)
+    scale, zero = (
+        quantizer.round_scale(scale, spec),
+        None if zero is None else quantizer.round_zero(zero, spec),
+    )
+    to_weight, to_scale, to_zero = (
+        torch.zeros_like(weight),
+        torch.zeros_like(scale),
+        torch.zeros_like(scale),
+    )
     size = spec.columns_per_group(weight.shape[1])
     for i in range(weight.shape[0]):
         for j in range(weight.shape[1]):
@@ -67,7 +90,8 @@ def test_gradients_are_the_table(text, k):
         to_weight, to_scale, to_zero = expected_gradients(weight, scale, zero, spec, upstream)
     assert torch.equal(weight.grad, to_weight)
     assert 0 < float((to_weight != 0).float().mean()) < 1  # both sides of the range were met
-    # Sums of up to n * k float32 terms of magnitude up to the largest code: 2^-24 each, times the root of their number, with a margin of 16.
+    # Sums of up to n * k float32 terms of magnitude up to the largest code: 2^-24 each, times the
+    # root of their number, with a margin of 16.
     tolerance = 16 * 2**-24 * weight.numel() ** 0.5 * spec.levels.max
     torch.testing.assert_close(scale.grad, to_scale, rtol=0, atol=tolerance)
     if zero is not None:
@@ -77,7 +101,8 @@ def test_gradients_are_the_table(text, k):
 
 @pytest.mark.parametrize("text", ["w2g32-asym", "w4g32"])
 def test_clipped_directions_agree_with_finite_differences(text):
-    """Where every weight is clipped nothing is rounded, so the derivative is no estimate: it must be the slope of the value itself."""
+    """Where every weight is clipped nothing is rounded, so the derivative is no estimate: it must
+    be the slope of the value itself."""
     spec = QuantSpec.parse(text)
     spec = QuantSpec(spec.code, 32, spec.symmetric, scale_dtype="float32")
     weight = torch.randn(3, 64).sign() * (20 + torch.rand(3, 64))
@@ -87,12 +112,18 @@ def test_clipped_directions_agree_with_finite_differences(text):
     fake_quantize_ste(weight, scale, zero, spec).backward(upstream)
     step = 2**-6
     with torch.no_grad():
-        slope = (fake_quantize_ste(weight, scale + step, zero, spec) - fake_quantize_ste(weight, scale - step, zero, spec)) / (2 * step)
-    torch.testing.assert_close(scale.grad, (slope * upstream).reshape(3, 2, 32).sum(-1), rtol=1e-4, atol=1e-4)
+        slope = (
+            fake_quantize_ste(weight, scale + step, zero, spec)
+            - fake_quantize_ste(weight, scale - step, zero, spec)
+        ) / (2 * step)
+    torch.testing.assert_close(
+        scale.grad, (slope * upstream).reshape(3, 2, 32).sum(-1), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_edge_of_the_range():
-    """4 bits, scale 1, levels -8 .. 7: half a step beyond the last level still belongs to it, and more is clipped."""
+    """4 bits, scale 1, levels -8 .. 7: half a step beyond the last level still belongs to it, and
+    more is clipped."""
     spec = QuantSpec("int4", -1, scale_dtype="float32")
     weight = torch.tensor([[-9.0, -8.5, -8.4, 7.4, 7.5, 7.6]], requires_grad=True)
     value = fake_quantize_ste(weight, torch.ones(1, 1), None, spec)

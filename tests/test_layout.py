@@ -1,4 +1,5 @@
-"""The shape of the project: imports go downwards, `kernels/` is no package, everything installs, and the code is clean."""
+"""The shape of the project: imports go downwards, `kernels/` is no package, everything installs,
+and the code is clean."""
 
 import ast
 import os
@@ -14,7 +15,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Each part may import the parts to its right and itself.
-LAYERS = ["cli", "commands", "benchmark", "qat", "ptq", "evaluation", "formats", "kv", "data", "models", "inference", "modules", "recipe", "qtensor"]
+LAYERS = [
+    "cli",
+    "commands",
+    "benchmark",
+    "qat",
+    "ptq",
+    "evaluation",
+    "formats",
+    "storage",
+    "kv",
+    "data",
+    "models",
+    "inference",
+    "modules",
+    "recipe",
+    "qtensor",
+]
 LAYERS += ["fakequant", "quantizer", "spec", "corpus", "errors"]
 
 
@@ -23,7 +40,10 @@ def imports_of(path: Path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield from ((f"{node.module}.{alias.name}" if node.module == "llmq" else node.module) for alias in node.names)
+            yield from (
+                (f"{node.module}.{alias.name}" if node.module == "llmq" else node.module)
+                for alias in node.names
+            )
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -33,7 +53,9 @@ def part_of(module: str) -> str | None:
     return parts[1] if parts[0] == "llmq" and len(parts) > 1 and parts[1] in LAYERS else None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "llmq").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "llmq").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_imports_go_downwards(path):
     own = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
     if own is None:
@@ -41,22 +63,40 @@ def test_imports_go_downwards(path):
     for module in imports_of(path):
         other = part_of(module)
         if other is not None:
-            assert LAYERS.index(other) >= LAYERS.index(own), f"{path.name} in {own} imports {module}"
+            assert LAYERS.index(other) >= LAYERS.index(own), (
+                f"{path.name} in {own} imports {module}"
+            )
 
 
-# Modules of device code: Triton's functions need it when they are defined, so nothing but a launch may import these.
+# Modules of device code: Triton's functions need it when they are defined, so nothing but a launch
+# may import these.
 DEVICE_CODE = {"triton_dequant", "triton_gemv", "triton_gemm", "triton_int8"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / "llmq_kernels").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels" / "llmq_kernels").glob("*.py")), ids=lambda path: path.name
+)
 def test_kernels_know_neither_llmq_nor_transformers_and_no_triton_at_import(path):
     modules = list(imports_of(path))
     assert not [module for module in modules if module.split(".")[0] in ("llmq", "transformers")]
     if path.stem in DEVICE_CODE:
         return
-    top_level = {alias.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
-    top_level |= {node.module for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.module}
-    assert not [module for module in top_level if module.split(".")[0] == "triton" or module.split(".")[-1] in DEVICE_CODE]
+    top_level = {
+        alias.name
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    top_level |= {
+        node.module
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert not [
+        module
+        for module in top_level
+        if module.split(".")[0] == "triton" or module.split(".")[-1] in DEVICE_CODE
+    ]
 
 
 def test_kernels_is_a_source_root_not_a_package():
@@ -66,36 +106,74 @@ def test_kernels_is_a_source_root_not_a_package():
 @pytest.mark.slow
 def test_wheel_and_editable_install_import_from_elsewhere(tmp_path):
     source = tmp_path / "source"  # a copy, because building leaves its files where it builds
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "tests", "*.egg-info"))
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source], check=True, capture_output=True, timeout=300)
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "tests", "*.egg-info")
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            tmp_path,
+            source,
+        ],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     wheel = next(tmp_path.glob("llmq-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"llmq/assets/tiny/model.safetensors", "llmq_kernels/cpu.py", "llmq/py.typed"} <= set(names)
+    assert {"llmq/assets/tiny/model.safetensors", "llmq_kernels/cpu.py", "llmq/py.typed"} <= set(
+        names
+    )
     assert not [name for name in names if name.startswith(("tests", "scripts", "kernels"))]
-    program = "import llmq, llmq_kernels, transformers; from llmq.models.load import resolve; assert (resolve('tiny') / 'config.json').is_file(); print(llmq.__file__)"
-    for path in (str(wheel), None):  # the wheel itself on the path; then the editable install of this environment
+    program = "import llmq, llmq_kernels, transformers; from llmq.models.source import resolve; assert (resolve('tiny') / 'config.json').is_file(); print(llmq.__file__)"
+    for path in (
+        str(wheel),
+        None,
+    ):  # the wheel itself on the path; then the editable install of this environment
         if path:
             target = tmp_path / "site"
             zipfile.ZipFile(wheel).extractall(target)
         environment = {**os.environ, "PYTHONPATH": str(target) if path else ""}
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(str(target) if path else str(ROOT))
     assert "llmq/cli.py" in names
     entry = next(name for name in names if name.endswith("entry_points.txt"))
     assert "llmq = llmq.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
-    done = subprocess.run([Path(sys.executable).parent / "llmq", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "llmq", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout.startswith("llmq "), done.stderr
 
 
 def test_help_answers_at_once():
-    """0.3 s is the promise on an idle machine; imports are what could break it, so these are checked exactly and the clock is given room."""
+    """0.3 s is the promise on an idle machine; imports are what could break it, so these are
+    checked exactly and the clock is given room."""
     program = (
         "import sys; sys.argv = ['llmq', '--help']\nfrom llmq.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'rich', 'datasets'} & set(sys.modules)))"
     )
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
     assert "quantize" in done.stdout
     assert time.perf_counter() - started < 2
@@ -103,7 +181,15 @@ def test_help_answers_at_once():
 
 def test_nobody_is_sent_to_the_package_index_for_llmq():
     """The name belongs to somebody else there."""
-    for path in [*ROOT.glob("*.md"), *(path for root in ("llmq", "kernels", "scripts") for path in (ROOT / root).rglob("*") if path.suffix in (".py", ".sh", ".md"))]:
+    for path in [
+        *ROOT.glob("*.md"),
+        *(
+            path
+            for root in ("llmq", "kernels", "scripts")
+            for path in (ROOT / root).rglob("*")
+            if path.suffix in (".py", ".sh", ".md")
+        ),
+    ]:
         assert not re.search(r"pip install\W+(-\S+ )*llmq", path.read_text()), path
 
 

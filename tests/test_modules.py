@@ -1,4 +1,5 @@
-"""QuantLinear under compilers, autograd and changes of dtype: one operator, whichever backend is behind it."""
+"""QuantLinear under compilers, autograd and changes of dtype: one operator, whichever backend is
+behind it."""
 
 import copy
 import dataclasses
@@ -48,7 +49,8 @@ def test_full_graph_before_and_after_the_first_call(code, group, activations, dt
 
 
 def test_full_graph_through_inductor():
-    """The operator alone: nothing for Inductor to generate, so no C++ compiler is needed and no minute is spent."""
+    """The operator alone: nothing for Inductor to generate, so no C++ compiler is needed and no
+    minute is spent."""
     module = layer()
     x = torch.randn(5, 128).bfloat16()
     assert torch.equal(torch.compile(module, fullgraph=True)(x), module(x))
@@ -78,7 +80,9 @@ def test_blocks_compiled_one_by_one_share_one_graph():
         def forward(self, x):
             return self.layer(x)
 
-    blocks = nn.ModuleList(Block() for _ in range(12))  # more than the compiler's limit of versions of one function
+    blocks = nn.ModuleList(
+        Block() for _ in range(12)
+    )  # more than the compiler's limit of versions of one function
     prepare(blocks, torch.bfloat16)
     for block in blocks:
         block.compile(fullgraph=True, backend=backend)
@@ -90,7 +94,8 @@ def test_blocks_compiled_one_by_one_share_one_graph():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("code", "group", "activations", "dtype"), CASES)
 def test_gradient_for_an_adapter(code, group, activations, dtype, compiled):
-    """An adapter before a quantized layer gets its gradient; INT8 activations count as straight through."""
+    """An adapter before a quantized layer gets its gradient; INT8 activations count as straight
+    through."""
     module = layer(code, group, activations)
     adapter = nn.Linear(128, 128, dtype=dtype)
     model = nn.Sequential(adapter, module)
@@ -101,7 +106,8 @@ def test_gradient_for_an_adapter(code, group, activations, dtype, compiled):
     at_adapter = direction.double() @ module.qtensor().dequantize().double()
     expected = at_adapter.T @ x.double()
     unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
-    # Rounded on the way: the dequantized weight, the gradient of the layer's input, and the product.
+    # Rounded on the way: the dequantized weight, the gradient of the layer's input, and the
+    # product.
     assert float((adapter.weight.grad.double() - expected).norm() / expected.norm()) < 3 * unit
 
 
@@ -119,9 +125,13 @@ def test_prepared_tensors_are_memory_but_not_state():
 
 
 def test_operator_passes_torchs_own_checks():
-    prepared = dispatch.PreparedWeight(layer().qtensor().as_packed(), torch.float32, torch.device("cpu"))
+    prepared = dispatch.PreparedWeight(
+        layer().qtensor().as_packed(), torch.float32, torch.device("cpu")
+    )
     x = torch.randn(3, 128, requires_grad=True)
-    torch.library.opcheck(torch.ops.llmq.linear.default, (x, prepared.tensors, prepared.layout, torch.randn(64)))
+    torch.library.opcheck(
+        torch.ops.llmq.linear.default, (x, prepared.tensors, prepared.layout, torch.randn(64))
+    )
 
 
 def test_without_triton_everything_imports_and_says_why():
@@ -134,9 +144,14 @@ def test_without_triton_everything_imports_and_says_why():
         "print(BACKENDS[0].refusal(weight, torch.bfloat16, torch.device('cuda')))\n"
         "print(llmq_kernels.linear(torch.ones(2, 128), weight).shape)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["Triton is not installed (pip install '.[triton]' in a clone of llmq)", "torch.Size([2, 64])"]
+    assert done.stdout.splitlines() == [
+        "Triton is not installed (pip install '.[triton]' in a clone of llmq)",
+        "torch.Size([2, 64])",
+    ]
 
 
 def test_a_copy_is_prepared_by_itself_in_a_trace():

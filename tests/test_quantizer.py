@@ -1,4 +1,5 @@
-"""The quantizer's promises: one rounding, the same values with and without integers, and scales that are what is stored."""
+"""The quantizer's promises: one rounding, the same values with and without integers, and scales
+that are what is stored."""
 
 import pytest
 import torch
@@ -10,7 +11,20 @@ from llmq.errors import LlmqError
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import QuantSpec
 
-SPECS = ["w4g128", "w4g32-asym", "w3g64", "w3g64-asym", "w2g32-asym", "w8", "w8-asym", "w4-tensor", "ternary-g32", "ternary", "ternary-tensor", "w4g48"]
+SPECS = [
+    "w4g128",
+    "w4g32-asym",
+    "w3g64",
+    "w3g64-asym",
+    "w2g32-asym",
+    "w8",
+    "w8-asym",
+    "w4-tensor",
+    "ternary-g32",
+    "ternary",
+    "ternary-tensor",
+    "w4g48",
+]
 
 
 @pytest.mark.parametrize("text", SPECS)
@@ -28,7 +42,12 @@ def test_fake_quantize_equals_the_stored_weight_bit_for_bit(text, search):
     assert torch.equal(stored.codes(), codes)
 
 
-@given(seed=st.integers(0, 2**31), text=st.sampled_from(SPECS), n=st.integers(1, 5), k=st.integers(2, 150))
+@given(
+    seed=st.integers(0, 2**31),
+    text=st.sampled_from(SPECS),
+    n=st.integers(1, 5),
+    k=st.integers(2, 150),
+)
 @settings(max_examples=100, deadline=None)
 def test_error_is_at_most_half_a_step_inside_the_range(seed, text, n, k):
     spec = QuantSpec.parse(text)
@@ -37,7 +56,8 @@ def test_error_is_at_most_half_a_step_inside_the_range(seed, text, n, k):
     error = (quantizer.fake_quantize(weight, scale, zero, spec) - weight).abs()
     steps = quantizer.expand_groups(scale, k, spec.columns_per_group(k))
     if spec.code != "ternary":
-        # The scale's own rounding to float16 and the missing positive end of symmetric ranges cost up to half a step more at the edges.
+        # The scale's own rounding to float16 and the missing positive end of symmetric ranges cost
+        # up to half a step more at the edges.
         assert bool((error <= steps * (1.0 + 2**-10 * spec.levels.levels)).all())
 
 
@@ -46,12 +66,16 @@ def test_definitions_of_the_spec():
     scale, zero = quantizer.choose_scale(weight, QuantSpec("int4", -1, scale_dtype="float32"))
     assert zero is None
     assert scale.item() == pytest.approx(2 * 2.0 / 15)
-    scale, zero = quantizer.choose_scale(weight, QuantSpec("int4", -1, symmetric=False, scale_dtype="float32"))
+    scale, zero = quantizer.choose_scale(
+        weight, QuantSpec("int4", -1, symmetric=False, scale_dtype="float32")
+    )
     assert scale.item() == pytest.approx(3.0 / 15)
     assert zero.item() == 5
     scale, zero = quantizer.choose_scale(weight, QuantSpec("ternary", 0, scale_dtype="float32"))
     assert scale.item() == pytest.approx(weight.abs().mean())
-    assert quantizer.quantize(weight, scale, zero, QuantSpec("ternary", 0, scale_dtype="float32")).tolist() == [[0, 2, 1, 2]]
+    assert quantizer.quantize(
+        weight, scale, zero, QuantSpec("ternary", 0, scale_dtype="float32")
+    ).tolist() == [[0, 2, 1, 2]]
 
 
 def test_ranges_include_zero():
@@ -63,7 +87,9 @@ def test_ranges_include_zero():
 
 def test_ties_go_to_even():
     spec = QuantSpec("int4", -1, scale_dtype="float32")
-    codes = quantizer.quantize(torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5]]), torch.ones(1, 1), None, spec)
+    codes = quantizer.quantize(
+        torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5]]), torch.ones(1, 1), None, spec
+    )
     assert codes.tolist() == [[8, 10, 10, 8, 6]]
 
 
@@ -77,14 +103,21 @@ def test_an_empty_group_is_exact():
 def test_scales_beyond_float16_are_refused():
     with pytest.raises(LlmqError, match="bfloat16"):
         QuantizedTensor.quantize(torch.full((1, 32), 1e7), QuantSpec("int4", 32))
-    QuantizedTensor.quantize(torch.full((1, 32), 1e7), QuantSpec("int4", 32, scale_dtype="bfloat16"))
+    QuantizedTensor.quantize(
+        torch.full((1, 32), 1e7), QuantSpec("int4", 32, scale_dtype="bfloat16")
+    )
 
 
 @pytest.mark.parametrize("text", ["w4g32", "w3g32", "w2g32-asym", "w3g32-asym", "ternary-g32"])
 def test_search_never_loses_to_the_range_under_its_own_measure(text):
     spec = QuantSpec.parse(text)
     weight, importance = torch.randn(40, 128), torch.rand(128) ** 4
-    errors = [((QuantizedTensor.quantize(weight, spec, how).dequantize() - weight) ** 2 * importance).sum() for how in (importance, None)]
+    errors = [
+        (
+            (QuantizedTensor.quantize(weight, spec, how).dequantize() - weight) ** 2 * importance
+        ).sum()
+        for how in (importance, None)
+    ]
     assert errors[0] < errors[1]
 
 

@@ -22,11 +22,17 @@ def blocks(language):
 
 
 def commands():
-    return [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return [
+        line.split("  #")[0].strip()
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.strip()
+    ]
 
 
 def run(command):
-    """Run an `llmq` command as it stands, but for fewer samples and windows: the time of the test, not the meaning of the command."""
+    """Run an `llmq` command as it stands, but for fewer samples and windows: the time of the test,
+    not the meaning of the command."""
     arguments = shlex.split(command)[1:]
     if arguments[0] == "quantize" and "--samples" not in arguments:
         arguments += ["--samples", "8"]
@@ -43,9 +49,13 @@ def run(command):
 
 @pytest.fixture
 def hub_with_the_example(tmp_path, model_folder, monkeypatch):
-    """A Hub cache in which the README's example is a small model, so that its commands run as they stand."""
+    """A Hub cache in which the README's example is a small model, so that its commands run as they
+    stand."""
     snapshot = tmp_path / "hub" / "models--Qwen--Qwen3-0.6B" / "snapshots" / COMMIT
-    shutil.copytree(model_folder("qwen3", hidden_size=128, dtype=torch.bfloat16, max_position_embeddings=64), snapshot)
+    shutil.copytree(
+        model_folder("qwen3", hidden_size=128, dtype=torch.bfloat16, max_position_embeddings=64),
+        snapshot,
+    )
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -76,8 +86,20 @@ def test_python_example(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_commands_of_the_quickstart(tmp_path):
     program = (ROOT / "scripts" / "quickstart.sh").read_text()
-    steps = [re.sub(r"--max-windows \d+", "", line.removeprefix("run ")).replace('"$OUT"', str(tmp_path / "out")) for line in program.splitlines() if line.startswith("run llmq")]
-    assert [step.split()[1] for step in steps] == ["quantize", "eval", "eval", "compare", "generate"]
+    steps = [
+        re.sub(r"--max-windows \d+", "", line.removeprefix("run ")).replace(
+            '"$OUT"', str(tmp_path / "out")
+        )
+        for line in program.splitlines()
+        if line.startswith("run llmq")
+    ]
+    assert [step.split()[1] for step in steps] == [
+        "quantize",
+        "eval",
+        "eval",
+        "compare",
+        "generate",
+    ]
     for step in steps:
         run(step)
 
@@ -99,5 +121,11 @@ def test_commands_of_the_quickstart(tmp_path):
 )
 def test_scripts(command, tmp_path):
     script, *arguments = command.format(readme=ROOT / "README.md").split()
-    done = subprocess.run([sys.executable, ROOT / "scripts" / script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr

@@ -9,15 +9,29 @@ from llmq.errors import LlmqError
 from llmq.recipe import Layer, Recipe, Rule
 from llmq.spec import ActSpec, QuantSpec
 
-LAYERS = [Layer(f"model.layers.{i}.{name}", (64, k)) for i in range(2) for name, k in (("self_attn.q_proj", 128), ("mlp.down_proj", 192), ("mlp.odd", 172))]
+LAYERS = [
+    Layer(f"model.layers.{i}.{name}", (64, k))
+    for i in range(2)
+    for name, k in (("self_attn.q_proj", 128), ("mlp.down_proj", 192), ("mlp.odd", 172))
+]
 
 
 def specs(recipe):
-    return {plan.layer.name.removeprefix("model.layers."): None if plan.spec is None else str(plan.spec) for plan in recipe.plan(LAYERS)}
+    return {
+        plan.layer.name.removeprefix("model.layers."): None if plan.spec is None else str(plan.spec)
+        for plan in recipe.plan(LAYERS)
+    }
 
 
 def test_first_match_wins():
-    recipe = Recipe(rules=(Rule.parse("*.0.*q_proj=keep"), Rule.parse("*q_proj=w8"), Rule.parse("re:down_proj$=ternary-g64"), Rule.parse("*=w4g128")))
+    recipe = Recipe(
+        rules=(
+            Rule.parse("*.0.*q_proj=keep"),
+            Rule.parse("*q_proj=w8"),
+            Rule.parse("re:down_proj$=ternary-g64"),
+            Rule.parse("*=w4g128"),
+        )
+    )
     assert specs(recipe) == {
         "0.self_attn.q_proj": None, "0.mlp.down_proj": "ternary-g64", "0.mlp.odd": None, "1.self_attn.q_proj": "w8", "1.mlp.down_proj": "ternary-g64", "1.mlp.odd": None,
     }  # fmt: skip
@@ -26,12 +40,18 @@ def test_first_match_wins():
 def test_group_sizes_that_do_not_fit_are_noted():
     notes = {plan.layer.name: plan.note for plan in Recipe.uniform("w4g128").plan(LAYERS)}
     assert notes["model.layers.0.self_attn.q_proj"] == ""
-    assert notes["model.layers.0.mlp.down_proj"] == "group size 64 instead of 128, which does not divide K = 192"
+    assert (
+        notes["model.layers.0.mlp.down_proj"]
+        == "group size 64 instead of 128, which does not divide K = 192"
+    )
     assert notes["model.layers.0.mlp.odd"].startswith("kept in full precision")
 
 
 def test_a_rule_that_matches_nothing_is_an_error():
-    with pytest.raises(LlmqError, match=r"'\*\.dwon_proj' matches none of the 6 linear layers; their names look like model\.layers\.0"):
+    with pytest.raises(
+        LlmqError,
+        match=r"'\*\.dwon_proj' matches none of the 6 linear layers; their names look like model\.layers\.0",
+    ):
         Recipe(rules=(Rule.parse("*.dwon_proj=w8"), Rule("*", QuantSpec()))).plan(LAYERS)
 
 
@@ -42,7 +62,12 @@ def test_unreadable_rules(text):
 
 
 def test_json_round_trip():
-    recipe = Recipe(rules=(Rule.parse("*.q_proj=keep"), Rule.parse("*=w3g64-asym")), order="act", samples=7, activations=ActSpec("int8-token"))
+    recipe = Recipe(
+        rules=(Rule.parse("*.q_proj=keep"), Rule.parse("*=w3g64-asym")),
+        order="act",
+        samples=7,
+        activations=ActSpec("int8-token"),
+    )
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
     with pytest.raises(LlmqError, match="unknown keys smaples"):
         Recipe.from_json({"smaples": 3})
@@ -67,9 +92,15 @@ def test_json_round_trip():
         ({"method": "awq"}, "unknown method 'awq': expected rtn, gptq or blockwise"),
         ({"order": "desc"}, "unknown order 'desc': expected group, static, none or act"),
         ({"inputs": "fp"}, "unknown inputs 'fp': expected quantized, full-precision or both"),
-        ({"activation_range": ["mse"]}, "unknown activation range .* expected minmax, percentile or mse"),
+        (
+            {"activation_range": ["mse"]},
+            "unknown activation range .* expected minmax, percentile or mse",
+        ),
         ({"autocast": 1}, "autocast 1: expected true, false or null"),
-        ({"init": "rtn"}, "what method blockwise starts from, and the method is gptq; give --method blockwise, or --init gptq"),
+        (
+            {"init": "rtn"},
+            "what method blockwise starts from, and the method is gptq; give --method blockwise, or --init gptq",
+        ),
         ({"method": "rtn", "order": "act"}, "rtn has no order of columns: leave out --act-order"),
     ],
 )
@@ -79,7 +110,19 @@ def test_impossible_settings(options, message):
             make()
 
 
-@pytest.mark.parametrize("data", [[], "gptq", {"rules": 3}, {"rules": [["*"]]}, {"rules": [[5, None]]}, {"rules": [["*", {"bits": 4}]]}, {"activations": {"kinds": "none"}}, {"activations": None}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        "gptq",
+        {"rules": 3},
+        {"rules": [["*"]]},
+        {"rules": [[5, None]]},
+        {"rules": [["*", {"bits": 4}]]},
+        {"activations": {"kinds": "none"}},
+        {"activations": None},
+    ],
+)
 def test_json_that_is_no_recipe(data):
     with pytest.raises(LlmqError, match="recipe: "):
         Recipe.from_json(data)

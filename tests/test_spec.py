@@ -1,4 +1,5 @@
-"""Specs: text and JSON round trips, validation, and the rule for group sizes that do not divide K."""
+"""Specs: text and JSON round trips, validation, and the rule for group sizes that do not divide
+K."""
 
 import pytest
 
@@ -6,7 +7,20 @@ from llmq.errors import LlmqError
 from llmq.spec import QuantSpec
 
 
-@pytest.mark.parametrize("text", ["w4g128", "w3g64-asym", "w8", "w8-asym", "w4-tensor", "ternary", "ternary-g128", "ternary-tensor", "w2g96"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "w4g128",
+        "w3g64-asym",
+        "w8",
+        "w8-asym",
+        "w4-tensor",
+        "ternary",
+        "ternary-g128",
+        "ternary-tensor",
+        "w2g96",
+    ],
+)
 def test_text_and_json_round_trip(text):
     spec = QuantSpec.parse(text)
     assert str(spec) == text
@@ -19,13 +33,35 @@ def test_unreadable_text_is_refused_with_the_forms(text):
         QuantSpec.parse(text)
 
 
-@pytest.mark.parametrize("arguments", [{"code": "int5"}, {"group_size": 1}, {"group_size": -2}, {"code": "ternary", "symmetric": False}, {"scale_dtype": "float8"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"code": "int5"},
+        {"group_size": 1},
+        {"group_size": -2},
+        {"code": "ternary", "symmetric": False},
+        {"scale_dtype": "float8"},
+    ],
+)
 def test_invalid_specs_are_refused(arguments):
     with pytest.raises(LlmqError):
         QuantSpec(**arguments)
 
 
-@pytest.mark.parametrize(("k", "asked", "expected"), [(4096, 128, 128), (576, 128, 64), (1600, 128, 64), (160, 128, 32), (172, 128, None), (172, 43, 43), (96, 64, 32), (300, -1, -1), (300, 0, 0)])
+@pytest.mark.parametrize(
+    ("k", "asked", "expected"),
+    [
+        (4096, 128, 128),
+        (576, 128, 64),
+        (1600, 128, 64),
+        (160, 128, 32),
+        (172, 128, None),
+        (172, 43, 43),
+        (96, 64, 32),
+        (300, -1, -1),
+        (300, 0, 0),
+    ],
+)
 def test_group_sizes_that_do_not_divide(k, asked, expected):
     fitting = QuantSpec("int4", asked).fit(k)
     assert (None if fitting is None else fitting.group_size) == expected
@@ -33,4 +69,6 @@ def test_group_sizes_that_do_not_divide(k, asked, expected):
 
 def test_bits_per_weight_counts_scales_and_zero_points():
     assert QuantSpec("int4", 128).bits_per_weight(4096, 4096) == pytest.approx(4.125)
-    assert QuantSpec("int4", 128, symmetric=False).bits_per_weight(4096, 4096) == pytest.approx(4.125 + 4 / 128)
+    assert QuantSpec("int4", 128, symmetric=False).bits_per_weight(4096, 4096) == pytest.approx(
+        4.125 + 4 / 128
+    )

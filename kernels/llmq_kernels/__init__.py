@@ -1,11 +1,24 @@
-"""Tensors in, tensors out: the codes, their one storage layout, the reference arithmetic and the backends that are checked against it.
+"""Tensors in, tensors out: the codes, their one storage layout, the reference arithmetic and the
+backends that are checked against it.
 
-Imports torch and nothing of transformers or llmq. Triton is imported where it is used, never here, so that every machine can import this package.
-"""
+Imports torch and nothing of transformers or llmq. Triton is imported where it is used, never here,
+so that every machine can import this package."""
 
 from llmq_kernels.codes import CODES, Code
 from llmq_kernels.dispatch import BACKENDS, Backend, PreparedWeight, linear, select_backend
 from llmq_kernels.packing import pack, packed_width, unpack
 from llmq_kernels.weight import PackedWeight
 
-__all__ = ["BACKENDS", "CODES", "Backend", "Code", "PackedWeight", "PreparedWeight", "linear", "pack", "packed_width", "select_backend", "unpack"]
+__all__ = [
+    "BACKENDS",
+    "CODES",
+    "Backend",
+    "Code",
+    "PackedWeight",
+    "PreparedWeight",
+    "linear",
+    "pack",
+    "packed_width",
+    "select_backend",
+    "unpack",
+]

@@ -1,9 +1,9 @@
 """What a stored integer means.
 
-A weight is `scale * (code - zero)` with an unsigned `code` in `0 .. levels - 1`. Where no zero point is stored, `zero` is the code's `offset`: 2^(b-1) for the symmetric
-integer codes, 1 for ternary. Unsigned storage is what int32 words, the CPU instructions (u8 x s8) and the magic-number dequantization of the GPU kernels want, so signs live in
-the offset alone.
-"""
+A weight is `scale * (code - zero)` with an unsigned `code` in `0 .. levels - 1`. Where no zero
+point is stored, `zero` is the code's `offset`: 2^(b-1) for the symmetric integer codes, 1 for
+ternary. Unsigned storage is what int32 words, the CPU instructions (u8 x s8) and the magic-number
+dequantization of the GPU kernels want, so signs live in the offset alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 class Code:
     """One kind of stored integer.
 
-    name: as written in recipes and checkpoints. bits: width in storage. levels: number of codes in use. offset: the code that stands for zero when symmetric.
-    """
+    name: as written in recipes and checkpoints. bits: width in storage. levels: number of codes in
+    use. offset: the code that stands for zero when symmetric."""
 
     name: str
     bits: int
@@ -35,7 +35,9 @@ CODES: dict[str, Code] = {
         Code("int4", 4, 16, 8.0),
         Code("int3", 3, 8, 4.0),
         Code("int2", 2, 4, 2.0),
-        Code("int2h", 2, 4, 1.5),  # levels at -1.5, -0.5, 0.5, 1.5 steps: no zero, but as many below as above
+        Code(
+            "int2h", 2, 4, 1.5
+        ),  # levels at -1.5, -0.5, 0.5, 1.5 steps: no zero, but as many below as above
         Code("ternary", 2, 3, 1.0),
     )
 }

@@ -1,11 +1,14 @@
-"""Whether a product may round its activations, where the checkpoint does not say so: a choice of whoever runs a model, made at run time and never saved.
+"""Whether a product may round its activations, where the checkpoint does not say so: a choice of
+whoever runs a model, made at run time and never saved.
 
-"exact" (the default): activations stay what they are, 16 or 32 bits. "int8": on a CPU, weights that integer kernels exist for are multiplied with activations quantized to INT8 per token and group
-of columns. That makes decoding up to twice as fast and costs a little accuracy, which `llmq eval --compute int8` measures.
+"exact" (the default): activations stay what they are, 16 or 32 bits. "int8": on a CPU, weights that
+integer kernels exist for are multiplied with activations quantized to INT8 per token and group of
+columns. That makes decoding up to twice as fast and costs a little accuracy, which `llmq eval
+--compute int8` measures.
 
-A mode of the run and not of the weight: the same folder serves both, and checkpoints of other tools too. It travels to the kernels as the weight's `activations`, so backends need no second switch,
-and a layer that the integer kernels cannot take stays exact instead of being emulated.
-"""
+A mode of the run and not of the weight: the same folder serves both, and checkpoints of other tools
+too. It travels to the kernels as the weight's `activations`, so backends need no second switch, and
+a layer that the integer kernels cannot take stays exact instead of being emulated."""
 
 from __future__ import annotations
 
@@ -30,13 +33,16 @@ def default_mode() -> str:
 
 
 def refusal(mode: str, device: torch.device) -> str | None:
-    """Why this machine cannot do what a mode asks for, or None. On other devices than a CPU "int8" changes nothing, which is no reason to refuse it."""
+    """Why this machine cannot do what a mode asks for, or None. On other devices than a CPU "int8"
+    changes nothing, which is no reason to refuse it."""
     if mode == "exact" or device.type != "cpu":
         return None
     return cpu_compiled.int8_machine_refusal()
 
 
-def at_run_time(weight: PackedWeight, mode: str, dtype: torch.dtype, device: torch.device) -> PackedWeight:
+def at_run_time(
+    weight: PackedWeight, mode: str, dtype: torch.dtype, device: torch.device
+) -> PackedWeight:
     """The weight with the activations it will be multiplied with."""
     if mode == "exact" or weight.activations != "none":
         return weight

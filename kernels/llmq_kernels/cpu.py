@@ -1,16 +1,21 @@
 """Packed weights on the CPU, with torch's own operators.
 
-INT4 and narrower codes, bfloat16 activations. For few rows of x the int4pack operator computes `((q - 8) * s + z) @ x` straight from packed bytes and runs at the speed of memory. It takes
-0.6 ms per row of x and 4096 x 4096 weights, so above about 48 rows it is better to expand blocks of the weight into bfloat16 values that stay in the cache and hand them to the bfloat16
-GEMM. Both read the same bytes: int4pack stores bands of 64 rows (32 without AVX512) as `[K, 32]` bytes, row j of the band in the low and row j + 32 in the high half, which is W^T as the GEMM
-wants it. The layout is not documented, so it is probed once, and a machine that lays out otherwise uses the reference.
+INT4 and narrower codes, bfloat16 activations. For few rows of x the int4pack operator computes `((q
+- 8) * s + z) @ x` straight from packed bytes and runs at the speed of memory. It takes 0.6 ms per
+row of x and 4096 x 4096 weights, so above about 48 rows it is better to expand blocks of the weight
+into bfloat16 values that stay in the cache and hand them to the bfloat16 GEMM. Both read the same
+bytes: int4pack stores bands of 64 rows (32 without AVX512) as `[K, 32]` bytes, row j of the band in
+the low and row j + 32 in the high half, which is W^T as the GEMM wants it. The layout is not
+documented, so it is probed once, and a machine that lays out otherwise uses the reference.
 
-INT8 weights, bfloat16 activations: the int8pack operator for few rows; above, codes as bfloat16 (exact up to 256) and one multiplication per output, since scales are per row.
+INT8 weights, bfloat16 activations: the int8pack operator for few rows; above, codes as bfloat16
+(exact up to 256) and one multiplication per output, since scales are per row.
 
-INT8 weights and activations: oneDNN's u8 x s8 GEMM, exact in int32, activations quantized per token.
+INT8 weights and activations: oneDNN's u8 x s8 GEMM, exact in int32, activations quantized per
+token.
 
-Scales are rounded to bfloat16 by the int4pack operator: 0.14% on average, the larger part of the tolerance that tests grant this backend.
-"""
+Scales are rounded to bfloat16 by the int4pack operator: 0.14% on average, the larger part of the
+tolerance that tests grant this backend."""
 
 from __future__ import annotations
 
@@ -25,16 +30,21 @@ from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
 INT4_GROUPS = (256, 128, 64, 32)  # what the operator accepts
-INT4_MAX_ROWS = 48  # rows of x up to which the operator beats expanding blocks, measured at 4096 x 4096
+INT4_MAX_ROWS = (
+    48  # rows of x up to which the operator beats expanding blocks, measured at 4096 x 4096
+)
 INT8_MAX_ROWS = 12  # the same for INT8
-BLOCK_ROWS = 1024  # rows of W expanded at a time: 8 MB of bfloat16 at K = 4096; 256 rows would fit a 2 MB cache, but fewer and larger products are up to 1.5 times as fast
+# rows of W expanded at a time: 8 MB of bfloat16 at K = 4096; 256 rows would fit a 2 MB cache, but
+# fewer and larger products are up to 1.5 times as fast
+BLOCK_ROWS = 1024
 
 
 # --- the int4pack layout ------------------------------------------------------------------------------------------------
 
 
 def _from_bands(stored: Tensor, n: int, k: int, band: int) -> Tensor:
-    """Codes uint8 `[n, k]` from int4pack bytes with bands of `band` rows; a last, smaller band interleaves its rows in pairs."""
+    """Codes uint8 `[n, k]` from int4pack bytes with bands of `band` rows; a last, smaller band
+    interleaves its rows in pairs."""
     flat = stored.view(torch.uint8).reshape(-1)
     n_full = n // band * band
     parts = []
@@ -50,12 +60,21 @@ def _from_bands(stored: Tensor, n: int, k: int, band: int) -> Tensor:
 @cache
 def band_rows() -> int:
     """Rows per band of this machine's int4pack layout, or 0 when it is none that llmq knows."""
-    codes = torch.randint(0, 16, (80, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    codes = torch.randint(
+        0, 16, (80, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32
+    )
     try:
         stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (RuntimeError, AttributeError, NotImplementedError):
         return 0
-    return next((band for band in (64, 32) if torch.equal(_from_bands(stored, 80, 64, band), codes.to(torch.uint8))), 0)
+    return next(
+        (
+            band
+            for band in (64, 32)
+            if torch.equal(_from_bands(stored, 80, 64, band), codes.to(torch.uint8))
+        ),
+        0,
+    )
 
 
 # --- INT4 weights, bfloat16 activations -----------------------------------------------------------------------------------
@@ -82,13 +101,17 @@ def int4_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
 
 
 def _int4_group(weight: PackedWeight) -> int | None:
-    """The largest group size of the operator that divides the weight's own, so that scales can be repeated."""
+    """The largest group size of the operator that divides the weight's own, so that scales can be
+    repeated."""
     size = min(weight.group_size, weight.shape[1])
-    return next((group for group in INT4_GROUPS if size % group == 0 and weight.shape[1] % group == 0), None)
+    return next(
+        (group for group in INT4_GROUPS if size % group == 0 and weight.shape[1] % group == 0), None
+    )
 
 
 def int4_prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
-    """The operator's bytes, in place of the canonical words, and its scales `[K / G, N, 2]`: s and z with w = (q - 8) * s + z."""
+    """The operator's bytes, in place of the canonical words, and its scales `[K / G, N, 2]`: s and
+    z with w = (q - 8) * s + z."""
     n, k = weight.shape
     group = _int4_group(weight)
     assert group is not None
@@ -101,7 +124,11 @@ def int4_prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
         return columns.expand(n, -1).T
 
     scale = per_group(weight.scale.float())
-    shift = torch.zeros_like(scale) if weight.zero is None or _shifts(weight) else (8 - per_group(weight.zero.float())) * scale.bfloat16()
+    shift = (
+        torch.zeros_like(scale)
+        if weight.zero is None or _shifts(weight)
+        else (8 - per_group(weight.zero.float())) * scale.bfloat16()
+    )
     scale_and_zero = torch.stack((scale, shift), dim=-1).bfloat16().contiguous()
     return {"packed": stored, "scale_and_zero": scale_and_zero}
 
@@ -109,11 +136,15 @@ def int4_prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
 def int4_restore(weight: PackedWeight, state: State) -> Tensor:
     """The canonical words."""
     n, k = weight.shape
-    return pack(_from_bands(state["packed"], n, k, band_rows()).to(torch.int32) - _code_shift(weight), weight.code.bits)
+    return pack(
+        _from_bands(state["packed"], n, k, band_rows()).to(torch.int32) - _code_shift(weight),
+        weight.code.bits,
+    )
 
 
 def _shifts(weight: PackedWeight) -> bool:
-    """Whether codes can be stored with their zero point moved to 8, so that no rounded product of scale and zero point has to be added: always, but for 4 bits with zero points."""
+    """Whether codes can be stored with their zero point moved to 8, so that no rounded product of
+    scale and zero point has to be added: always, but for 4 bits with zero points."""
     return weight.zero is None or weight.code.bits < 4
 
 
@@ -121,7 +152,11 @@ def _code_shift(weight: PackedWeight) -> Tensor | int:
     """What is added to the codes for storage, int32, broadcastable to `[N, K]`."""
     if weight.zero is None:
         return 8 - int(weight.code.offset)
-    return 8 - expand_groups(weight.zero.to(torch.int32), weight.shape[1], weight.group_size) if _shifts(weight) else 0
+    return (
+        8 - expand_groups(weight.zero.to(torch.int32), weight.shape[1], weight.group_size)
+        if _shifts(weight)
+        else 0
+    )
 
 
 def int4_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
@@ -130,7 +165,9 @@ def int4_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     scale_and_zero = state["scale_and_zero"]
     group = k // scale_and_zero.shape[0]
     if x.shape[0] <= INT4_MAX_ROWS:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), state["packed"], group, scale_and_zero)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), state["packed"], group, scale_and_zero
+        )
     if n % band_rows():
         return torch.nn.functional.linear(x, _int4_values(state, n, k).to(x.dtype))
     return _int4_blocks(x, state["packed"], scale_and_zero, n, k, group)
@@ -138,13 +175,20 @@ def int4_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
 
 def _int4_values(state: State, n: int, k: int) -> Tensor:
     """The whole weight, float32 `[n, k]`, with the operator's own scales."""
-    scale_and_zero = state["scale_and_zero"].float().repeat_interleave(k // state["scale_and_zero"].shape[0], dim=0)
+    scale_and_zero = (
+        state["scale_and_zero"]
+        .float()
+        .repeat_interleave(k // state["scale_and_zero"].shape[0], dim=0)
+    )
     codes = _from_bands(state["packed"], n, k, band_rows()).float()
     return (codes - 8) * scale_and_zero[..., 0].T + scale_and_zero[..., 1].T
 
 
-def _int4_blocks(x: Tensor, stored: Tensor, scale_and_zero: Tensor, n: int, k: int, group: int) -> Tensor:
-    """Expand `BLOCK_ROWS` rows of W at a time into W^T `[K, rows]` and multiply. Zero points enter as one small product with the sums of x over each group."""
+def _int4_blocks(
+    x: Tensor, stored: Tensor, scale_and_zero: Tensor, n: int, k: int, group: int
+) -> Tensor:
+    """Expand `BLOCK_ROWS` rows of W at a time into W^T `[K, rows]` and multiply. Zero points enter
+    as one small product with the sums of x over each group."""
     band = band_rows()
     half = band // 2
     n_bands = n // band
@@ -152,7 +196,8 @@ def _int4_blocks(x: Tensor, stored: Tensor, scale_and_zero: Tensor, n: int, k: i
     bytes_by_band = stored.view(torch.int8).view(n_bands, k, half)
     signed, nibble = (torch.empty(step, k, half, dtype=torch.int8) for _ in range(2))
     values = torch.empty(k, step * band, dtype=torch.bfloat16)
-    # Codes are expanded as 16 * (q - 8), which is what a byte with its low half cleared holds as int8; dividing the scale by 16 is exact.
+    # Codes are expanded as 16 * (q - 8), which is what a byte with its low half cleared holds as
+    # int8; dividing the scale by 16 is exact.
     scale = scale_and_zero[..., 0] / 16
     out = x.new_empty(x.shape[0], n)
     for start in range(0, n_bands, step):
@@ -160,14 +205,18 @@ def _int4_blocks(x: Tensor, stored: Tensor, scale_and_zero: Tensor, n: int, k: i
         rows = slice(start * band, (start + count) * band)
         block = values[:, : count * band]
         halves = block.view(k, count, 2, half).permute(2, 1, 0, 3)  # [2, bands, K, half]
-        torch.bitwise_xor(bytes_by_band[start : start + count], -120, out=signed[:count])  # flips both sign bits: q -> q - 8
+        torch.bitwise_xor(
+            bytes_by_band[start : start + count], -120, out=signed[:count]
+        )  # flips both sign bits: q -> q - 8
         torch.mul(signed[:count], 16, out=nibble[:count])
         halves[0].copy_(nibble[:count])
         torch.bitwise_and(signed[:count], -16, out=nibble[:count])
         halves[1].copy_(nibble[:count])
         by_group = block.view(k // group, group, count * band)
         by_group.mul_(scale[:, None, rows])
-        torch.mm(x, block, out=out[:, rows]) if count * band == n else out[:, rows].copy_(torch.mm(x, block))
+        torch.mm(x, block, out=out[:, rows]) if count * band == n else out[:, rows].copy_(
+            torch.mm(x, block)
+        )
     zero = scale_and_zero[..., 1]
     if bool(zero.any()):
         sums = x.float().view(x.shape[0], k // group, group).sum(-1)
@@ -203,7 +252,11 @@ def _signed_codes(weight: PackedWeight) -> Tensor:
 def int8_prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
     """int8 codes in place of the canonical words, and scales `[N]`."""
     scale = weight.scale[:, 0].expand(weight.shape[0])
-    return {"packed": _signed_codes(weight), "row_scale": scale.to(dtype).contiguous(), "row_scale_float": scale.float().contiguous()}
+    return {
+        "packed": _signed_codes(weight),
+        "row_scale": scale.to(dtype).contiguous(),
+        "row_scale_float": scale.float().contiguous(),
+    }
 
 
 def int8_restore(weight: PackedWeight, state: State) -> Tensor:
@@ -214,7 +267,8 @@ def int8_restore(weight: PackedWeight, state: State) -> Tensor:
 def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     """`x @ W.T` for bfloat16 x `[M, K]`."""
     codes = state["packed"]
-    # The operator reads past the end of shapes that are not multiples of its registers: 77 x 300 ends the process.
+    # The operator reads past the end of shapes that are not multiples of its registers: 77 x 300
+    # ends the process.
     if x.shape[0] <= INT8_MAX_ROWS and codes.shape[0] % 16 == 0 and codes.shape[1] % 32 == 0:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, state["row_scale"])
     blocks = [torch.nn.functional.linear(x, block.to(x.dtype)) for block in codes.split(BLOCK_ROWS)]
@@ -238,9 +292,13 @@ def w8a8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
 
 
 def w8a8_prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
-    """oneDNN's own layout in place of the canonical words. The operator packs a non-contiguous weight wrongly without saying so."""
+    """oneDNN's own layout in place of the canonical words. The operator packs a non-contiguous
+    weight wrongly without saying so."""
     packed = torch.ops.onednn.qlinear_prepack(_signed_codes(weight).contiguous(), None)
-    return {"packed": packed, "row_scale": weight.scale[:, 0].expand(weight.shape[0]).float().contiguous()}
+    return {
+        "packed": packed,
+        "row_scale": weight.scale[:, 0].expand(weight.shape[0]).float().contiguous(),
+    }
 
 
 def w8a8_restore(weight: PackedWeight, state: State) -> Tensor:
@@ -249,9 +307,24 @@ def w8a8_restore(weight: PackedWeight, state: State) -> Tensor:
 
 
 def w8a8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
-    """`x @ W.T` with x quantized per token or by its static range; the sums are exact, scales are applied in float32."""
+    """`x @ W.T` with x quantized per token or by its static range; the sums are exact, scales are
+    applied in float32."""
     codes, scale, zero = _quantize_input(x, weight)
-    out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, zero, state["packed"], state["row_scale"], None, None, 1.0, 0, torch.float32, "none", [], "")
+    out = torch.ops.onednn.qlinear_pointwise(
+        codes,
+        1.0,
+        zero,
+        state["packed"],
+        state["row_scale"],
+        None,
+        None,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
     return out.mul_(scale).to(x.dtype)
 
 

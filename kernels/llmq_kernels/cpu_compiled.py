@@ -1,9 +1,11 @@
-"""Backends whose kernels llmq compiles itself: `cpu-amx` and `cpu-avx512` (bfloat16 activations, exact) and `cpu-vnni` (INT8 activations). All read the one layout of `cpu_layout`.
+"""Backends whose kernels llmq compiles itself: `cpu-amx` and `cpu-avx512` (bfloat16 activations,
+exact) and `cpu-vnni` (INT8 activations). All read the one layout of `cpu_layout`.
 
-What is exact stays exact: `cpu-amx` and `cpu-avx512` take weights whose activations are "none" and round nothing but the dequantized weight and the result to bfloat16. `cpu-vnni` takes "int8-token"
-and "int8-static", which the checkpoint asks for, and "int8-group", which whoever runs the model asks for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per token,
-and up to twice the speed of int4pack for one token.
-"""
+What is exact stays exact: `cpu-amx` and `cpu-avx512` take weights whose activations are "none" and
+round nothing but the dequantized weight and the result to bfloat16. `cpu-vnni` takes "int8-token"
+and "int8-static", which the checkpoint asks for, and "int8-group", which whoever runs the model
+asks for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per
+token, and up to twice the speed of int4pack for one token."""
 
 from __future__ import annotations
 
@@ -19,14 +21,18 @@ from llmq_kernels.reference import activation_group, quantize_static
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
-FEW_TOKENS = 32  # up to here rows of W are shared out in small portions, above in portions whose codes stay in the second-level cache while all tokens pass
+# up to here rows of W are shared out in small portions, above in portions whose codes stay in the
+# second-level cache while all tokens pass
+FEW_TOKENS = 32
 AMX_TOKENS = 6  # from here on INT8 activations go to the tile unit; measured at 4096 x 4096
 AMX_TOKENS_WHOLE = 3  # the same where rows and tokens have one scale each
 AVX512_TOKENS = 11  # the same for tiles on the vector unit, measured on a Zen 4
 AVX512_TOKENS_WHOLE = 96
 WHOLE_COLUMNS = 65536  # 255 * 128 * 65536 is just below 2^31
 TILE_KERNELS = {"amx": ("amx", "cpu_amx_int8"), "avx512": ("avx512vnni", "cpu_avx512_int8")}
-AVX512_FEW = 8  # tokens that are multiplied one by one without a tile unit; as many as the kernel takes
+AVX512_FEW = (
+    8  # tokens that are multiplied one by one without a tile unit; as many as the kernel takes
+)
 INT8_FORMS = ("avx512vnni", "avxvnni", "avx2")
 
 
@@ -57,12 +63,16 @@ def _bf16_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device
 
 def amx_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the tile unit cannot take a weight, or None."""
-    return _bf16_refusal(weight, dtype, device) or (None if jit.supports("amx") else "this CPU or system has no AMX tiles for bfloat16")
+    return _bf16_refusal(weight, dtype, device) or (
+        None if jit.supports("amx") else "this CPU or system has no AMX tiles for bfloat16"
+    )
 
 
 def avx512_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the vector unit cannot take a weight, or None."""
-    return _bf16_refusal(weight, dtype, device) or (None if jit.supports("avx512bf16") else "this CPU has no AVX512 instructions for bfloat16")
+    return _bf16_refusal(weight, dtype, device) or (
+        None if jit.supports("avx512bf16") else "this CPU has no AVX512 instructions for bfloat16"
+    )
 
 
 def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -71,7 +81,11 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
         return "it computes with INT8 activations, which neither this weight's checkpoint nor --compute asks for"
     if reason := _common_refusal(weight, device) or int8_machine_refusal():
         return reason
-    if weight.activations != "int8-group" and not jit.supports("avx512vnni") and cpu.w8a8_refusal(weight, dtype, device) is None:
+    if (
+        weight.activations != "int8-group"
+        and not jit.supports("avx512vnni")
+        and cpu.w8a8_refusal(weight, dtype, device) is None
+    ):
         return "without AVX512-VNNI, oneDNN (cpu-w8a8) is faster with 8-bit weights and more than a few tokens"
     return None
 
@@ -91,15 +105,21 @@ def int8_form() -> str | None:
 
 
 def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
-    """Codes in bands, in place of the canonical words, and float32 scales in bands; with zero points also `-scale * zero`."""
+    """Codes in bands, in place of the canonical words, and float32 scales in bands; with zero
+    points also `-scale * zero`."""
     n, k = weight.shape
     layout = Layout(weight.code.bits, n, k)
     n_groups = -(-layout.k_padded // _columns_per_group(weight))
 
     def in_bands(values: Tensor) -> Tensor:
-        return arrange_scale(torch.nn.functional.pad(values, (0, n_groups - values.shape[1])), n, layout.n_bands)
+        return arrange_scale(
+            torch.nn.functional.pad(values, (0, n_groups - values.shape[1])), n, layout.n_bands
+        )
 
-    state = {"packed": arrange(unpack(weight.packed, weight.code.bits, k), weight.code.bits), "band_scale": in_bands(weight.scale.float())}
+    state = {
+        "packed": arrange(unpack(weight.packed, weight.code.bits, k), weight.code.bits),
+        "band_scale": in_bands(weight.scale.float()),
+    }
     if weight.zero is not None:
         state["band_shift"] = in_bands(-weight.scale.float() * weight.zero.float())
     return state | weight.static_shift()
@@ -112,21 +132,35 @@ def restore(weight: PackedWeight, state: State) -> Tensor:
 
 def _columns_per_group(weight: PackedWeight) -> int:
     """Columns per scale; one group spans the padding too."""
-    return Layout(weight.code.bits, *weight.shape).k_padded if weight.scale.shape[1] == 1 else weight.group_size
+    return (
+        Layout(weight.code.bits, *weight.shape).k_padded
+        if weight.scale.shape[1] == 1
+        else weight.group_size
+    )
 
 
 def _base_group(weight: PackedWeight) -> int:
     """The largest of 128, 64, 32 that divides the group."""
-    return 128 if weight.scale.shape[1] == 1 else next(size for size in (128, 64, 32) if weight.group_size % size == 0)
+    return (
+        128
+        if weight.scale.shape[1] == 1
+        else next(size for size in (128, 64, 32) if weight.group_size % size == 0)
+    )
 
 
 def _weight_pointers(state: State) -> tuple[int, int, int]:
     shift = state.get("band_shift")
-    return state["packed"].data_ptr(), state["band_scale"].data_ptr(), 0 if shift is None else shift.data_ptr()
+    return (
+        state["packed"].data_ptr(),
+        state["band_scale"].data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+    )
 
 
 def _padded(x: Tensor, k_padded: int) -> Tensor:
-    return (x if x.shape[1] == k_padded else torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))).contiguous()
+    return (
+        x if x.shape[1] == k_padded else torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))
+    ).contiguous()
 
 
 # --- bfloat16 activations -----------------------------------------------------------------------------------------------------
@@ -145,7 +179,9 @@ def avx512_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     layout = Layout(weight.code.bits, n, k)
     x = _padded(x, layout.k_padded)
     ordered, out = torch.empty_like(x), x.new_empty(m, n)
-    jit.kernel("avx512bf16", "cpu_avx512", "order_kernel")(x.data_ptr(), ordered.data_ptr(), m, layout.k_padded // 64, threads=1)
+    jit.kernel("avx512bf16", "cpu_avx512", "order_kernel")(
+        x.data_ptr(), ordered.data_ptr(), m, layout.k_padded // 64, threads=1
+    )
     kernel = jit.kernel("avx512bf16", "cpu_avx512", "few_kernel", *_bf16_parameters(weight))
     kernel(
         *_weight_pointers(state),
@@ -169,9 +205,17 @@ def _tiled_bf16(x: Tensor, weight: PackedWeight, state: State, form: str, module
     x = _padded(x, layout.k_padded)
     out = x.new_empty(m, n)
     tiles = torch.empty(-(-m // 16) * 16 * layout.k_padded, dtype=torch.bfloat16)
-    jit.kernel("avx512vnni", "cpu_tokens", "bf16_pack_kernel")(x.data_ptr(), tiles.data_ptr(), m, layout.k_padded // 64, layout.k_padded * 2)
+    jit.kernel("avx512vnni", "cpu_tokens", "bf16_pack_kernel")(
+        x.data_ptr(), tiles.data_ptr(), m, layout.k_padded // 64, layout.k_padded * 2
+    )
     kernel = jit.kernel(form, module, "gemm_kernel", *_bf16_parameters(weight))
-    sizes = (layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    sizes = (
+        layout.n_bands,
+        _bands_per_item(layout.n_bands, m),
+        layout.n_blocks,
+        state["band_scale"].shape[1],
+        _columns_per_group(weight),
+    )
     kernel(*_weight_pointers(state), tiles.data_ptr(), out.data_ptr(), n, m, *sizes)
     return out
 
@@ -181,7 +225,8 @@ def _bf16_parameters(weight: PackedWeight) -> tuple[int, int, bool, int]:
 
 
 def _bands_per_item(n_bands: int, m: int) -> int:
-    """How many bands of rows a thread takes at a time: an even number, and several portions for each thread."""
+    """How many bands of rows a thread takes at a time: an even number, and several portions for
+    each thread."""
     portions = n_bands // (4 * torch.get_num_threads()) // 2 * 2
     return max(2, min(4 if m <= FEW_TOKENS else BAND, portions))
 
@@ -190,7 +235,8 @@ def _bands_per_item(n_bands: int, m: int) -> int:
 
 
 def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
-    """`x @ W.T` for x `[M, K]`, quantized on the way; sums are exact within groups and float32 between them."""
+    """`x @ W.T` for x `[M, K]`, quantized on the way; sums are exact within groups and float32
+    between them."""
     form = int8_form()
     assert form is not None
     if "shift" in state:
@@ -198,25 +244,63 @@ def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     return int8_product(x, weight, state, form, dtype=x.dtype)
 
 
-def int8_product(x: Tensor, weight: PackedWeight, state: State, form: str, unit: str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`[M, N]` by the kernels of one form. unit: "rows" for those that take rows and tokens one by one, "avx512" or "amx" for those that take tiles of 16; by default what is fastest here."""
+def int8_product(
+    x: Tensor,
+    weight: PackedWeight,
+    state: State,
+    form: str,
+    unit: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`[M, N]` by the kernels of one form. unit: "rows" for those that take rows and tokens one by
+    one, "avx512" or "amx" for those that take tiles of 16; by default what is fastest here."""
     (n, k), m = weight.shape, x.shape[0]
     layout = Layout(weight.code.bits, n, k)
-    group = activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else k)
+    group = activation_group(
+        weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else k
+    )
     unit = unit or _int8_unit(m, group, _is_whole(weight))
     x_group = layout.k_padded if _is_whole(weight) else group
     if weight.input_range is not None:
         x_codes, x_scale, x_sum = quantize_by_range(x, layout.k_padded, x_group, weight.input_range)
     else:
-        x_codes, x_scale, x_sum = quantize(_padded(x, layout.k_padded), x_group, group if weight.activations == "int8-group" else layout.k_padded, form)
+        x_codes, x_scale, x_sum = quantize(
+            _padded(x, layout.k_padded),
+            x_group,
+            group if weight.activations == "int8-group" else layout.k_padded,
+            form,
+        )
     group = 0 if _is_whole(weight) else group
     if unit != "rows":
-        return _tile_product(x_codes, x_scale, x_sum, weight, state, layout, group, *TILE_KERNELS[unit]).to(dtype)
+        return _tile_product(
+            x_codes, x_scale, x_sum, weight, state, layout, group, *TILE_KERNELS[unit]
+        ).to(dtype)
     is_bf16 = dtype == torch.bfloat16
     out = torch.empty(m, n, dtype=dtype if is_bf16 else torch.float32)
-    kernel = jit.kernel(form, "cpu_int8", "gemm_kernel", form, weight.code.bits, group, weight.zero is not None, int(weight.code.offset), is_bf16)
+    kernel = jit.kernel(
+        form,
+        "cpu_int8",
+        "gemm_kernel",
+        form,
+        weight.code.bits,
+        group,
+        weight.zero is not None,
+        int(weight.code.offset),
+        is_bf16,
+    )
     activations = (x_codes.data_ptr(), x_scale.data_ptr(), x_sum.data_ptr())
-    kernel(*_weight_pointers(state), *activations, out.data_ptr(), n, m, layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    kernel(
+        *_weight_pointers(state),
+        *activations,
+        out.data_ptr(),
+        n,
+        m,
+        layout.n_bands,
+        _bands_per_item(layout.n_bands, m),
+        layout.n_blocks,
+        state["band_scale"].shape[1],
+        _columns_per_group(weight),
+    )
     return out.to(dtype)
 
 
@@ -231,17 +315,44 @@ def _int8_unit(m: int, group: int, is_whole: bool) -> str:
 
 def _is_whole(weight: PackedWeight) -> bool:
     """One scale on both sides: all of K is one group, whose integer sum has to fit 32 bits."""
-    return weight.activations != "int8-group" and weight.scale.shape[1] == 1 and weight.shape[1] <= WHOLE_COLUMNS
+    return (
+        weight.activations != "int8-group"
+        and weight.scale.shape[1] == 1
+        and weight.shape[1] <= WHOLE_COLUMNS
+    )
 
 
-def _tile_product(x_codes: Tensor, x_scale: Tensor, x_sum: Tensor, weight: PackedWeight, state: State, layout: Layout, group: int, form: str, module: str) -> Tensor:
+def _tile_product(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_sum: Tensor,
+    weight: PackedWeight,
+    state: State,
+    layout: Layout,
+    group: int,
+    form: str,
+    module: str,
+) -> Tensor:
     m, k = x_codes.shape
-    scale, start, total = (_by_token_tile(values) for values in (x_scale, (x_sum * -weight.code.offset).int(), x_scale * x_sum))
+    scale, start, total = (
+        _by_token_tile(values)
+        for values in (x_scale, (x_sum * -weight.code.offset).int(), x_scale * x_sum)
+    )
     tiles, out = torch.empty(-(-m // 16) * 16, k, dtype=torch.int8), torch.empty(m, weight.shape[0])
-    jit.kernel("avx512vnni", "cpu_tokens", "int8_pack_kernel")(x_codes.data_ptr(), tiles.data_ptr(), m, k // 64)
-    kernel = jit.kernel(form, module, "gemm_kernel", weight.code.bits, group, weight.zero is not None)
+    jit.kernel("avx512vnni", "cpu_tokens", "int8_pack_kernel")(
+        x_codes.data_ptr(), tiles.data_ptr(), m, k // 64
+    )
+    kernel = jit.kernel(
+        form, module, "gemm_kernel", weight.code.bits, group, weight.zero is not None
+    )
     activations = (tiles.data_ptr(), scale.data_ptr(), start.data_ptr(), total.data_ptr())
-    sizes = (layout.n_bands, _bands_per_item(layout.n_bands, m), layout.n_blocks, state["band_scale"].shape[1], _columns_per_group(weight))
+    sizes = (
+        layout.n_bands,
+        _bands_per_item(layout.n_bands, m),
+        layout.n_blocks,
+        state["band_scale"].shape[1],
+        _columns_per_group(weight),
+    )
     kernel(*_weight_pointers(state), *activations, out.data_ptr(), weight.shape[0], m, *sizes)
     return out
 
@@ -249,21 +360,44 @@ def _tile_product(x_codes: Tensor, x_scale: Tensor, x_sum: Tensor, weight: Packe
 def _by_token_tile(values: Tensor) -> Tensor:
     """`[M, G]` as `[token tiles, G, 16]`."""
     m, n_groups = values.shape
-    return torch.nn.functional.pad(values, (0, 0, 0, -m % 16)).view(-1, 16, n_groups).transpose(1, 2).contiguous()
+    return (
+        torch.nn.functional.pad(values, (0, 0, 0, -m % 16))
+        .view(-1, 16, n_groups)
+        .transpose(1, 2)
+        .contiguous()
+    )
 
 
 def quantize(x: Tensor, group: int, span: int, form: str) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes of x `[M, K]`, and per group of columns a scale and the sum of the codes, `[M, K / group]`. span: columns that share a scale, a multiple of the group."""
+    """int8 codes of x `[M, K]`, and per group of columns a scale and the sum of the codes, `[M, K /
+    group]`. span: columns that share a scale, a multiple of the group."""
     m, k = x.shape
     x = x if x.dtype == torch.bfloat16 else x.float()
-    codes, scale, total = torch.empty(m, k, dtype=torch.int8), torch.empty(m, k // group), torch.empty(m, k // group)
+    codes, scale, total = (
+        torch.empty(m, k, dtype=torch.int8),
+        torch.empty(m, k // group),
+        torch.empty(m, k // group),
+    )
     kernel = jit.kernel(form, "cpu_int8", "quantize_kernel", x.dtype == torch.bfloat16)
-    kernel(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), total.data_ptr(), m, k, span, group, threads=1 if m == 1 else None)
+    kernel(
+        x.data_ptr(),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        total.data_ptr(),
+        m,
+        k,
+        span,
+        group,
+        threads=1 if m == 1 else None,
+    )
     return codes, scale, total
 
 
-def quantize_by_range(x: Tensor, k_padded: int, group: int, input_range: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with one scale and zero point for all tokens: codes are 128 lower than `reference.quantize_static` stores them, and zero in the columns from K to k_padded."""
+def quantize_by_range(
+    x: Tensor, k_padded: int, group: int, input_range: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with one scale and zero point for all tokens: codes are 128 lower than
+    `reference.quantize_static` stores them, and zero in the columns from K to k_padded."""
     m, k = x.shape
     codes = torch.zeros(m, k_padded, dtype=torch.int8)
     codes[:, :k] = (quantize_static(x, input_range) ^ 128).view(torch.int8)

@@ -1,17 +1,22 @@
 """The one layout in memory of a weight that the compiled CPU kernels read.
 
-Rows are taken in bands of 16, columns in blocks, and a band's blocks follow each other, so that a kernel reads one stream from beginning to end:
+Rows are taken in bands of 16, columns in blocks, and a band's blocks follow each other, so that a
+kernel reads one stream from beginning to end:
 
-    [bands, blocks, 16 rows, 64 bytes]        codes of 8, 4 and 2 bits: 64, 128 and 256 columns in a block
-    [bands, blocks, 16 rows, 64 + 32 bytes]   codes of 3 bits: 256 columns; first all rows' 64 bytes of the two low bits, then all rows' 32 bytes of the high one
+    [bands, blocks, 16 rows, 64 bytes]        codes of 8, 4 and 2 bits: 64, 128 and 256 columns in a
+                                              block
+    [bands, blocks, 16 rows, 64 + 32 bytes]   codes of 3 bits: 256 columns; first all rows' 64 bytes
+                                              of the two low bits, then all rows' 32 bytes of the
+                                              high one
 
-Byte j of a row's 64 holds columns j, 64 + j, 128 + j ... of the block in its fields from the low bits up: one shift and one mask give 64 consecutive columns as bytes, in order. That is what integer
-products want. The bfloat16 kernels look codes up in a table and take bytes as 16-bit lanes, low and high byte one after the other, which merely orders columns differently on both sides of the
-product.
+Byte j of a row's 64 holds columns j, 64 + j, 128 + j ... of the block in its fields from the low
+bits up: one shift and one mask give 64 consecutive columns as bytes, in order. That is what integer
+products want. The bfloat16 kernels look codes up in a table and take bytes as 16-bit lanes, low and
+high byte one after the other, which merely orders columns differently on both sides of the product.
 
-Scales are float32 `[bands, groups, 16]`, beside them, where there are zero points, `-scale * zero`. Rows and columns that pad the last band and block have scale 0; scales for groups of more than 128
-columns are stored once per group.
-"""
+Scales are float32 `[bands, groups, 16]`, beside them, where there are zero points, `-scale * zero`.
+Rows and columns that pad the last band and block have scale 0; scales for groups of more than 128
+columns are stored once per group."""
 
 from __future__ import annotations
 
@@ -65,7 +70,9 @@ def arrange(codes: Tensor, bits: int) -> Tensor:
     n, k = codes.shape
     layout = Layout(bits, n, k)
     padded = torch.nn.functional.pad(codes, (0, layout.k_padded - k, 0, layout.n_bands * BAND - n))
-    blocks = padded.view(layout.n_bands, BAND, layout.n_blocks, layout.fields, CHUNK).transpose(1, 2)  # [bands, blocks, 16, fields, 64]
+    blocks = padded.view(layout.n_bands, BAND, layout.n_blocks, layout.fields, CHUNK).transpose(
+        1, 2
+    )  # [bands, blocks, 16, fields, 64]
     width = 8 // layout.fields
     low = torch.zeros(*blocks.shape[:3], CHUNK, dtype=torch.uint8)
     for field in range(layout.fields):
@@ -83,15 +90,20 @@ def restore_codes(stored: Tensor, bits: int, n: int, k: int) -> Tensor:
     shape = (layout.n_bands, layout.n_blocks, BAND)
     width = 8 // layout.fields
     low = stored[..., : BAND * 64].reshape(*shape, CHUNK)
-    codes = torch.stack([(low >> (width * field)) & ((1 << width) - 1) for field in range(layout.fields)], dim=3)
+    codes = torch.stack(
+        [(low >> (width * field)) & ((1 << width) - 1) for field in range(layout.fields)], dim=3
+    )
     if bits == 3:
         high = stored[..., BAND * 64 :].reshape(*shape, 32, 1)
         codes |= (((high >> torch.arange(8, dtype=torch.uint8)) & 1) << 2).view(codes.shape)
-    return codes.transpose(1, 2).reshape(layout.n_bands * BAND, layout.k_padded)[:n, :k].contiguous()
+    return (
+        codes.transpose(1, 2).reshape(layout.n_bands * BAND, layout.k_padded)[:n, :k].contiguous()
+    )
 
 
 def arrange_scale(values: Tensor, n: int, n_bands: int) -> Tensor:
-    """Values per row and group `[n or 1, groups]` as float32 `[bands, groups, 16]`, zero in the rows that pad."""
+    """Values per row and group `[n or 1, groups]` as float32 `[bands, groups, 16]`, zero in the
+    rows that pad."""
     padded = torch.zeros(n_bands * BAND, values.shape[1])
     padded[:n] = values.float().expand(n, -1)
     return padded.view(n_bands, BAND, -1).transpose(1, 2).contiguous()

@@ -38,8 +38,11 @@ def to_bf16(values: Value) -> Value:
 
 
 def rounded(values: Value) -> Value:
-    """Words whose upper halves are the bfloat16 of float32 numbers; integer arithmetic, so that any AVX2 runs it."""
-    bits = values.cast(vector(I32, values.type.count) if isinstance(values.type, ir.VectorType) else I32)
+    """Words whose upper halves are the bfloat16 of float32 numbers; integer arithmetic, so that any
+    AVX2 runs it."""
+    bits = values.cast(
+        vector(I32, values.type.count) if isinstance(values.type, ir.VectorType) else I32
+    )
     return bits + ((bits >> 16) & 1) + 0x7FFF
 
 

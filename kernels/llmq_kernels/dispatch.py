@@ -1,14 +1,19 @@
 """Which code multiplies with a packed weight.
 
-A backend is one frozen record: what it accepts, how it prepares a weight once, how it multiplies. Every backend is checked against `reference`. The first record in
-`BACKENDS` that accepts a weight is used; `LLMQ_BACKEND=name` asks for one by name, and then its refusal is an error, never a silent fallback.
+A backend is one frozen record: what it accepts, how it prepares a weight once, how it multiplies.
+Every backend is checked against `reference`. The first record in `BACKENDS` that accepts a weight
+is used; `LLMQ_BACKEND=name` asks for one by name, and then its refusal is an error, never a silent
+fallback.
 
-A backend may keep a weight in a layout of its own. That layout then replaces the canonical words (one copy is resident) and `restore` gives the canonical words back, for saving.
+A backend may keep a weight in a layout of its own. That layout then replaces the canonical words
+(one copy is resident) and `restore` gives the canonical words back, for saving.
 
-Compilers and autograd see one operator, `llmq::linear`, whichever backend is behind it: tensors in a list, their meaning in a string. `torch.compile` puts it into the graph as a whole and asks
-its fake implementation for shapes; autograd gets the gradient with respect to x as the product with the dequantized weight, which is what an adapter on a quantized base needs. (With INT8
-activations that is the straight-through gradient.) Outside of both, the backend is called directly and none of this costs anything.
-"""
+Compilers and autograd see one operator, `llmq::linear`, whichever backend is behind it: tensors in
+a list, their meaning in a string. `torch.compile` puts it into the graph as a whole and asks its
+fake implementation for shapes; autograd gets the gradient with respect to x as the product with the
+dequantized weight, which is what an adapter on a quantized base needs. (With INT8 activations that
+is the straight-through gradient.) Outside of both, the backend is called directly and none of this
+costs anything."""
 
 from __future__ import annotations
 
@@ -29,15 +34,20 @@ from llmq_kernels.errors import SettingError
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
-_TENSORS = tuple(field.name for field in fields(PackedWeight) if "Tensor" in str(field.type))  # what travels as tensors; the rest travels as text
+_TENSORS = tuple(
+    field.name for field in fields(PackedWeight) if "Tensor" in str(field.type)
+)  # what travels as tensors; the rest travels as text
 
 
 @dataclass(frozen=True)
 class Backend:
-    """refusal(weight, dtype, device): why this backend cannot take the weight, or None when it can. prepare(weight, dtype): tensors in the backend's own layout; when
-    it returns a tensor named `packed`, that replaces the canonical words. linear(x, weight, state): `x @ W.T` in x's dtype for x `[M, K]`. restore(weight, state): canonical words.
-    bias_linear(x, weight, state, bias): the same with the bias added, for backends that do so on the way. dequantize(weight, state, dtype): `[N, K]` from the backend's own layout,
-    for gradients; by default from the restored words."""
+    """refusal(weight, dtype, device): why this backend cannot take the weight, or None when it can.
+    prepare(weight, dtype): tensors in the backend's own layout; when it returns a tensor named
+    `packed`, that replaces the canonical words. linear(x, weight, state): `x @ W.T` in x's dtype
+    for x `[M, K]`. restore(weight, state): canonical words. bias_linear(x, weight, state, bias):
+    the same with the bias added, for backends that do so on the way. dequantize(weight, state,
+    dtype): `[N, K]` from the backend's own layout, for gradients; by default from the restored
+    words."""
 
     name: str
     refusal: Callable[[PackedWeight, torch.dtype, torch.device], str | None]
@@ -53,23 +63,68 @@ def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
         return reference.matmul(reference.fake_quantize_tokens(x), weight.dequantize()).to(x.dtype)
     if weight.activations == "int8-static":
         assert weight.input_range is not None
-        return reference.matmul(reference.fake_quantize_static(x, weight.input_range), weight.dequantize()).to(x.dtype)
+        return reference.matmul(
+            reference.fake_quantize_static(x, weight.input_range), weight.dequantize()
+        ).to(x.dtype)
     if weight.activations == "int8-group":
-        group = reference.activation_group(weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else weight.shape[1])
-        return reference.matmul(reference.fake_quantize_groups(x, group), weight.dequantize()).to(x.dtype)
+        group = reference.activation_group(
+            weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else weight.shape[1]
+        )
+        return reference.matmul(reference.fake_quantize_groups(x, group), weight.dequantize()).to(
+            x.dtype
+        )
     return reference.matmul(x, weight.dequantize())
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("triton", triton_backend.refusal, triton_backend.prepare, triton_backend.linear, triton_backend.restore, triton_backend.linear, triton_backend.dequantize),
-    Backend("triton-int8", triton_backend.int8_refusal, triton_backend.int8_prepare, triton_backend.linear, triton_backend.int8_restore, triton_backend.linear),
-    Backend("cpu-amx", cpu_compiled.amx_refusal, cpu_compiled.prepare, cpu_compiled.amx_linear, cpu_compiled.restore),
-    Backend("cpu-avx512", cpu_compiled.avx512_refusal, cpu_compiled.prepare, cpu_compiled.avx512_linear, cpu_compiled.restore),
-    Backend("cpu-vnni", cpu_compiled.int8_refusal, cpu_compiled.prepare, cpu_compiled.int8_linear, cpu_compiled.restore),
+    Backend(
+        "triton",
+        triton_backend.refusal,
+        triton_backend.prepare,
+        triton_backend.linear,
+        triton_backend.restore,
+        triton_backend.linear,
+        triton_backend.dequantize,
+    ),
+    Backend(
+        "triton-int8",
+        triton_backend.int8_refusal,
+        triton_backend.int8_prepare,
+        triton_backend.linear,
+        triton_backend.int8_restore,
+        triton_backend.linear,
+    ),
+    Backend(
+        "cpu-amx",
+        cpu_compiled.amx_refusal,
+        cpu_compiled.prepare,
+        cpu_compiled.amx_linear,
+        cpu_compiled.restore,
+    ),
+    Backend(
+        "cpu-avx512",
+        cpu_compiled.avx512_refusal,
+        cpu_compiled.prepare,
+        cpu_compiled.avx512_linear,
+        cpu_compiled.restore,
+    ),
+    Backend(
+        "cpu-vnni",
+        cpu_compiled.int8_refusal,
+        cpu_compiled.prepare,
+        cpu_compiled.int8_linear,
+        cpu_compiled.restore,
+    ),
     Backend("cpu-int4", cpu.int4_refusal, cpu.int4_prepare, cpu.int4_linear, cpu.int4_restore),
     Backend("cpu-int8", cpu.int8_refusal, cpu.int8_prepare, cpu.int8_linear, cpu.int8_restore),
     Backend("cpu-w8a8", cpu.w8a8_refusal, cpu.w8a8_prepare, cpu.w8a8_linear, cpu.w8a8_restore),
-    Backend("reference", lambda weight, dtype, device: None, lambda weight, dtype: {}, _reference_linear, lambda weight, state: weight.packed),
+    Backend(
+        "reference",
+        lambda weight, dtype, device: None,
+        lambda weight, dtype: {},
+        _reference_linear,
+        lambda weight, state: weight.packed,
+    ),
 )
 
 
@@ -77,48 +132,76 @@ def backend_named(name: str) -> Backend:
     """The backend of that name. Raises `ValueError` with the names that exist."""
     chosen = next((backend for backend in BACKENDS if backend.name == name), None)
     if chosen is None:
-        raise SettingError(f"LLMQ_BACKEND={name}: no such backend; choose one of {', '.join(backend.name for backend in BACKENDS)}")
+        raise SettingError(
+            f"LLMQ_BACKEND={name}: no such backend; choose one of {', '.join(backend.name for backend in BACKENDS)}"
+        )
     return chosen
 
 
 def select_backend(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Backend:
-    """The backend for activations of `dtype` on `device`. Raises `SettingError` when `LLMQ_BACKEND` names one that is unknown or refuses the weight."""
+    """The backend for activations of `dtype` on `device`. Raises `SettingError` when `LLMQ_BACKEND`
+    names one that is unknown or refuses the weight."""
     asked = os.environ.get("LLMQ_BACKEND")
     if not asked:
-        return next(backend for backend in BACKENDS if backend.refusal(weight, dtype, device) is None)
+        return next(
+            backend for backend in BACKENDS if backend.refusal(weight, dtype, device) is None
+        )
     chosen = backend_named(asked)
     if reason := chosen.refusal(weight, dtype, device):
-        raise SettingError(f"LLMQ_BACKEND={asked} cannot take this weight: {reason}. Unset LLMQ_BACKEND to let llmq choose")
+        raise SettingError(
+            f"LLMQ_BACKEND={asked} cannot take this weight: {reason}. Unset LLMQ_BACKEND to let llmq choose"
+        )
     return chosen
 
 
 class PreparedWeight:
     """A weight bound to the backend that will multiply with it.
 
-    tensors: everything that a product reads. layout: what they are, as text; both together are the arguments of `llmq::linear`.
-    """
+    tensors: everything that a product reads. layout: what they are, as text; both together are the
+    arguments of `llmq::linear`."""
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> None:
         self.backend = select_backend(weight, dtype, device)
         self.dtype, self.device = dtype, device
         self.state = self.backend.prepare(weight, dtype)
-        self.weight = replace(weight, packed=self.state["packed"]) if "packed" in self.state else weight
+        self.weight = (
+            replace(weight, packed=self.state["packed"]) if "packed" in self.state else weight
+        )
         own = {name: getattr(self.weight, name) for name in _TENSORS}
         named = {f"weight.{name}": tensor for name, tensor in own.items() if tensor is not None}
-        named |= {f"state.{name}": tensor for name, tensor in self.state.items() if name != "packed"}
+        named |= {
+            f"state.{name}": tensor for name, tensor in self.state.items() if name != "packed"
+        }
         self.tensors = list(named.values())
-        meaning = {"code": weight.code.name, "group_size": weight.group_size, "shape": weight.shape, "activations": weight.activations}
-        self.layout = json.dumps({"backend": self.backend.name, "replaced": "packed" in self.state, **meaning, "names": list(named)})
+        meaning = {
+            "code": weight.code.name,
+            "group_size": weight.group_size,
+            "shape": weight.shape,
+            "activations": weight.activations,
+        }
+        self.layout = json.dumps(
+            {
+                "backend": self.backend.name,
+                "replaced": "packed" in self.state,
+                **meaning,
+                "names": list(named),
+            }
+        )
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + bias` for x `[..., K]` of the dtype and on the device this was prepared for; returns `[..., N]` in x's dtype."""
+        """`x @ W.T + bias` for x `[..., K]` of the dtype and on the device this was prepared for;
+        returns `[..., N]` in x's dtype."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return torch.ops.llmq.linear(x, self.tensors, self.layout, bias)
         return _product(self.backend, x, self.weight, self.state, bias)
 
     def canonical_packed(self) -> Tensor:
         """The canonical words, whatever the backend made of them."""
-        return self.backend.restore(self.weight, self.state) if "packed" in self.state else self.weight.packed
+        return (
+            self.backend.restore(self.weight, self.state)
+            if "packed" in self.state
+            else self.weight.packed
+        )
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -126,7 +209,9 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     return PreparedWeight(weight, x.dtype, x.device).linear(x, bias)
 
 
-def _product(backend: Backend, x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None) -> Tensor:
+def _product(
+    backend: Backend, x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None
+) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if bias is not None and backend.bias_linear is not None:
         out = backend.bias_linear(flat, weight, state, bias)
@@ -149,8 +234,18 @@ def _rebuild(tensors: list[Tensor], layout: str) -> tuple[Backend, PackedWeight,
     meaning = _decoded(layout)
     named = dict(zip(meaning["names"], tensors, strict=True))
     own: dict[str, Any] = {name: named.get(f"weight.{name}") for name in _TENSORS}
-    weight = PackedWeight(**own, code=CODES[meaning["code"]], group_size=meaning["group_size"], shape=tuple(meaning["shape"]), activations=meaning["activations"])
-    state = {name.removeprefix("state."): tensor for name, tensor in named.items() if name.startswith("state.")}
+    weight = PackedWeight(
+        **own,
+        code=CODES[meaning["code"]],
+        group_size=meaning["group_size"],
+        shape=tuple(meaning["shape"]),
+        activations=meaning["activations"],
+    )
+    state = {
+        name.removeprefix("state."): tensor
+        for name, tensor in named.items()
+        if name.startswith("state.")
+    }
     if meaning["replaced"]:
         state["packed"] = weight.packed
     return backend_named(meaning["backend"]), weight, state
@@ -173,7 +268,15 @@ def _gradient_op(gradient: Tensor, tensors: list[Tensor], layout: str) -> Tensor
     if backend.dequantize is not None:
         values = backend.dequantize(weight, state, gradient.dtype)
     else:
-        values = (replace(weight, packed=backend.restore(weight, state)) if "packed" in state else weight).dequantize().to(gradient.dtype)
+        values = (
+            (
+                replace(weight, packed=backend.restore(weight, state))
+                if "packed" in state
+                else weight
+            )
+            .dequantize()
+            .to(gradient.dtype)
+        )
     return gradient @ values
 
 
@@ -191,7 +294,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[None], None, Tensor | None]:
     tensors = list(ctx.saved_tensors)
     bias = None if ctx.bias_dtype is None else gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return torch.ops.llmq.linear_input_gradient(gradient.contiguous(), tensors, ctx.layout), [None] * len(tensors), None, bias
+    return (
+        torch.ops.llmq.linear_input_gradient(gradient.contiguous(), tensors, ctx.layout),
+        [None] * len(tensors),
+        None,
+        bias,
+    )
 
 
 torch.library.register_autograd("llmq::linear", _backward, setup_context=_setup_context)

@@ -1,14 +1,19 @@
-"""Writing machine code in Python: a thin layer over llvmlite's IR builder in which kernels read like C with vector types.
+"""Writing machine code in Python: a thin layer over llvmlite's IR builder in which kernels read
+like C with vector types.
 
-A `Value` is one SSA value with operators; Python numbers beside it become constants of its type, spread over all lanes. Python loops and lists unroll at the time of writing, which is how
-register blocks are made: `sums = [e.variable(e.zero(F32x16)) for _ in range(16)]` are sixteen registers. `e.loop` is a loop at run time.
+A `Value` is one SSA value with operators; Python numbers beside it become constants of its type,
+spread over all lanes. Python loops and lists unroll at the time of writing, which is how register
+blocks are made: `sums = [e.variable(e.zero(F32x16)) for _ in range(16)]` are sixteen registers.
+`e.loop` is a loop at run time.
 
-A kernel is `void kernel(int64 *arguments)`: addresses and sizes in one array, so that any pool of threads can start it with one pointer. Its threads share the rows of blocks by taking the
-next index from a counter in that array (`e.share`): a thread that the system delays costs one block, not its whole half of the work, and nobody has to know how many threads there are.
+A kernel is `void kernel(int64 *arguments)`: addresses and sizes in one array, so that any pool of
+threads can start it with one pointer. Its threads share the rows of blocks by taking the next index
+from a counter in that array (`e.share`): a thread that the system delays costs one block, not its
+whole half of the work, and nobody has to know how many threads there are.
 
-Why not Numba, which carries llvmlite: its functions compile in seconds instead of tens of milliseconds, cannot be compiled for another CPU's features (which the tests do), and their threads
-are a second pool beside torch's.
-"""
+Why not Numba, which carries llvmlite: its functions compile in seconds instead of tens of
+milliseconds, cannot be compiled for another CPU's features (which the tests do), and their threads
+are a second pool beside torch's."""
 
 from __future__ import annotations
 
@@ -34,7 +39,15 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-I1, I8, I16, I32, I64, F32, BF16 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), _BFloat()
+I1, I8, I16, I32, I64, F32, BF16 = (
+    ir.IntType(1),
+    ir.IntType(8),
+    ir.IntType(16),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.FloatType(),
+    _BFloat(),
+)
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 
 
@@ -52,7 +65,8 @@ def constant(type_: Any, value: Any) -> Any:
 
 
 class Value:
-    """An SSA value. `>>` shifts in zeros, `sar` copies of the sign. Integers and floats are told apart by their type."""
+    """An SSA value. `>>` shifts in zeros, `sar` copies of the sign. Integers and floats are told
+    apart by their type."""
 
     def __init__(self, emitter: Emitter, raw: Any) -> None:
         self.emitter, self.raw = emitter, raw
@@ -114,7 +128,11 @@ class Value:
 
     def cast(self, type_: Any) -> Value:
         """The same bits as another type."""
-        return self if self.type == type_ else Value(self.emitter, self.emitter.builder.bitcast(self.raw, type_))
+        return (
+            self
+            if self.type == type_
+            else Value(self.emitter, self.emitter.builder.bitcast(self.raw, type_))
+        )
 
     def to(self, operation: str, type_: Any) -> Value:
         """A conversion of every lane: `sitofp`, `sext`, `zext`, `trunc`, `fptosi`."""
@@ -123,7 +141,12 @@ class Value:
     def shuffle(self, lanes: Sequence[int], other: Value | None = None) -> Value:
         """Lanes of this vector, and from its lane count on of the other."""
         second = ir.Constant(self.type, ir.Undefined) if other is None else other.raw
-        return Value(self.emitter, self.emitter.builder.shuffle_vector(self.raw, second, constant(vector(I32, len(lanes)), list(lanes))))
+        return Value(
+            self.emitter,
+            self.emitter.builder.shuffle_vector(
+                self.raw, second, constant(vector(I32, len(lanes)), list(lanes))
+            ),
+        )
 
 
 class Variable:
@@ -143,7 +166,8 @@ class Variable:
 
 
 class Emitter:
-    """One kernel under construction; `arguments` names the entries of its int64 array, the first of which is the counter."""
+    """One kernel under construction; `arguments` names the entries of its int64 array, the first of
+    which is the counter."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = ("counter", *arguments)
@@ -185,8 +209,14 @@ class Emitter:
         self.builder.store(value.raw, self.at(base, offset).raw, align=align)
 
     def prefetch(self, base: Value, offset: Value | int, level: int = 1) -> None:
-        """Ask for a cache line of data, to be put into the first- or second-level cache; an address outside of memory does no harm."""
-        self.call("llvm.prefetch.p0", VOID, self.at(base, offset), *(self.constant(I32, value) for value in (0, 4 - level, 1)))
+        """Ask for a cache line of data, to be put into the first- or second-level cache; an address
+        outside of memory does no harm."""
+        self.call(
+            "llvm.prefetch.p0",
+            VOID,
+            self.at(base, offset),
+            *(self.constant(I32, value) for value in (0, 4 - level, 1)),
+        )
 
     def buffer(self, n_bytes: int) -> Value:
         """Memory on the stack, aligned to cache lines."""
@@ -201,7 +231,9 @@ class Emitter:
     def splat(self, value: Value, lanes: int) -> Value:
         """One number in all lanes."""
         type_ = vector(value.type, lanes)
-        single = self.builder.insert_element(ir.Constant(type_, ir.Undefined), value.raw, constant(I32, 0))
+        single = self.builder.insert_element(
+            ir.Constant(type_, ir.Undefined), value.raw, constant(I32, 0)
+        )
         return Value(self, single).shuffle([0] * lanes)
 
     def call(self, name: str, result: Any, *values: Value) -> Value:
@@ -220,7 +252,10 @@ class Emitter:
         type_ = ir.FunctionType(F32, [F32, values.type])
         name = f"llvm.vector.reduce.fadd.v{values.type.count}f32"
         function = self.module.globals.get(name) or ir.Function(self.module, type_, name)
-        return Value(self, self.builder.call(function, [constant(F32, 0.0), values.raw], fastmath=["reassoc"]))
+        return Value(
+            self,
+            self.builder.call(function, [constant(F32, 0.0), values.raw], fastmath=["reassoc"]),
+        )
 
     def select(self, condition: Value, yes: Value, no: Value) -> Value:
         return Value(self, self.builder.select(condition.raw, yes.raw, no.raw))
@@ -251,11 +286,14 @@ class Emitter:
 
     @contextmanager
     def share(self, stop: Value | int) -> Iterator[Value]:
-        """A loop whose indices, `0 .. stop - 1`, are shared out between the threads that run this kernel."""
+        """A loop whose indices, `0 .. stop - 1`, are shared out between the threads that run this
+        kernel."""
         blocks = [self.builder.append_basic_block(name) for name in ("next", "inside", "after")]
         self.builder.branch(blocks[0])
         self.builder.position_at_end(blocks[0])
-        i = Value(self, self.builder.atomic_rmw("add", self.array.raw, constant(I64, 1), "monotonic"))
+        i = Value(
+            self, self.builder.atomic_rmw("add", self.array.raw, constant(I64, 1), "monotonic")
+        )
         self.builder.cbranch(i.less(self._int(stop)).raw, blocks[1], blocks[2])
         self.builder.position_at_end(blocks[1])
         yield i
@@ -264,9 +302,13 @@ class Emitter:
 
     @contextmanager
     def share_bands(self) -> Iterator[Value]:
-        """The bands of a weight, `bands_per_item` consecutive ones at a time: what a thread fetches ahead of its use is then its own, not the next thread's."""
+        """The bands of a weight, `bands_per_item` consecutive ones at a time: what a thread fetches
+        ahead of its use is then its own, not the next thread's."""
         n_bands, per_item = self.argument("n_bands"), self.argument("bands_per_item")
-        with self.share((n_bands + per_item - 1) // per_item) as item, self.loop(item * per_item, self.minimum(item * per_item + per_item, n_bands)) as band:
+        with (
+            self.share((n_bands + per_item - 1) // per_item) as item,
+            self.loop(item * per_item, self.minimum(item * per_item + per_item, n_bands)) as band,
+        ):
             yield band
 
     @contextmanager

@@ -2,4 +2,5 @@
 
 
 class SettingError(ValueError):
-    """An environment variable of the user's (`LLMQ_BACKEND`, `LLMQ_COMPUTE`) asks for what does not exist or cannot be done. The message names it and what to do."""
+    """An environment variable of the user's (`LLMQ_BACKEND`, `LLMQ_COMPUTE`) asks for what does not
+    exist or cannot be done. The message names it and what to do."""

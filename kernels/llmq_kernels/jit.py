@@ -1,11 +1,15 @@
 """From LLVM's text to code that runs on torch's own threads.
 
-llvmlite, a pip package, compiles; nobody needs a C compiler. The machine code is kept in the user's cache folder (`LLMQ_CACHE_DIR`, else `$XDG_CACHE_HOME/llmq`, else `~/.cache/llmq`) under a hash
-of the kernel's text, the target and LLVM's version, so a warm start loads a file; a folder that cannot be written costs a compilation per process and nothing else.
+llvmlite, a pip package, compiles; nobody needs a C compiler. The machine code is kept in the user's
+cache folder (`LLMQ_CACHE_DIR`, else `$XDG_CACHE_HOME/llmq`, else `~/.cache/llmq`) under a hash of
+the kernel's text, the target and LLVM's version, so a warm start loads a file; a folder that cannot
+be written costs a compilation per process and nothing else.
 
-Threads: kernels run in the OpenMP pool that torch itself uses, started through libgomp's `GOMP_parallel` (LLVM's and Intel's OpenMP have it too) as found from libtorch_cpu. So one thread count,
-`torch.set_num_threads`, rules both, and no second pool competes with spinning threads of the first. Where torch has another runtime, Python threads do it: ctypes lets go of the interpreter lock.
-"""
+Threads: kernels run in the OpenMP pool that torch itself uses, started through libgomp's
+`GOMP_parallel` (LLVM's and Intel's OpenMP have it too) as found from libtorch_cpu. So one thread
+count, `torch.set_num_threads`, rules both, and no second pool competes with spinning threads of the
+first. Where torch has another runtime, Python threads do it: ctypes lets go of the interpreter
+lock."""
 
 from __future__ import annotations
 
@@ -44,7 +48,11 @@ def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"its kernels are written for x86-64, not {platform.machine()}"
-    return None if find_spec("llvmlite") else "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)"
+    return (
+        None
+        if find_spec("llvmlite")
+        else "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)"
+    )
 
 
 @cache
@@ -64,7 +72,8 @@ def supports(form: str) -> bool:
 
 
 def _tiles_allowed() -> bool:
-    """Ask Linux for the 8 KB of tile registers, once per process: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)."""
+    """Ask Linux for the 8 KB of tile registers, once per process: arch_prctl(ARCH_REQ_XCOMP_PERM,
+    XFEATURE_XTILEDATA)."""
     if platform.system() != "Linux":
         return False
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
@@ -80,7 +89,9 @@ def _machine(form: str) -> object:
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     triple = binding.get_default_triple()
-    return binding.Target.from_triple(triple).create_target_machine(cpu="x86-64", features=FORMS[form], opt=3, reloc="pic", codemodel="jitdefault", jit=True)
+    return binding.Target.from_triple(triple).create_target_machine(
+        cpu="x86-64", features=FORMS[form], opt=3, reloc="pic", codemodel="jitdefault", jit=True
+    )
 
 
 def _optimized(text: str, machine: object) -> object:
@@ -88,7 +99,9 @@ def _optimized(text: str, machine: object) -> object:
 
     module = binding.parse_assembly(text)
     module.verify()
-    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
+    builder = binding.create_pass_builder(
+        machine, binding.create_pipeline_tuning_options(speed_level=2)
+    )
     builder.getModulePassManager().run(module, builder)
     return module
 
@@ -105,18 +118,28 @@ def _sources() -> bytes:
     import llvmlite
 
     folder = Path(__file__).parent
-    return b"".join(path.read_bytes() for path in (Path(__file__), folder / "emit.py", *sorted(folder.glob("cpu_*.py")))) + llvmlite.__version__.encode()
+    return (
+        b"".join(
+            path.read_bytes()
+            for path in (Path(__file__), folder / "emit.py", *sorted(folder.glob("cpu_*.py")))
+        )
+        + llvmlite.__version__.encode()
+    )
 
 
 def _object_code(form: str, module: str, function: str, parameters: tuple[object, ...]) -> bytes:
-    """Machine code from the cache, or written, compiled and put there. A warm start does not even write the kernel's text."""
-    key = hashlib.sha256(_sources() + repr((form, platform.system(), module, function, parameters)).encode()).hexdigest()[:32]
+    """Machine code from the cache, or written, compiled and put there. A warm start does not even
+    write the kernel's text."""
+    key = hashlib.sha256(
+        _sources() + repr((form, platform.system(), module, function, parameters)).encode()
+    ).hexdigest()[:32]
     path = cache_dir() / "kernels" / f"{key}.o"
     try:
         return path.read_bytes()
     except OSError:
         machine = _machine(form)
-        code: bytes = machine.emit_object(_optimized(kernel_text(module, function, *parameters), machine))  # type: ignore[attr-defined]
+        optimized = _optimized(kernel_text(module, function, *parameters), machine)
+        code: bytes = machine.emit_object(optimized)  # type: ignore[attr-defined]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -128,7 +151,8 @@ def _object_code(form: str, module: str, function: str, parameters: tuple[object
 
 
 def kernel_text(module: str, function: str, *parameters: object) -> str:
-    """LLVM's text of `llmq_kernels.module.function(*parameters)`. Imported by name, since these modules need llvmlite."""
+    """LLVM's text of `llmq_kernels.module.function(*parameters)`. Imported by name, since these
+    modules need llvmlite."""
     text: str = getattr(importlib.import_module(f"llmq_kernels.{module}"), function)(*parameters)
     return text
 
@@ -152,13 +176,17 @@ def _load(code: bytes, symbol: str) -> int:
 
 @cache
 def _gomp_parallel() -> Callable[[int, object, int, int], None] | None:
-    """`GOMP_parallel(function, argument, n_threads, flags)` of the OpenMP runtime that torch is linked with."""
+    """`GOMP_parallel(function, argument, n_threads, flags)` of the OpenMP runtime that torch is
+    linked with."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         function = library.GOMP_parallel
     except (OSError, AttributeError):
         return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    function.argtypes, function.restype = (
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint],
+        None,
+    )
     return function  # type: ignore[no-any-return]
 
 
@@ -185,7 +213,11 @@ class Kernel:
     """Machine code as a function of its int64 arguments (without the counter)."""
 
     def __init__(self, address: int) -> None:
-        self._address, self._single, self._parallel = address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address), _gomp_parallel()
+        self._address, self._single, self._parallel = (
+            address,
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
+            _gomp_parallel(),
+        )
 
     def __call__(self, *arguments: int, threads: int | None = None) -> None:
         """threads: as many as torch has, or a number."""
@@ -219,5 +251,7 @@ class Kernel:
 def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
     """The kernel whose text `llmq_kernels.module.function(*parameters)` writes."""
     if not supports(form):
-        raise RuntimeError(f"kernel {module}.{function}: this CPU or system cannot run its {form} form; ask jit.supports first")
+        raise RuntimeError(
+            f"kernel {module}.{function}: this CPU or system cannot run its {form} form; ask jit.supports first"
+        )
     return Kernel(_load(_object_code(form, module, function, parameters), "kernel"))

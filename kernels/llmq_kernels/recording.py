@@ -1,9 +1,11 @@
 """A sequence of kernel calls, made once and repeated for the price of starting them.
 
-What a program computes with kernels of this package is noted instead of done, in the way of a CUDA graph: addresses and sizes stay as they were, so new input goes where the old one lay. Python's own
+What a program computes with kernels of this package is noted instead of done, in the way of a CUDA
+graph: addresses and sizes stay as they were, so new input goes where the old one lay. Python's own
 part, of which a token through a small model is full, is then over before the first token.
 
-Only kernel calls can be noted. Any operation of torch on the way that would compute something is refused, since it would be missing from the repetition; allocations and views are no computation.
+Only kernel calls can be noted. Any operation of torch on the way that would compute something is
+refused, since it would be missing from the repetition; allocations and views are no computation.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ class NotRecordable(Exception):
 
 
 class Recording(TorchDispatchMode):
-    """`with Recording() as recording:` notes what is called inside, on this thread; `recording.replay()` does it. Memory that was allocated inside lives as long as the recording."""
+    """`with Recording() as recording:` notes what is called inside, on this thread;
+    `recording.replay()` does it. Memory that was allocated inside lives as long as the
+    recording."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +48,13 @@ class Recording(TorchDispatchMode):
         """How many kernels a repetition starts."""
         return len(self._calls)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         is_allocation = func._schema.name.removeprefix("aten::") in _ALLOCATIONS
         if not is_allocation and not func.is_view:
             raise NotRecordable(f"{func} is not one of llmq's kernels")

@@ -1,4 +1,5 @@
-"""The arithmetic in plain torch: the specification, the last fallback and the oracle of every backend."""
+"""The arithmetic in plain torch: the specification, the last fallback and the oracle of every
+backend."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from torch import Tensor
 LEVELS = 255  # steps of an INT8 range
 
 
-def expand_groups(per_group: Tensor, k: int, group_size: int, g_idx: Tensor | None = None) -> Tensor:
-    """Spread values per group `[N or 1, G]` over the columns: `[N or 1, k]`, or `[N or 1, 1]` when there is one group.
+def expand_groups(
+    per_group: Tensor, k: int, group_size: int, g_idx: Tensor | None = None
+) -> Tensor:
+    """Spread values per group `[N or 1, G]` over the columns: `[N or 1, k]`, or `[N or 1, 1]` when
+    there is one group.
 
-    group_size: columns per group; the last group may be shorter. g_idx: int32 `[k]`, the group of each column, where the groups are not consecutive (act-order).
-    """
+    group_size: columns per group; the last group may be shorter. g_idx: int32 `[k]`, the group of
+    each column, where the groups are not consecutive (act-order)."""
     if g_idx is not None:
         return per_group[:, g_idx.long()]
     if per_group.shape[1] == 1:
@@ -20,12 +24,14 @@ def expand_groups(per_group: Tensor, k: int, group_size: int, g_idx: Tensor | No
     return per_group.repeat_interleave(group_size, dim=1)[:, :k]
 
 
-def dequantize_codes(codes: Tensor, scale: Tensor, zero: Tensor | float, group_size: int, g_idx: Tensor | None = None) -> Tensor:
+def dequantize_codes(
+    codes: Tensor, scale: Tensor, zero: Tensor | float, group_size: int, g_idx: Tensor | None = None
+) -> Tensor:
     """`scale * (code - zero)` in float32 `[N, K]`.
 
-    codes: uint8 `[N, K]`; scale: float `[N or 1, G]`; zero: `[N or 1, G]`, or one number for all. The product of an integer of at most 9 bits and a float16 or
-    bfloat16 scale fits into the 24 bits of a float32: nothing is rounded here.
-    """
+    codes: uint8 `[N, K]`; scale: float `[N or 1, G]`; zero: `[N or 1, G]`, or one number for all.
+    The product of an integer of at most 9 bits and a float16 or bfloat16 scale fits into the 24
+    bits of a float32: nothing is rounded here."""
     k = codes.shape[1]
     shift = expand_groups(zero.float(), k, group_size, g_idx) if isinstance(zero, Tensor) else zero
     weight = codes.to(torch.float32)
@@ -35,19 +41,24 @@ def dequantize_codes(codes: Tensor, scale: Tensor, zero: Tensor | float, group_s
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` for x `[..., K]` and a dequantized float32 weight `[N, K]`, computed and returned in x's dtype."""
-    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    """`x @ weight.T + bias` for x `[..., K]` and a dequantized float32 weight `[N, K]`, computed
+    and returned in x's dtype."""
+    return torch.nn.functional.linear(
+        x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    )
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """INT8 activations with one scale per token: u8 codes `[M, K]` around 128 and float32 scales `[M, 1]`, x = scale * (code - 128), from the token's largest magnitude."""
+    """INT8 activations with one scale per token: u8 codes `[M, K]` around 128 and float32 scales
+    `[M, 1]`, x = scale * (code - 128), from the token's largest magnitude."""
     values = x.float()
     scale = values.abs().amax(dim=1, keepdim=True).div_(127).clamp_min_(1e-8)
     return (values / scale).round_().add_(128).to(torch.uint8), scale
 
 
 def quantize_static(x: Tensor, input_range: Tensor) -> Tensor:
-    """INT8 activations with one scale and zero point for all: u8 codes shaped like x, x = scale * (code - zero). input_range: float32 `[2]`, scale and zero."""
+    """INT8 activations with one scale and zero point for all: u8 codes shaped like x, x = scale *
+    (code - zero). input_range: float32 `[2]`, scale and zero."""
     scale, zero = input_range
     return (x.float() / scale).round_().add_(zero).clamp_(0, LEVELS).to(torch.uint8)
 
@@ -65,17 +76,22 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
 
 
 def activation_group(bits: int, group_size: int) -> int:
-    """Columns that share a scale of INT8 activations quantized per token and group, for a weight with groups of `group_size` columns (K, when it has one scale per row): the largest of 128, 64 and 32
-    that divides it. A weight per row has activations in groups of 128; with 8 bits it is 64 at most, a group being as wide as what one 64-byte load holds."""
+    """Columns that share a scale of INT8 activations quantized per token and group, for a weight
+    with groups of `group_size` columns (K, when it has one scale per row): the largest of 128, 64
+    and 32 that divides it. A weight per row has activations in groups of 128; with 8 bits it is 64
+    at most, a group being as wide as what one 64-byte load holds."""
     size = next((size for size in (128, 64, 32) if group_size % size == 0), 128)
     return min(size, 64) if bits == 8 else size
 
 
 def quantize_groups(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """INT8 activations with a scale per token and group of columns: int8 codes `[M, K]` in -127 .. 127 and float32 scales `[M, ceil(K / group_size)]`."""
+    """INT8 activations with a scale per token and group of columns: int8 codes `[M, K]` in -127 ..
+    127 and float32 scales `[M, ceil(K / group_size)]`."""
     m, k = x.shape
     n_groups = -(-k // group_size)
-    groups = torch.nn.functional.pad(x.float(), (0, n_groups * group_size - k)).view(m, n_groups, group_size)
+    groups = torch.nn.functional.pad(x.float(), (0, n_groups * group_size - k)).view(
+        m, n_groups, group_size
+    )
     scale = groups.abs().amax(dim=2).div_(127).clamp_min_(1e-8)
     return (groups / scale[..., None]).round_().to(torch.int8).view(m, -1)[:, :k], scale
 

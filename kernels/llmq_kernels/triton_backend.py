@@ -1,8 +1,9 @@
-"""The GPU backends: `triton` (16-bit activations) and `triton-int8` (activations quantized to INT8, per token or by a static range).
+"""The GPU backends: `triton` (16-bit activations) and `triton-int8` (activations quantized to INT8,
+per token or by a static range).
 
-This is the host side: what is accepted, how a weight is laid out once, which kernel is launched with which tiles. Triton is imported by the first launch. Under `TRITON_INTERPRET=1` the same code
-runs on CPU tensors, which is how the kernels are checked on machines without a GPU.
-"""
+This is the host side: what is accepted, how a weight is laid out once, which kernel is launched
+with which tiles. Triton is imported by the first launch. Under `TRITON_INTERPRET=1` the same code
+runs on CPU tensors, which is how the kernels are checked on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -97,7 +98,9 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
     if weight.activations not in ("int8-token", "int8-static"):
         return f"it quantizes activations per token (int8-token) or by one range (int8-static), not {weight.activations}"
     if weight.code.bits not in (2, 4, 8):
-        return f"it multiplies codes of 2, 4 or 8 bits with INT8 activations, not {weight.code.name}"
+        return (
+            f"it multiplies codes of 2, 4 or 8 bits with INT8 activations, not {weight.code.name}"
+        )
     return _common_refusal(weight, dtype, 64 if weight.code.bits == 2 else 32)
 
 
@@ -105,13 +108,18 @@ def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device)
 
 
 def _side_tensors(weight: PackedWeight) -> State:
-    """Scales and zero points `[G, N]`, with zero rows for the groups of padding columns, and the column order of act-order weights."""
+    """Scales and zero points `[G, N]`, with zero rows for the groups of padding columns, and the
+    column order of act-order weights."""
     n, k = weight.shape
     group = _group(weight)
     missing = 0 if group == 0 else -(-layout.padded_columns(k) // group) - weight.scale.shape[1]
-    state = {"scale_t": torch.nn.functional.pad(layout.transposed(weight.scale, n), (0, 0, 0, missing))}
+    state = {
+        "scale_t": torch.nn.functional.pad(layout.transposed(weight.scale, n), (0, 0, 0, missing))
+    }
     if weight.zero is not None:
-        state["zero_t"] = torch.nn.functional.pad(layout.transposed(weight.zero, n), (0, 0, 0, missing))
+        state["zero_t"] = torch.nn.functional.pad(
+            layout.transposed(weight.zero, n), (0, 0, 0, missing)
+        )
     if weight.g_idx is not None:
         state["order"] = layout.column_order(weight.g_idx)
     return state
@@ -143,15 +151,26 @@ def int8_restore(weight: PackedWeight, state: State) -> Tensor:
 def problem_of(x: Tensor, weight: PackedWeight) -> Problem:
     """What `triton_tuning` chooses by."""
     kind = "float" if weight.activations == "none" else "int8"
-    return Problem(kind, weight.code.bits, _group(weight), str(x.dtype).removeprefix("torch."), *weight.shape, tuning.bucket(x.shape[0]))
+    return Problem(
+        kind,
+        weight.code.bits,
+        _group(weight),
+        str(x.dtype).removeprefix("torch."),
+        *weight.shape,
+        tuning.bucket(x.shape[0]),
+    )
 
 
 def linear(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` for x `[M, K]`, float16 or bfloat16."""
-    return run(x, weight, state, bias, tuning.choose(problem_of(x, weight), tuning.chip_of(x.device)))
+    return run(
+        x, weight, state, bias, tuning.choose(problem_of(x, weight), tuning.chip_of(x.device))
+    )
 
 
-def run(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice) -> Tensor:
+def run(
+    x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice
+) -> Tensor:
     """The product by a given choice; `linear` looks the choice up, the tuner tries them."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
@@ -160,8 +179,14 @@ def run(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choi
         if weight.activations != "none":
             return _int8_gemm(x, weight, state, bias, choice)
         if choice.method == "dequantize":
-            return torch.nn.functional.linear(x, _dequantize(weight, state, x.dtype), None if bias is None else bias.to(x.dtype))
-        return _gemv(x, weight, state, bias, choice) if choice.method == "gemv" else _gemm(x, weight, state, bias, choice)
+            return torch.nn.functional.linear(
+                x, _dequantize(weight, state, x.dtype), None if bias is None else bias.to(x.dtype)
+            )
+        return (
+            _gemv(x, weight, state, bias, choice)
+            if choice.method == "gemv"
+            else _gemm(x, weight, state, bias, choice)
+        )
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -170,14 +195,22 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _meaning(weight: PackedWeight, state: State) -> dict[str, Any]:
-    """The compile-time arguments that say what codes mean, for every kernel with 16-bit activations."""
+    """The compile-time arguments that say what codes mean, for every kernel with 16-bit
+    activations."""
     low, *high = layout.PLANES[weight.code.bits]
     planes = {"LOW_BITS": low, "HIGH_BITS": high[0] if high else 0}
-    return {"GROUP": _group(weight), "OFFSET": int(weight.code.offset), "HAS_ZERO": "zero_t" in state, "USE_ASM": _use_asm(), **planes}
+    return {
+        "GROUP": _group(weight),
+        "OFFSET": int(weight.code.offset),
+        "HAS_ZERO": "zero_t" in state,
+        "USE_ASM": _use_asm(),
+        **planes,
+    }
 
 
 def _high_words(weight: PackedWeight) -> int:
-    """Where the second plane of a row begins. An argument of its own, so that the compiler sees its divisibility and reads 16 bytes at a time."""
+    """Where the second plane of a row begins. An argument of its own, so that the compiler sees its
+    divisibility and reads 16 bytes at a time."""
     return packed_width(layout.padded_columns(weight.shape[1]), layout.PLANES[weight.code.bits][0])
 
 
@@ -186,7 +219,9 @@ def _launch_options(choice: Choice) -> dict[str, Any]:
     return {"num_warps": choice.warps, "num_stages": choice.stages, "enable_fp_fusion": True}
 
 
-def _gemv(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice) -> Tensor:
+def _gemv(
+    x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice
+) -> Tensor:
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
     out = x.new_empty(m, n)
     _modules()[0].gemv_kernel[(-(-n // choice.block_n),)](
@@ -199,18 +234,31 @@ def _gemv(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, ch
 def _workspace(x: Tensor, n: int, choice: Choice) -> tuple[Tensor, Tensor]:
     """The output, and where the GEMM writes: the output itself, or one float32 slice per split."""
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    return out, out if choice.split_k == 1 else torch.empty(choice.split_k, *out.shape, dtype=torch.float32, device=x.device)
+    return out, out if choice.split_k == 1 else torch.empty(
+        choice.split_k, *out.shape, dtype=torch.float32, device=x.device
+    )
 
 
 def _reduce(workspace: Tensor, out: Tensor, bias: Tensor | None, choice: Choice) -> Tensor:
     if choice.split_k > 1:
         _modules()[1].reduce_kernel[(-(-out.numel() // 1024),)](
-            workspace, out if bias is None else bias, out, out.numel(), out.shape[1], HAS_BIAS=bias is not None, SPLIT_K=choice.split_k, BLOCK=1024, num_warps=4, enable_fp_fusion=True
+            workspace,
+            out if bias is None else bias,
+            out,
+            out.numel(),
+            out.shape[1],
+            HAS_BIAS=bias is not None,
+            SPLIT_K=choice.split_k,
+            BLOCK=1024,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return out
 
 
-def _gemm(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice) -> Tensor:
+def _gemm(
+    x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice
+) -> Tensor:
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
     out, target = _workspace(x, n, choice)
     grid = (-(-n // choice.block_n) * -(-m // choice.block_m), choice.split_k)
@@ -222,25 +270,38 @@ def _gemm(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, ch
     return _reduce(target, out, bias, choice)
 
 
-def quantize_tokens(x: Tensor, sum_columns: int, input_range: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """x `[M, K]` as int8 codes `[M, padded K]`, float32 scales `[M]`, and int32 sums of the codes over every `sum_columns` columns, `[M, padded K / sum_columns]`.
+def quantize_tokens(
+    x: Tensor, sum_columns: int, input_range: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x `[M, K]` as int8 codes `[M, padded K]`, float32 scales `[M]`, and int32 sums of the codes
+    over every `sum_columns` columns, `[M, padded K / sum_columns]`.
 
-    input_range: float32 `[2]`, one scale and zero point for all tokens (codes are then 128 lower than stored ones), or None for a scale per token."""
+    input_range: float32 `[2]`, one scale and zero point for all tokens (codes are then 128 lower
+    than stored ones), or None for a scale per token."""
     m, k = x.shape
     padded = layout.padded_columns(k)
     codes = torch.empty(m, padded, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     sums = torch.empty(m, padded // sum_columns, dtype=torch.int32, device=x.device)
     block = min(1 << (padded - 1).bit_length(), 4096)
-    options = {"SUM_COLUMNS": sum_columns, "BLOCK_K": block, "num_warps": 8 if block > 1024 else 4, "enable_fp_fusion": True}
+    options = {
+        "SUM_COLUMNS": sum_columns,
+        "BLOCK_K": block,
+        "num_warps": 8 if block > 1024 else 4,
+        "enable_fp_fusion": True,
+    }
     if input_range is None:
         _modules()[2].quantize_tokens_kernel[(m,)](x, codes, scale, sums, k, padded, **options)
     else:
-        _modules()[2].quantize_static_kernel[(m,)](x, input_range, codes, scale, sums, k, padded, **options)
+        _modules()[2].quantize_static_kernel[(m,)](
+            x, input_range, codes, scale, sums, k, padded, **options
+        )
     return codes, scale, sums
 
 
-def _int8_gemm(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice) -> Tensor:
+def _int8_gemm(
+    x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice
+) -> Tensor:
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
     codes, scale, sums = quantize_tokens(x, choice.block_k, weight.input_range)
     if "shift" in state:

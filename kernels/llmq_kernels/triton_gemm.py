@@ -1,15 +1,19 @@
 """More rows of x: tensor cores, with the weight as the left operand.
 
-The product is computed transposed, `Y^T [BN, BM] = W [BN, BK] . X^T [BK, BM]`, because the left operand of Hopper's `wgmma` may lie in registers while the right one may not. Dequantized numbers
-then go straight from the unpacking instructions into the tensor core; in the usual orientation every tile of W would have to be written to shared memory and read back. x, which is small and needs
+The product is computed transposed, `Y^T [BN, BM] = W [BN, BK] . X^T [BK, BM]`, because the left
+operand of Hopper's `wgmma` may lie in registers while the right one may not. Dequantized numbers
+then go straight from the unpacking instructions into the tensor core; in the usual orientation
+every tile of W would have to be written to shared memory and read back. x, which is small and needs
 no work, takes the way through shared memory.
 
-BLOCK_K never crosses a group, so a tile's product of exact integers is multiplied by one float32 scale per row afterwards: one multiplication per output instead of one per weight, and no rounding of
-`scale * code`. With one scale per row, all tiles add up in the tensor core and the scale waits for the end.
+BLOCK_K never crosses a group, so a tile's product of exact integers is multiplied by one float32
+scale per row afterwards: one multiplication per output instead of one per weight, and no rounding
+of `scale * code`. With one scale per row, all tiles add up in the tensor core and the scale waits
+for the end.
 
-When there are fewer tiles than the chip has room for, K is split over several programs. Each writes its partial sums to its own slice of a float32 workspace `[SPLIT_K, M, N]`, and a second kernel
-adds them in order. Atomic additions would save that launch and make results differ from run to run.
-"""
+When there are fewer tiles than the chip has room for, K is split over several programs. Each writes
+its partial sums to its own slice of a float32 workspace `[SPLIT_K, M, N]`, and a second kernel adds
+them in order. Atomic additions would save that launch and make results differ from run to run."""
 
 import triton
 import triton.language as tl
@@ -19,21 +23,29 @@ from llmq_kernels.triton_dequant import plane_pointer, unit_values
 
 @triton.jit
 def product(weights, x_tile, total, UPCAST: tl.constexpr):
-    """`total + weights [BN, BK] . x_tile [BM, BK]^T`. UPCAST: the interpreter cannot multiply bfloat16."""
+    """`total + weights [BN, BK] . x_tile [BM, BK]^T`. UPCAST: the interpreter cannot multiply
+    bfloat16."""
     if UPCAST:
-        return tl.dot(weights.to(tl.float32), tl.trans(x_tile).to(tl.float32), total, input_precision="ieee")
+        return tl.dot(
+            weights.to(tl.float32), tl.trans(x_tile).to(tl.float32), total, input_precision="ieee"
+        )
     return tl.dot(weights, tl.trans(x_tile), total)
 
 
 @triton.jit
 def store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr):
-    """Store `[BN, BM]` transposed: into the output with the bias, or into this split's slice of the workspace."""
+    """Store `[BN, BM]` transposed: into the output with the bias, or into this split's slice of the
+    workspace."""
     if SPLIT_K > 1:
         out += tl.program_id(1).to(tl.int64) * M * N
     elif HAS_BIAS:
         total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     at = out + tokens.to(tl.int64)[:, None] * N + rows[None, :]
-    tl.store(at, tl.trans(total).to(out.dtype.element_ty), mask=(tokens < M)[:, None] & (rows < N)[None, :])
+    tl.store(
+        at,
+        tl.trans(total).to(out.dtype.element_ty),
+        mask=(tokens < M)[:, None] & (rows < N)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -64,9 +76,10 @@ def gemm_kernel(
     USE_ASM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """x `[M, K]`, packed `[N, row_words]` with its second plane `high_words` into each row, scale and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`,
-    out `[M, N]` or the workspace. BLOCK_K divides GROUP. EVEN_K: K needs no padding, so x needs no mask. UPCAST: see `product`.
-    """
+    """x `[M, K]`, packed `[N, row_words]` with its second plane `high_words` into each row, scale
+    and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`, out `[M, N]`
+    or the workspace. BLOCK_K divides GROUP. EVEN_K: K needs no padding, so x needs no mask. UPCAST:
+    see `product`."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     # Programs that share rows of W are neighbours, so that W comes from device memory once.
     rows = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -102,10 +115,16 @@ def gemm_kernel(
             factor = tl.load(scale + at).to(tl.float32)[:, None]
             if HAS_ZERO:
                 shift = tl.load(zero + at)[:, None].to(tl.int32)
-            numbers = unit_values(low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM)
-            total += product(numbers, x_tile, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), UPCAST) * factor
+            numbers = unit_values(
+                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
+            )
+            total += (
+                product(numbers, x_tile, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), UPCAST) * factor
+            )
         else:
-            numbers = unit_values(low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM)
+            numbers = unit_values(
+                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
+            )
             total = product(numbers, x_tile, total, UPCAST)
     if GROUP == 0:
         total *= tl.load(scale + safe_rows).to(tl.float32)[:, None]
@@ -113,8 +132,18 @@ def gemm_kernel(
 
 
 @triton.jit(do_not_specialize=["size"])
-def reduce_kernel(workspace, bias, out, size, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out `[M, N]`, `size` elements: the sum over the first dimension of workspace `[SPLIT_K, M, N]`, always in the same order, and the bias."""
+def reduce_kernel(
+    workspace,
+    bias,
+    out,
+    size,
+    N,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out `[M, N]`, `size` elements: the sum over the first dimension of workspace `[SPLIT_K, M,
+    N]`, always in the same order, and the bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = at < size
     total = tl.zeros((BLOCK,), tl.float32)
@@ -151,16 +180,28 @@ def dequantize_kernel(
     k = tl.program_id(1) * BLOCK_K
     units = tl.arange(0, BLOCK_K // 8)
     columns = k + tl.arange(0, BLOCK_K)
-    low = tl.load(plane_pointer(packed, row_words, safe_rows, 0, LOW_BITS) + k // 8 + units[None, :])
+    low = tl.load(
+        plane_pointer(packed, row_words, safe_rows, 0, LOW_BITS) + k // 8 + units[None, :]
+    )
     high = low
     if HIGH_BITS > 0:
-        high = tl.load(plane_pointer(packed, row_words, safe_rows, high_words, HIGH_BITS) + k // 8 + units[None, :])
+        high = tl.load(
+            plane_pointer(packed, row_words, safe_rows, high_words, HIGH_BITS)
+            + k // 8
+            + units[None, :]
+        )
     at = safe_rows
     if GROUP > 0:
         at += k // GROUP * N
     shift = tl.full((BLOCK_N, 1), OFFSET, tl.int32)
     if HAS_ZERO:
         shift = tl.load(zero + at)[:, None].to(tl.int32)
-    numbers = unit_values(low, high, shift, out.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM).to(tl.float32)
+    numbers = unit_values(low, high, shift, out.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM).to(
+        tl.float32
+    )
     numbers *= tl.load(scale + at).to(tl.float32)[:, None]
-    tl.store(out + rows.to(tl.int64)[:, None] * K + columns[None, :], numbers.to(out.dtype.element_ty), mask=(rows < N)[:, None] & (columns < K)[None, :])
+    tl.store(
+        out + rows.to(tl.int64)[:, None] * K + columns[None, :],
+        numbers.to(out.dtype.element_ty),
+        mask=(rows < N)[:, None] & (columns < K)[None, :],
+    )

@@ -1,12 +1,16 @@
-"""Which kernel with which tile sizes: measured where a measurement exists, a rule of thumb for the chip where none does.
+"""Which kernel with which tile sizes: measured where a measurement exists, a rule of thumb for the
+chip where none does.
 
-A problem is (integer or floating-point activations, code, group, dtype, N, K, M rounded up to a power of two). Its choice is looked up in this order: what this process has tuned; the user's file in
-`~/.cache/llmq/tuned/` (or `$LLMQ_CACHE_DIR/tuned/`); the file of this GPU in the package, `tuned/<gpu>.json`, which only ever holds measured entries; `default_choice`. No lookup measures anything,
-so a first call costs one compilation. `tune` measures, and is called before graphs are captured, never by a forward pass. Whether to dequantize and leave the product to cuBLAS is one of the
-candidates: the crossover in M is measured per GPU, N and K like every other choice.
+A problem is (integer or floating-point activations, code, group, dtype, N, K, M rounded up to a
+power of two). Its choice is looked up in this order: what this process has tuned; the user's file
+in `~/.cache/llmq/tuned/` (or `$LLMQ_CACHE_DIR/tuned/`); the file of this GPU in the package,
+`tuned/<gpu>.json`, which only ever holds measured entries; `default_choice`. No lookup measures
+anything, so a first call costs one compilation. `tune` measures, and is called before graphs are
+captured, never by a forward pass. Whether to dequantize and leave the product to cuBLAS is one of
+the candidates: the crossover in M is measured per GPU, N and K like every other choice.
 
-Nothing here imports Triton; candidates that cannot fit into the shared memory of a chip are left out by arithmetic.
-"""
+Nothing here imports Triton; candidates that cannot fit into the shared memory of a chip are left
+out by arithmetic."""
 
 from __future__ import annotations
 
@@ -25,7 +29,8 @@ from llmq_kernels.cache import cache_dir
 
 @dataclass(frozen=True)
 class Chip:
-    """arch: as compilers name it. processors: multiprocessors or compute units. shared_bytes: shared memory that one program may have."""
+    """arch: as compilers name it. processors: multiprocessors or compute units. shared_bytes:
+    shared memory that one program may have."""
 
     arch: str
     processors: int
@@ -47,15 +52,17 @@ CHIPS: dict[str, Chip] = {
         Chip("gfx942", 304, 64 << 10),
     )
 }
-# M up to which the fused kernel is the default. Estimates, not measurements: cuBLAS behind a dequantization reaches about the same share of its own speed on every chip, while the fused kernel loses
-# most where its multiplications are weakest. Tuning replaces them.
+# M up to which the fused kernel is the default. Estimates, not measurements: cuBLAS behind a
+# dequantization reaches about the same share of its own speed on every chip, while the fused kernel
+# loses most where its multiplications are weakest. Tuning replaces them.
 FUSED_MAX_ROWS = {"sm_80": 256, "sm_89": 128, "sm_90": 512, "sm_100": 512, "gfx942": 128}
 GEMV_MAX_ROWS = 4
 
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: "float" or "int8" activations. bits: of a code. group: columns per scale, 0 for one scale per row. dtype: of x. m: rows of x, as `bucket` rounds them."""
+    """kind: "float" or "int8" activations. bits: of a code. group: columns per scale, 0 for one
+    scale per row. dtype: of x. m: rows of x, as `bucket` rounds them."""
 
     kind: str
     bits: int
@@ -72,9 +79,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """method: "gemv", "gemm", or "dequantize" (and cuBLAS). block_m tokens by block_n rows of W by block_k columns per step; split_k programs share K; warps and stages (of the load pipeline) per
-    program.
-    """
+    """method: "gemv", "gemm", or "dequantize" (and cuBLAS). block_m tokens by block_n rows of W by
+    block_k columns per step; split_k programs share K; warps and stages (of the load pipeline) per
+    program."""
 
     method: str
     block_m: int = 16
@@ -86,7 +93,8 @@ class Choice:
 
 
 def bucket(m: int) -> int:
-    """M rounded up to a power of two, so that few kernels are compiled and tuned; 4096 stands for all above."""
+    """M rounded up to a power of two, so that few kernels are compiled and tuned; 4096 stands for
+    all above."""
     return min(1 << max(m - 1, 0).bit_length(), 4096)
 
 
@@ -96,10 +104,20 @@ def tile_columns(group: int) -> int:
 
 
 def shared_bytes(problem: Problem, choice: Choice) -> int:
-    """An upper estimate of the shared memory of a GEMM: the pipeline's tiles and, before Hopper, sometimes a tile of unpacked weights; or the output tile on its way out."""
+    """An upper estimate of the shared memory of a GEMM: the pipeline's tiles and, before Hopper,
+    sometimes a tile of unpacked weights; or the output tile on its way out."""
     x_bytes = 1 if problem.kind == "int8" else 2
-    tiles = choice.block_n * choice.block_k * problem.bits // 8 + choice.block_m * choice.block_k * x_bytes
-    return max(choice.stages * tiles + choice.block_n * choice.block_k * x_bytes, choice.block_m * choice.block_n * 4) + 1024
+    tiles = (
+        choice.block_n * choice.block_k * problem.bits // 8
+        + choice.block_m * choice.block_k * x_bytes
+    )
+    return (
+        max(
+            choice.stages * tiles + choice.block_n * choice.block_k * x_bytes,
+            choice.block_m * choice.block_n * 4,
+        )
+        + 1024
+    )
 
 
 def fits(problem: Problem, choice: Choice, chip: Chip) -> bool:
@@ -107,10 +125,16 @@ def fits(problem: Problem, choice: Choice, chip: Chip) -> bool:
 
 
 def _split(problem: Problem, chip: Chip, block_m: int, block_n: int, block_k: int) -> int:
-    """Split K until there are about two programs per multiprocessor, while each keeps four tiles to walk along. A workspace of M x N floats per split costs traffic, so never for large M."""
+    """Split K until there are about two programs per multiprocessor, while each keeps four tiles to
+    walk along. A workspace of M x N floats per split costs traffic, so never for large M."""
     programs = -(-problem.n // block_n) * -(-problem.m // block_m)
     split = 1
-    while split < 8 and problem.m <= 64 and 2 * programs * split < 3 * chip.processors and problem.k // block_k >= 8 * split:
+    while (
+        split < 8
+        and problem.m <= 64
+        and 2 * programs * split < 3 * chip.processors
+        and problem.k // block_k >= 8 * split
+    ):
         split *= 2
     return split
 
@@ -119,22 +143,44 @@ def default_choice(problem: Problem, chip: Chip) -> Choice:
     """A choice without measurements."""
     m = problem.m
     if problem.kind == "float" and m <= GEMV_MAX_ROWS:
-        # A warp reads 512 bytes of one row at a time (4 bits: 1024 columns); four rows per program, one for each warp.
-        return Choice("gemv", block_m=m, block_n=4, block_k=1024 if problem.bits != 2 else 2048, warps=4, stages=1)
+        # A warp reads 512 bytes of one row at a time (4 bits: 1024 columns); four rows per program,
+        # one for each warp.
+        return Choice(
+            "gemv",
+            block_m=m,
+            block_n=4,
+            block_k=1024 if problem.bits != 2 else 2048,
+            warps=4,
+            stages=1,
+        )
     if problem.kind == "float" and m > FUSED_MAX_ROWS[chip.arch]:
         return Choice("dequantize")
-    # Tensor cores take eight columns from Ampere on; AMD's take 16, and Triton 3.6 does not reach Hopper's with eight columns of bytes.
+    # Tensor cores take eight columns from Ampere on; AMD's take 16, and Triton 3.6 does not reach
+    # Hopper's with eight columns of bytes.
     smallest = 16 if chip.is_amd or problem.kind == "int8" else 8
-    # Before Hopper, sums, weights and x all lie in the registers of a warp: of the larger tiles, Triton 3.6 or 3.9 spills at 64 x 128 and 128 x 128, at 64 x 64 neither does.
+    # Before Hopper, sums, weights and x all lie in the registers of a warp: of the larger tiles,
+    # Triton 3.6 or 3.9 spills at 64 x 128 and 128 x 128, at 64 x 64 neither does.
     wide = chip.arch in ("sm_90", "sm_100")
     block_m = min(max(m, smallest), 128 if wide or chip.is_amd else 64)
     block_n = 128 if m >= 64 and wide else 64
     block_k = tile_columns(problem.group)
     warps = 8 if block_m * block_n >= 128 * 64 else 4
     stages = 2 if chip.is_amd else 4 if m <= 32 else 3
-    choice = Choice("gemm", block_m, block_n, block_k, _split(problem, chip, block_m, block_n, block_k), warps, stages)
+    choice = Choice(
+        "gemm",
+        block_m,
+        block_n,
+        block_k,
+        _split(problem, chip, block_m, block_n, block_k),
+        warps,
+        stages,
+    )
     while not fits(problem, choice, chip):
-        choice = replace(choice, stages=choice.stages - 1) if choice.stages > 2 else replace(choice, block_m=choice.block_m // 2)
+        choice = (
+            replace(choice, stages=choice.stages - 1)
+            if choice.stages > 2
+            else replace(choice, block_m=choice.block_m // 2)
+        )
     return choice
 
 
@@ -149,13 +195,27 @@ def candidates(problem: Problem, chip: Chip) -> Iterator[Choice]:
 
 def _variations(problem: Problem, chip: Chip) -> Iterator[Choice]:
     if problem.kind == "float" and problem.m <= GEMV_MAX_ROWS:
-        for block_n, block_k, warps in ((1, 2048, 2), (2, 1024, 2), (4, 1024, 4), (8, 1024, 4), (8, 1024, 8), (16, 512, 4), (4, 2048, 4), (8, 512, 4)):
+        for block_n, block_k, warps in (
+            (1, 2048, 2),
+            (2, 1024, 2),
+            (4, 1024, 4),
+            (8, 1024, 4),
+            (8, 1024, 8),
+            (16, 512, 4),
+            (4, 2048, 4),
+            (8, 512, 4),
+        ):
             yield Choice("gemv", problem.m, block_n, block_k, 1, warps, 1)
     if problem.kind == "float" and problem.m >= 64:
         yield Choice("dequantize")
     block_k = tile_columns(problem.group)
     smallest = 16 if chip.is_amd or problem.kind == "int8" else 8
-    sizes = sorted({min(max(problem.m, smallest), limit) for limit in ((16, 32) if problem.m <= 32 else (64, 128, 256))})
+    sizes = sorted(
+        {
+            min(max(problem.m, smallest), limit)
+            for limit in ((16, 32) if problem.m <= 32 else (64, 128, 256))
+        }
+    )
     for block_m in sizes:
         for block_n, warps in ((64, 4), (128, 4), (128, 8)):
             base = _split(problem, chip, block_m, block_n, block_k)
@@ -167,7 +227,9 @@ def _variations(problem: Problem, chip: Chip) -> Iterator[Choice]:
 
 # --- where choices are kept -----------------------------------------------------------------------------------------------
 
-_tuned: dict[str, dict[str, Choice]] = {}  # GPU -> key -> choice, measured in this process or read from disk
+_tuned: dict[
+    str, dict[str, Choice]
+] = {}  # GPU -> key -> choice, measured in this process or read from disk
 _chosen: dict[tuple[str, Problem], Choice] = {}
 
 
@@ -185,16 +247,24 @@ def _read(path: Path) -> dict[str, Choice]:
     if not path.is_file():
         return {}
     try:
-        return {key: Choice(**value) for key, value in json.loads(path.read_text())["choices"].items()}
+        return {
+            key: Choice(**value) for key, value in json.loads(path.read_text())["choices"].items()
+        }
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a file of tuned choices ({error}); delete it and tune again with scripts/benchmark_kernels.py --tune") from None
+        raise ValueError(
+            f"{path}: not a file of tuned choices ({error}); delete it and tune again with scripts/benchmark_kernels.py --tune"
+        ) from None
 
 
 def tuned(chip: Chip) -> dict[str, Choice]:
     """Every measured choice for a GPU: the package's, overridden by the user's."""
     if chip.name not in _tuned:
         file = f"{slug(chip.name)}.json"
-        _tuned[chip.name] = {**_read(Path(__file__).parent / "tuned" / file), **_read(tuned_dir() / file)} if chip.name else {}
+        _tuned[chip.name] = (
+            {**_read(Path(__file__).parent / "tuned" / file), **_read(tuned_dir() / file)}
+            if chip.name
+            else {}
+        )
     return _tuned[chip.name]
 
 
@@ -202,7 +272,9 @@ def choose(problem: Problem, chip: Chip) -> Choice:
     """The choice for a problem."""
     known = _chosen.get((chip.name or chip.arch, problem))
     if known is None:
-        known = _chosen[(chip.name or chip.arch, problem)] = tuned(chip).get(problem.key) or default_choice(problem, chip)
+        known = _chosen[(chip.name or chip.arch, problem)] = tuned(chip).get(
+            problem.key
+        ) or default_choice(problem, chip)
     return known
 
 
@@ -213,16 +285,24 @@ def forget() -> None:
 
 
 def save(chip: Chip, path: Path, details: dict[str, Any]) -> None:
-    """Write every measured choice of a GPU, atomically. details: versions and conditions of the measurement."""
+    """Write every measured choice of a GPU, atomically. details: versions and conditions of the
+    measurement."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"gpu": chip.name, **details, "choices": {key: asdict(choice) for key, choice in sorted(tuned(chip).items())}}
+    content = {
+        "gpu": chip.name,
+        **details,
+        "choices": {key: asdict(choice) for key, choice in sorted(tuned(chip).items())},
+    }
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
 
 
-def tune(problem: Problem, chip: Chip, measure: Callable[[Choice], float]) -> tuple[Choice, dict[str, float]]:
-    """Measure every candidate and remember the fastest. measure: seconds of a choice; a choice that the compiler or driver refuses may raise RuntimeError and is left out.
+def tune(
+    problem: Problem, chip: Chip, measure: Callable[[Choice], float]
+) -> tuple[Choice, dict[str, float]]:
+    """Measure every candidate and remember the fastest. measure: seconds of a choice; a choice that
+    the compiler or driver refuses may raise RuntimeError and is left out.
 
     Returns the choice and the seconds of all candidates by their description.
     """
@@ -234,7 +314,9 @@ def tune(problem: Problem, chip: Chip, measure: Callable[[Choice], float]) -> tu
         except RuntimeError as error:
             problems.append(f"{choice}: {error}")
     if not seconds:
-        raise RuntimeError(f"no candidate for {problem.key} runs on {chip.name or chip.arch}: {problems[0]}")
+        raise RuntimeError(
+            f"no candidate for {problem.key} runs on {chip.name or chip.arch}: {problems[0]}"
+        )
     best = min(seconds, key=seconds.__getitem__)
     tuned(chip)[problem.key] = _chosen[(chip.name or chip.arch, problem)] = best
     return best, {str(choice): value for choice, value in seconds.items()}
@@ -242,7 +324,8 @@ def tune(problem: Problem, chip: Chip, measure: Callable[[Choice], float]) -> tu
 
 @cache
 def chip_of(device: torch.device) -> Chip:
-    """The chip behind a device. The CPU stands for the interpreter and gets Hopper's choices, so that these are what the interpreter checks."""
+    """The chip behind a device. The CPU stands for the interpreter and gets Hopper's choices, so
+    that these are what the interpreter checks."""
     if device.type == "cpu":
         return CHIPS["sm_90"]
     properties = torch.cuda.get_device_properties(device)
@@ -251,6 +334,19 @@ def chip_of(device: torch.device) -> Chip:
         base = CHIPS.get(arch, CHIPS["gfx942"])
     else:
         arch = f"sm_{properties.major}{properties.minor}"
-        base = CHIPS.get(arch) or CHIPS["sm_100" if properties.major == 10 else "sm_90" if properties.major == 9 else "sm_89" if (properties.major, properties.minor) > (8, 0) else "sm_80"]
+        base = (
+            CHIPS.get(arch)
+            or CHIPS[
+                "sm_100"
+                if properties.major == 10
+                else "sm_90"
+                if properties.major == 9
+                else "sm_89"
+                if (properties.major, properties.minor) > (8, 0)
+                else "sm_80"
+            ]
+        )
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or base.shared_bytes
-    return Chip(base.arch, properties.multi_processor_count, min(shared, base.shared_bytes), properties.name)
+    return Chip(
+        base.arch, properties.multi_processor_count, min(shared, base.shared_bytes), properties.name
+    )

@@ -20,11 +20,30 @@ MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Text, windows, BOS policy, dtype and device of an evaluation."""
-    parser.add_argument("--data", type=source, default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
-    parser.add_argument("--sequence-length", type=whole(2), metavar="T", help="tokens per window (default: 2048, or what the model has positions for)")
-    parser.add_argument("--bos", default="auto", help="auto, every-window, start or none (default: auto)")
-    parser.add_argument("--max-windows", type=whole(1), metavar="N", help="evaluate the first N windows only")
-    parser.add_argument("--dtype", default="float32", help="auto, float32, bfloat16 or float16 (default: float32, free of kernel rounding)")
+    parser.add_argument(
+        "--data",
+        type=source,
+        default="bundled",
+        metavar="SOURCE",
+        help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=whole(2),
+        metavar="T",
+        help="tokens per window (default: 2048, or what the model has positions for)",
+    )
+    parser.add_argument(
+        "--bos", default="auto", help="auto, every-window, start or none (default: auto)"
+    )
+    parser.add_argument(
+        "--max-windows", type=whole(1), metavar="N", help="evaluate the first N windows only"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="auto, float32, bfloat16 or float16 (default: float32, free of kernel rounding)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--revision", help="revision of a Hub model")
     add_compute_argument(parser)
@@ -39,49 +58,168 @@ def add_compute_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_head_argument(parser: argparse.ArgumentParser) -> None:
     """Whether the output head and the embeddings are quantized, too."""
-    parser.add_argument("--head-bits", type=int, choices=(8, 4), help="also round the output head and the embeddings to this many bits, for this run (compare: of QUANT; default: as stored)")
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=(8, 4),
+        help="also round the output head and the embeddings to this many bits, for this run (compare: of QUANT; default: as stored)",
+    )
 
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """What `plan` and `quantize` have in common: everything that makes a recipe."""
-    parser.add_argument("--method", choices=("rtn", "gptq", "blockwise"), default=None, help="blockwise: GPTQ, then every block is trained; best below 4 bits (default: gptq)")
-    parser.add_argument("--bits", choices=("2", "3", "4", "8", "ternary"), default=None, help="default: 4")
-    parser.add_argument("--group-size", type=whole(-1), metavar="G", help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: -1)")
+    parser.add_argument(
+        "--method",
+        choices=("rtn", "gptq", "blockwise"),
+        default=None,
+        help="blockwise: GPTQ, then every block is trained; best below 4 bits (default: gptq)",
+    )
+    parser.add_argument(
+        "--bits", choices=("2", "3", "4", "8", "ternary"), default=None, help="default: 4"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=whole(-1),
+        metavar="G",
+        help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: -1)",
+    )
     parser.add_argument("--asymmetric", action="store_true", help="store a zero point per group")
-    parser.add_argument("--act-order", action="store_true", help="true activation order with a stored g_idx; slower to run")
-    parser.add_argument("--order", choices=("group", "static", "none"), default=None, help="column order of GPTQ (default: group)")
-    parser.add_argument("--damping", type=real(), help="share of the mean Hessian diagonal that is added to it (default: 0.01)")
-    parser.add_argument("--no-search", action="store_true", help="choose scales by range, not by Hessian-weighted error")
-    parser.add_argument("--sweeps", type=whole(0), help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)")
-    parser.add_argument("--inputs", choices=("quantized", "full-precision", "both"), default=None, help="inputs that layers are measured on; both: also correct for earlier losses (default: both)")
+    parser.add_argument(
+        "--act-order",
+        action="store_true",
+        help="true activation order with a stored g_idx; slower to run",
+    )
+    parser.add_argument(
+        "--order",
+        choices=("group", "static", "none"),
+        default=None,
+        help="column order of GPTQ (default: group)",
+    )
+    parser.add_argument(
+        "--damping",
+        type=real(),
+        help="share of the mean Hessian diagonal that is added to it (default: 0.01)",
+    )
+    parser.add_argument(
+        "--no-search",
+        action="store_true",
+        help="choose scales by range, not by Hessian-weighted error",
+    )
+    parser.add_argument(
+        "--sweeps",
+        type=whole(0),
+        help="passes of coordinate descent after GPTQ; 0 for plain GPTQ (default: 2)",
+    )
+    parser.add_argument(
+        "--inputs",
+        choices=("quantized", "full-precision", "both"),
+        default=None,
+        help="inputs that layers are measured on; both: also correct for earlier losses (default: both)",
+    )
     parser.add_argument("--alpha", type=real(), help="share of that correction (default: 0.5)")
-    parser.add_argument("--iterations", type=whole(1), metavar="N", help="steps per block of --method blockwise (default: 150)")
-    parser.add_argument("--learning-rate", type=real(), help="size of these steps, as a share of the distance between two codes (default: 0.02)")
-    parser.add_argument("--init", choices=("rtn", "gptq"), default=None, help="what --method blockwise starts from (default: gptq)")
-    parser.add_argument("--tune-zero-points", action="store_true", default=None, help="--method blockwise trains zero points, too (default: weights and scales)")
+    parser.add_argument(
+        "--iterations",
+        type=whole(1),
+        metavar="N",
+        help="steps per block of --method blockwise (default: 150)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=real(),
+        help="size of these steps, as a share of the distance between two codes (default: 0.02)",
+    )
+    parser.add_argument(
+        "--init",
+        choices=("rtn", "gptq"),
+        default=None,
+        help="what --method blockwise starts from (default: gptq)",
+    )
+    parser.add_argument(
+        "--tune-zero-points",
+        action="store_true",
+        default=None,
+        help="--method blockwise trains zero points, too (default: weights and scales)",
+    )
     autocast_help = "run blocks in bfloat16 while they are trained (default: if the model is stored in it and the hardware multiplies it)"
-    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=None, help=autocast_help)
+    parser.add_argument(
+        "--autocast", action=argparse.BooleanOptionalAction, default=None, help=autocast_help
+    )
     activations_help = "quantize layer inputs, per token or by a static range, and multiply integers (default: none)"
-    parser.add_argument("--activations", choices=("none", "int8-token", "int8-static"), default=None, help=activations_help)
-    parser.add_argument("--activation-range", choices=("minmax", "percentile", "mse"), default=None, help="how static ranges are chosen (default: mse)")
-    parser.add_argument("--kv-bits", type=int, choices=(8, 4), help="quantize keys and values per token and head (default: not)")
+    parser.add_argument(
+        "--activations",
+        choices=("none", "int8-token", "int8-static"),
+        default=None,
+        help=activations_help,
+    )
+    parser.add_argument(
+        "--activation-range",
+        choices=("minmax", "percentile", "mse"),
+        default=None,
+        help="how static ranges are chosen (default: mse)",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 4),
+        help="quantize keys and values per token and head (default: not)",
+    )
     rule_help = "another treatment for some layers, such as '*.down_proj=w8' or '*.layers.0.*=keep'; first match wins"
-    parser.add_argument("--rule", action="append", default=[], metavar="PATTERN=SPEC", help=rule_help)
-    parser.add_argument("--recipe", metavar="FILE", help="a report.json, or a recipe as JSON; other options override it, in the specs of its rules, too")
-    parser.add_argument("--calibration", type=source, default="bundled", metavar="SOURCE", help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)")
-    parser.add_argument("--samples", type=whole(1), metavar="N", help="calibration windows (default: 128)")
-    parser.add_argument("--sequence-length", type=whole(2), metavar="T", help="tokens per calibration window (default: 2048, or what the model has positions for)")
-    parser.add_argument("--seed", type=whole(0), help="seed of the calibration windows (default: 0)")
-    parser.add_argument("--format", default="auto", help="auto, gptq, gptq_v2, bitnet or llmq (default: auto)")
-    parser.add_argument("--strict", action="store_true", help="refuse any deviation from what was asked: other group sizes, kept layers, fallbacks")
+    parser.add_argument(
+        "--rule", action="append", default=[], metavar="PATTERN=SPEC", help=rule_help
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="a report.json, or a recipe as JSON; other options override it, in the specs of its rules, too",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=source,
+        default="bundled",
+        metavar="SOURCE",
+        help="text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled' (default)",
+    )
+    parser.add_argument(
+        "--samples", type=whole(1), metavar="N", help="calibration windows (default: 128)"
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=whole(2),
+        metavar="T",
+        help="tokens per calibration window (default: 2048, or what the model has positions for)",
+    )
+    parser.add_argument(
+        "--seed", type=whole(0), help="seed of the calibration windows (default: 0)"
+    )
+    parser.add_argument(
+        "--format", default="auto", help="auto, gptq, gptq_v2, bitnet or llmq (default: auto)"
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse any deviation from what was asked: other group sizes, kept layers, fallbacks",
+    )
     parser.add_argument("--revision", help="revision of a Hub model")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda to run block by block on the GPU")
-    parser.add_argument("--max-ram", type=real(), metavar="GB", help="refuse a run whose planned peak memory is above this")
-    parser.add_argument("--max-gpu-memory", type=real(), metavar="GB", help="the same for the memory of the GPU, with --device cuda")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, or cuda to run block by block on the GPU"
+    )
+    parser.add_argument(
+        "--max-ram",
+        type=real(),
+        metavar="GB",
+        help="refuse a run whose planned peak memory is above this",
+    )
+    parser.add_argument(
+        "--max-gpu-memory",
+        type=real(),
+        metavar="GB",
+        help="the same for the memory of the GPU, with --device cuda",
+    )
 
 
 def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
-    """The recipe of the options. max_length: tokens the model has positions for, the cap of the default window."""
+    """The recipe of the options. max_length: tokens the model has positions for, the cap of the
+    default window."""
     from dataclasses import replace
 
     from llmq.errors import LlmqError
@@ -91,11 +229,39 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
     base = _recipe_of_file(args.recipe, defaults, args) if args.recipe else defaults
     if args.act_order and args.order:
         raise LlmqError("--act-order and --order contradict each other; give one of them")
-    names = ("method", "init", "tune_zero_points", "damping", "sweeps", "inputs", "alpha", "samples", "sequence_length", "seed", "iterations", "learning_rate", "autocast", "activation_range")
+    names = (
+        "method",
+        "init",
+        "tune_zero_points",
+        "damping",
+        "sweeps",
+        "inputs",
+        "alpha",
+        "samples",
+        "sequence_length",
+        "seed",
+        "iterations",
+        "learning_rate",
+        "autocast",
+        "activation_range",
+    )
     options = {name: getattr(args, name) for name in names}
-    options |= {"order": "act" if args.act_order else args.order, "search": False if args.no_search else None}
+    options |= {
+        "order": "act" if args.act_order else args.order,
+        "search": False if args.no_search else None,
+    }
     if args.activations or args.kv_bits:
-        base = replace(base, activations=replace(base.activations, **{key: value for key, value in (("kind", args.activations), ("kv_bits", args.kv_bits)) if value}))
+        base = replace(
+            base,
+            activations=replace(
+                base.activations,
+                **{
+                    key: value
+                    for key, value in (("kind", args.activations), ("kv_bits", args.kv_bits))
+                    if value
+                },
+            ),
+        )
     recipe = replace(base, **{key: value for key, value in options.items() if value is not None})
     return replace(recipe, rules=(*(Rule.parse(text) for text in args.rule), *recipe.rules))
 
@@ -113,7 +279,8 @@ def _code(bits: str) -> str:
 
 
 def _recipe_of_file(path: str, defaults: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe of a file: what it leaves out from the defaults, and in the specs of its rules what the options give; layers that it keeps stay kept."""
+    """The recipe of a file: what it leaves out from the defaults, and in the specs of its rules
+    what the options give; layers that it keeps stay kept."""
     import json
     from dataclasses import replace
     from pathlib import Path
@@ -127,13 +294,25 @@ def _recipe_of_file(path: str, defaults: Recipe, args: argparse.Namespace) -> Re
         recipe = Recipe.from_json({"sequence_length": defaults.sequence_length, **data})
         if "rules" not in data:
             return replace(recipe, rules=defaults.rules)
-        given = {"code": _code(args.bits) if args.bits else None, "group_size": args.group_size, "symmetric": False if args.asymmetric else None}
+        given = {
+            "code": _code(args.bits) if args.bits else None,
+            "group_size": args.group_size,
+            "symmetric": False if args.asymmetric else None,
+        }
         given = {name: value for name, value in given.items() if value is not None}
-        return replace(recipe, rules=tuple(rule if rule.spec is None else replace(rule, spec=replace(rule.spec, **given)) for rule in recipe.rules))
+        return replace(
+            recipe,
+            rules=tuple(
+                rule if rule.spec is None else replace(rule, spec=replace(rule.spec, **given))
+                for rule in recipe.rules
+            ),
+        )
     except LlmqError as error:
         raise LlmqError(f"--recipe {path}, with the options beside it: {error}") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise LlmqError(f"--recipe {path}: not a recipe ({error}); expected a report.json or the JSON that it holds under 'recipe'") from None
+        raise LlmqError(
+            f"--recipe {path}: not a recipe ({error}); expected a report.json or the JSON that it holds under 'recipe'"
+        ) from None
 
 
 def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) -> Windows:
@@ -142,11 +321,15 @@ def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) ->
 
     from llmq.data import load_documents
     from llmq.evaluation.windows import cut_windows
-    from llmq.models.load import load_tokenizer
+    from llmq.models.source import load_tokenizer
 
     length = args.sequence_length or min(2048, max_positions(config))
-    windows = cut_windows(load_documents(args.data, "eval"), load_tokenizer(model_dir), config, length, args.bos)
-    return replace(windows, tokens=windows.tokens[: args.max_windows]) if args.max_windows else windows
+    windows = cut_windows(
+        load_documents(args.data, "eval"), load_tokenizer(model_dir), config, length, args.bos
+    )
+    return (
+        replace(windows, tokens=windows.tokens[: args.max_windows]) if args.max_windows else windows
+    )
 
 
 def max_positions(config: Any) -> int:
@@ -157,7 +340,8 @@ def max_positions(config: Any) -> int:
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
-    """What else a figure depends on. compute: as quantized layers are asked to multiply; head_bits: of head and embeddings, None: as stored."""
+    """What else a figure depends on. compute: as quantized layers are asked to multiply; head_bits:
+    of head and embeddings, None: as stored."""
     from llmq_kernels.compute import default_mode
 
     return {"compute": args.compute or default_mode(), "head_bits": args.head_bits}
@@ -172,7 +356,11 @@ def render_conditions(summary: dict[str, Any]) -> str:
 
 def render_interval(bounds: Sequence[float] | None, digits: str) -> str:
     """A 95% interval, or why there is none. digits: the format of its bounds."""
-    return "one window, no interval" if bounds is None else f"95% interval {bounds[0]:{digits}} to {bounds[1]:{digits}}"
+    return (
+        "one window, no interval"
+        if bounds is None
+        else f"95% interval {bounds[0]:{digits}} to {bounds[1]:{digits}}"
+    )
 
 
 def check_device(device: str) -> None:
@@ -184,7 +372,9 @@ def check_device(device: str) -> None:
     import torch
 
     if not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise LlmqError(f"--device {device}: not available here; use --device cpu ('llmq doctor' lists the devices)")
+        raise LlmqError(
+            f"--device {device}: not available here; use --device cpu ('llmq doctor' lists the devices)"
+        )
 
 
 class Show(Protocol):
@@ -195,9 +385,17 @@ class Show(Protocol):
 
 @contextmanager
 def progress(title: str) -> Iterator[Show]:
-    """A progress bar on a terminal, plain lines elsewhere. What the first call reports as done counts as done before."""
+    """A progress bar on a terminal, plain lines elsewhere. What the first call reports as done
+    counts as done before."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -207,7 +405,15 @@ def progress(title: str) -> Iterator[Show]:
 
         yield print_line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[remark]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}"),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=None, remark="")
 
@@ -221,8 +427,17 @@ def render(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     """A plain text table, numbers to the right."""
     table = [list(header), *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    numeric = [all(row[i][:1].isdigit() or row[i][:1] in "-+" for row in table[1:]) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)).rstrip() for row in table]
+    numeric = [
+        all(row[i][:1].isdigit() or row[i][:1] in "-+" for row in table[1:])
+        for i in range(len(header))
+    ]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in table
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 

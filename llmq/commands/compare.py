@@ -23,31 +23,48 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
     from llmq.models.arch import check_length
-    from llmq.models.load import load_config, resolve
+    from llmq.models.source import load_config, resolve
 
     common.check_device(args.device)
     base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
     windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
     length = windows.tokens.shape[1]
     check_length(load_config(quant_dir), length, f"windows of {length} tokens, {args.quant}")
-    base, quant = (load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute) for model_dir in (base_dir, quant_dir))
+    base, quant = (
+        load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
+        for model_dir in (base_dir, quant_dir)
+    )
     quantize_head(quant, args.head_bits)
     with common.progress("windows") as show:
         result = compare(base, quant, windows, show)
     sizes = {"base_bytes": _weight_bytes(base_dir), "quant_bytes": _weight_bytes(quant_dir)}
-    dtypes = " and ".join(dict.fromkeys(str(model.dtype).removeprefix("torch.") for model in (base, quant)))  # with --dtype auto they may differ
-    summary = {"base": args.base, "quant": args.quant, "data": args.data, **result, **sizes, "dtype": dtypes, **common.conditions(args), **windows.identity()}
+    dtypes = " and ".join(
+        dict.fromkeys(str(model.dtype).removeprefix("torch.") for model in (base, quant))
+    )  # with --dtype auto they may differ
+    summary = {
+        "base": args.base,
+        "quant": args.quant,
+        "data": args.data,
+        **result,
+        **sizes,
+        "dtype": dtypes,
+        **common.conditions(args),
+        **windows.identity(),
+    }
     return summary, _text(summary)
 
 
 def _weight_bytes(model_dir: Path) -> int:
-    from llmq.models.load import ShardReader
+    from llmq.models.shards import ShardReader
 
     return sum(path.stat().st_size for path in set(ShardReader(model_dir).names.values()))
 
 
 def _text(summary: dict[str, Any]) -> str:
-    ratio, kl = common.render_interval(summary["perplexity_ratio_ci95"], ".5f"), common.render_interval(summary["kl_mean_ci95"], ".3e")
+    ratio, kl = (
+        common.render_interval(summary["perplexity_ratio_ci95"], ".5f"),
+        common.render_interval(summary["kl_mean_ci95"], ".3e"),
+    )
     return common.render_pairs(
         {
             "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, ratio {summary['perplexity_ratio']:.5f} ({ratio})",

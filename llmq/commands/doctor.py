@@ -12,7 +12,16 @@ from llmq.commands import common
 
 HELP = "Print versions, devices, the backends that work here, and what is missing."
 
-REQUIRED = ("torch", "transformers", "datasets", "accelerate", "safetensors", "huggingface-hub", "rich", "wrapt")
+REQUIRED = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "huggingface-hub",
+    "rich",
+    "wrapt",
+)
 OPTIONAL = {
     "triton": "GPU kernels",
     "llvmlite": "'.[cpu]': fast CPU kernels",
@@ -41,15 +50,27 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq_kernels import CODES, PackedWeight, pack
     from llmq_kernels.dispatch import BACKENDS
 
-    devices = [f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
-    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    devices = [
+        f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+    ]
+    devices += [
+        f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
+    ]
     codes, scale = torch.zeros(64, 128, dtype=torch.uint8), torch.ones(64, 1, dtype=torch.float16)
     backends = {}
-    places = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    places = [torch.device("cpu")] + [
+        torch.device("cuda", i) for i in range(torch.cuda.device_count())
+    ]
     for backend in BACKENDS:
         # Grouped by what a user can change last: the first reason shown is that of 4-bit weights.
         reasons = [
-            backend.refusal(PackedWeight(pack(codes, code.bits), scale, None, None, code, 128, (64, 128), activations), dtype, place)
+            backend.refusal(
+                PackedWeight(
+                    pack(codes, code.bits), scale, None, None, code, 128, (64, 128), activations
+                ),
+                dtype,
+                place,
+            )
             for place in places
             for activations in ("none", "int8-token")
             for code in sorted(CODES.values(), key=lambda code: code.name != "int4")
@@ -68,7 +89,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "compute": os.environ.get("LLMQ_COMPUTE") or "exact",
         "compiled_kernels": _compiled_kernels(),
         "missing": [name for name in REQUIRED if packages[name] is None],
-        "missing_optional": {name: purpose for name, purpose in OPTIONAL.items() if packages[name] is None},
+        "missing_optional": {
+            name: purpose for name, purpose in OPTIONAL.items() if packages[name] is None
+        },
     }
     return result, _text(result)
 
@@ -79,21 +102,31 @@ def _compiled_kernels() -> dict[str, Any]:
     from llmq_kernels.cache import cache_dir
 
     reason = jit.missing()
-    forms = {form: "works here" if jit.supports(form) else reason or "not on this CPU or system" for form in jit.FORMS}
+    forms = {
+        form: "works here" if jit.supports(form) else reason or "not on this CPU or system"
+        for form in jit.FORMS
+    }
     return {"forms": forms, "threads": jit.threads_of(), "cache": str(cache_dir())}
 
 
 def _text(result: dict[str, Any]) -> str:
-    pairs: dict[str, object] = {"llmq": result["llmq"], "python": f"{result['python']} on {result['platform']}"}
+    pairs: dict[str, object] = {
+        "llmq": result["llmq"],
+        "python": f"{result['python']} on {result['platform']}",
+    }
     pairs |= {name: number or "-" for name, number in result["packages"].items()}
     pairs |= {"devices": ", ".join(result["devices"])}
     pairs |= {f"backend {name}": state for name, state in result["backends"].items()}
-    pairs["compute"] = f"{result['compute']} (--compute int8 or LLMQ_COMPUTE=int8 rounds activations to INT8, for speed)"
+    pairs["compute"] = (
+        f"{result['compute']} (--compute int8 or LLMQ_COMPUTE=int8 rounds activations to INT8, for speed)"
+    )
     compiled = result["compiled_kernels"]
     pairs |= {f"kernels for {form}": state for form, state in compiled["forms"].items()}
     pairs["compiled kernels"] = f"in {compiled['threads']}, kept in {compiled['cache']}"
     if result["missing"]:
-        pairs["missing"] = f"{', '.join(result['missing'])}: pip install . in a clone of llmq brings them"
+        pairs["missing"] = (
+            f"{', '.join(result['missing'])}: pip install . in a clone of llmq brings them"
+        )
     for name, purpose in result["missing_optional"].items():
         pairs[f"optional {name}"] = f"not installed ({purpose})"
     return common.render_pairs(pairs)

@@ -12,7 +12,12 @@ HELP = "Perplexity of a model, quantized or not, with a 95 percent interval and 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=common.MODEL_HELP)
-    parser.add_argument("--protocol", choices=("gptq",), default="gptq", help="gptq: disjoint windows, all but the first token of each scored")
+    parser.add_argument(
+        "--protocol",
+        choices=("gptq",),
+        default="gptq",
+        help="gptq: disjoint windows, all but the first token of each scored",
+    )
     common.add_evaluation_arguments(parser)
 
 
@@ -21,7 +26,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.evaluation.perplexity import evaluate
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
-    from llmq.models.load import load_config, resolve
+    from llmq.models.source import load_config, resolve
     from llmq.modules import backends_in_use
 
     common.check_device(args.device)
@@ -31,5 +36,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     quantize_head(model, args.head_bits)
     with common.progress("windows") as show:
         result = evaluate(model, windows, show)
-    summary = {"model": args.model, "data": args.data, **result.to_json(), **common.conditions(args), "backends": backends_in_use(model)}
-    return summary, f"perplexity {result.value:.4f}  ({common.render_interval(summary['ci95'], '.4f')}; {common.render_conditions(summary)})"
+    summary = {
+        "model": args.model,
+        "data": args.data,
+        **result.to_json(),
+        **common.conditions(args),
+        "backends": backends_in_use(model),
+    }
+    return (
+        summary,
+        f"perplexity {result.value:.4f}  ({common.render_interval(summary['ci95'], '.4f')}; {common.render_conditions(summary)})",
+    )

@@ -21,14 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.formats.load import quantization_settings
-    from llmq.models.load import ShardReader, load_config, read_header, resolve
+    from llmq.models.shards import ShardReader, read_header
+    from llmq.models.source import load_config, resolve
 
     model_dir = resolve(args.model, args.revision)
     config = load_config(model_dir)
     settings = quantization_settings(config)
-    if settings is not None:  # read for loading, with llmq's own name in the place of the one that other engines go by
+    if (
+        settings is not None
+    ):  # read for loading, with llmq's own name in the place of the one that other engines go by
         stored = config.quantization_config
-        settings["quant_method"] = (stored if isinstance(stored, dict) else stored.to_dict())["quant_method"]
+        settings["quant_method"] = (stored if isinstance(stored, dict) else stored.to_dict())[
+            "quant_method"
+        ]
     paths = sorted(set(ShardReader(model_dir).names.values()))
     headers = {name: entry for path in paths for name, entry in read_header(path).items()}
     suffixes = Counter(name.rpartition(".")[2] for name in headers)
@@ -44,8 +49,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "tensor_kinds": dict(suffixes),
         "dtypes": dict(Counter(entry["dtype"] for entry in headers.values())),
         "elements": sum(prod(entry["shape"]) for entry in headers.values()),
-        "specs": dict(Counter(str(layer["spec"]) for layer in report["layers"])) if report else None,
-        "report": {key: value for key, value in report.items() if key != "layers"} if report else None,
+        "specs": dict(Counter(str(layer["spec"]) for layer in report["layers"]))
+        if report
+        else None,
+        "report": {key: value for key, value in report.items() if key != "layers"}
+        if report
+        else None,
     }
     return result, _text(result)
 
@@ -67,11 +76,21 @@ def _text(result: dict[str, Any]) -> str:
 
 def _origin(report: dict[str, Any]) -> dict[str, object]:
     """How a folder was made, from the report of `quantize` or of `qat`."""
-    counts = ", ".join(f"{len(report[name])} {name}" for name in ("fallbacks", "notes") if name in report)
-    pairs: dict[str, object] = {"made by": f"{report['method']} in {report['seconds']:.0f} s, llmq {report['versions']['llmq']}, {counts}"}
+    counts = ", ".join(
+        f"{len(report[name])} {name}" for name in ("fallbacks", "notes") if name in report
+    )
+    pairs: dict[str, object] = {
+        "made by": f"{report['method']} in {report['seconds']:.0f} s, llmq {report['versions']['llmq']}, {counts}"
+    }
     if report["method"] == "qat":
-        pairs["training"] = f"{report['budget']['tokens']} tokens of {report['train']['source']}, teacher {report['teacher']}; shipped: {report['shipped']}"
+        pairs["training"] = (
+            f"{report['budget']['tokens']} tokens of {report['train']['source']}, teacher {report['teacher']}; shipped: {report['shipped']}"
+        )
     else:
         calibration = report["calibration"]
-        pairs["calibration"] = f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}" if calibration else "none"
+        pairs["calibration"] = (
+            f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}"
+            if calibration
+            else "none"
+        )
     return pairs

@@ -1,4 +1,5 @@
-"""What the commands that quantize and the one that plans share: the checked job of the options, and how fast this machine is."""
+"""What the commands that quantize and the one that plans share: the checked job of the options, and
+how fast this machine is."""
 
 from __future__ import annotations
 
@@ -13,26 +14,35 @@ if TYPE_CHECKING:
 
 
 def prepare_job(args: argparse.Namespace) -> Job:
-    """The checked job of the options. Raises `LlmqError` also when the planned memory is above `--max-ram` or `--max-gpu-memory`."""
+    """The checked job of the options. Raises `LlmqError` also when the planned memory is above
+    `--max-ram` or `--max-gpu-memory`."""
     from llmq.errors import LlmqError
-    from llmq.models.load import load_config, resolve
+    from llmq.models.source import load_config, resolve
     from llmq.ptq.budget import peak_bytes
     from llmq.ptq.run import prepare
 
     model_dir = resolve(args.model, args.revision)
     recipe = common.read_recipe(args, common.max_positions(load_config(model_dir)))
-    job = prepare(str(model_dir), recipe, calibration=args.calibration, format=args.format, strict=args.strict)
+    job = prepare(
+        str(model_dir), recipe, calibration=args.calibration, format=args.format, strict=args.strict
+    )
     if args.max_gpu_memory is not None and args.device == "cpu":
-        raise LlmqError(f"--max-gpu-memory {args.max_gpu_memory}: the run is on the CPU; add --device cuda or use --max-ram")
-    # Whatever is computed with lies on the device, so the plan is the same for both; beside a GPU the RAM holds a stored block and a batch of activations at most.
+        raise LlmqError(
+            f"--max-gpu-memory {args.max_gpu_memory}: the run is on the CPU; add --device cuda or use --max-ram"
+        )
+    # Whatever is computed with lies on the device, so the plan is the same for both; beside a GPU
+    # the RAM holds a stored block and a batch of activations at most.
     for option, limit in (("--max-ram", args.max_ram), ("--max-gpu-memory", args.max_gpu_memory)):
         if limit is not None and peak_bytes(job) > limit * 1e9:
-            raise LlmqError(f"{option} {limit}: the run is planned to need {peak_bytes(job) / 1e9:.2f} GB above the libraries; raise it, or use --method rtn, which needs no calibration")
+            raise LlmqError(
+                f"{option} {limit}: the run is planned to need {peak_bytes(job) / 1e9:.2f} GB above the libraries; raise it, or use --method rtn, which needs no calibration"
+            )
     return job
 
 
 def measured_rate(device: str = "cpu", precision: str = "fp32") -> float:
-    """Matmul rate of a device in FLOP/s, halved: a run also does work that is not matmul. On a CPU always that of float32: the time there goes to what is around the products too."""
+    """Matmul rate of a device in FLOP/s, halved: a run also does work that is not matmul. On a CPU
+    always that of float32: the time there goes to what is around the products too."""
     import torch
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

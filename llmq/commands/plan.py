@@ -27,7 +27,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "model_type": job.model.config.model_type,
         "method": job.recipe.method,
         "format": job.fmt.name,
-        "layers": [{"name": plan.layer.name, "shape": list(plan.layer.shape), "spec": None if plan.spec is None else str(plan.spec), "note": plan.note} for plan in job.plans],
+        "layers": [
+            {
+                "name": plan.layer.name,
+                "shape": list(plan.layer.shape),
+                "spec": None if plan.spec is None else str(plan.spec),
+                "note": plan.note,
+            }
+            for plan in job.plans
+        ],
         "source_bytes": source,
         "planned_bytes": stored_bytes(job),
         "planned_work_bytes": work_bytes(job),
@@ -44,7 +52,10 @@ def _text(result: dict[str, Any]) -> str:
         kind = ".".join("*" if part.isdigit() else part for part in layer["name"].split("."))
         key = (kind, "x".join(map(str, layer["shape"])), layer["spec"] or "keep", layer["note"])
         groups[key] = groups.get(key, 0) + 1
-    table = common.render([(*key[:3], count, key[3]) for key, count in groups.items()], ("layers", "N x K", "spec", "count", "note"))
+    table = common.render(
+        [(*key[:3], count, key[3]) for key, count in groups.items()],
+        ("layers", "N x K", "spec", "count", "note"),
+    )
     pairs = common.render_pairs(
         {
             "method, format": f"{result['method']}, {result['format']}",

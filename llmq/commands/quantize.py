@@ -19,14 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=common.MODEL_HELP)
     parser.add_argument("out", help="the folder to write")
     common.add_quantization_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that llmq wrote earlier")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output that llmq wrote earlier"
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.errors import VerificationError
-    from llmq.formats.partial import check_output
     from llmq.ptq.run import quantize_folder
+    from llmq.storage.workspace import check_output
 
     check_output(Path(args.out), args.overwrite)
     common.check_device(args.device)
@@ -46,20 +48,43 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             done += 1
             show(done, total, _remark(report, total - done))
 
-        report = quantize_folder(job, Path(args.out), device=args.device, overwrite=args.overwrite, on_start=on_start, on_block=on_block)
+        report = quantize_folder(
+            job,
+            Path(args.out),
+            device=args.device,
+            overwrite=args.overwrite,
+            on_start=on_start,
+            on_block=on_block,
+        )
     if args.strict and report["fallbacks"]:
-        raise VerificationError(f"--strict: {args.out} was written, but {len(report['fallbacks'])} layers fell back to plain rounding, the first being {report['fallbacks'][0]}")
+        raise VerificationError(
+            f"--strict: {args.out} was written, but {len(report['fallbacks'])} layers fell back to plain rounding, the first being {report['fallbacks'][0]}"
+        )
     return {"out": args.out, **report}, _summary(args.out, report)
 
 
 def _remark(report: BlockReport, n_left: int) -> str:
-    errors = "  ".join(f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in report.layers if layer.error is not None)
-    tuned = "" if report.tuned_error is None else f"block {report.start_error:.1e} -> {report.tuned_error:.1e}  "
-    return f"{report.seconds:.1f} s/block, about {report.seconds * n_left:.0f} s left  {tuned}{errors}"
+    errors = "  ".join(
+        f"{layer.name.rpartition('.')[2]} {layer.error:.1e}"
+        for layer in report.layers
+        if layer.error is not None
+    )
+    tuned = (
+        ""
+        if report.tuned_error is None
+        else f"block {report.start_error:.1e} -> {report.tuned_error:.1e}  "
+    )
+    return (
+        f"{report.seconds:.1f} s/block, about {report.seconds * n_left:.0f} s left  {tuned}{errors}"
+    )
 
 
 def _summary(out: str, report: dict[str, Any]) -> str:
-    errors = [(layer["error"], layer["rtn_error"]) for layer in report["layers"] if layer["error"] is not None]
+    errors = [
+        (layer["error"], layer["rtn_error"])
+        for layer in report["layers"]
+        if layer["error"] is not None
+    ]
     pairs: dict[str, object] = {
         "written": f"{out} ({report['format']} format), verified block by block",
         "layers": f"{report['n_quantized_layers']} quantized, {len(report['kept_layers'])} kept in full precision",
@@ -68,13 +93,24 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     }
     if errors:
         ours, rounded = (sum(column) / len(errors) for column in zip(*errors, strict=True))
-        pairs["output error"] = f"{ours:.2e} of the layers' output on average; plain rounding: {rounded:.2e}"
+        pairs["output error"] = (
+            f"{ours:.2e} of the layers' output on average; plain rounding: {rounded:.2e}"
+        )
     if tuned := report["tuned_blocks"]:
         n_lower = sum(block["tuned_error"] < block["start_error"] for block in tuned)
-        before, after = (sum(block[key] for block in tuned) / len(tuned) for key in ("start_error", "tuned_error"))
-        pairs["block error"] = f"{before:.2e} -> {after:.2e} of the blocks' output; tuning helped in {n_lower} of {len(tuned)} blocks"
+        before, after = (
+            sum(block[key] for block in tuned) / len(tuned)
+            for key in ("start_error", "tuned_error")
+        )
+        pairs["block error"] = (
+            f"{before:.2e} -> {after:.2e} of the blocks' output; tuning helped in {n_lower} of {len(tuned)} blocks"
+        )
     if report["fallbacks"]:
-        pairs["fallbacks"] = f"{len(report['fallbacks'])} layers fell back to plain rounding: {', '.join(report['fallbacks'][:3])}"
+        pairs["fallbacks"] = (
+            f"{len(report['fallbacks'])} layers fell back to plain rounding: {', '.join(report['fallbacks'][:3])}"
+        )
     if report["n_dead_columns"] or report["n_dropped_rows"]:
-        pairs["calibration"] = f"{report['n_dead_columns']} input channels were always zero, {report['n_dropped_rows']} rows with NaN or infinity were left out"
+        pairs["calibration"] = (
+            f"{report['n_dead_columns']} input channels were always zero, {report['n_dropped_rows']} rows with NaN or infinity were left out"
+        )
     return common.render_pairs(pairs)

@@ -1,4 +1,5 @@
-"""Values on the command line: argparse types that refuse in one line what no command can use. Nothing heavy is imported, because `--help` goes through here."""
+"""Values on the command line: argparse types that refuse in one line what no command can use.
+Nothing heavy is imported, because `--help` goes through here."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a whole number, {f'at least {low}' if value < low else f'at most {high}'}, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number, {f'at least {low}' if value < low else f'at most {high}'}, got {text!r}"
+            )
         return value
 
     return read
@@ -33,14 +36,19 @@ def real(low: float = 0.0) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a finite number, at least {low:g}, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a finite number, at least {low:g}, got {text!r}"
+            )
         return value
 
     return read
 
 
 def source(text: str) -> str:
-    """Where text comes from: any string but an empty one, which would mean the working directory."""
+    """Where text comes from: any string but an empty one, which would mean the working
+    directory."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("expected a text file, .jsonl, .parquet, folder, Hub data set (name:config:split) or 'bundled', got ''")
+        raise argparse.ArgumentTypeError(
+            "expected a text file, .jsonl, .parquet, folder, Hub data set (name:config:split) or 'bundled', got ''"
+        )
     return text

@@ -1,8 +1,10 @@
-"""How far a quantized model is from its base: both run over the same windows, side by side, and no logits are stored.
+"""How far a quantized model is from its base: both run over the same windows, side by side, and no
+logits are stored.
 
-Perplexities of two models on the same text move together, so their ratio is known ten times better than either; the interval here is paired. The Kullback-Leibler
-divergence sees what perplexity averages away: its 99th percentile and maximum are the tokens where the quantized model would say something else.
-"""
+Perplexities of two models on the same text move together, so their ratio is known ten times better
+than either; the interval here is paired. The Kullback-Leibler divergence sees what perplexity
+averages away: its 99th percentile and maximum are the tokens where the quantized model would say
+something else."""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from llmq.evaluation.windows import Windows
 TOKENS_PER_BATCH = 2048
 
 
-def _window_statistics(base_logits: Tensor, quant_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _window_statistics(
+    base_logits: Tensor, quant_logits: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
     """Per-token statistics in float32 for logits `[T, V]` and targets `[T]`."""
     base = torch.log_softmax(base_logits.float(), dim=-1)
     quant = torch.log_softmax(quant_logits.float(), dim=-1)
@@ -40,19 +44,30 @@ def _window_statistics(base_logits: Tensor, quant_logits: Tensor, targets: Tenso
 
 
 @torch.no_grad()
-def compare(base: PreTrainedModel, quant: PreTrainedModel, windows: Windows, on_batch: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
-    """Perplexity ratio with a paired 95% interval, KL(base || quant) in nats, top-1 agreement and RMS change of the target's probability.
+def compare(
+    base: PreTrainedModel,
+    quant: PreTrainedModel,
+    windows: Windows,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Perplexity ratio with a paired 95% interval, KL(base || quant) in nats, top-1 agreement and
+    RMS change of the target's probability.
 
     Raises `LlmqError` when the models have different vocabularies or their logits are not finite.
     """
     sizes = [model.config.get_text_config().vocab_size for model in (base, quant)]
     if sizes[0] != sizes[1]:
-        raise LlmqError(f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; compare a quantized model with the model it was made from")
+        raise LlmqError(
+            f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; compare a quantized model with the model it was made from"
+        )
     check_vocabulary(windows.tokens, sizes[0], "evaluation text")
     rows: dict[str, list[Tensor]] = {}
     done = 0
     for batch in windows.tokens.split(max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])):
-        base_logits, quant_logits = (model(input_ids=batch.to(model.device), use_cache=False).logits for model in (base, quant))
+        base_logits, quant_logits = (
+            model(input_ids=batch.to(model.device), use_cache=False).logits
+            for model in (base, quant)
+        )
         for base_row, quant_row, ids in zip(base_logits, quant_logits, batch, strict=True):
             statistics = _window_statistics(base_row[:-1].cpu(), quant_row[:-1].cpu(), ids[1:])
             for name, values in statistics.items():
@@ -61,7 +76,11 @@ def compare(base: PreTrainedModel, quant: PreTrainedModel, windows: Windows, on_
         on_batch(done, len(windows.tokens))
     table = {name: torch.stack(values).double() for name, values in rows.items()}
     if not all(bool(torch.isfinite(values).all()) for values in table.values()):
-        name, model = ("quantized", quant) if bool(torch.isfinite(table["base_nll"]).all()) else ("base", base)
+        name, model = (
+            ("quantized", quant)
+            if bool(torch.isfinite(table["base_nll"]).all())
+            else ("base", base)
+        )
         raise LlmqError(f"the {name} model's logits are {not_finite(model.dtype)}")
     return _summary(table)
 
@@ -73,7 +92,9 @@ def _summary(table: dict[str, Tensor]) -> dict[str, Any]:
         "base_perplexity": math.exp(table["base_nll"].mean()),
         "quant_perplexity": math.exp(table["quant_nll"].mean()),
         "perplexity_ratio": math.exp(log_ratio.mean()),
-        "perplexity_ratio_ci95": reported_interval(map(math.exp, mean_interval(log_ratio)), len(log_ratio)),
+        "perplexity_ratio_ci95": reported_interval(
+            map(math.exp, mean_interval(log_ratio)), len(log_ratio)
+        ),
         "kl_mean": float(kl.mean()),
         "kl_mean_ci95": reported_interval(mean_interval(kl.mean(dim=1)), len(kl)),
         # kthvalue, not quantile: torch.quantile refuses more than 16M values.

@@ -21,7 +21,8 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value and 95% interval; window_nll: mean negative log-likelihood of each window, float64 `[n]`, in nats per token."""
+    """value and 95% interval; window_nll: mean negative log-likelihood of each window, float64
+    `[n]`, in nats per token."""
 
     value: float
     ci95: tuple[float, float]
@@ -30,24 +31,43 @@ class Perplexity:
     dtype: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"perplexity": self.value, "ci95": reported_interval(self.ci95, len(self.window_nll)), "dtype": self.dtype, **self.windows.identity()}
+        return {
+            "perplexity": self.value,
+            "ci95": reported_interval(self.ci95, len(self.window_nll)),
+            "dtype": self.dtype,
+            **self.windows.identity(),
+        }
 
 
 def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood in float32 of each target, `[B, T - 1]`, from logits `[B, T, V]`. One window at a time: the float32 copy is what costs memory."""
-    losses = [torch.nn.functional.cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in zip(logits, tokens, strict=True)]
+    """Negative log-likelihood in float32 of each target, `[B, T - 1]`, from logits `[B, T, V]`. One
+    window at a time: the float32 copy is what costs memory."""
+    losses = [
+        torch.nn.functional.cross_entropy(row[:-1].float(), ids[1:], reduction="none")
+        for row, ids in zip(logits, tokens, strict=True)
+    ]
     return torch.stack(losses)
 
 
 def not_finite(dtype: torch.dtype) -> str:
-    """What logits that are no numbers are, and what to do: a wider dtype helps an overflow, nothing helps bad weights."""
-    remedy = "the checkpoint itself is at fault: see how it was made ('llmq inspect'), then make or download it again" if dtype == torch.float32 else "try --dtype float32"
+    """What logits that are no numbers are, and what to do: a wider dtype helps an overflow, nothing
+    helps bad weights."""
+    remedy = (
+        "the checkpoint itself is at fault: see how it was made ('llmq inspect'), then make or download it again"
+        if dtype == torch.float32
+        else "try --dtype float32"
+    )
     return f"NaN or infinite in {str(dtype).removeprefix('torch.')}; {remedy}"
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, windows: Windows, on_batch: Callable[[int, int], None] = lambda done, total: None) -> Perplexity:
-    """Score the windows. on_batch: told how many windows are done, of how many. Raises `LlmqError` for token ids beyond the vocabulary and for NaN logits."""
+def evaluate(
+    model: PreTrainedModel,
+    windows: Windows,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """Score the windows. on_batch: told how many windows are done, of how many. Raises `LlmqError`
+    for token ids beyond the vocabulary and for NaN logits."""
     check_vocabulary(windows.tokens, model.config.get_text_config().vocab_size, "evaluation text")
     losses: list[Tensor] = []
     batch_size = max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
@@ -55,14 +75,30 @@ def evaluate(model: PreTrainedModel, windows: Windows, on_batch: Callable[[int, 
         batch = batch.to(model.device)
         loss = token_nll(model(input_ids=batch, use_cache=False).logits, batch)
         if not bool(torch.isfinite(loss).all()):
-            raise LlmqError(f"window {len(losses) * batch_size}: the model's logits are {not_finite(model.dtype)}")
+            raise LlmqError(
+                f"window {len(losses) * batch_size}: the model's logits are {not_finite(model.dtype)}"
+            )
         losses.append(loss.double().mean(dim=1).cpu())
         on_batch(min(len(losses) * batch_size, len(windows.tokens)), len(windows.tokens))
     nll = torch.cat(losses)
     low, high = mean_interval(nll)
-    return Perplexity(math.exp(nll.mean()), (math.exp(low), math.exp(high)), nll, windows, str(model.dtype).removeprefix("torch."))
+    return Perplexity(
+        math.exp(nll.mean()),
+        (math.exp(low), math.exp(high)),
+        nll,
+        windows,
+        str(model.dtype).removeprefix("torch."),
+    )
 
 
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, sequence_length: int = 2048, bos: Bos = "auto") -> Perplexity:
-    """Perplexity of a model on a text by protocol `gptq`: disjoint windows of `sequence_length` tokens, all but the first token of each scored."""
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    sequence_length: int = 2048,
+    bos: Bos = "auto",
+) -> Perplexity:
+    """Perplexity of a model on a text by protocol `gptq`: disjoint windows of `sequence_length`
+    tokens, all but the first token of each scored."""
     return evaluate(model, cut_windows([text], tokenizer, model.config, sequence_length, bos))

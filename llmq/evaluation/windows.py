@@ -1,7 +1,8 @@
-"""Evaluation windows: how a text becomes the token windows that a perplexity protocol scores, with BOS handled in the open.
+"""Evaluation windows: how a text becomes the token windows that a perplexity protocol scores, with
+BOS handled in the open.
 
-Protocol `gptq`: all documents joined by blank lines, tokenized once, cut into disjoint windows of T tokens, the tail dropped, T - 1 targets each.
-"""
+Protocol `gptq`: all documents joined by blank lines, tokenized once, cut into disjoint windows of T
+tokens, the tail dropped, T - 1 targets each."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ BOS_POLICIES = ("auto", "every-window", "start", "none")
 
 @dataclass(frozen=True)
 class Windows:
-    """tokens: int64 `[n, T]`. bos: the policy that was applied. The hashes identify text and tokenizer."""
+    """tokens: int64 `[n, T]`. bos: the policy that was applied. The hashes identify text and
+    tokenizer."""
 
     tokens: Tensor
     bos: str
@@ -49,23 +51,34 @@ class Windows:
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    vocabulary = "\n".join(f"{token}\t{index}" for token, index in sorted(tokenizer.get_vocab().items()))
+    vocabulary = "\n".join(
+        f"{token}\t{index}" for token, index in sorted(tokenizer.get_vocab().items())
+    )
     return hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def identified(tokens: Tensor, bos: str, documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Windows:
+def identified(
+    tokens: Tensor, bos: str, documents: list[str], tokenizer: PreTrainedTokenizerBase
+) -> Windows:
     """Windows with the hashes of the text and the tokenizer that they come from."""
     text_hash = hashlib.sha256("\n\n".join(documents).encode("utf-8", "surrogatepass")).hexdigest()
     return Windows(tokens, bos, text_hash, _tokenizer_hash(tokenizer))
 
 
-def cut_windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, config: Any, sequence_length: int, bos: Bos = "auto") -> Windows:
+def cut_windows(
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any,
+    sequence_length: int,
+    bos: Bos = "auto",
+) -> Windows:
     """Windows of `sequence_length` tokens.
 
-    bos: "start", what the tokenizer adds at the start of a text, once; "none", nothing; "every-window", a BOS token before each T - 1 tokens of text; "auto", "every-window" for
-    the families that are broken without it, else "start". Raises `LlmqError` for a text shorter than one window, windows longer than the model has positions for, or a tokenizer without BOS where one
-    is asked for.
-    """
+    bos: "start", what the tokenizer adds at the start of a text, once; "none", nothing;
+    "every-window", a BOS token before each T - 1 tokens of text; "auto", "every-window" for the
+    families that are broken without it, else "start". Raises `LlmqError` for a text shorter than
+    one window, windows longer than the model has positions for, or a tokenizer without BOS where
+    one is asked for."""
     if bos not in BOS_POLICIES:
         raise LlmqError(f"--bos {bos}: expected one of {', '.join(BOS_POLICIES)}")
     check_length(config, sequence_length, f"--sequence-length {sequence_length}")
@@ -74,12 +87,19 @@ def cut_windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, config
     begin = tokenizer.bos_token_id
     if policy == "every-window":
         if begin is None:
-            raise LlmqError("--bos every-window: this tokenizer has no BOS token; use --bos start or none")
+            raise LlmqError(
+                "--bos every-window: this tokenizer has no BOS token; use --bos start or none"
+            )
         body = _cut(row, sequence_length - 1)
         tokens = torch.cat([torch.full((len(body), 1), begin), body], dim=1)
     else:
-        # Some tokenizers add BOS by themselves; an EOS that they would add at the end of the text is no text.
-        if policy == "start" and begin is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [begin]:
+        # Some tokenizers add BOS by themselves; an EOS that they would add at the end of the text
+        # is no text.
+        if (
+            policy == "start"
+            and begin is not None
+            and tokenizer("a", verbose=False)["input_ids"][:1] == [begin]
+        ):
             row = torch.cat([torch.tensor([begin]), row])
         tokens = _cut(row, sequence_length)
     return identified(tokens, policy, documents, tokenizer)
@@ -88,5 +108,7 @@ def cut_windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, config
 def _cut(row: Tensor, length: int) -> Tensor:
     n = len(row) // length
     if n == 0:
-        raise LlmqError(f"evaluation text: {len(row)} tokens, but one window needs {length}; give more text or a smaller --sequence-length")
+        raise LlmqError(
+            f"evaluation text: {len(row)} tokens, but one window needs {length}; give more text or a smaller --sequence-length"
+        )
     return row[: n * length].view(n, length)

@@ -1,4 +1,5 @@
-"""What an on-disk format is: a name, a reason to refuse, and a pair of pure functions between a `QuantizedTensor` and named tensors."""
+"""What an on-disk format is: a name, a reason to refuse, and a pair of pure functions between a
+`QuantizedTensor` and named tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ Specs = Mapping[str, QuantSpec | None]
 
 @dataclass(frozen=True)
 class Format:
-    """name: as in `--format`. marker: the tensor suffix by which a stored layer is recognised. refusal(spec, shape): why a layer cannot be stored exactly, or None.
-    write(qtensor): tensors by suffix. read(name, tensors, config, shape): a layer back from its tensors, the `quantization_config` and the weight's shape (N, K).
-    config(specs): the `quantization_config` of config.json from the specs of all linear layers (None: kept in full precision)."""
+    """name: as in `--format`. marker: the tensor suffix by which a stored layer is recognised.
+    refusal(spec, shape): why a layer cannot be stored exactly, or None. write(qtensor): tensors by
+    suffix. read(name, tensors, config, shape): a layer back from its tensors, the
+    `quantization_config` and the weight's shape (N, K). config(specs): the `quantization_config` of
+    config.json from the specs of all linear layers (None: kept in full precision)."""
 
     name: str
     marker: str

@@ -5,8 +5,8 @@
     scales  float16 [G, N]
     g_idx   int32 [K]                  the group of each column; always written
 
-Version 1 cannot hold a zero point of 0 (it would borrow across the word), so asymmetric tensors are written as version 2. When reading version 1, decoded zero points are shifted, never words.
-"""
+Version 1 cannot hold a zero point of 0 (it would borrow across the word), so asymmetric tensors are
+written as version 2. When reading version 1, decoded zero points are shifted, never words."""
 
 from __future__ import annotations
 
@@ -51,10 +51,25 @@ def _offset(is_v2: bool) -> int:
 def _write(qtensor: QuantizedTensor, *, v2: bool) -> dict[str, Tensor]:
     _n, k = qtensor.shape
     spec = qtensor.spec
-    zero = torch.full(qtensor.scale.shape, int(spec.levels.offset), dtype=torch.uint8, device=qtensor.scale.device) if qtensor.zero is None else qtensor.zero
+    zero = (
+        torch.full(
+            qtensor.scale.shape,
+            int(spec.levels.offset),
+            dtype=torch.uint8,
+            device=qtensor.scale.device,
+        )
+        if qtensor.zero is None
+        else qtensor.zero
+    )
     if not v2 and bool((zero == 0).any()):
-        raise LlmqError("GPTQ version 1 stores zero points minus one and cannot hold a zero point of 0; write --format gptq_v2 or llmq")
-    g_idx = qtensor.g_idx if qtensor.g_idx is not None else torch.arange(k, dtype=torch.int32) // spec.columns_per_group(k)
+        raise LlmqError(
+            "GPTQ version 1 stores zero points minus one and cannot hold a zero point of 0; write --format gptq_v2 or llmq"
+        )
+    g_idx = (
+        qtensor.g_idx
+        if qtensor.g_idx is not None
+        else torch.arange(k, dtype=torch.int32) // spec.columns_per_group(k)
+    )
     return {
         "qweight": qtensor.packed.T.contiguous(),
         "qzeros": pack((zero - _offset(v2)).T.contiguous(), spec.bits),
@@ -64,7 +79,8 @@ def _write(qtensor: QuantizedTensor, *, v2: bool) -> dict[str, Tensor]:
 
 
 def settings_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """bits, group_size and sym of a layer, the `dynamic` overrides included (regular expressions; the first that matches wins)."""
+    """bits, group_size and sym of a layer, the `dynamic` overrides included (regular expressions;
+    the first that matches wins)."""
     settings = dict(config)
     for pattern, overrides in (config.get("dynamic") or {}).items():
         if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
@@ -73,32 +89,59 @@ def settings_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _read(name: str, tensors: dict[str, Tensor], config: dict[str, Any], shape: tuple[int, int]) -> QuantizedTensor:
+def _read(
+    name: str, tensors: dict[str, Tensor], config: dict[str, Any], shape: tuple[int, int]
+) -> QuantizedTensor:
     if missing := {"qweight", "qzeros", "scales"} - tensors.keys():
         raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")
     n, k = shape
     settings = settings_of(name, config)
     bits, qweight, scales = int(settings.get("bits", 4)), tensors["qweight"], tensors["scales"]
     n_groups = scales.shape[0]
-    if bits not in (2, 3, 4, 8) or tuple(qweight.shape) != (k * bits // 32, n) or tuple(scales.shape) != (n_groups, n) or scales.dtype not in _DTYPE_NAMES:
-        raise LlmqError(f"{name}: {bits}-bit GPTQ tensors for a weight of {n} x {k} expected, got qweight {list(qweight.shape)} and scales {list(scales.shape)} {scales.dtype}")
+    if (
+        bits not in (2, 3, 4, 8)
+        or tuple(qweight.shape) != (k * bits // 32, n)
+        or tuple(scales.shape) != (n_groups, n)
+        or scales.dtype not in _DTYPE_NAMES
+    ):
+        raise LlmqError(
+            f"{name}: {bits}-bit GPTQ tensors for a weight of {n} x {k} expected, got qweight {list(qweight.shape)} and scales {list(scales.shape)} {scales.dtype}"
+        )
     if tuple(tensors["qzeros"].shape) != (n_groups, n * bits // 32):
-        raise LlmqError(f"{name}.qzeros: expected shape {[n_groups, n * bits // 32]}, got {list(tensors['qzeros'].shape)}")
+        raise LlmqError(
+            f"{name}.qzeros: expected shape {[n_groups, n * bits // 32]}, got {list(tensors['qzeros'].shape)}"
+        )
     group_size = _group_size(name, int(settings.get("group_size", -1)), k, n_groups)
     is_v2 = config.get("checkpoint_format") == "gptq_v2"
     zero = (unpack(tensors["qzeros"], bits, n) + _offset(is_v2)).T.contiguous()
-    spec = QuantSpec(f"int{bits}", group_size, symmetric=bool((zero == 1 << (bits - 1)).all()), scale_dtype=_DTYPE_NAMES[scales.dtype])  # type: ignore[arg-type]
+    spec = QuantSpec(
+        f"int{bits}",
+        group_size,
+        symmetric=bool((zero == 1 << (bits - 1)).all()),
+        scale_dtype=_DTYPE_NAMES[scales.dtype],  # type: ignore[arg-type]
+    )
     g_idx = tensors.get("g_idx")
-    if g_idx is not None and torch.equal(g_idx.long(), torch.arange(k, device=g_idx.device) // spec.columns_per_group(k)):
+    if g_idx is not None and torch.equal(
+        g_idx.long(), torch.arange(k, device=g_idx.device) // spec.columns_per_group(k)
+    ):
         g_idx = None
-    return QuantizedTensor(qweight.T.contiguous(), scales.T.contiguous(), None if spec.symmetric else zero, spec, shape, g_idx)
+    return QuantizedTensor(
+        qweight.T.contiguous(),
+        scales.T.contiguous(),
+        None if spec.symmetric else zero,
+        spec,
+        shape,
+        g_idx,
+    )
 
 
 def _group_size(name: str, asked: int, k: int, n_groups: int) -> int:
     if n_groups == 1:
         return PER_ROW
     if asked < 2 or -(-k // asked) != n_groups:
-        raise LlmqError(f"{name}: group size {asked} of the config does not give the {n_groups} groups of the stored scales for K = {k}")
+        raise LlmqError(
+            f"{name}: group size {asked} of the config does not give the {n_groups} groups of the stored scales for K = {k}"
+        )
     return asked
 
 
@@ -118,7 +161,11 @@ def _config(specs: Specs, *, v2: bool) -> dict[str, Any]:
         if spec is None:
             dynamic["-:" + pattern] = {}
         elif spec != default:
-            dynamic["+:" + pattern] = {"bits": spec.bits, "group_size": spec.group_size, "sym": spec.symmetric}
+            dynamic["+:" + pattern] = {
+                "bits": spec.bits,
+                "group_size": spec.group_size,
+                "sym": spec.symmetric,
+            }
     return {
         "quant_method": "gptq",
         "bits": default.bits,
@@ -139,7 +186,14 @@ def _format(name: str, *, v2: bool) -> Format:
             return "version 1 cannot hold every zero point; use gptq_v2"
         return _refusal(spec, shape)
 
-    return Format(name, "qweight", refusal, lambda qtensor: _write(qtensor, v2=v2), _read, lambda specs: _config(specs, v2=v2))
+    return Format(
+        name,
+        "qweight",
+        refusal,
+        lambda qtensor: _write(qtensor, v2=v2),
+        _read,
+        lambda specs: _config(specs, v2=v2),
+    )
 
 
 GPTQ_V1 = _format("gptq", v2=False)
@@ -151,11 +205,16 @@ def with_act_order(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "desc_act": True}
 
 
-_FUSED = {name: members for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) for name in members}
+_FUSED = {
+    name: members
+    for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    for name in members
+}
 
 
 def fused_disagreement(specs: Iterable[tuple[str, QuantSpec | None]]) -> str | None:
-    """Layers that vLLM and SGLang join into one although they are quantized differently (or one of them is not), so that these engines cannot load the folder; None where there are none."""
+    """Layers that vLLM and SGLang join into one although they are quantized differently (or one of
+    them is not), so that these engines cannot load the folder; None where there are none."""
     first: dict[tuple[str, tuple[str, ...]], tuple[str, QuantSpec | None]] = {}
     for name, spec in specs:
         parent, _, leaf = name.rpartition(".")
@@ -167,5 +226,11 @@ def fused_disagreement(specs: Iterable[tuple[str, QuantSpec | None]]) -> str | N
 
 
 def engines_load(spec: QuantSpec) -> bool:
-    """Whether vLLM and SGLang take a tensor of this spec in GPTQ format: symmetric, 4 or 8 bits, a usual group size."""
-    return spec.symmetric and spec.code in ("int4", "int8") and spec == replace(spec, scale_dtype="float16") and spec.group_size in (PER_ROW, 32, 64, 128)
+    """Whether vLLM and SGLang take a tensor of this spec in GPTQ format: symmetric, 4 or 8 bits, a
+    usual group size."""
+    return (
+        spec.symmetric
+        and spec.code in ("int4", "int8")
+        and spec == replace(spec, scale_dtype="float16")
+        and spec.group_size in (PER_ROW, 32, 64, 128)
+    )

@@ -1,7 +1,8 @@
-"""The `llmq` format: the in-memory tensors as they are, for everything that other formats cannot hold exactly.
+"""The `llmq` format: the in-memory tensors as they are, for everything that other formats cannot
+hold exactly.
 
-Per layer `packed`, `scale` and, where they exist, `zero`, `g_idx` and `input_range`. The config names the spec that most layers share and the layers that differ.
-"""
+Per layer `packed`, `scale` and, where they exist, `zero`, `g_idx` and `input_range`. The config
+names the spec that most layers share and the layers that differ."""
 
 from __future__ import annotations
 
@@ -19,20 +20,40 @@ VERSION = 1
 
 
 def _write(qtensor: QuantizedTensor) -> dict[str, Tensor]:
-    parts = {"packed": qtensor.packed, "scale": qtensor.scale, "zero": qtensor.zero, "g_idx": qtensor.g_idx, "input_range": qtensor.input_range}
+    parts = {
+        "packed": qtensor.packed,
+        "scale": qtensor.scale,
+        "zero": qtensor.zero,
+        "g_idx": qtensor.g_idx,
+        "input_range": qtensor.input_range,
+    }
     return {suffix: part for suffix, part in parts.items() if part is not None}
 
 
-def _read(name: str, tensors: dict[str, Tensor], config: dict[str, Any], shape: tuple[int, int]) -> QuantizedTensor:
+def _read(
+    name: str, tensors: dict[str, Tensor], config: dict[str, Any], shape: tuple[int, int]
+) -> QuantizedTensor:
     if config.get("version") != VERSION:
-        raise LlmqError(f"quantization_config: version {config.get('version')!r} of the llmq format, expected {VERSION}; install the llmq that wrote it")
+        raise LlmqError(
+            f"quantization_config: version {config.get('version')!r} of the llmq format, expected {VERSION}; install the llmq that wrote it"
+        )
     if missing := {"packed", "scale"} - tensors.keys():
         raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")
     try:
         spec = QuantSpec.from_json(config["exceptions"].get(name, config["spec"]))
     except (KeyError, TypeError, AttributeError) as error:
-        raise LlmqError(f"quantization_config: no usable spec for {name} ({error}); the checkpoint is damaged") from None
-    return QuantizedTensor(tensors["packed"], tensors["scale"], tensors.get("zero"), spec, shape, tensors.get("g_idx"), tensors.get("input_range"))
+        raise LlmqError(
+            f"quantization_config: no usable spec for {name} ({error}); the checkpoint is damaged"
+        ) from None
+    return QuantizedTensor(
+        tensors["packed"],
+        tensors["scale"],
+        tensors.get("zero"),
+        spec,
+        shape,
+        tensors.get("g_idx"),
+        tensors.get("input_range"),
+    )
 
 
 def _config(specs: Specs) -> dict[str, Any]:
@@ -43,7 +64,11 @@ def _config(specs: Specs) -> dict[str, Any]:
         "format": "llmq",
         "version": VERSION,
         "spec": default.to_json(),
-        "exceptions": {name: spec.to_json() for name, spec in specs.items() if spec is not None and spec != default},
+        "exceptions": {
+            name: spec.to_json()
+            for name, spec in specs.items()
+            if spec is not None and spec != default
+        },
         "modules_to_not_convert": [name for name, spec in specs.items() if spec is None],
     }
 

@@ -13,29 +13,36 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError, VerificationError
-from llmq.formats import Format, choose_format, files
+from llmq.formats import Format, choose_format
 from llmq.formats.gptq import with_act_order
 from llmq.models.arch import quantizable_layers
-from llmq.models.load import meta_model
+from llmq.models.source import meta_model
 from llmq.modules import quantized_modules
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
 from llmq.spec import ActSpec
+from llmq.storage import files
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def checkpoint_config(fmt: Format, plans: list[LayerPlan], *, act_order: bool, activations: ActSpec) -> dict[str, Any]:
-    """The `quantization_config` for the linear layers of a model in a format. act_order: columns were rounded in true act-order, which shows in layers of more than one group."""
+def checkpoint_config(
+    fmt: Format, plans: list[LayerPlan], *, act_order: bool, activations: ActSpec
+) -> dict[str, Any]:
+    """The `quantization_config` for the linear layers of a model in a format. act_order: columns
+    were rounded in true act-order, which shows in layers of more than one group."""
     config = fmt.config({plan.layer.name: plan.spec for plan in plans})
     if not activations.is_none and fmt.name != "bitnet":  # which implies them
         config["activations"] = activations.to_json()
-    stores_g_idx = act_order and any(plan.spec is not None and plan.spec.n_groups(plan.layer.shape[1]) > 1 for plan in plans)
+    stores_g_idx = act_order and any(
+        plan.spec is not None and plan.spec.n_groups(plan.layer.shape[1]) > 1 for plan in plans
+    )
     return with_act_order(config) if stores_g_idx and config["quant_method"] == "gptq" else config
 
 
 def write_configs(target_dir: Path, model_config: Any, quantization_config: dict[str, Any]) -> None:
-    """Write config.json with the quantization config, and `quantize_config.json` where the format has one."""
+    """Write config.json with the quantization config, and `quantize_config.json` where the format
+    has one."""
     data = model_config.to_dict()
     data["quantization_config"] = quantization_config
     files.write_json(target_dir / "config.json", data)
@@ -49,24 +56,40 @@ def layer_tensors(name: str, qtensor: QuantizedTensor, fmt: Format) -> dict[str,
 
 
 def save(
-    model: PreTrainedModel, out_dir: str | os.PathLike[str], *, tokenizer: PreTrainedTokenizerBase | None = None, format: str = "auto", overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: PreTrainedModel,
+    out_dir: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    format: str = "auto",
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write a quantized model to a folder that `llmq.load` and, for `gptq`, other engines load. The folder appears complete and read back, or not at all.
+    """Write a quantized model to a folder that `llmq.load` and, for `gptq`, other engines load. The
+    folder appears complete and read back, or not at all.
 
-    format: "auto", "gptq", "gptq_v2" or "llmq". Raises `LlmqError` when the model is not quantized, the format cannot hold it, or the output exists.
-    """
+    format: "auto", "gptq", "gptq_v2" or "llmq". Raises `LlmqError` when the model is not quantized,
+    the format cannot hold it, or the output exists."""
     quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
     if not quantized:
-        raise LlmqError("this model has no quantized layer; use model.save_pretrained for a full-precision model")
+        raise LlmqError(
+            "this model has no quantized layer; use model.save_pretrained for a full-precision model"
+        )
     target = Path(out_dir)
     files.check_output(target, overwrite)
     target = target.resolve()
-    layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}  # those of the full-precision model: a kept layer is one that is not quantized
+    layers = {
+        layer.name: layer for layer in quantizable_layers(meta_model(model.config))
+    }  # those of the full-precision model: a kept layer is one that is not quantized
     layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
-    plans = [LayerPlan(layer, quantized[name].spec if name in quantized else None) for name, layer in layers.items()]
+    plans = [
+        LayerPlan(layer, quantized[name].spec if name in quantized else None)
+        for name, layer in layers.items()
+    ]
     activations = {module.activations for module in quantized_modules(model).values()}
     if len(activations) != 1:
-        raise LlmqError("the layers of this model quantize their inputs in different ways, which no format holds; give all the same ActSpec")
+        raise LlmqError(
+            "the layers of this model quantize their inputs in different ways, which no format holds; give all the same ActSpec"
+        )
     act_spec = activations.pop()
     fmt = choose_format(format, plans, act_spec)
 
@@ -92,7 +115,11 @@ def save(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(work_dir)
         act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
-        write_configs(work_dir, model.config, checkpoint_config(fmt, plans, act_order=act_order, activations=act_spec))
+        write_configs(
+            work_dir,
+            model.config,
+            checkpoint_config(fmt, plans, act_order=act_order, activations=act_spec),
+        )
         files.write_manifest(work_dir)
         files.publish(work_dir, target)
     finally:
@@ -113,10 +140,17 @@ def _write_shards(work_dir: Path, tensors: dict[str, Tensor], max_shard_bytes: i
     if len(shards) == 1:
         _write_shard(work_dir / "model.safetensors", shards[0])
         return
-    names = {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+    names = {
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard
+        for i, shard in enumerate(shards)
+    }
     for file_name, shard in names.items():
         _write_shard(work_dir / file_name, shard)
-    files.write_index(work_dir, {name: list(shard) for name, shard in names.items()}, sum(tensor.nbytes for tensor in tensors.values()))
+    files.write_index(
+        work_dir,
+        {name: list(shard) for name, shard in names.items()},
+        sum(tensor.nbytes for tensor in tensors.values()),
+    )
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -124,5 +158,10 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     files.write_tensors(path, tensors)
     with safe_open(path, "pt") as written:
         for name, tensor in tensors.items():
-            if not torch.equal(written.get_tensor(name).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)):
-                raise VerificationError(f"{path.name}: tensor {name} reads back otherwise than it was written; the disk or the memory is faulty")
+            if not torch.equal(
+                written.get_tensor(name).reshape(-1).view(torch.uint8),
+                tensor.reshape(-1).view(torch.uint8),
+            ):
+                raise VerificationError(
+                    f"{path.name}: tensor {name} reads back otherwise than it was written; the disk or the memory is faulty"
+                )

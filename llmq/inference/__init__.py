@@ -1,4 +1,5 @@
-"""Making a loaded model decode faster on a CPU. Nothing here changes a checkpoint, and a model that went through it is for running, not for saving.
+"""Making a loaded model decode faster on a CPU. Nothing here changes a checkpoint, and a model that
+went through it is for running, not for saving.
 
 fuse.py    layers that read the same input become one product (q/k/v, gate/up)
 cache.py   keys and values in place instead of copied for every token

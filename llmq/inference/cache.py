@@ -1,8 +1,9 @@
 """A key/value cache that is written in place.
 
-transformers' default cache concatenates for every token and layer, which copies all that is there: work that grows with the context. Its static cache has attention run over the whole of the
-longest context from the first token on. Here keys and values lie in a buffer of the final length, and attention sees a view of the part that is filled: the same numbers as the default, no copies.
-"""
+transformers' default cache concatenates for every token and layer, which copies all that is there:
+work that grows with the context. Its static cache has attention run over the whole of the longest
+context from the first token on. Here keys and values lie in a buffer of the final length, and
+attention sees a view of the part that is filled: the same numbers as the default, no copies."""
 
 from __future__ import annotations
 
@@ -15,15 +16,18 @@ from transformers.cache_utils import DynamicLayer
 
 
 class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values `[B, heads, length, head_dim]` as views of buffers for `capacity` tokens, which double when they are full. Whatever else replaces them (beams reordered, tokens cropped) is
-    copied back into buffers when the next token comes."""
+    """Keys and values `[B, heads, length, head_dim]` as views of buffers for `capacity` tokens,
+    which double when they are full. Whatever else replaces them (beams reordered, tokens cropped)
+    is copied back into buffers when the next token comes."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
         self.buffers: list[Tensor] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         n_new = key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -54,14 +58,27 @@ class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
         if not self.buffers or len(self.buffers[0]) != batch:
             return False
         places = zip(self.buffers, (self.keys, self.values), strict=True)
-        return self.get_seq_length() == 0 or all(buffer.data_ptr() == tensor.data_ptr() for buffer, tensor in places)
+        return self.get_seq_length() == 0 or all(
+            buffer.data_ptr() == tensor.data_ptr() for buffer, tensor in places
+        )
 
     def _move(self, keys: Tensor, values: Tensor, end: int) -> None:
         while self.capacity < end:
             self.capacity *= 2
         filled, length = (self.keys, self.values), self.get_seq_length()
-        with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
-            self.buffers = [torch.empty(*like.shape[:2], self.capacity, like.shape[3], dtype=like.dtype, device=like.device) for like in (keys, values)]
+        with torch.inference_mode(
+            False
+        ):  # a tensor of inference mode could not be written to outside of it
+            self.buffers = [
+                torch.empty(
+                    *like.shape[:2],
+                    self.capacity,
+                    like.shape[3],
+                    dtype=like.dtype,
+                    device=like.device,
+                )
+                for like in (keys, values)
+            ]
         if length:
             for buffer, tensor in zip(self.buffers, filled, strict=True):
                 buffer[:, :, :length] = tensor
@@ -73,9 +90,12 @@ class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def in_place_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
-    """The model's own kind of cache with room for `capacity` tokens. Layers that keep something else than all keys and values (a sliding window, a state) stay what they are."""
+    """The model's own kind of cache with room for `capacity` tokens. Layers that keep something
+    else than all keys and values (a sliding window, a state) stay what they are."""
     cache = DynamicCache(config=config)
-    cache.layers = [InPlaceLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        InPlaceLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 

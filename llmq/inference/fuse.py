@@ -1,11 +1,13 @@
 """Layers that read the same input become one product.
 
-For one token a product of a small layer is mostly the cost of starting it: quantizing the input, waking threads, allocating the output. q, k and v, and gate and up, read the very same tensor, so
-their rows are stacked into one weight. Which layers these are is seen, not known: the model runs once with every quantized layer replaced by a stand-in that notes its input and returns zeros, which
+For one token a product of a small layer is mostly the cost of starting it: quantizing the input,
+waking threads, allocating the output. q, k and v, and gate and up, read the very same tensor, so
+their rows are stacked into one weight. Which layers these are is seen, not known: the model runs
+once with every quantized layer replaced by a stand-in that notes its input and returns zeros, which
 costs next to nothing and works for every family.
 
-The modules keep their places. The first that is called with an input computes the product for all, the others hand out their rows of it.
-"""
+The modules keep their places. The first that is called with an input computes the product for all,
+the others hand out their rows of it."""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class SharedProduct(nn.Module):
         self._outputs: list[Tensor | None] = []
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """`x @ W_index.T + bias_index`. Outputs live until they are fetched or another input comes."""
+        """`x @ W_index.T + bias_index`. Outputs live until they are fetched or another input
+        comes."""
         if self._input is not x or self._outputs[index] is None:
             self._input, self._outputs = x, list(self.linear(x).split(self.sizes, dim=-1))
         output, self._outputs[index] = self._outputs[index], None
@@ -53,11 +56,14 @@ class SharedPart(nn.Module):
         return self.product.part(x, self.index)
 
     def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
-        raise LlmqError(f"{prefix.removesuffix('.')}: the layers of this model were fused for decoding; load the folder again to save it")
+        raise LlmqError(
+            f"{prefix.removesuffix('.')}: the layers of this model were fused for decoding; load the folder again to save it"
+        )
 
 
 def fuse_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
-    """Fuse what reads the same input and is quantized alike, in place. Returns the names of the layers that became one, group by group."""
+    """Fuse what reads the same input and is quantized alike, in place. Returns the names of the
+    layers that became one, group by group."""
     modules = quantized_modules(model)
     fused = []
     for names in _groups(model, modules):
@@ -71,14 +77,18 @@ def fuse_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
 def _groups(model: PreTrainedModel, modules: dict[str, QuantLinear]) -> list[list[str]]:
     if not modules:
         return []
-    seen: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their identity from being reused
+    seen: list[
+        tuple[Tensor, list[str]]
+    ] = []  # holding the tensors keeps their identity from being reused
     with _stand_ins(modules, seen), torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return [names for _, names in seen]
 
 
 @contextmanager
-def _stand_ins(modules: dict[str, QuantLinear], seen: list[tuple[Tensor, list[str]]]) -> Iterator[None]:
+def _stand_ins(
+    modules: dict[str, QuantLinear], seen: list[tuple[Tensor, list[str]]]
+) -> Iterator[None]:
     def stand_in(name: str, n_rows: int) -> object:
         def forward(x: Tensor) -> Tensor:
             names = next((names for tensor, names in seen if tensor is x), None)
@@ -100,12 +110,23 @@ def _stand_ins(modules: dict[str, QuantLinear], seen: list[tuple[Tensor, list[st
 
 
 def _alike(modules: dict[str, QuantLinear]) -> list[dict[str, QuantLinear]]:
-    """Layers whose weights can lie in one: same spec, activations and biases or none, and no order or range of inputs, and no hooks on their outputs (which quantize
-    keys and values), of their own."""
+    """Layers whose weights can lie in one: same spec, activations and biases or none, and no order
+    or range of inputs, and no hooks on their outputs (which quantize keys and values), of their
+    own."""
     found: dict[object, dict[str, QuantLinear]] = {}
     for name, module in modules.items():
-        is_own = module.g_idx is not None or module.input_range is not None or bool(module._forward_hooks)
-        key = (module.spec, module.activations, module.compute, module.bias is None, name if is_own else None)
+        is_own = (
+            module.g_idx is not None
+            or module.input_range is not None
+            or bool(module._forward_hooks)
+        )
+        key = (
+            module.spec,
+            module.activations,
+            module.compute,
+            module.bias is None,
+            name if is_own else None,
+        )
         found.setdefault(key, {})[name] = module
     return list(found.values())
 
@@ -113,7 +134,11 @@ def _alike(modules: dict[str, QuantLinear]) -> list[dict[str, QuantLinear]]:
 def _fuse(model: PreTrainedModel, modules: dict[str, QuantLinear]) -> None:
     first = next(iter(modules.values()))
     biases = [module.bias for module in modules.values() if module.bias is not None]
-    linear = QuantLinear(stack_rows([module.qtensor() for module in modules.values()]), torch.cat(biases) if biases else None, first.activations)
+    linear = QuantLinear(
+        stack_rows([module.qtensor() for module in modules.values()]),
+        torch.cat(biases) if biases else None,
+        first.activations,
+    )
     linear.set_compute(first.compute)
     product = SharedProduct(linear, [module.out_features for module in modules.values()])
     for index, (name, module) in enumerate(modules.items()):

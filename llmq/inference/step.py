@@ -1,13 +1,16 @@
 """A decoding step as one list of kernel calls.
 
-Around the products of a small model's token lies half as much time again: modules called, tensors allocated, operators started, some 25 in every layer. For decoder layers of Llama's kind all of it is
-known beforehand. So the first token of a text is computed by the model and once more by llmq's own kernels, recorded on the way (`llmq_kernels.recording`); if both agree, later tokens repeat the
-recording: 0.85B parameters on two cores take 19 ms instead of 31, of which 15 are products. What is not like Llama, what the kernels cannot do and what does not agree goes on as before, and
+Around the products of a small model's token lies half as much time again: modules called, tensors
+allocated, operators started, some 25 in every layer. For decoder layers of Llama's kind all of it
+is known beforehand. So the first token of a text is computed by the model and once more by llmq's
+own kernels, recorded on the way (`llmq_kernels.recording`); if both agree, later tokens repeat the
+recording: 0.85B parameters on two cores take 19 ms instead of 31, of which 15 are products. What is
+not like Llama, what the kernels cannot do and what does not agree goes on as before, and
 `DecodeStep.reason` says why.
 
-The recording reads weights where they are and keys and values where `cache.InPlaceLayer` holds them; it is made anew for another cache, when cache or weights move, and for another
-number of threads.
-"""
+The recording reads weights where they are and keys and values where `cache.InPlaceLayer` holds
+them; it is made anew for another cache, when cache or weights move, and for another number of
+threads."""
 
 from __future__ import annotations
 
@@ -27,16 +30,22 @@ from llmq_kernels import decoding
 from llmq_kernels.recording import NotRecordable, Recording
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-# Both ways round at the same places and use the same products and attention; what is left is the order of the sum in a norm. In every model tried, up to 16 layers 2048 wide, the outputs were equal.
+# Both ways round at the same places and use the same products and attention; what is left is the
+# order of the sum in a norm. In every model tried, up to 16 layers 2048 wide, the outputs were
+# equal.
 TOLERANCE = 0.01
-_HARMLESS = {"use_cache", "cache_position", "return_dict"}  # arguments that change nothing for one token with a cache
+_HARMLESS = {
+    "use_cache",
+    "cache_position",
+    "return_dict",
+}  # arguments that change nothing for one token with a cache
 
 
 class DecodeStep:
     """Stands where `forward` of a decoder (the model without its head) was.
 
-    reason: why tokens do not go through the recording, None where they do or may. replayed: how many did.
-    """
+    reason: why tokens do not go through the recording, None where they do or may. replayed: how
+    many did."""
 
     def __init__(self, decoder: PreTrainedModel) -> None:
         self._decoder, self._forward = decoder, decoder.forward
@@ -44,8 +53,21 @@ class DecodeStep:
         self.reason = _unsuitable(decoder)
         self.replayed = 0
 
-    def __call__(self, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None, past_key_values: Cache | None = None, **others: Any) -> Any:
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values, **others}
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **others: Any,
+    ) -> Any:
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            **others,
+        }
         if self.reason is not None or not _is_plain_token(**arguments):
             return self._forward(**arguments)
         assert input_ids is not None
@@ -64,11 +86,13 @@ class DecodeStep:
         for layer in past_key_values.layers:
             layer.advance(1)
         self.replayed += 1
-        return BaseModelOutputWithPast(last_hidden_state=output.clone(), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=output.clone(), past_key_values=past_key_values
+        )
 
     def _record(self, input_ids: Tensor, n_before: int, cache: Cache, expected: Tensor) -> None:
-        """Record for this cache and compute the token that was just computed, over the keys and values it left, again.
-        What the model wrote into the cache stays."""
+        """Record for this cache and compute the token that was just computed, over the keys and
+        values it left, again. What the model wrote into the cache stays."""
         try:
             self._recorded = _RecordedStep(self._decoder, cache)
         except NotRecordable as error:
@@ -76,11 +100,17 @@ class DecodeStep:
             return
         places = [buffer[:, :, n_before] for layer in cache.layers for buffer in layer.buffers]
         written = [place.clone() for place in places]
-        difference = float((self._recorded(input_ids, n_before).float() - expected.float()).norm() / expected.float().norm())
+        difference = float(
+            (self._recorded(input_ids, n_before).float() - expected.float()).norm()
+            / expected.float().norm()
+        )
         for place, values in zip(places, written, strict=True):
             place.copy_(values)
         if not difference <= TOLERANCE:
-            self._recorded, self.reason = None, f"the recorded step is off by {difference:.2g} of what the model computes, more than {TOLERANCE}"
+            self._recorded, self.reason = (
+                None,
+                f"the recorded step is off by {difference:.2g} of what the model computes, more than {TOLERANCE}",
+            )
 
 
 class _RecordedStep:
@@ -88,15 +118,21 @@ class _RecordedStep:
         self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
         self._cache, self._state = weakref.ref(cache), _state(cache)
         attention = decoder.layers[0].self_attn
-        with torch.inference_mode(False), torch.no_grad():  # written to in and outside of inference mode
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # written to in and outside of inference mode
             self._hidden = torch.empty(1, 1, decoder.config.hidden_size, dtype=torch.bfloat16)
             self._angles = torch.empty(2, attention.head_dim, dtype=torch.bfloat16)
             self._n_tokens = torch.zeros((), dtype=torch.int64)
         with Recording() as self._recording:
             self._scores = decoding.score_buffer(cache.layers[0].buffers[0])
             self._output = self._layers(decoder, cache)
-        # What the kernels read stays in memory as long as the recording, even if the model lets go of it.
-        self._products = [(module, module.prepared) for module in quantized_modules(decoder).values()]
+        # What the kernels read stays in memory as long as the recording, even if the model lets go
+        # of it.
+        self._products = [
+            (module, module.prepared) for module in quantized_modules(decoder).values()
+        ]
         self._parameters = [(parameter, parameter.detach()) for parameter in decoder.parameters()]
 
     def is_for(self, cache: Cache) -> bool:
@@ -104,13 +140,17 @@ class _RecordedStep:
         if self._cache() is not cache or self._state != _state(cache):
             return False
         is_same = all(module.prepared is prepared for module, prepared in self._products)
-        return is_same and all(parameter.data_ptr() == recorded.data_ptr() for parameter, recorded in self._parameters)
+        return is_same and all(
+            parameter.data_ptr() == recorded.data_ptr() for parameter, recorded in self._parameters
+        )
 
     def __call__(self, input_ids: Tensor, n_before: int) -> Tensor:
         """`[1, 1, D]`, overwritten by the next call."""
         self._n_tokens.fill_(n_before + 1)
         self._hidden.copy_(self._embed(input_ids))
-        for row, values in zip(self._angles, self._rotary(self._hidden, torch.tensor([[n_before]])), strict=True):
+        for row, values in zip(
+            self._angles, self._rotary(self._hidden, torch.tensor([[n_before]])), strict=True
+        ):
             row.copy_(values.view(-1))
         self._recording.replay()
         return self._output
@@ -129,27 +169,36 @@ class _RecordedStep:
     def _attend(self, attention: Any, x: Tensor, kept: InPlaceLayer) -> Tensor:
         query, key, value = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
         if hasattr(attention, "q_norm"):
-            heads = ((query.view(-1, attention.head_dim), attention.q_norm), (key.view(-1, attention.head_dim), attention.k_norm))
-            query, key = (decoding.norm(part, norm.weight, norm.variance_epsilon) for part, norm in heads)
+            heads = (
+                (query.view(-1, attention.head_dim), attention.q_norm),
+                (key.view(-1, attention.head_dim), attention.k_norm),
+            )
+            query, key = (
+                decoding.norm(part, norm.weight, norm.variance_epsilon) for part, norm in heads
+            )
         keys, values = kept.buffers
         cosine, sine = self._angles
         decoding.rotate_and_store(query, key, value, cosine, sine, keys, values, self._n_tokens)
         query = query.view(1, -1, 1, attention.head_dim)
         if reason := decoding.attention_refusal(query, keys, values):
             raise NotRecordable(f"the attention kernel: {reason}")
-        attended = decoding.attention(query, keys, values, attention.scaling, self._n_tokens, self._scores)
+        attended = decoding.attention(
+            query, keys, values, attention.scaling, self._n_tokens, self._scores
+        )
         output: Tensor = attention.o_proj(attended.view(1, 1, -1))
         return output
 
 
 def report(model: PreTrainedModel) -> dict[str, Any] | None:
-    """For `--json`: how many tokens were repetitions of a recording and why others were not; None for a model that has no step."""
+    """For `--json`: how many tokens were repetitions of a recording and why others were not; None
+    for a model that has no step."""
     step = step_of(model)
     return None if step is None else {"replayed_tokens": step.replayed, "reason": step.reason}
 
 
 def use_recorded_steps(model: PreTrainedModel) -> None:
-    """Have `model`, whose attention is that of `llmq.inference.attention`, decode by recorded steps where it can, in place."""
+    """Have `model`, whose attention is that of `llmq.inference.attention`, decode by recorded steps
+    where it can, in place."""
     decoder = model.base_model
     if not isinstance(decoder.forward, DecodeStep):
         decoder.forward = DecodeStep(decoder)
@@ -168,24 +217,54 @@ def _unsuitable(decoder: PreTrainedModel) -> str | None:
         return f"{type(decoder).__name__}: recorded steps know {', '.join(LAYERS)}, not {', '.join(sorted(kinds)) or 'these layers'}"
     if (activation := decoder.config.hidden_act) != "silu":
         return f"{type(decoder).__name__}: recorded steps know silu, not {activation}"
-    if (attention := decoder.config._attn_implementation) != NAME:  # such as one that quantizes keys and values
+    if (
+        attention := decoder.config._attn_implementation
+    ) != NAME:  # such as one that quantizes keys and values
         return f"{type(decoder).__name__}: recorded steps know plain attention, not {attention}"
-    if not all(isinstance(layer, InPlaceLayer) for layer in in_place_cache(decoder.config, 1).layers):
+    if not all(
+        isinstance(layer, InPlaceLayer) for layer in in_place_cache(decoder.config, 1).layers
+    ):
         return f"{type(decoder).__name__}: recorded steps know no layers with sliding windows"
     return decoding.missing()
 
 
-def _is_plain_token(input_ids: Tensor | None, attention_mask: Any, position_ids: Tensor | None, past_key_values: Cache | None, **others: Any) -> bool:
-    """One token of one text, all of whose past is in a cache that is written in place, and nothing asked for but its output."""
-    if input_ids is None or input_ids.shape != (1, 1) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+def _is_plain_token(
+    input_ids: Tensor | None,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    **others: Any,
+) -> bool:
+    """One token of one text, all of whose past is in a cache that is written in place, and nothing
+    asked for but its output."""
+    if (
+        input_ids is None
+        or input_ids.shape != (1, 1)
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
         return False
-    if past_key_values is None or not all(isinstance(layer, InPlaceLayer) and layer.get_seq_length() for layer in past_key_values.layers):
+    if past_key_values is None or not all(
+        isinstance(layer, InPlaceLayer) and layer.get_seq_length()
+        for layer in past_key_values.layers
+    ):
         return False
-    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())):
+    if attention_mask is not None and not (
+        isinstance(attention_mask, Tensor)
+        and attention_mask.ndim == 2
+        and bool(attention_mask.all())
+    ):
         return False
-    return others.get("return_dict", True) is not False and not any(value is not None and value is not False for name, value in others.items() if name not in _HARMLESS)
+    return others.get("return_dict", True) is not False and not any(
+        value is not None and value is not False
+        for name, value in others.items()
+        if name not in _HARMLESS
+    )
 
 
 def _state(cache: Cache) -> tuple[object, ...]:
     """What a recording has taken down as it was."""
-    return (torch.get_num_threads(), *(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers))
+    return (
+        torch.get_num_threads(),
+        *(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers),
+    )

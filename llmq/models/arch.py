@@ -1,8 +1,9 @@
-"""What has to be known of a model family, and how little that is: where its blocks are, which of their layers are linear, and whether every window needs a BOS token.
+"""What has to be known of a model family, and how little that is: where its blocks are, which of
+their layers are linear, and whether every window needs a BOS token.
 
-The list of blocks is found, not tabulated: it is the one `ModuleList` of `config.num_hidden_layers` members that hold linear layers. A family gets a row here when something cannot
-be found that way, and to be listed as tested.
-"""
+The list of blocks is found, not tabulated: it is the one `ModuleList` of `config.num_hidden_layers`
+members that hold linear layers. A family gets a row here when something cannot be found that way,
+and to be listed as tested."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from llmq.recipe import Layer
 
 @dataclass(frozen=True)
 class Family:
-    """bos_every_window: the model is broken on text that does not start with BOS (Gemma: perplexity 3.5 with it, 6e9 without)."""
+    """bos_every_window: the model is broken on text that does not start with BOS (Gemma: perplexity
+    3.5 with it, 6e9 without)."""
 
     model_type: str
     bos_every_window: bool = False
@@ -46,17 +48,21 @@ FAMILIES: dict[str, Family] = {
 
 
 def check_type(model_type: str) -> None:
-    """Refuse a `model_type` that transformers has no causal language model for, naming the nearest family. Raises `LlmqError`."""
+    """Refuse a `model_type` that transformers has no causal language model for, naming the nearest
+    family. Raises `LlmqError`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         nearest = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
         hint = f" (the nearest is {nearest[0]})" if nearest else ""
-        raise LlmqError(f"model type {model_type!r} is not a causal language model that transformers can build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually work")
+        raise LlmqError(
+            f"model type {model_type!r} is not a causal language model that transformers can build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually work"
+        )
 
 
 def check_supported(config: PretrainedConfig) -> None:
-    """Refuse, from the config alone, what cannot be quantized as a whole, of a type that passed `check_type`. Raises `LlmqError`."""
+    """Refuse, from the config alone, what cannot be quantized as a whole, of a type that passed
+    `check_type`. Raises `LlmqError`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     text_config = config.get_text_config()
@@ -69,7 +75,9 @@ def check_supported(config: PretrainedConfig) -> None:
             )
     found = config.architectures or []
     if found and not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(found):
-        raise LlmqError(f"{found[0]} is not a causal language model; expected weights of {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts the next token")
+        raise LlmqError(
+            f"{found[0]} is not a causal language model; expected weights of {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts the next token"
+        )
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
@@ -77,21 +85,28 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_length(config: PretrainedConfig, n_tokens: int, what: str, remedy: str | None = None) -> None:
-    """Raise `LlmqError` for more tokens than a model has positions for: learned ones run out, and rotary ones that it never saw give nonsense without a word. remedy: what to do about `what`."""
+def check_length(
+    config: PretrainedConfig, n_tokens: int, what: str, remedy: str | None = None
+) -> None:
+    """Raise `LlmqError` for more tokens than a model has positions for: learned ones run out, and
+    rotary ones that it never saw give nonsense without a word. remedy: what to do about `what`."""
     limit = position_limit(config)
     if limit and n_tokens > limit:
-        raise LlmqError(f"{what}: {config.model_type} has positions for {limit} tokens only; {remedy or f'give --sequence-length {limit} or less'}")
+        raise LlmqError(
+            f"{what}: {config.model_type} has positions for {limit} tokens only; {remedy or f'give --sequence-length {limit} or less'}"
+        )
 
 
 def needs_bos(config: PretrainedConfig) -> bool:
-    """Whether every window has to start with BOS. A multimodal model needs what its text model needs."""
+    """Whether every window has to start with BOS. A multimodal model needs what its text model
+    needs."""
     family = FAMILIES.get(config.get_text_config().model_type)
     return family is not None and family.bos_every_window
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """`(N, K)` of a linear layer, or None for any other module. GPT-2's Conv1D stores its weight as `[K, N]`."""
+    """`(N, K)` of a linear layer, or None for any other module. GPT-2's Conv1D stores its weight as
+    `[K, N]`."""
     if isinstance(module, Conv1D):
         return module.weight.shape[1], module.weight.shape[0]
     if isinstance(module, nn.Linear):
@@ -112,32 +127,51 @@ def weight_as_stored(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and module of the list of transformer blocks. Raises `LlmqError` when there is none, or more than one."""
+    """Name and module of the list of transformer blocks. Raises `LlmqError` when there is none, or
+    more than one."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth and any(block_layers(module[0]))]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and any(block_layers(module[0]))
+    ]
     if len(found) != 1:
         names = ", ".join(name for name, _ in found) or "none"
-        raise LlmqError(f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, found {names}. Tested families: {', '.join(FAMILIES)}")
+        raise LlmqError(
+            f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, found {names}. Tested families: {', '.join(FAMILIES)}"
+        )
     return found[0]
 
 
 def block_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names, relative to the block, and modules of its linear layers."""
-    return ((name, module) for name, module in block.named_modules() if linear_shape(module) is not None)
+    return (
+        (name, module) for name, module in block.named_modules() if linear_shape(module) is not None
+    )
 
 
 def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
-    """Every linear layer inside the blocks. Embeddings and the output head lie outside and stay in full precision."""
+    """Every linear layer inside the blocks. Embeddings and the output head lie outside and stay in
+    full precision."""
     prefix, blocks = find_blocks(model)
     refuse_fused_experts(blocks)
-    return [Layer(f"{prefix}.{i}.{name}", _shape(module)) for i, block in enumerate(blocks) for name, module in block_layers(block)]
+    return [
+        Layer(f"{prefix}.{i}.{name}", _shape(module))
+        for i, block in enumerate(blocks)
+        for name, module in block_layers(block)
+    ]
 
 
 def refuse_fused_experts(blocks: nn.ModuleList) -> None:
-    """Raise for blocks with three-dimensional weights: experts fused into one tensor, whatever the config calls them."""
+    """Raise for blocks with three-dimensional weights: experts fused into one tensor, whatever the
+    config calls them."""
     for name, parameter in blocks[0].named_parameters():
         if parameter.dim() == 3 and "conv" not in name:
-            raise LlmqError(f"{name} has shape {list(parameter.shape)}: a mixture of experts with fused weights, which llmq does not quantize yet")
+            raise LlmqError(
+                f"{name} has shape {list(parameter.shape)}: a mixture of experts with fused weights, which llmq does not quantize yet"
+            )
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

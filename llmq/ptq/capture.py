@@ -1,8 +1,10 @@
-"""What happens around and inside a block during calibration: the arguments that the model calls it with, and the inputs of its linear layers.
+"""What happens around and inside a block during calibration: the arguments that the model calls it
+with, and the inputs of its linear layers.
 
-Models differ in what they hand to their blocks (masks and rotary tables per layer in Gemma and Qwen, position ids, caches). Instead of knowing that, llmq runs the model once with
-every block replaced by a recorder that passes the hidden states on: the embeddings are computed, each block's own arguments are kept, and no block's weights are needed.
-"""
+Models differ in what they hand to their blocks (masks and rotary tables per layer in Gemma and
+Qwen, position ids, caches). Instead of knowing that, llmq runs the model once with every block
+replaced by a recorder that passes the hidden states on: the embeddings are computed, each block's
+own arguments are kept, and no block's weights are needed."""
 
 from __future__ import annotations
 
@@ -31,10 +33,17 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def to(self, dtype: torch.dtype) -> BlockCall:
-        """The same for hidden states of a dtype: masks, rotary tables and the like are cast. They are float32 here."""
+        """The same for hidden states of a dtype: masks, rotary tables and the like are cast. They
+        are float32 here."""
         if dtype == torch.float32:
             return self
-        return BlockCall(*recursively_apply(lambda value: value.to(dtype), (self.args, self.kwargs), test_type=lambda value: isinstance(value, Tensor) and value.is_floating_point()))
+        return BlockCall(
+            *recursively_apply(
+                lambda value: value.to(dtype),
+                (self.args, self.kwargs),
+                test_type=lambda value: isinstance(value, Tensor) and value.is_floating_point(),
+            )
+        )
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states."""
@@ -43,7 +52,8 @@ class BlockCall:
 
 
 class BlockRecorder:
-    """Runs a model whose blocks have no weights and collects the hidden states that enter block 0 and every block's `BlockCall`."""
+    """Runs a model whose blocks have no weights and collects the hidden states that enter block 0
+    and every block's `BlockCall`."""
 
     def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
         self.model, self.blocks = model, blocks
@@ -92,7 +102,10 @@ class BlockRecorder:
 
 @contextmanager
 def _input_hooks(layers: dict[str, nn.Module], hook: Any) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: hook(name, args[0])) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: hook(name, args[0]))
+        for name, layer in layers.items()
+    ]
     try:
         yield
     finally:
@@ -100,8 +113,11 @@ def _input_hooks(layers: dict[str, nn.Module], hook: Any) -> Iterator[None]:
             handle.remove()
 
 
-def shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call: BlockCall, hidden: Tensor) -> list[list[str]]:
-    """Names of the layers in groups that read the very same tensor (q/k/v, gate/up), in the order in which they run. Layers that do not run are in no group."""
+def shared_inputs(
+    block: nn.Module, layers: dict[str, nn.Module], call: BlockCall, hidden: Tensor
+) -> list[list[str]]:
+    """Names of the layers in groups that read the very same tensor (q/k/v, gate/up), in the order
+    in which they run. Layers that do not run are in no group."""
     seen: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str, x: Tensor) -> None:
@@ -116,19 +132,33 @@ def shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call: BlockCal
     return [names for _, names in seen]
 
 
-def run_and_record(block: nn.Module, inputs_of: dict[str, nn.Module], outputs_of: dict[str, nn.Module], call: BlockCall, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The block's output, and on the way by layer: the inputs of some, the outputs of others without their bias (as copies: Falcon adds to them in place)."""
+def run_and_record(
+    block: nn.Module,
+    inputs_of: dict[str, nn.Module],
+    outputs_of: dict[str, nn.Module],
+    call: BlockCall,
+    hidden: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The block's output, and on the way by layer: the inputs of some, the outputs of others
+    without their bias (as copies: Falcon adds to them in place)."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(_input_hooks(inputs_of, seen.__setitem__))
         for name, layer in outputs_of.items():
-            stack.callback(layer.register_forward_hook(lambda layer, _, output, name=name: seen.__setitem__(name, output.clone() if layer.bias is None else output - layer.bias)).remove)
+            stack.callback(
+                layer.register_forward_hook(
+                    lambda layer, _, output, name=name: seen.__setitem__(
+                        name, output.clone() if layer.bias is None else output - layer.bias
+                    )
+                ).remove
+            )
         output = call.run(block, hidden)
     return output, seen
 
 
 def run_until(block: nn.Module, layer: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
-    """The input of `layer` when the block runs on `hidden`; nothing after that layer is computed."""
+    """The input of `layer` when the block runs on `hidden`; nothing after that layer is
+    computed."""
     found: list[Tensor] = []
 
     def stop(_: str, x: Tensor) -> None:

@@ -1,13 +1,17 @@
-"""Block by block: load one block, measure its layers' inputs, solve, run it again with quantized weights, hand the result over, forget it.
+"""Block by block: load one block, measure its layers' inputs, solve, run it again with quantized
+weights, hand the result over, forget it.
 
-Peak memory is one block in float32, its largest Hessian with the factorization, and one batch of activations; depth does not enter. Inside a block layers are solved in the order
-in which they run and see the repairs of those before ("true-sequential"); layers that read the same tensor share one Hessian and are solved in one call with their rows stacked.
+Peak memory is one block in float32, its largest Hessian with the factorization, and one batch of
+activations; depth does not enter. Inside a block layers are solved in the order in which they run
+and see the repairs of those before ("true-sequential"); layers that read the same tensor share one
+Hessian and are solved in one call with their rows stacked.
 
-After each block the inputs of the next one lie on disk, so a run can start again at any block. A block is handed over through `store`, which gives back the weights as they were stored: the
-engine runs the block with these, compares bit for bit, and only then lets `seal` make it count.
+After each block the inputs of the next one lie on disk, so a run can start again at any block. A
+block is handed over through `store`, which gives back the weights as they were stored: the engine
+runs the block with these, compares bit for bit, and only then lets `seal` make it count.
 
-Two streams of hidden states run side by side: what the quantized model computes, always in float32, and what the full-precision model computes, which tells each layer what was lost before it.
-"""
+Two streams of hidden states run side by side: what the quantized model computes, always in float32,
+and what the full-precision model computes, which tells each layer what was lost before it."""
 
 from __future__ import annotations
 
@@ -27,7 +31,6 @@ from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError, VerificationError
 from llmq.models.arch import find_blocks, linear_weight
-from llmq.ptq.activations import ActivationFile
 from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.layers import LayerReport, by_spec, n_rows, report_layer, solve, split
@@ -40,8 +43,11 @@ from llmq.ptq.stats import LayerStats
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import QuantSpec
+from llmq.storage.hidden_states import ActivationFile
 
-BATCH_BYTES = 4_000_000  # of one activation of the widest layer; larger batches leave the caches, cost memory and are no faster on a CPU
+# of one activation of the widest layer; larger batches leave the caches, cost memory and are no
+# faster on a CPU
+BATCH_BYTES = 4_000_000
 
 
 class WeightReader(Protocol):
@@ -52,8 +58,10 @@ class WeightReader(Protocol):
 
 @dataclass(frozen=True)
 class BlockReport:
-    """index, layers, seconds for the block; output_error: squared distance of the quantized block's outputs from the full-precision model's on the first batch, relative.
-    start_error, tuned_error: mean over tokens of such a distance before and after block-wise tuning; n_skipped_steps: its steps without a finite loss or gradient."""
+    """index, layers, seconds for the block; output_error: squared distance of the quantized block's
+    outputs from the full-precision model's on the first batch, relative. start_error, tuned_error:
+    mean over tokens of such a distance before and after block-wise tuning; n_skipped_steps: its
+    steps without a finite loss or gradient."""
 
     index: int
     layers: list[LayerReport]
@@ -69,7 +77,8 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What `store` gets: quantized weights and kept tensors by full parameter or module name, and the report."""
+    """What `store` gets: quantized weights and kept tensors by full parameter or module name, and
+    the report."""
 
     report: BlockReport
     quantized: dict[str, QuantizedTensor]
@@ -78,9 +87,11 @@ class BlockResult:
 
 @dataclass
 class Engine:
-    """The state of one run. model: on the meta device. plans: every linear layer of the blocks. tokens: int64 `[n_sequences, length]`, or None for methods without data.
-    store: stores a block's result and returns the weights as read back from there. seal: makes a stored and verified block count. on_block: told after each block.
-    precision: what the full-precision stream and block-wise tuning are computed in."""
+    """The state of one run. model: on the meta device. plans: every linear layer of the blocks.
+    tokens: int64 `[n_sequences, length]`, or None for methods without data. store: stores a block's
+    result and returns the weights as read back from there. seal: makes a stored and verified block
+    count. on_block: told after each block. precision: what the full-precision stream and block-wise
+    tuning are computed in."""
 
     model: PreTrainedModel
     reader: WeightReader
@@ -94,13 +105,21 @@ class Engine:
     device: str = "cpu"
     precision: Precision = field(default_factory=Precision)
     _calls: dict[int, list[BlockCall]] = field(default_factory=dict)
-    _untuned: dict[str, tuple[Tensor, LayerStats]] = field(default_factory=dict)  # full-precision weights of the block whose layers are solved, and what they were solved with
+    _untuned: dict[str, tuple[Tensor, LayerStats]] = field(
+        default_factory=dict
+    )  # full-precision weights of the block whose layers are solved, and what they were solved with
 
     def __post_init__(self) -> None:
         self.prefix, self.blocks = find_blocks(self.model)
         if self.tokens is None and self.recipe.needs_calibration:
-            needing, remedy = (f"method {self.recipe.method}", "--method rtn") if self.recipe.method != "rtn" else ("activations int8-static", "int8-token")
-            raise LlmqError(f"{needing} needs calibration text; give tokens (--calibration), or use {remedy}")
+            needing, remedy = (
+                (f"method {self.recipe.method}", "--method rtn")
+                if self.recipe.method != "rtn"
+                else ("activations int8-static", "int8-token")
+            )
+            raise LlmqError(
+                f"{needing} needs calibration text; give tokens (--calibration), or use {remedy}"
+            )
         self.block_bytes = 4 * sum(parameter.numel() for parameter in self.blocks[0].parameters())
         self.batch_size = 1 if self.tokens is None else batch_size(self.plans, self.tokens.shape[1])
 
@@ -108,7 +127,8 @@ class Engine:
 
     @torch.no_grad()
     def run(self, first_block: int = 0) -> None:
-        """Quantize all blocks from `first_block` on; the inputs of that block must lie in `work_dir` unless it is block 0."""
+        """Quantize all blocks from `first_block` on; the inputs of that block must lie in
+        `work_dir` unless it is block 0."""
         torch.backends.cuda.matmul.allow_tf32 = False
         map_large_tensors(self.block_bytes)
         if self.tokens is not None and first_block < len(self.blocks):
@@ -120,7 +140,12 @@ class Engine:
         """The file of the inputs of block `index`."""
         assert self.tokens is not None
         width = self.model.config.get_text_config().hidden_size
-        return ActivationFile(self.work_dir / f"inputs-{stream}-{index:05d}.bin", self.tokens.shape[1], width, self.precision.stream if stream == "full-precision" else torch.float32)
+        return ActivationFile(
+            self.work_dir / f"inputs-{stream}-{index:05d}.bin",
+            self.tokens.shape[1],
+            width,
+            self.precision.stream if stream == "full-precision" else torch.float32,
+        )
 
     @property
     def _is_static(self) -> bool:
@@ -128,7 +153,11 @@ class Engine:
 
     @property
     def streams(self) -> list[str]:
-        one_is_enough = not self.recipe.corrects_targets and self.recipe.inputs != "full-precision" and not self.tunes
+        one_is_enough = (
+            not self.recipe.corrects_targets
+            and self.recipe.inputs != "full-precision"
+            and not self.tunes
+        )
         return ["quantized"] if one_is_enough else ["quantized", "full-precision"]
 
     @property
@@ -137,7 +166,8 @@ class Engine:
         return self.recipe.method == "blockwise"
 
     def _record_calls(self, first_block: int) -> None:
-        """Keep each block's own arguments per batch size and, at the start of a run, write the inputs of block 0."""
+        """Keep each block's own arguments per batch size and, at the start of a run, write the
+        inputs of block 0."""
         assert self.tokens is not None
         loaded = self._load_outside_blocks()
         recorder = BlockRecorder(self.model, self.blocks)
@@ -151,7 +181,10 @@ class Engine:
         batches = self.tokens.split(self.batch_size)
         if first_block == 0:
             with ExitStack() as stack:
-                appenders = [stack.enter_context(self.inputs_of(0, stream).appender()) for stream in self.streams]
+                appenders = [
+                    stack.enter_context(self.inputs_of(0, stream).appender())
+                    for stream in self.streams
+                ]
                 for hidden in embed(batches):
                     for append in appenders:
                         append(hidden)
@@ -164,13 +197,16 @@ class Engine:
             set_module_tensor_to_device(self.model, name, "meta")
 
     def _load_outside_blocks(self) -> list[str]:
-        """Give real float32 weights to everything that may run before block 0. The output head does not, and may be the largest tensor of all."""
+        """Give real float32 weights to everything that may run before block 0. The output head does
+        not, and may be the largest tensor of all."""
         head = self.model.get_output_embeddings()
         tied = self.model.all_tied_weights_keys
         outside = [
             name
             for name, _ in self.model.named_parameters()
-            if not name.startswith(self.prefix + ".") and name not in tied and not (head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head)
+            if not name.startswith(self.prefix + ".")
+            and name not in tied
+            and not (head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head)
         ]
         for name, tensor in self.reader.read_parameters(outside).items():
             set_module_tensor_to_device(self.model, name, self.device, value=tensor.float())
@@ -186,9 +222,17 @@ class Engine:
         name = f"{self.prefix}.{index}"
         stored = self._read_block(name)
         block = self._materialize(index, stored)
-        plans = {plan.layer.name.removeprefix(name + "."): plan for plan in self.plans if plan.layer.name.startswith(name + ".")}
+        plans = {
+            plan.layer.name.removeprefix(name + "."): plan
+            for plan in self.plans
+            if plan.layer.name.startswith(name + ".")
+        }
         targets = {layer: plan.spec for layer, plan in plans.items() if plan.spec is not None}
-        kept = {f"{name}.{key}": tensor for key, tensor in stored.items() if key.removesuffix(".weight") not in targets}
+        kept = {
+            f"{name}.{key}": tensor
+            for key, tensor in stored.items()
+            if key.removesuffix(".weight") not in targets
+        }
 
         del stored
         parts = self._solved_parts(block, targets)
@@ -196,7 +240,11 @@ class Engine:
             groups = self._groups(index, block, name, targets)
         exact_output = None
         if "full-precision" in self.streams and self.tokens is not None:
-            exact = block if self.precision.stream == torch.float32 else copy.deepcopy(block).to(self.precision.stream)
+            exact = (
+                block
+                if self.precision.stream == torch.float32
+                else copy.deepcopy(block).to(self.precision.stream)
+            )
             exact_output = self._advance(exact, index, "full-precision", groups).float()
             del exact
         results, layer_reports = self._solve_block(index, block, name, targets, groups, parts)
@@ -211,13 +259,20 @@ class Engine:
             parts.discard()
         error = None
         if exact_output is not None and first_output is not None:
-            error = float((first_output - exact_output).square().sum() / exact_output.square().sum())
+            error = float(
+                (first_output - exact_output).square().sum() / exact_output.square().sum()
+            )
 
         quantized = {f"{name}.{layer}": result.tensor for layer, result in results.items()}
         self._release_freed_memory()
         report = BlockReport(index, layer_reports, time.monotonic() - started, error)
         if tuning is not None:
-            report = replace(report, start_error=tuning.start_error, tuned_error=tuning.error, n_skipped_steps=tuning.n_skipped)
+            report = replace(
+                report,
+                start_error=tuning.start_error,
+                tuned_error=tuning.error,
+                n_skipped_steps=tuning.n_skipped,
+            )
         read_back = self.store(BlockResult(report, quantized, kept))
         self._verify(index, block, name, read_back, quantized, first_output)
         self.seal(report)
@@ -227,17 +282,25 @@ class Engine:
         self.on_block(report)
 
     def _release_freed_memory(self) -> None:
-        """Between solves. Beside a small block the holes are small and the 7 milliseconds are not: they were 2% of a run."""
+        """Between solves. Beside a small block the holes are small and the 7 milliseconds are not:
+        they were 2% of a run."""
         if self.block_bytes >= LARGE_BLOCK:
             release_freed_memory()
 
     def _read_block(self, name: str) -> dict[str, Tensor]:
         parameters = [key for key in self.model.state_dict() if key.startswith(name + ".")]
-        return {key.removeprefix(name + "."): tensor for key, tensor in self.reader.read_parameters(parameters).items()}
+        return {
+            key.removeprefix(name + "."): tensor
+            for key, tensor in self.reader.read_parameters(parameters).items()
+        }
 
     def _materialize(self, index: int, stored: dict[str, Tensor]) -> nn.Module:
         block = copy.deepcopy(self.blocks[index])
-        block.load_state_dict({key: tensor.to(self.device, torch.float32) for key, tensor in stored.items()}, assign=True, strict=False)
+        block.load_state_dict(
+            {key: tensor.to(self.device, torch.float32) for key, tensor in stored.items()},
+            assign=True,
+            strict=False,
+        )
         return block.to(self.device)
 
     def _batches(self, index: int, stream: str) -> Iterator[tuple[BlockCall, Tensor]]:
@@ -246,17 +309,31 @@ class Engine:
         for hidden in inputs.batches(self.batch_size):
             yield calls[len(hidden)], hidden.to(self.device)
 
-    def _advance(self, block: nn.Module, index: int, stream: str, record: Sequence[list[str]] = ()) -> Tensor:
-        """Run the block over a stream, write the next block's inputs (none after the last) and the `_exact_rows` of recorded groups, and return the first batch's output."""
+    def _advance(
+        self, block: nn.Module, index: int, stream: str, record: Sequence[list[str]] = ()
+    ) -> Tensor:
+        """Run the block over a stream, write the next block's inputs (none after the last) and the
+        `_exact_rows` of recorded groups, and return the first batch's output."""
         groups = record if self.recipe.corrects_targets else ()
         recorded: tuple[dict[str, nn.Module], dict[str, nn.Module]] = ({}, {})
         for group in groups:
             recorded[_narrows(block, group)][group[0]] = block.get_submodule(group[0])
         first: Tensor | None = None
         with ExitStack() as stack:
-            exact = {group[0]: stack.enter_context(self._exact_rows(block, group).appender(durable=False)) for group in groups}
-            is_last = index == len(self.blocks) - 1 and not (self.tunes and stream == "full-precision")  # these are what the last block is tuned towards
-            append = None if is_last else stack.enter_context(self.inputs_of(index + 1, stream).appender())
+            exact = {
+                group[0]: stack.enter_context(
+                    self._exact_rows(block, group).appender(durable=False)
+                )
+                for group in groups
+            }
+            is_last = index == len(self.blocks) - 1 and not (
+                self.tunes and stream == "full-precision"
+            )  # these are what the last block is tuned towards
+            append = (
+                None
+                if is_last
+                else stack.enter_context(self.inputs_of(index + 1, stream).appender())
+            )
             for call, hidden in self._batches(index, stream):
                 if is_last and not exact and first is not None:
                     break  # nobody reads the other outputs
@@ -270,15 +347,28 @@ class Engine:
         return first
 
     def _exact_rows(self, block: nn.Module, group: list[str]) -> ActivationFile:
-        """The file of a group's inputs in the full-precision model, or of its only layer's outputs if there are fewer of these. Kept as bfloat16: what counts is a mean over all tokens."""
+        """The file of a group's inputs in the full-precision model, or of its only layer's outputs
+        if there are fewer of these. Kept as bfloat16: what counts is a mean over all tokens."""
         assert self.tokens is not None
         n, k = linear_weight(block.get_submodule(group[0])).shape
-        return ActivationFile(self.work_dir / f"exact-{group[0]}.bf16", self.tokens.shape[1], n if _narrows(block, group) else k, torch.bfloat16)
+        return ActivationFile(
+            self.work_dir / f"exact-{group[0]}.bf16",
+            self.tokens.shape[1],
+            n if _narrows(block, group) else k,
+            torch.bfloat16,
+        )
 
     def _solve_block(
-        self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec], groups: list[list[str]], parts: SolvedParts | None
+        self,
+        index: int,
+        block: nn.Module,
+        name: str,
+        targets: dict[str, QuantSpec],
+        groups: list[list[str]],
+        parts: SolvedParts | None,
     ) -> tuple[dict[str, SolverResult], list[LayerReport]]:
-        """Quantize the target layers in running order, leaving the quantized values in the block."""
+        """Quantize the target layers in running order, leaving the quantized values in the
+        block."""
         results: dict[str, SolverResult] = {}
         reports: list[LayerReport] = []
         for group in groups:
@@ -288,60 +378,130 @@ class Engine:
                 self._release_freed_memory()
             for layers, spec in by_spec(group, targets):
                 weights = [linear_weight(block.get_submodule(layer)) for layer in layers]
-                solved = solve(torch.cat(weights) if len(weights) > 1 else weights[0], stats, spec, self.recipe)
-                for layer, result in zip(layers, split(solved, [n_rows(block, layer) for layer in layers]), strict=True):
+                solved = solve(
+                    torch.cat(weights) if len(weights) > 1 else weights[0], stats, spec, self.recipe
+                )
+                for layer, result in zip(
+                    layers, split(solved, [n_rows(block, layer) for layer in layers]), strict=True
+                ):
                     original = linear_weight(block.get_submodule(layer))
                     if self.tunes and stats is not None:
                         self._untuned[layer] = original.clone(), stats
                     if stats is not None and stats.ranges is not None:
-                        result = replace(result, tensor=replace(result.tensor, input_range=stats.ranges.range(self.recipe.activation_range)))
+                        result = replace(
+                            result,
+                            tensor=replace(
+                                result.tensor,
+                                input_range=stats.ranges.range(self.recipe.activation_range),
+                            ),
+                        )
                     results[layer] = result
                     reports.append(report_layer(f"{name}.{layer}", original, result, stats))
                     original.copy_(result.tensor.dequantize())
             if stats is not None:
-                stats.cross = None  # what outlives the solve, for reports on tuned layers, is the Hessian
+                stats.cross = (
+                    None  # what outlives the solve, for reports on tuned layers, is the Hessian
+                )
         return results, reports
 
-    def _tune(self, index: int, block: nn.Module, name: str, results: dict[str, SolverResult]) -> tuple[BlockTuning, list[LayerReport]]:
-        """Tune the solved block as a whole: its results, its weights and the reports of its layers become those of the tuned ones."""
+    def _tune(
+        self, index: int, block: nn.Module, name: str, results: dict[str, SolverResult]
+    ) -> tuple[BlockTuning, list[LayerReport]]:
+        """Tune the solved block as a whole: its results, its weights and the reports of its layers
+        become those of the tuned ones."""
         assert self.tokens is not None
         recipe, (untuned, self._untuned) = self.recipe, (self._untuned, {})
         seed = (recipe.seed * len(self.blocks) + index) % (1 << 63)
-        options = BlockwiseOptions(recipe.iterations, recipe.learning_rate, recipe.tune_zero_points, self.precision.training == torch.bfloat16, seed)
+        options = BlockwiseOptions(
+            recipe.iterations,
+            recipe.learning_rate,
+            recipe.tune_zero_points,
+            self.precision.training == torch.bfloat16,
+            seed,
+        )
         call = self._calls[sequences_per_step(*self.tokens.shape)][index]
-        weights, start = {layer: weight for layer, (weight, _) in untuned.items()}, {layer: result.tensor for layer, result in results.items()}
-        tuning = tune_block(block, weights, start, self.inputs_of(index), self.inputs_of(index + 1, "full-precision"), call, options)
+        weights, start = (
+            {layer: weight for layer, (weight, _) in untuned.items()},
+            {layer: result.tensor for layer, result in results.items()},
+        )
+        tuning = tune_block(
+            block,
+            weights,
+            start,
+            self.inputs_of(index),
+            self.inputs_of(index + 1, "full-precision"),
+            call,
+            options,
+        )
         reports = []
         for layer, tensor in tuning.tensors.items():
-            results[layer] = replace(results[layer], tensor=replace(tensor, input_range=results[layer].tensor.input_range))
+            results[layer] = replace(
+                results[layer],
+                tensor=replace(tensor, input_range=results[layer].tensor.input_range),
+            )
             linear_weight(block.get_submodule(layer)).copy_(tensor.dequantize())
-            reports.append(report_layer(f"{name}.{layer}", weights[layer], results[layer], untuned[layer][1]))
+            reports.append(
+                report_layer(f"{name}.{layer}", weights[layer], results[layer], untuned[layer][1])
+            )
         return tuning, reports
 
     def _solved_parts(self, block: nn.Module, targets: Collection[str]) -> SolvedParts | None:
-        return None if self.tokens is None else SolvedParts(block, targets, self.work_dir, self.tokens.shape[1], self.batch_size, enabled=self.recipe.inputs != "full-precision")
+        return (
+            None
+            if self.tokens is None
+            else SolvedParts(
+                block,
+                targets,
+                self.work_dir,
+                self.tokens.shape[1],
+                self.batch_size,
+                enabled=self.recipe.inputs != "full-precision",
+            )
+        )
 
-    def _groups(self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]) -> list[list[str]]:
+    def _groups(
+        self, index: int, block: nn.Module, name: str, targets: dict[str, QuantSpec]
+    ) -> list[list[str]]:
         if self.tokens is None or not targets:
             return [[layer] for layer in targets]
         call, hidden = next(self._batches(index, "quantized"))
-        groups = shared_inputs(block, {layer: block.get_submodule(layer) for layer in targets}, call, hidden)
+        groups = shared_inputs(
+            block, {layer: block.get_submodule(layer) for layer in targets}, call, hidden
+        )
         idle = set(targets) - {layer for group in groups for layer in group}
         if idle:
-            raise LlmqError(f"{name}.{min(idle)}: this layer did not run on the calibration text, so it cannot be calibrated; keep it with --rule '*{min(idle)}=keep'")
+            raise LlmqError(
+                f"{name}.{min(idle)}: this layer did not run on the calibration text, so it cannot be calibrated; keep it with --rule '*{min(idle)}=keep'"
+            )
         return groups
 
-    def _measure(self, index: int, block: nn.Module, group: list[str], parts: SolvedParts, solved: Collection[str]) -> LayerStats:
-        """Statistics of the inputs that a group of layers shares, on the stream that the recipe names."""
+    def _measure(
+        self,
+        index: int,
+        block: nn.Module,
+        group: list[str],
+        parts: SolvedParts,
+        solved: Collection[str],
+    ) -> LayerStats:
+        """Statistics of the inputs that a group of layers shares, on the stream that the recipe
+        names."""
         layer = block.get_submodule(group[0])
         both = self.recipe.corrects_targets
         weight = linear_weight(layer)
-        stats = LayerStats(weight.shape[1], self.device, cross=both, projection=weight if both and _narrows(block, group) else None, ranges=RangeObserver() if self._is_static else None)
+        stats = LayerStats(
+            weight.shape[1],
+            self.device,
+            cross=both,
+            projection=weight if both and _narrows(block, group) else None,
+            ranges=RangeObserver() if self._is_static else None,
+        )
         exact_file = self._exact_rows(block, group)
         exact_batches = exact_file.batches(self.batch_size) if both else itertools.repeat(None)
         stream = "full-precision" if self.recipe.inputs == "full-precision" else "quantized"
         with parts.playing(solved), parts.keeping(group[0]) as keep:
-            for (call, hidden), exact in zip(self._batches(index, stream), exact_batches, strict=False):
+            for (call, hidden), exact in zip(
+                self._batches(index, stream), exact_batches, strict=False
+            ):
                 x = run_until(block, layer, call, hidden)
                 stats.add(x, None if exact is None else exact.to(self.device))
                 keep(x)
@@ -349,19 +509,34 @@ class Engine:
         exact_file.recycle()
         return stats
 
-    def _verify(self, index: int, block: nn.Module, name: str, read_back: dict[str, QuantizedTensor], quantized: dict[str, QuantizedTensor], first_output: Tensor | None) -> None:
-        """The stored block must be the block that was computed: same values in every weight and the same outputs on the first batch."""
+    def _verify(
+        self,
+        index: int,
+        block: nn.Module,
+        name: str,
+        read_back: dict[str, QuantizedTensor],
+        quantized: dict[str, QuantizedTensor],
+        first_output: Tensor | None,
+    ) -> None:
+        """The stored block must be the block that was computed: same values in every weight and the
+        same outputs on the first batch."""
         if read_back.keys() != quantized.keys():
-            raise VerificationError(f"{name}: {len(read_back)} quantized layers were read back, {len(quantized)} were written; the output is not usable")
+            raise VerificationError(
+                f"{name}: {len(read_back)} quantized layers were read back, {len(quantized)} were written; the output is not usable"
+            )
         for layer, tensor in read_back.items():
             values = tensor.to(self.device).dequantize()
             linear_weight(block.get_submodule(layer.removeprefix(name + "."))).copy_(values)
             if not torch.equal(values, quantized[layer].dequantize()):
-                raise VerificationError(f"{layer}: the weight read back differs from the weight written; the disk or the memory is faulty")
+                raise VerificationError(
+                    f"{layer}: the weight read back differs from the weight written; the disk or the memory is faulty"
+                )
         if first_output is not None:
             call, hidden = next(self._batches(index, "quantized"))
             if not torch.equal(call.run(block, hidden), first_output):
-                raise VerificationError(f"{name}: the stored block does not reproduce the outputs recorded when it was quantized")
+                raise VerificationError(
+                    f"{name}: the stored block does not reproduce the outputs recorded when it was quantized"
+                )
 
 
 def _narrows(block: nn.Module, group: list[str]) -> bool:

@@ -1,4 +1,5 @@
-"""Layers that share an input, solved in one call: which go together, how the result comes apart, and what is reported of each."""
+"""Layers that share an input, solved in one call: which go together, how the result comes apart,
+and what is reported of each."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from llmq.spec import PER_TENSOR, QuantSpec
 
 @dataclass(frozen=True)
 class LayerReport:
-    """error, rtn_error: squared output error over squared output, measured on the calibration inputs, of the result and of plain rounding; None without calibration data."""
+    """error, rtn_error: squared output error over squared output, measured on the calibration
+    inputs, of the result and of plain rounding; None without calibration data."""
 
     name: str
     spec: str
@@ -35,8 +37,11 @@ class LayerReport:
     n_dropped_rows: int = 0
 
 
-def by_spec(group: list[str], targets: dict[str, QuantSpec]) -> Iterator[tuple[list[str], QuantSpec]]:
-    """Parts of a group that can be solved in one call: equal specs, and never several tensors under one scale."""
+def by_spec(
+    group: list[str], targets: dict[str, QuantSpec]
+) -> Iterator[tuple[list[str], QuantSpec]]:
+    """Parts of a group that can be solved in one call: equal specs, and never several tensors under
+    one scale."""
     by_spec: dict[QuantSpec, list[str]] = {}
     for layer in group:
         by_spec.setdefault(targets[layer], []).append(layer)
@@ -47,13 +52,21 @@ def by_spec(group: list[str], targets: dict[str, QuantSpec]) -> Iterator[tuple[l
             yield layers, spec
 
 
-def solve(weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe) -> SolverResult:
-    """Quantize a float32 weight `[N, K]` by the recipe's layer solver, which block-wise tuning starts from; without statistics by plain rounding."""
+def solve(
+    weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
+) -> SolverResult:
+    """Quantize a float32 weight `[N, K]` by the recipe's layer solver, which block-wise tuning
+    starts from; without statistics by plain rounding."""
     if recipe.method == "rtn" or stats is None:
         return rtn(weight, spec)
     if recipe.init == "rtn":
         return rtn(weight, spec, stats.hessian.diagonal() if recipe.search else None)
-    return gptq(weight, stats, spec, GPTQOptions(recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha))
+    return gptq(
+        weight,
+        stats,
+        spec,
+        GPTQOptions(recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha),
+    )
 
 
 def split(result: SolverResult, rows: list[int]) -> list[SolverResult]:
@@ -61,7 +74,12 @@ def split(result: SolverResult, rows: list[int]) -> list[SolverResult]:
     if len(rows) == 1:
         return [result]
     stops = torch.tensor(rows).cumsum(0).tolist()
-    return [SolverResult(result.tensor.rows(stop - n, stop), result.damping, result.n_dead, result.fallback) for stop, n in zip(stops, rows, strict=True)]
+    return [
+        SolverResult(
+            result.tensor.rows(stop - n, stop), result.damping, result.n_dead, result.fallback
+        )
+        for stop, n in zip(stops, rows, strict=True)
+    ]
 
 
 def n_rows(block: nn.Module, layer: str) -> int:
@@ -71,12 +89,18 @@ def n_rows(block: nn.Module, layer: str) -> int:
     return shape[0]
 
 
-def report_layer(name: str, original: Tensor, result: SolverResult, stats: LayerStats | None) -> LayerReport:
-    """What became of the weight `original` `[N, K]`, measured on the layer's own inputs where there are statistics."""
+def report_layer(
+    name: str, original: Tensor, result: SolverResult, stats: LayerStats | None
+) -> LayerReport:
+    """What became of the weight `original` `[N, K]`, measured on the layer's own inputs where there
+    are statistics."""
     n, k = result.tensor.shape
     errors: dict[str, float] = {}
     if stats is not None:
-        parts = [_row_errors(original, result.tensor, stats.hessian, rows) for rows in row_blocks(original, result.tensor.spec)]
+        parts = [
+            _row_errors(original, result.tensor, stats.hessian, rows)
+            for rows in row_blocks(original, result.tensor.spec)
+        ]
         energy, error, rtn_error = (sum(values) for values in zip(*parts, strict=True))
         errors = {"error": error / max(energy, 1e-30), "rtn_error": rtn_error / max(energy, 1e-30)}
     return LayerReport(
@@ -85,9 +109,16 @@ def report_layer(name: str, original: Tensor, result: SolverResult, stats: Layer
     )  # fmt: skip
 
 
-def _row_errors(original: Tensor, tensor: QuantizedTensor, hessian: Tensor, rows: slice) -> tuple[float, float, float]:
-    """Squared output of some rows, and its squared error after this quantization and after plain rounding."""
+def _row_errors(
+    original: Tensor, tensor: QuantizedTensor, hessian: Tensor, rows: slice
+) -> tuple[float, float, float]:
+    """Squared output of some rows, and its squared error after this quantization and after plain
+    rounding."""
     part, spec = original[rows], tensor.spec
     quantized = tensor if len(part) == len(original) else tensor.rows(rows.start, rows.stop)
     error = output_error(quantized.dequantize().sub_(part), hessian)
-    return output_error(part, hessian), error, output_error(QuantizedTensor.quantize(part, spec).dequantize().sub_(part), hessian)
+    return (
+        output_error(part, hessian),
+        error,
+        output_error(QuantizedTensor.quantize(part, spec).dequantize().sub_(part), hessian),
+    )

@@ -1,4 +1,5 @@
-"""What a quantization run says about itself: `report.json` and the model card, both from measured values."""
+"""What a quantization run says about itself: `report.json` and the model card, both from measured
+values."""
 
 from __future__ import annotations
 
@@ -14,8 +15,19 @@ if TYPE_CHECKING:
     from llmq.ptq.run import Job
 
 
-def build_report(job: Job, blocks: list[dict[str, Any]], *, source_bytes: int, stored_bytes: int, unused: list[str], resumed_at: int, seconds: float, device: str) -> dict[str, Any]:
-    """Everything that was measured and decided, JSON-able. source_bytes, stored_bytes: size of the weight files before and after."""
+def build_report(
+    job: Job,
+    blocks: list[dict[str, Any]],
+    *,
+    source_bytes: int,
+    stored_bytes: int,
+    unused: list[str],
+    resumed_at: int,
+    seconds: float,
+    device: str,
+) -> dict[str, Any]:
+    """Everything that was measured and decided, JSON-able. source_bytes, stored_bytes: size of the
+    weight files before and after."""
     layers = [layer for block in blocks for layer in block["layers"]]
     n_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     bits = 8 * sum(layer["n_bytes"] for layer in layers) / n_weights
@@ -24,7 +36,13 @@ def build_report(job: Job, blocks: list[dict[str, Any]], *, source_bytes: int, s
         "method": job.recipe.method,
         "format": job.fmt.name,
         "recipe": job.recipe.to_json(),
-        "calibration": None if job.tokens is None else {"source": job.tokens.source, "windows": list(job.tokens.tokens.shape), "sha256": job.tokens.sha256},
+        "calibration": None
+        if job.tokens is None
+        else {
+            "source": job.tokens.source,
+            "windows": list(job.tokens.tokens.shape),
+            "sha256": job.tokens.sha256,
+        },
         "source_bytes": source_bytes,
         "stored_bytes": stored_bytes,
         "n_quantized_layers": len(layers),
@@ -40,18 +58,31 @@ def build_report(job: Job, blocks: list[dict[str, Any]], *, source_bytes: int, s
         "resumed_at_block": resumed_at,
         "seconds": round(seconds, 2),
         "seconds_per_block": [round(block["seconds"], 3) for block in blocks],
-        "tuned_blocks": [{key: block[key] for key in ("index", "start_error", "tuned_error", "n_skipped_steps")} for block in blocks if block["tuned_error"] is not None],
+        "tuned_blocks": [
+            {key: block[key] for key in ("index", "start_error", "tuned_error", "n_skipped_steps")}
+            for block in blocks
+            if block["tuned_error"] is not None
+        ],
         "layers": layers,
         "device": device,
-        "full_precision_stream": None if job.recipe.method == "rtn" else str(job.precision(device).stream).removeprefix("torch."),
-        "tuned_in": str(job.precision(device).training).removeprefix("torch.") if job.recipe.method == "blockwise" else None,
+        "full_precision_stream": None
+        if job.recipe.method == "rtn"
+        else str(job.precision(device).stream).removeprefix("torch."),
+        "tuned_in": str(job.precision(device).training).removeprefix("torch.")
+        if job.recipe.method == "blockwise"
+        else None,
         "versions": versions(),
     }
 
 
 def versions() -> dict[str, str]:
     """What a result was made with."""
-    return {"llmq": llmq.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    return {
+        "llmq": llmq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def model_card(report: dict[str, Any]) -> str:
@@ -66,8 +97,12 @@ def model_card(report: dict[str, Any]) -> str:
         "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> {report['stored_bytes'] / 1e6:.1f} MB",
         "layers quantized / kept in full precision": f"{report['n_quantized_layers']} / {len(report['kept_layers'])}",
         "layers that fell back to plain rounding": str(len(report["fallbacks"])),
-        "mean relative output error of the layers": f"{sum(errors) / len(errors):.2e}" if errors else "not measured (no calibration data)",
-        "calibration": f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}" if calibration else "none",
+        "mean relative output error of the layers": f"{sum(errors) / len(errors):.2e}"
+        if errors
+        else "not measured (no calibration data)",
+        "calibration": f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}"
+        if calibration
+        else "none",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -10,6 +10,7 @@ from llmq.spec import QuantSpec
 
 
 def rtn(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> SolverResult:
-    """Quantize a float32 weight `[N, K]` with scales from its ranges, or from a search under the importance `[K]` of its columns (see `quantizer.choose_scale`)."""
+    """Quantize a float32 weight `[N, K]` with scales from its ranges, or from a search under the
+    importance `[K]` of its columns (see `quantizer.choose_scale`)."""
     n_dead = 0 if importance is None else int((importance == 0).sum())
     return SolverResult(QuantizedTensor.quantize(weight, spec, importance), n_dead=n_dead)

@@ -22,8 +22,11 @@ class TokenWindows(Dataset):  # type: ignore[type-arg]
         return {"input_ids": self.windows[index]}
 
 
-def split_windows(row: Tensor, length: int, n_held_out: int, n_per_step: int, source: str) -> tuple[Tensor, Tensor]:
-    """Cut a row of tokens into disjoint windows `[n, length]`: those to train on, and up to `n_held_out` (at most a tenth) spread evenly over the text, which are not.
+def split_windows(
+    row: Tensor, length: int, n_held_out: int, n_per_step: int, source: str
+) -> tuple[Tensor, Tensor]:
+    """Cut a row of tokens into disjoint windows `[n, length]`: those to train on, and up to
+    `n_held_out` (at most a tenth) spread evenly over the text, which are not.
 
     Raises `LlmqError` when what is left is less than one step.
     """
@@ -35,5 +38,7 @@ def split_windows(row: Tensor, length: int, n_held_out: int, n_per_step: int, so
         held[(torch.arange(n_held_out) * n) // n_held_out + n // (2 * n_held_out)] = True
     if n - n_held_out < n_per_step:
         has = f"{len(row)} tokens make {n - n_held_out} windows of {length} to train on, but one step needs {n_per_step}"
-        raise LlmqError(f"training text {source}: {has}; give more text, a smaller --batch-size or --sequence-length")
+        raise LlmqError(
+            f"training text {source}: {has}; give more text, a smaller --batch-size or --sequence-length"
+        )
     return windows[~held], windows[held]

@@ -1,8 +1,10 @@
-"""Training text from the teacher itself, for those who have none (LLM-QAT, Liu et al., 2023, section 3.1).
+"""Training text from the teacher itself, for those who have none (LLM-QAT, Liu et al., 2023,
+section 3.1).
 
-Each sequence starts from a token of the vocabulary, goes on greedily for three to five tokens and is then sampled from the teacher's own distribution: greedy starts keep the beginnings
-sensible, sampling keeps the texts diverse. Batches are written one by one, so an interrupted run goes on with the next batch; a batch depends on the seed and its number alone.
-"""
+Each sequence starts from a token of the vocabulary, goes on greedily for three to five tokens and
+is then sampled from the teacher's own distribution: greedy starts keep the beginnings sensible,
+sampling keeps the texts diverse. Batches are written one by one, so an interrupted run goes on with
+the next batch; a batch depends on the seed and its number alone."""
 
 from __future__ import annotations
 
@@ -18,29 +20,57 @@ GREEDY_TOKENS = (3, 4, 5)
 
 
 @torch.no_grad()
-def generate_batch(teacher: PreTrainedModel, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
+def generate_batch(
+    teacher: PreTrainedModel, first: Tensor, length: int, generator: torch.Generator
+) -> Tensor:
     """Sequences int64 `[B, length]` that begin with the tokens `first` `[B]`."""
-    n_greedy = torch.tensor(GREEDY_TOKENS)[torch.randint(len(GREEDY_TOKENS), (len(first),), generator=generator)]
+    n_greedy = torch.tensor(GREEDY_TOKENS)[
+        torch.randint(len(GREEDY_TOKENS), (len(first),), generator=generator)
+    ]
     tokens, cache = [first], DynamicCache(config=teacher.config)
     for step in range(1, length):
-        logits = teacher(input_ids=tokens[-1][:, None].to(teacher.device), past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
+        logits = (
+            teacher(
+                input_ids=tokens[-1][:, None].to(teacher.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            .logits[:, -1]
+            .float()
+            .cpu()
+        )
         sampled = torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)[:, 0]
         tokens.append(torch.where(step <= n_greedy, logits.argmax(dim=-1), sampled))
     return torch.stack(tokens, dim=1)
 
 
 def generate_windows(
-    teacher: PreTrainedModel, n_windows: int, length: int, work_dir: Path, *, seed: int = 0, batch_size: int = 32, on_batch: Callable[[int, int], None] = lambda done, total: None
+    teacher: PreTrainedModel,
+    n_windows: int,
+    length: int,
+    work_dir: Path,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """`n_windows` sequences int64 `[n, length]`. First tokens run through the vocabulary in a seeded random order, again and again. work_dir: where batches lie, finished ones are not made again."""
-    vocabulary = torch.randperm(teacher.config.get_text_config().vocab_size, generator=torch.Generator().manual_seed(seed))
+    """`n_windows` sequences int64 `[n, length]`. First tokens run through the vocabulary in a
+    seeded random order, again and again. work_dir: where batches lie, finished ones are not made
+    again."""
+    vocabulary = torch.randperm(
+        teacher.config.get_text_config().vocab_size, generator=torch.Generator().manual_seed(seed)
+    )
     work_dir.mkdir(parents=True, exist_ok=True)
     batches = []
     for number, start in enumerate(range(0, n_windows, batch_size)):
         path = work_dir / f"generated-{number:05d}.safetensors"
         if not path.exists():
-            first = vocabulary[torch.arange(start, min(start + batch_size, n_windows)) % len(vocabulary)]
-            tokens = generate_batch(teacher, first, length, torch.Generator().manual_seed(seed * 1_000_003 + number))
+            first = vocabulary[
+                torch.arange(start, min(start + batch_size, n_windows)) % len(vocabulary)
+            ]
+            tokens = generate_batch(
+                teacher, first, length, torch.Generator().manual_seed(seed * 1_000_003 + number)
+            )
             save_file({"tokens": tokens}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
         batches.append(load_file(path)["tokens"])

@@ -1,4 +1,5 @@
-"""What a fine-tuning run is, before anything is computed: model, teacher, text, settings, and every check that can be made by then."""
+"""What a fine-tuning run is, before anything is computed: model, teacher, text, settings, and every
+check that can be made by then."""
 
 from __future__ import annotations
 
@@ -17,9 +18,8 @@ import llmq
 from llmq import data
 from llmq.errors import LlmqError
 from llmq.evaluation.windows import Windows, identified
-from llmq.formats import files
 from llmq.models.arch import quantizable_layers
-from llmq.models.load import load_config, load_tokenizer, meta_model, resolve
+from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
 from llmq.ptq.precision import multiplies_bfloat16
 from llmq.qat.data import split_windows
 from llmq.qat.losses import CHUNK_TOKENS
@@ -28,13 +28,15 @@ from llmq.qat.student import check_same_vocabulary
 from llmq.qat.weights import check_quantizer
 from llmq.recipe import LayerPlan, Recipe, Rule
 from llmq.spec import ActSpec
+from llmq.storage import files
 
 GENERATED = "generated"
 
 
 @dataclass(frozen=True)
 class QATJob:
-    """Everything known before anything is trained. windows: int64 `[n, T]`, or None while they are still to be generated. held_out: windows of the same text, or None where there are none."""
+    """Everything known before anything is trained. windows: int64 `[n, T]`, or None while they are
+    still to be generated. held_out: windows of the same text, or None where there are none."""
 
     model_dir: Path
     teacher_dir: Path
@@ -54,12 +56,19 @@ class QATJob:
 
     @property
     def teacher_dtype(self) -> str:
-        """What the teacher is held and computed in: bfloat16 if it is stored so and the arithmetic of the run is bfloat16 anyway, else float32."""
-        return "bfloat16" if self.settings.precision == "bf16" and load_config(self.teacher_dir).dtype == torch.bfloat16 else "float32"
+        """What the teacher is held and computed in: bfloat16 if it is stored so and the arithmetic
+        of the run is bfloat16 anyway, else float32."""
+        return (
+            "bfloat16"
+            if self.settings.precision == "bf16"
+            and load_config(self.teacher_dir).dtype == torch.bfloat16
+            else "float32"
+        )
 
     @property
     def processes(self) -> PartialState:
-        """The processes that train together, under `accelerate launch` or `torchrun`; one otherwise."""
+        """The processes that train together, under `accelerate launch` or `torchrun`; one
+        otherwise."""
         return processes(self.device)
 
     @property
@@ -69,7 +78,9 @@ class QATJob:
             return len(self.windows)
         if self.settings.max_tokens:
             return -(-int(self.settings.max_tokens) // self.settings.sequence_length)
-        return (self.settings.max_steps or 0) * self.settings.windows_per_step(self.processes.num_processes)
+        return (self.settings.max_steps or 0) * self.settings.windows_per_step(
+            self.processes.num_processes
+        )
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: a started run is continued only with all of it the same."""
@@ -81,18 +92,36 @@ class QATJob:
         }  # fmt: skip
 
     def budget(self) -> dict[str, Any]:
-        """tokens, steps, peak memory in bytes of weights and optimizer and of activations, and floating-point operations of the training. Estimates."""
+        """tokens, steps, peak memory in bytes of weights and optimizer and of activations, and
+        floating-point operations of the training. Estimates."""
         n_processes = self.processes.num_processes
         steps = self.settings.n_steps(self.n_windows, n_processes)
         tokens = steps * self.settings.windows_per_step(n_processes) * self.settings.sequence_length
-        # float32 masters, gradients and two moments, and the teacher. Student forward and backward, teacher forward, heads once more in the backward pass.
+        # float32 masters, gradients and two moments, and the teacher. Student forward and backward,
+        # teacher forward, heads once more in the backward pass.
         n_bytes = self.n_parameters * (4 * 4 + (2 if self.teacher_dtype == "bfloat16" else 4))
-        # Kept for the backward pass: each layer's input and output, and as much again around attention and norms; with checkpointing, of one block. And one chunk of float32 logits three times.
-        per_token = 2 * sum(sum(plan.layer.shape) for plan in self.plans) * (4 if self.settings.precision == "fp32" else 2)
+        # Kept for the backward pass: each layer's input and output, and as much again around
+        # attention and norms; with checkpointing, of one block. And one chunk of float32 logits
+        # three times.
+        per_token = (
+            2
+            * sum(sum(plan.layer.shape) for plan in self.plans)
+            * (4 if self.settings.precision == "fp32" else 2)
+        )
         config = load_config(self.model_dir).get_text_config()
-        kept = self.settings.tokens_per_batch * per_token // (config.num_hidden_layers if self.settings.gradient_checkpointing else 1)
+        kept = (
+            self.settings.tokens_per_batch
+            * per_token
+            // (config.num_hidden_layers if self.settings.gradient_checkpointing else 1)
+        )
         logits = 3 * 4 * CHUNK_TOKENS * config.vocab_size
-        return {"tokens": tokens, "steps": steps, "bytes": n_bytes, "activation_bytes": kept + logits, "flops": 8.5 * self.n_parameters * tokens}
+        return {
+            "tokens": tokens,
+            "steps": steps,
+            "bytes": n_bytes,
+            "activation_bytes": kept + logits,
+            "flops": 8.5 * self.n_parameters * tokens,
+        }
 
 
 def prepare_job(
@@ -113,46 +142,95 @@ def prepare_job(
         raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
     skeleton = meta_model(config)
     n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    activations = ActSpec(settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope)
-    recipe = Recipe(rules=(*rules, Rule("*", settings.scheme.weights)), method=settings.init, sequence_length=settings.sequence_length, seed=settings.seed, activations=activations)
+    activations = ActSpec(
+        settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope
+    )
+    recipe = Recipe(
+        rules=(*rules, Rule("*", settings.scheme.weights)),
+        method=settings.init,
+        sequence_length=settings.sequence_length,
+        seed=settings.seed,
+        activations=activations,
+    )
     plans = recipe.plan(quantizable_layers(skeleton))
     for plan in plans:
         if plan.spec is not None:
             check_quantizer(settings.quantizer, plan.spec, f"{plan.layer.name}: ")
     if not any(plan.spec for plan in plans):
-        raise LlmqError(f"none of the {len(plans)} linear layers would be quantized: every one is kept by a rule, or no group size divides it")
+        raise LlmqError(
+            f"none of the {len(plans)} linear layers would be quantized: every one is kept by a rule, or no group size divides it"
+        )
     if train == GENERATED and settings.max_tokens is None and settings.max_steps is None:
-        raise LlmqError("--train generated: give --max-tokens or --max-steps, since generated text has no end")
+        raise LlmqError(
+            "--train generated: give --max-tokens or --max-steps, since generated text has no end"
+        )
     if settings.precision == "fp16" and device == "cpu":
-        raise LlmqError("--precision fp16 needs a GPU: CPUs have no fast float16 training; use bf16 or fp32")
-    if settings.precision == "bf16" and device.startswith("cuda") and not multiplies_bfloat16(device):
-        raise LlmqError(f"--precision bf16: {device} does not multiply bfloat16; use --precision fp16, or fp32")
+        raise LlmqError(
+            "--precision fp16 needs a GPU: CPUs have no fast float16 training; use bf16 or fp32"
+        )
+    if (
+        settings.precision == "bf16"
+        and device.startswith("cuda")
+        and not multiplies_bfloat16(device)
+    ):
+        raise LlmqError(
+            f"--precision bf16: {device} does not multiply bfloat16; use --precision fp16, or fp32"
+        )
     teacher_dir = resolve(teacher, None) if teacher else model_dir
     check_same_vocabulary(config, load_config(teacher_dir))
     if teacher and load_tokenizer(teacher_dir).get_vocab() != load_tokenizer(model_dir).get_vocab():
-        raise LlmqError(f"{teacher_dir}: the teacher's tokenizer has other tokens than that of {model_dir}; distillation needs the same tokenizer, so take a teacher of the same family")
+        raise LlmqError(
+            f"{teacher_dir}: the teacher's tokenizer has other tokens than that of {model_dir}; distillation needs the same tokenizer, so take a teacher of the same family"
+        )
     windows, held_out = None, None
     if train != GENERATED:
-        windows, held_out = _read_text(model_dir, config, settings, train, processes(device).num_processes)
-    settings.n_steps(0 if windows is None else len(windows), processes(device).num_processes)  # or there is less than one
-    return QATJob(model_dir, teacher_dir, settings, recipe, train, windows, held_out, n_parameters, plans, device)
+        windows, held_out = _read_text(
+            model_dir, config, settings, train, processes(device).num_processes
+        )
+    settings.n_steps(
+        0 if windows is None else len(windows), processes(device).num_processes
+    )  # or there is less than one
+    return QATJob(
+        model_dir,
+        teacher_dir,
+        settings,
+        recipe,
+        train,
+        windows,
+        held_out,
+        n_parameters,
+        plans,
+        device,
+    )
 
 
 def processes(device: str) -> PartialState:
-    """The processes that train together. They wait for the first one's PTQ start, which takes longer than the half hour that torch waits by itself."""
+    """The processes that train together. They wait for the first one's PTQ start, which takes
+    longer than the half hour that torch waits by itself."""
     return PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
 
 
 def check_engine() -> None:
-    """Raise `LlmqError` where accelerate was configured to split weights: scales and telemetry belong to whole rows, which processes of FSDP and DeepSpeed do not have."""
+    """Raise `LlmqError` where accelerate was configured to split weights: scales and telemetry
+    belong to whole rows, which processes of FSDP and DeepSpeed do not have."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise LlmqError(f"llmq qat trains with whole weights in every process, not with {name}; use data parallelism: accelerate launch --multi_gpu -m llmq qat ...")
+            raise LlmqError(
+                f"llmq qat trains with whole weights in every process, not with {name}; use data parallelism: accelerate launch --multi_gpu -m llmq qat ..."
+            )
 
 
-def _read_text(model_dir: Path, config: Any, settings: QATSettings, train: str, n_processes: int) -> tuple[Tensor, Windows | None]:
+def _read_text(
+    model_dir: Path, config: Any, settings: QATSettings, train: str, n_processes: int
+) -> tuple[Tensor, Windows | None]:
     documents, tokenizer = data.load_documents(train, "train"), load_tokenizer(model_dir)
     row = data.tokenize(documents, tokenizer)
     data.check_vocabulary(row, config.get_text_config().vocab_size, train)
-    windows, held_out = split_windows(row, settings.sequence_length, settings.n_held_out, settings.windows_per_step(n_processes), train)
+    windows, held_out = split_windows(
+        row,
+        settings.sequence_length,
+        settings.n_held_out,
+        settings.windows_per_step(n_processes),
+        train,
+    )
     return windows, identified(held_out, "none", documents, tokenizer) if len(held_out) else None

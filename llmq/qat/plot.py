@@ -13,13 +13,18 @@ def plot_log(log_path: Path, picture_path: Path) -> None:
     rows = [json.loads(line) for line in log_path.read_text().splitlines()]
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    for axis, names in ((above, ("loss", "kl", "ce")), (below, ("flip_rate", "zero_fraction", "clip_fraction"))):
+    for axis, names in (
+        (above, ("loss", "kl", "ce")),
+        (below, ("flip_rate", "zero_fraction", "clip_fraction")),
+    ):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name)
         axis.legend()
-    held_out = [(row["step"], row["held_out_perplexity"]) for row in rows if "held_out_perplexity" in row]
+    held_out = [
+        (row["step"], row["held_out_perplexity"]) for row in rows if "held_out_perplexity" in row
+    ]
     if held_out:
         right = above.twinx()
         right.plot(*zip(*held_out, strict=True), "k.--")

@@ -1,4 +1,5 @@
-"""From a model in memory to one in training, for training loops of one's own; `llmq.qat.run` does the same from folder to folder.
+"""From a model in memory to one in training, for training loops of one's own; `llmq.qat.run` does
+the same from folder to folder.
 
 recipe = llmq.Recipe.uniform("w3g64-asym")
 llmq.prepare_qat(model, recipe, tokens)
@@ -21,12 +22,20 @@ from llmq.qat.weights import QuantizerName, prepare
 from llmq.recipe import Recipe
 
 
-def prepare_qat(model: PreTrainedModel, recipe: Recipe, tokens: Tensor | None = None, *, quantizer: QuantizerName = "lsq") -> PreTrainedModel:
-    """Replace the linear layers of a float32 `model` by layers in training, in place, and return it.
+def prepare_qat(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    tokens: Tensor | None = None,
+    *,
+    quantizer: QuantizerName = "lsq",
+) -> PreTrainedModel:
+    """Replace the linear layers of a float32 `model` by layers in training, in place, and return
+    it.
 
-    recipe: what is quantized and how the start is found. tokens: calibration windows int64 `[n_sequences, length]`, for methods other than "rtn" and for activations "int8-static". A copy of the
-    model is quantized for the start, so memory for two is needed at that time. quantizer: see `llmq.qat.weights`. Raises `LlmqError` for recipes that cannot be trained (act-order).
-    """
+    recipe: what is quantized and how the start is found. tokens: calibration windows int64
+    `[n_sequences, length]`, for methods other than "rtn" and for activations "int8-static". A copy
+    of the model is quantized for the start, so memory for two is needed at that time. quantizer:
+    see `llmq.qat.weights`. Raises `LlmqError` for recipes that cannot be trained (act-order)."""
     start = copy.deepcopy(model)
     quantize(start, recipe, tokens)
     found = {name: module.qtensor() for name, module in quantized_modules(start).items()}

@@ -1,13 +1,17 @@
 """Learning rates in steps of each layer's own grid.
 
-An optimizer like Adam moves every weight by about its learning rate, whatever the gradient's size. Whether that is much depends on the distance between two levels, which differs between models,
-layers and bit widths by factors of ten: 2e-4 per update is 0.16% of a step of the 2-bit grid of one small Llama and 0.4% of another's, which it first ruins (perplexity 16.1 after 20 updates, from
-14.7). So rates are given in steps of the grid, for weights, scales and zero points alike: a scale may move its outermost code as far as a weight may move. Block-wise tuning counts in the same way.
+An optimizer like Adam moves every weight by about its learning rate, whatever the gradient's size.
+Whether that is much depends on the distance between two levels, which differs between models,
+layers and bit widths by factors of ten: 2e-4 per update is 0.16% of a step of the 2-bit grid of one
+small Llama and 0.4% of another's, which it first ruins (perplexity 16.1 after 20 updates, from
+14.7). So rates are given in steps of the grid, for weights, scales and zero points alike: a scale
+may move its outermost code as far as a weight may move. Block-wise tuning counts in the same way.
 
-Perplexity of the bundled model at 4 bits after 100 updates of 2048 tokens: from 18.016, 17.982 with 0.002 steps and 17.992 with 0.0006. At 2 bits after 280 updates: from 19.335, with 0.001, 0.002,
-0.004 and 0.008 steps 18.605, 18.490, 18.411 and 18.349, but on held-out windows of the training text the last three are 14.04, 14.06 and 14.10. Ternary, 280 updates: with 0.002 and 0.006
-18.800 and 18.758.
-"""
+Perplexity of the bundled model at 4 bits after 100 updates of 2048 tokens: from 18.016, 17.982 with
+0.002 steps and 17.992 with 0.0006. At 2 bits after 280 updates: from 19.335, with 0.001, 0.002,
+0.004 and 0.008 steps 18.605, 18.490, 18.411 and 18.349, but on held-out windows of the training
+text the last three are 14.04, 14.06 and 14.10. Ternary, 280 updates: with 0.002 and 0.006 18.800
+and 18.758."""
 
 from __future__ import annotations
 
@@ -25,8 +29,16 @@ SCALES = "scales"  # marks groups of scales and zero points, which stop moving b
 
 
 def grid_rate(spec: QuantSpec) -> float:
-    """Peak learning rate of the weights in steps of their grid. Those of 4 and 2 bits and ternary are measured, see above; the others, half-integer levels among them, stand beside them."""
-    return {"int8": 1e-3, "int4": 2e-3, "int3": 1.5e-3, "int2": 4e-3, "int2h": 4e-3, "ternary": 2e-3}[spec.code]
+    """Peak learning rate of the weights in steps of their grid. Those of 4 and 2 bits and ternary
+    are measured, see above; the others, half-integer levels among them, stand beside them."""
+    return {
+        "int8": 1e-3,
+        "int4": 2e-3,
+        "int3": 1.5e-3,
+        "int2": 4e-3,
+        "int2h": 4e-3,
+        "ternary": 2e-3,
+    }[spec.code]
 
 
 @torch.no_grad()
@@ -36,26 +48,45 @@ def grid_step(module: FakeQuantLinear) -> float:
 
 
 def parameter_groups(model: nn.Module, settings: QATSettings) -> list[dict[str, Any]]:
-    """Everything that is trained, as groups for an optimizer, each with its peak "lr" and a "kind". What belongs to no quantized layer moves like the mean of them.
+    """Everything that is trained, as groups for an optimizer, each with its peak "lr" and a "kind".
+    What belongs to no quantized layer moves like the mean of them.
 
-    `settings.lr_weights` and `settings.lr_scales` are absolute and replace the rates of this module. Raises `LlmqError` for a model without quantized layers when there is no lr_weights.
-    """
+    `settings.lr_weights` and `settings.lr_scales` are absolute and replace the rates of this
+    module. Raises `LlmqError` for a model without quantized layers when there is no lr_weights."""
     groups: list[dict[str, Any]] = []
 
     def add(kind: str, absolute: float | None, relative: float, *parameters: Tensor | None) -> None:
-        trained = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
+        trained = [
+            parameter
+            for parameter in parameters
+            if parameter is not None and parameter.requires_grad
+        ]
         if trained:
-            groups.append({"params": trained, "lr": relative if absolute is None else absolute, "kind": kind})
+            groups.append(
+                {"params": trained, "lr": relative if absolute is None else absolute, "kind": kind}
+            )
 
     for module in fake_quant_modules(model).values():
         spec = module.quantizer.spec
         rate, step = grid_rate(spec), grid_step(module)
         add("weights", settings.lr_weights, rate * step, module.weight)
-        add(SCALES, settings.lr_scales, rate * step / (spec.levels.levels / 2), module.quantizer.scale)
+        add(
+            SCALES,
+            settings.lr_scales,
+            rate * step / (spec.levels.levels / 2),
+            module.quantizer.scale,
+        )
         add(SCALES, settings.lr_scales, rate, module.quantizer.zero)
     grouped = {id(parameter) for group in groups for parameter in group["params"]}
     rates = [group["lr"] for group in groups if group["kind"] == "weights"]
     if not rates and settings.lr_weights is None:
-        raise LlmqError("this model has no quantized layer to take a learning rate from; give lr_weights")
-    add("weights", settings.lr_weights, sum(rates) / max(1, len(rates)), *(parameter for parameter in model.parameters() if id(parameter) not in grouped))
+        raise LlmqError(
+            "this model has no quantized layer to take a learning rate from; give lr_weights"
+        )
+    add(
+        "weights",
+        settings.lr_weights,
+        sum(rates) / max(1, len(rates)),
+        *(parameter for parameter in model.parameters() if id(parameter) not in grouped),
+    )
     return groups

@@ -1,4 +1,5 @@
-"""Fine-tune a folder into a folder: PTQ start, training, freezing, and the choice of the better one.
+"""Fine-tune a folder into a folder: PTQ start, training, freezing, and the choice of the better
+one.
 
     .OUT.qat/           everything of an unfinished run, kept until OUT is there
       settings.json     what the run is; a second one with other settings is refused
@@ -21,16 +22,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from llmq import data
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.windows import identified
-from llmq.formats import files
 from llmq.formats.load import load
 from llmq.kv import quantize_kv
 from llmq.models.arch import find_blocks, needs_bos
-from llmq.models.load import load_config, load_tokenizer
+from llmq.models.source import load_config, load_tokenizer
 from llmq.modules import quantized_modules
 from llmq.ptq.run import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
@@ -39,20 +45,30 @@ from llmq.qat.generate import generate_windows
 from llmq.qat.job import QATJob
 from llmq.qat.ship import ship
 from llmq.qat.student import Student
-from llmq.qat.trainer import QATTrainer, ScheduleCallback, check_reporter, last_checkpoint, step_of, training_arguments
+from llmq.qat.trainer import (
+    QATTrainer,
+    ScheduleCallback,
+    check_reporter,
+    last_checkpoint,
+    step_of,
+    training_arguments,
+)
 from llmq.qat.weights import prepare
+from llmq.storage import files
 
 Show = Callable[[str, int, int, str], None]
 
 
 def work_dir_of(out_dir: Path) -> Path:
-    """Beside the output; where that is a link, beside what it points to, so that a rename can publish it."""
+    """Beside the output; where that is a link, beside what it points to, so that a rename can
+    publish it."""
     out_dir = out_dir.resolve()
     return out_dir.with_name(f".{out_dir.name}.qat")
 
 
 def check_identity(work_dir: Path, identity: dict[str, Any]) -> None:
-    """Start a run, or continue it. Raises `LlmqError` that names what differs from the run that was started."""
+    """Start a run, or continue it. Raises `LlmqError` that names what differs from the run that was
+    started."""
     path = work_dir / "settings.json"
     identity = json.loads(json.dumps(identity))
     if path.exists():
@@ -68,12 +84,19 @@ def check_identity(work_dir: Path, identity: dict[str, Any]) -> None:
     files.write_json(path, identity)
 
 
-def fine_tune(job: QATJob, out_dir: Path, *, overwrite: bool = False, report_to: str = "none", show: Show = lambda title, done, total, remark: None) -> dict[str, Any]:
+def fine_tune(
+    job: QATJob,
+    out_dir: Path,
+    *,
+    overwrite: bool = False,
+    report_to: str = "none",
+    show: Show = lambda title, done, total, remark: None,
+) -> dict[str, Any]:
     """Run a job into a folder and return its report. Continues an interrupted run of the same job.
 
-    show: told of progress (title, done, total, remark). report_to: what the Trainer reports to, "none", "tensorboard" or "wandb". Raises `LlmqError` for bad input, `VerificationError` for a
-    loss that is not finite.
-    """
+    show: told of progress (title, done, total, remark). report_to: what the Trainer reports to,
+    "none", "tensorboard" or "wandb". Raises `LlmqError` for bad input, `VerificationError` for a
+    loss that is not finite."""
     check_reporter(report_to)
     state, device = job.processes, job.device
     started = time.monotonic()
@@ -90,7 +113,15 @@ def fine_tune(job: QATJob, out_dir: Path, *, overwrite: bool = False, report_to:
     train(model, job, job.windows, work_dir, report_to=report_to, show=show)
     report: dict[str, Any] = {}
     if state.is_main_process:
-        report = ship(model.to("cpu"), job, start_dir, work_dir, out_dir, overwrite, time.monotonic() - started)
+        report = ship(
+            model.to("cpu"),
+            job,
+            start_dir,
+            work_dir,
+            out_dir,
+            overwrite,
+            time.monotonic() - started,
+        )
         shutil.rmtree(work_dir)
     state.wait_for_everyone()
     return report
@@ -118,9 +149,12 @@ def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
 
 
 def _calibration(job: QATJob) -> data.TokenSet:
-    """Windows that are trained on: the held-out ones judge the start, too, and with generated text there is no other."""
+    """Windows that are trained on: the held-out ones judge the start, too, and with generated text
+    there is no other."""
     assert job.windows is not None
-    chosen = torch.randperm(len(job.windows), generator=torch.Generator().manual_seed(job.recipe.seed))[: job.recipe.samples]
+    chosen = torch.randperm(
+        len(job.windows), generator=torch.Generator().manual_seed(job.recipe.seed)
+    )[: job.recipe.samples]
     windows = job.windows[chosen]
     if needs_bos(load_config(job.model_dir)):
         windows[:, 0] = load_tokenizer(job.model_dir).bos_token_id
@@ -128,22 +162,39 @@ def _calibration(job: QATJob) -> data.TokenSet:
 
 
 def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
-    """The job with its windows, which are written by the teacher where there is no other text; a few more than are trained on decide whether training helped."""
+    """The job with its windows, which are written by the teacher where there is no other text; a
+    few more than are trained on decide whether training helped."""
     if job.windows is not None:
         return job
     teacher = load(job.teacher_dir, dtype="float32").to(device)
     n_held_out = min(job.settings.n_held_out, -(-job.n_windows // 9))
     n = job.n_windows + n_held_out
-    tokens = generate_windows(teacher, n, job.settings.sequence_length, work_dir, seed=job.settings.seed, on_batch=lambda done, total: show("generated", done, total, ""))
+    tokens = generate_windows(
+        teacher,
+        n,
+        job.settings.sequence_length,
+        work_dir,
+        seed=job.settings.seed,
+        on_batch=lambda done, total: show("generated", done, total, ""),
+    )
     windows, held_out = tokens[: job.n_windows], tokens[job.n_windows :]
     identity = [data.token_hash(tokens)]  # there is no text beside the tokens
-    return replace(job, windows=windows, held_out=identified(held_out, "none", identity, load_tokenizer(job.model_dir)) if len(held_out) else None)
+    return replace(
+        job,
+        windows=windows,
+        held_out=identified(held_out, "none", identity, load_tokenizer(job.model_dir))
+        if len(held_out)
+        else None,
+    )
 
 
 def student_model(job: QATJob, start_dir: Path) -> PreTrainedModel:
     """The model in float32 with its quantized layers in training, starting from the PTQ result."""
     settings = job.settings
-    start = {name: module.qtensor() for name, module in quantized_modules(load(start_dir, dtype="float32")).items()}
+    start = {
+        name: module.qtensor()
+        for name, module in quantized_modules(load(start_dir, dtype="float32")).items()
+    }
     model = load(job.model_dir, dtype="float32")
     prepare(model, start, settings.quantizer, settings.scheme.activations)
     quantize_kv(model, settings.scheme.kv_bits, before_rope=settings.kv_before_rope)
@@ -156,24 +207,58 @@ class _Progress(TrainerCallback):
     def __init__(self, show: Show) -> None:
         self.show = show
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            self.show("training", state.global_step, state.max_steps, f"loss {float(logs['loss']):.4f}")
+            self.show(
+                "training", state.global_step, state.max_steps, f"loss {float(logs['loss']):.4f}"
+            )
 
 
-def train(model: PreTrainedModel, job: QATJob, windows: Tensor, work_dir: Path, *, report_to: str = "none", show: Show = lambda title, done, total, remark: None) -> None:
+def train(
+    model: PreTrainedModel,
+    job: QATJob,
+    windows: Tensor,
+    work_dir: Path,
+    *,
+    report_to: str = "none",
+    show: Show = lambda title, done, total, remark: None,
+) -> None:
     """Train in place, from the last checkpoint in `work_dir` where there is one."""
     settings = job.settings
     n_steps = settings.n_steps(len(windows), job.processes.num_processes)
     trainer_dir = work_dir / "trainer"
-    teacher = load(job.teacher_dir, dtype=job.teacher_dtype).to(job.processes.device) if settings.loss.kl else None
+    teacher = (
+        load(job.teacher_dir, dtype=job.teacher_dtype).to(job.processes.device)
+        if settings.loss.kl
+        else None
+    )
     student = Student(model, teacher, settings.loss)
-    callbacks = [ScheduleCallback(student, settings, job.held_out, work_dir / "log.jsonl"), _Progress(show)]
-    arguments = training_arguments(settings, n_steps, trainer_dir, device=job.device, report_to=report_to)
-    trainer = QATTrainer(settings=settings, model=student, args=arguments, train_dataset=TokenWindows(windows), callbacks=callbacks)
+    callbacks = [
+        ScheduleCallback(student, settings, job.held_out, work_dir / "log.jsonl"),
+        _Progress(show),
+    ]
+    arguments = training_arguments(
+        settings, n_steps, trainer_dir, device=job.device, report_to=report_to
+    )
+    trainer = QATTrainer(
+        settings=settings,
+        model=student,
+        args=arguments,
+        train_dataset=TokenWindows(windows),
+        callbacks=callbacks,
+    )
     trainer.telemetry(student)  # the codes that the first row counts flips from
     last = last_checkpoint(trainer_dir)
-    if last is not None and step_of(last) >= n_steps:  # interrupted after training; the Trainer would take one more step
+    if (
+        last is not None and step_of(last) >= n_steps
+    ):  # interrupted after training; the Trainer would take one more step
         trainer.load_checkpoint(last)
     else:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))

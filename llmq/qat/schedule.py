@@ -1,4 +1,5 @@
-"""What changes during a run, as functions of the share of it that is done. Nothing here has a state, so a resumed run is at the same point as an uninterrupted one."""
+"""What changes during a run, as functions of the share of it that is done. Nothing here has a
+state, so a resumed run is at the same point as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from llmq.qat.weights import fake_quant_modules
 
 @dataclass(frozen=True)
 class Phases:
-    """All as shares of the run. warmup: learning rates rise. gradual: lambda rises from 0 to 1. activations: quantization of activations is switched on. freeze_scales: scales stop.
+    """All as shares of the run. warmup: learning rates rise. gradual: lambda rises from 0 to 1.
+    activations: quantization of activations is switched on. freeze_scales: scales stop.
     freeze_ranges: static activation ranges stop following the data."""
 
     warmup: float = 0.03
@@ -28,7 +30,8 @@ class Phases:
                 raise LlmqError(f"phase {name} = {value}: expected a share of the run, from 0 to 1")
 
     def learning_rate(self, done: float, *, scales: bool = False) -> float:
-        """Factor on the learning rate: linear warm-up, then half a cosine to 0; scales end at `freeze_scales`."""
+        """Factor on the learning rate: linear warm-up, then half a cosine to 0; scales end at
+        `freeze_scales`."""
         end = self.freeze_scales if scales else 1.0
         if done >= end:
             return 0.0

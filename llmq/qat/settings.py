@@ -14,12 +14,19 @@ from llmq.spec import QuantSpec
 
 _SCHEME = re.compile(r"(?P<weights>w[2348]|ternary)(?:a(?P<activations>8))?(?:kv(?P<kv>[48]))?")
 # Group sizes and zero points where nothing else is asked: those of the published low-bit results.
-_GRIDS = {"w8": QuantSpec("int8", -1), "w4": QuantSpec("int4", 128), "w3": QuantSpec("int3", 128), "w2": QuantSpec("int2", 64, symmetric=False), "ternary": QuantSpec("ternary", 128)}
+_GRIDS = {
+    "w8": QuantSpec("int8", -1),
+    "w4": QuantSpec("int4", 128),
+    "w3": QuantSpec("int3", 128),
+    "w2": QuantSpec("int2", 64, symmetric=False),
+    "ternary": QuantSpec("ternary", 128),
+}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """weights: the grid. activations: "none", "int8-token" or "int8-static". kv_bits: bits of keys and values, or None for full precision."""
+    """weights: the grid. activations: "none", "int8-token" or "int8-static". kv_bits: bits of keys
+    and values, or None for full precision."""
 
     weights: QuantSpec
     activations: Literal["none", "int8-token", "int8-static"] = "none"
@@ -27,22 +34,33 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """Read w4, w3, w2, w8 or ternary, with a8 and kv8 or kv4 behind where wanted: `w4a8kv8`. Raises `LlmqError` with the forms that exist."""
+        """Read w4, w3, w2, w8 or ternary, with a8 and kv8 or kv4 behind where wanted: `w4a8kv8`.
+        Raises `LlmqError` with the forms that exist."""
         match = _SCHEME.fullmatch(text.strip().lower())
         if not match:
-            raise LlmqError(f"unknown scheme {text!r}: expected w8, w4, w3, w2 or ternary, with a8 and kv8 or kv4 behind where wanted, such as w4a8kv8")
-        return cls(_GRIDS[match["weights"]], "int8-token" if match["activations"] else "none", int(match["kv"]) if match["kv"] else None)
+            raise LlmqError(
+                f"unknown scheme {text!r}: expected w8, w4, w3, w2 or ternary, with a8 and kv8 or kv4 behind where wanted, such as w4a8kv8"
+            )
+        return cls(
+            _GRIDS[match["weights"]],
+            "int8-token" if match["activations"] else "none",
+            int(match["kv"]) if match["kv"] else None,
+        )
 
 
 @dataclass(frozen=True)
 class QATSettings:
-    """scheme, quantizer: what is trained (see `llmq.qat.weights`). init: the method of the start, "rtn", "gptq" or "blockwise". kv_before_rope: quantize keys before the rotary embedding (LLM-QAT).
+    """scheme, quantizer: what is trained (see `llmq.qat.weights`). init: the method of the start,
+    "rtn", "gptq" or "blockwise". kv_before_rope: quantize keys before the rotary embedding
+    (LLM-QAT).
 
-    max_tokens, max_steps: length of the run, one of them; both None: one pass over the text. sequence_length, batch_size: of a process; accumulation: batches per step.
-    lr_weights, lr_scales: absolute peaks; None: by the grid of each layer (`llmq.qat.rates`). precision: of the arithmetic; masters are float32 always. loss, phases: see there. log_every,
-    save_every, eval_every: steps; 0: about 100, 5 and 5 times in a run, checkpoints always where there is a row of the log too, so that a resumed run's rows are means of the same steps.
-    n_held_out: windows spread over the text that are not trained on, for deciding whether training helped.
-    """
+    max_tokens, max_steps: length of the run, one of them; both None: one pass over the text.
+    sequence_length, batch_size: of a process; accumulation: batches per step. lr_weights,
+    lr_scales: absolute peaks; None: by the grid of each layer (`llmq.qat.rates`). precision: of the
+    arithmetic; masters are float32 always. loss, phases: see there. log_every, save_every,
+    eval_every: steps; 0: about 100, 5 and 5 times in a run, checkpoints always where there is a row
+    of the log too, so that a resumed run's rows are means of the same steps. n_held_out: windows
+    spread over the text that are not trained on, for deciding whether training helped."""
 
     scheme: Scheme
     quantizer: QuantizerName = "lsq"
@@ -70,13 +88,21 @@ class QATSettings:
         if self.precision not in ("bf16", "fp16", "fp32"):
             raise LlmqError(f"precision {self.precision!r}: expected bf16, fp16 or fp32")
         if self.quantizer != "lsq" and self.init != "rtn":
-            raise LlmqError(f"quantizer {self.quantizer} chooses its scales itself, so another start than plain rounding would be lost; give --init rtn")
+            raise LlmqError(
+                f"quantizer {self.quantizer} chooses its scales itself, so another start than plain rounding would be lost; give --init rtn"
+            )
         if self.max_tokens is not None and self.max_steps is not None:
-            raise LlmqError(f"--max-tokens {self.max_tokens} and --max-steps {self.max_steps} both set the length of the run; give one of them")
+            raise LlmqError(
+                f"--max-tokens {self.max_tokens} and --max-steps {self.max_steps} both set the length of the run; give one of them"
+            )
         if self.log_every and self.save_every % self.log_every:
-            raise LlmqError(f"--save-every {self.save_every} is no multiple of --log-every {self.log_every}: the means of a resumed run's log would be of other steps")
+            raise LlmqError(
+                f"--save-every {self.save_every} is no multiple of --log-every {self.log_every}: the means of a resumed run's log would be of other steps"
+            )
         if self.sequence_length < 2 or self.batch_size < 1 or self.accumulation < 1:
-            raise LlmqError(f"batches of {self.batch_size} x {self.sequence_length} tokens, {self.accumulation} per step: expected at least one sequence of 2 tokens")
+            raise LlmqError(
+                f"batches of {self.batch_size} x {self.sequence_length} tokens, {self.accumulation} per step: expected at least one sequence of 2 tokens"
+            )
 
     @property
     def tokens_per_batch(self) -> int:
@@ -87,13 +113,20 @@ class QATSettings:
         return self.batch_size * self.accumulation * n_processes
 
     def n_steps(self, n_windows: int, n_processes: int = 1) -> int:
-        """Optimizer steps for a text of `n_windows` windows. Raises `LlmqError` for `max_tokens` of less than a step."""
+        """Optimizer steps for a text of `n_windows` windows. Raises `LlmqError` for `max_tokens` of
+        less than a step."""
         per_step = self.windows_per_step(n_processes) * self.sequence_length
         if self.max_steps is not None:
             return self.max_steps
         if self.max_tokens is not None and self.max_tokens < per_step:
-            raise LlmqError(f"--max-tokens {self.max_tokens}: one step takes {per_step}; give more, or a smaller --batch-size or --sequence-length")
-        return max(1, (n_windows * self.sequence_length if self.max_tokens is None else self.max_tokens) // per_step)
+            raise LlmqError(
+                f"--max-tokens {self.max_tokens}: one step takes {per_step}; give more, or a smaller --batch-size or --sequence-length"
+            )
+        return max(
+            1,
+            (n_windows * self.sequence_length if self.max_tokens is None else self.max_tokens)
+            // per_step,
+        )
 
     def cadence(self, n_steps: int) -> tuple[int, int]:
         """Steps between rows of the log, and between checkpoints: a multiple of it."""

@@ -1,4 +1,5 @@
-"""The end of a run: freeze, compare with the start on held-out text, publish the better one with its report."""
+"""The end of a run: freeze, compare with the start on held-out text, publish the better one with
+its report."""
 
 from __future__ import annotations
 
@@ -12,25 +13,38 @@ import torch
 from transformers import PreTrainedModel
 
 from llmq.evaluation.perplexity import Perplexity, evaluate
-from llmq.formats import files
 from llmq.formats.load import load
 from llmq.formats.save import save
-from llmq.models.load import load_config, load_tokenizer
+from llmq.models.source import load_config, load_tokenizer
 from llmq.ptq.report import versions
 from llmq.qat.job import QATJob
 from llmq.qat.weights import freeze
+from llmq.storage import files
 
 
-def ship(model: PreTrainedModel, job: QATJob, start_dir: Path, work_dir: Path, out_dir: Path, overwrite: bool, seconds: float) -> dict[str, Any]:
+def ship(
+    model: PreTrainedModel,
+    job: QATJob,
+    start_dir: Path,
+    work_dir: Path,
+    out_dir: Path,
+    overwrite: bool,
+    seconds: float,
+) -> dict[str, Any]:
     """Freeze, compare with the start on held-out text, and publish the better one."""
     freeze(model, job.recipe.activations)
     staging = work_dir / "out"
     shutil.rmtree(staging, ignore_errors=True)
     save(_in_source_dtype(model, job.model_dir), staging, tokenizer=load_tokenizer(job.model_dir))
     scores: dict[str, Perplexity] = {}
-    if job.held_out is not None:  # of what is on the disk: embeddings and norms are rounded to the source's dtype there
+    if (
+        job.held_out is not None
+    ):  # of what is on the disk: embeddings and norms are rounded to the source's dtype there
         folders = {"full_precision": job.model_dir, "start": start_dir, "trained": staging}
-        scores = {name: evaluate(load(folder, dtype="float32"), job.held_out) for name, folder in folders.items()}
+        scores = {
+            name: evaluate(load(folder, dtype="float32"), job.held_out)
+            for name, folder in folders.items()
+        }
     improved = not scores or scores["trained"].value < scores["start"].value
     if not improved:
         shutil.rmtree(staging)
@@ -49,13 +63,16 @@ def ship(model: PreTrainedModel, job: QATJob, start_dir: Path, work_dir: Path, o
 
 
 def _in_source_dtype(model: PreTrainedModel, model_dir: Path) -> PreTrainedModel:
-    """Embeddings, norms and biases go back to the dtype that the source stores; packed weights and scales stay as they are."""
+    """Embeddings, norms and biases go back to the dtype that the source stores; packed weights and
+    scales stay as they are."""
     dtype = load_config(model_dir).dtype or torch.float32
     model.config.dtype = dtype
     return model.to(dtype)
 
 
-def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Path, seconds: float) -> dict[str, Any]:
+def _report(
+    job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Path, seconds: float
+) -> dict[str, Any]:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     losses = [row["loss"] for row in rows if "loss" in row]
     return {
@@ -64,15 +81,23 @@ def _report(job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Pat
         "teacher_dtype": job.teacher_dtype,
         "method": "qat",
         "shipped": "trained" if improved else "start",
-        "verdict": None if scores else f"no held-out text ({'none was asked for' if job.settings.n_held_out == 0 else 'fewer than 10 windows'}): nothing was compared",
+        "verdict": None
+        if scores
+        else f"no held-out text ({'none was asked for' if job.settings.n_held_out == 0 else 'fewer than 10 windows'}): nothing was compared",
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
-        "train": {"source": job.train, "windows": list(job.windows.shape) if job.windows is not None else job.n_windows},
+        "train": {
+            "source": job.train,
+            "windows": list(job.windows.shape) if job.windows is not None else job.n_windows,
+        },
         "budget": job.budget(),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "held_out": {name: score.to_json() for name, score in scores.items()},
-        "layers": [{"name": plan.layer.name, "spec": None if plan.spec is None else str(plan.spec)} for plan in job.plans],
+        "layers": [
+            {"name": plan.layer.name, "spec": None if plan.spec is None else str(plan.spec)}
+            for plan in job.plans
+        ],
         "notes": job.notes,
         "seconds": round(seconds, 2),
         "versions": versions(),

@@ -1,8 +1,8 @@
 """The module that is trained: a causal LM that returns its distillation loss instead of logits.
 
-It is one module with one forward so that wrappers for data parallelism and gradient scaling see an ordinary training step. The teacher hangs beside it, not inside: its weights are neither trained,
-moved by `state_dict` nor broadcast.
-"""
+It is one module with one forward so that wrappers for data parallelism and gradient scaling see an
+ordinary training step. The teacher hangs beside it, not inside: its weights are neither trained,
+moved by `state_dict` nor broadcast."""
 
 from __future__ import annotations
 
@@ -24,27 +24,38 @@ def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def head_of(model: PreTrainedModel) -> Head:
     """Hidden states to logits, with the soft cap of the families that have one."""
-    linear, cap = model.get_output_embeddings(), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    linear, cap = (
+        model.get_output_embeddings(),
+        getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+    )
     return linear if cap is None else lambda hidden: torch.tanh(linear(hidden) / cap) * cap
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raise `LlmqError` for a model whose logits are more than the head on the last hidden states: its loss would be another one."""
+    """Raise `LlmqError` for a model whose logits are more than the head on the last hidden states:
+    its loss would be another one."""
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     training = model.training
     model.eval()  # or static ranges of activations would start from these four tokens
-    expected, found = model(input_ids=ids, use_cache=False).logits.float(), head_of(model)(last_hidden(model, ids)).float()
+    expected, found = (
+        model(input_ids=ids, use_cache=False).logits.float(),
+        head_of(model)(last_hidden(model, ids)).float(),
+    )
     model.train(training)
     if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
-        raise LlmqError(f"{type(model).__name__}: its logits are not its output head applied to its last hidden states, so the loss in chunks does not fit it; please report the model")
+        raise LlmqError(
+            f"{type(model).__name__}: its logits are not its output head applied to its last hidden states, so the loss in chunks does not fit it; please report the model"
+        )
 
 
 def check_same_vocabulary(config: PretrainedConfig, teacher_config: PretrainedConfig) -> None:
     """Raise `LlmqError` for a teacher whose logits stand for other tokens."""
     ours, theirs = (each.get_text_config().vocab_size for each in (config, teacher_config))
     if ours != theirs:
-        raise LlmqError(f"the teacher has a vocabulary of {theirs}, the student one of {ours}; distillation needs the same tokenizer, so take a teacher of the same family")
+        raise LlmqError(
+            f"the teacher has a vocabulary of {theirs}, the student one of {ours}; distillation needs the same tokenizer, so take a teacher of the same family"
+        )
 
 
 def next_tokens(input_ids: Tensor) -> Tensor:
@@ -53,14 +64,21 @@ def next_tokens(input_ids: Tensor) -> Tensor:
 
 
 class Student(nn.Module):
-    """model: in training. teacher: full precision, on the device that is trained on, or None to train on the text alone."""
+    """model: in training. teacher: full precision, on the device that is trained on, or None to
+    train on the text alone."""
 
-    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel | None, weights: LossWeights) -> None:
+    def __init__(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None, weights: LossWeights
+    ) -> None:
         super().__init__()
         self.model = model
         self.weights = weights
-        self._beside: list[PreTrainedModel] = [] if teacher is None else [teacher.eval().requires_grad_(False)]
-        self._nodes = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+        self._beside: list[PreTrainedModel] = (
+            [] if teacher is None else [teacher.eval().requires_grad_(False)]
+        )
+        self._nodes = [
+            module for module in model.modules() if isinstance(module, ActivationQuantizer)
+        ]
         check_head(model)
         if teacher is not None:
             check_head(teacher)
@@ -77,4 +95,11 @@ class Student(nn.Module):
         hidden = last_hidden(self.model, input_ids)
         for node in self._nodes:  # whatever runs from here on is gradient checkpointing
             node.recomputing = True
-        return distillation_loss(hidden, next_tokens(input_ids), head_of(self.model), self.weights, teacher_hidden, teacher_head)
+        return distillation_loss(
+            hidden,
+            next_tokens(input_ids),
+            head_of(self.model),
+            self.weights,
+            teacher_hidden,
+            teacher_head,
+        )

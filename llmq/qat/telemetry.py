@@ -10,14 +10,16 @@ from llmq.qat.weights import FakeQuantLinear, fake_quant_modules
 
 
 class Telemetry:
-    """Counts over all layers at each call: how many codes changed since the last one, how many are zero, how many weights lie outside their grid. Keeps one byte per weight."""
+    """Counts over all layers at each call: how many codes changed since the last one, how many are
+    zero, how many weights lie outside their grid. Keeps one byte per weight."""
 
     def __init__(self) -> None:
         self._codes: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """flip_rate, zero_fraction, clip_fraction: shares of all weights in training; empty when nothing is quantized."""
+        """flip_rate, zero_fraction, clip_fraction: shares of all weights in training; empty when
+        nothing is quantized."""
         n = flips = zeros = clipped = 0
         for name, module in fake_quant_modules(model).items():
             codes, is_zero, is_clipped = _count(module)
@@ -25,7 +27,11 @@ class Telemetry:
             flips += 0 if before is None else int((codes != before).sum())
             zeros, clipped, n = zeros + is_zero, clipped + is_clipped, n + codes.numel()
             self._codes[name] = codes
-        return {"flip_rate": flips / n, "zero_fraction": zeros / n, "clip_fraction": clipped / n} if n else {}
+        return (
+            {"flip_rate": flips / n, "zero_fraction": zeros / n, "clip_fraction": clipped / n}
+            if n
+            else {}
+        )
 
 
 def _count(module: FakeQuantLinear) -> tuple[Tensor, int, int]:

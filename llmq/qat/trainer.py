@@ -1,4 +1,5 @@
-"""transformers' Trainer with the few things that quantization-aware training adds: its schedule, its learning rates, its telemetry and checkpoints of exact float32 masters."""
+"""transformers' Trainer with the few things that quantization-aware training adds: its schedule,
+its learning rates, its telemetry and checkpoints of exact float32 masters."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -28,7 +36,9 @@ WEIGHTS = "masters.safetensors"
 SKIPPED_STEPS = 40  # in a row under fp16: its scaler starts at 2^16 and is below 2^-24 by then
 
 
-def training_arguments(settings: QATSettings, n_steps: int, out_dir: Path, *, device: str, report_to: str = "none") -> TrainingArguments:
+def training_arguments(
+    settings: QATSettings, n_steps: int, out_dir: Path, *, device: str, report_to: str = "none"
+) -> TrainingArguments:
     """The Trainer's own arguments."""
     log_every, save_every = settings.cadence(n_steps)
     arguments = TrainingArguments(
@@ -37,7 +47,8 @@ def training_arguments(settings: QATSettings, n_steps: int, out_dir: Path, *, de
         save_steps=save_every, save_total_limit=2, logging_steps=log_every, logging_nan_inf_filter=False, report_to=report_to,
         remove_unused_columns=False, label_names=[], disable_tqdm=True, dataloader_drop_last=True, dataloader_pin_memory=device != "cpu", ddp_find_unused_parameters=False,
     )  # fmt: skip
-    # One GPU per process: with more in sight the Trainer would split batches over threads (DataParallel), whose copies of the student all have the teacher on the first GPU.
+    # One GPU per process: with more in sight the Trainer would split batches over threads
+    # (DataParallel), whose copies of the student all have the teacher on the first GPU.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -46,7 +57,9 @@ def check_reporter(name: str) -> None:
     """Raise `LlmqError` for a reporter that the Trainer does not know or that is not installed."""
     installed = get_available_reporting_integrations()
     if name not in ("none", *installed):
-        raise LlmqError(f"--report-to {name}: expected none{''.join(f' or {each}' for each in installed)}, which are the ones installed here")
+        raise LlmqError(
+            f"--report-to {name}: expected none{''.join(f' or {each}' for each in installed)}, which are the ones installed here"
+        )
 
 
 def remedy(args: TrainingArguments) -> str:
@@ -67,36 +80,80 @@ def step_of(checkpoint: Path) -> int:
 
 
 class ScheduleCallback(TrainerCallback):
-    """Sets the quantizers' switches before every step, and scores the held-out windows with the hard quantizer."""
+    """Sets the quantizers' switches before every step, and scores the held-out windows with the
+    hard quantizer."""
 
-    def __init__(self, student: Student, settings: QATSettings, held_out: Windows | None, log_path: Path) -> None:
-        self.student, self.settings, self.held_out, self.log_path = student, settings, held_out, log_path
+    def __init__(
+        self, student: Student, settings: QATSettings, held_out: Windows | None, log_path: Path
+    ) -> None:
+        self.student, self.settings, self.held_out, self.log_path = (
+            student,
+            settings,
+            held_out,
+            log_path,
+        )
         self.n_skipped = 0  # steps in a row
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.settings.phases.apply(self.student, state.global_step / state.max_steps)
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A finite loss can have a gradient that is not, and one such step is in every weight. The scaler of fp16 skips these steps and halves its factor, which must help at some time."""
-        gradients = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A finite loss can have a gradient that is not, and one such step is in every weight. The
+        scaler of fp16 skips these steps and halves its factor, which must help at some time."""
+        gradients = [
+            parameter.grad for parameter in self.student.parameters() if parameter.grad is not None
+        ]
         is_finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
         self.n_skipped = 0 if is_finite else self.n_skipped + 1
         if self.n_skipped >= (min(SKIPPED_STEPS, state.max_steps) if args.fp16 else 1):
-            raise VerificationError(f"step {state.global_step + 1}: the gradient holds NaN or infinite values; {remedy(args)}")
+            raise VerificationError(
+                f"step {state.global_step + 1}: the gradient holds NaN or infinite values; {remedy(args)}"
+            )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         every = self.settings.eval_every or max(1, state.max_steps // 5)
-        if self.held_out is not None and state.is_world_process_zero and (state.global_step % every == 0 or state.global_step == state.max_steps):
-            self._write({"step": state.global_step, "held_out_perplexity": held_out_perplexity(self.student, self.held_out)})
+        if (
+            self.held_out is not None
+            and state.is_world_process_zero
+            and (state.global_step % every == 0 or state.global_step == state.max_steps)
+        ):
+            self._write(
+                {
+                    "step": state.global_step,
+                    "held_out_perplexity": held_out_perplexity(self.student, self.held_out),
+                }
+            )
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            self._write({"step": state.global_step, **{name: float(value) for name, value in logs.items()}})
+            self._write(
+                {"step": state.global_step, **{name: float(value) for name, value in logs.items()}}
+            )
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A resumed run writes the steps after its checkpoint again: drop what an interrupted one wrote beyond it."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed run writes the steps after its checkpoint again: drop what an interrupted one
+        wrote beyond it."""
         if state.is_world_process_zero and self.log_path.exists():
-            rows = [line for line in self.log_path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            rows = [
+                line
+                for line in self.log_path.read_text().splitlines()
+                if json.loads(line)["step"] <= state.global_step
+            ]
             self.log_path.write_text("".join(f"{row}\n" for row in rows))
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -105,7 +162,8 @@ class ScheduleCallback(TrainerCallback):
 
 
 def held_out_perplexity(student: Student, windows: Windows) -> float:
-    """Perplexity with everything quantized that will be, whatever the schedule is at; it sets its switches again before the next step."""
+    """Perplexity with everything quantized that will be, whatever the schedule is at; it sets its
+    switches again before the next step."""
     training = student.training
     for module in fake_quant_modules(student).values():
         module.strength = 1.0
@@ -119,7 +177,8 @@ def held_out_perplexity(student: Student, windows: Windows) -> float:
 
 
 class QATTrainer(Trainer):
-    """settings: see `QATSettings`. The rest as in `transformers.Trainer`; the model is a `Student`."""
+    """settings: see `QATSettings`. The rest as in `transformers.Trainer`; the model is a
+    `Student`."""
 
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: LambdaLR | None
@@ -135,31 +194,57 @@ class QATTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW without weight decay, with rates by `parameter_groups`."""
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.settings), betas=(0.9, 0.95), weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(
+                parameter_groups(self.model, self.settings), betas=(0.9, 0.95), weight_decay=0.0
+            )
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
         if self.lr_scheduler is None:
             assert self.optimizer is not None
-            self.lr_scheduler = LambdaLR(self.optimizer, [self._factor(num_training_steps, group["kind"]) for group in self.optimizer.param_groups])
+            self.lr_scheduler = LambdaLR(
+                self.optimizer,
+                [
+                    self._factor(num_training_steps, group["kind"])
+                    for group in self.optimizer.param_groups
+                ],
+            )
         return self.lr_scheduler
 
     def _factor(self, n_steps: int, kind: str) -> Callable[[int], float]:
-        return lambda step: self.settings.phases.learning_rate(step / n_steps, scales=kind == SCALES)
+        return lambda step: self.settings.phases.learning_rate(
+            step / n_steps, scales=kind == SCALES
+        )
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         outputs = model(**inputs)
         loss = outputs["loss"]
         if not bool(torch.isfinite(loss.detach())):
-            raise VerificationError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; {remedy(self.args)}")
+            raise VerificationError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}; {remedy(self.args)}"
+            )
         self.parts = {name: self.parts.get(name, 0) + outputs[name] for name in ("kl", "ce")}
         self.n_parts += 1
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.n_parts:
-            means = self.accelerator.reduce(torch.stack(list(self.parts.values())) / self.n_parts, reduction="mean").tolist()
-            logs = {**logs, **dict(zip(self.parts, means, strict=True)), **self.telemetry(self.model)}
+            means = self.accelerator.reduce(
+                torch.stack(list(self.parts.values())) / self.n_parts, reduction="mean"
+            ).tolist()
+            logs = {
+                **logs,
+                **dict(zip(self.parts, means, strict=True)),
+                **self.telemetry(self.model),
+            }
             self.parts, self.n_parts = {}, 0
         super().log(logs, start_time)
 
@@ -172,6 +257,14 @@ class QATTrainer(Trainer):
         """Take the weights of a checkpoint, without training on."""
         self._load_from_checkpoint(str(folder))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_model(self.model if model is None else model, str(Path(resume_from_checkpoint) / WEIGHTS))
-        self.telemetry(self.model)  # checkpoints are where the log has rows, so these are the codes that the next row counts flips from
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_model(
+            self.model if model is None else model, str(Path(resume_from_checkpoint) / WEIGHTS)
+        )
+        self.telemetry(
+            self.model
+            # checkpoints are where the log has rows, so these are the codes that the next row counts
+            # flips from
+        )

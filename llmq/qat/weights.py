@@ -1,17 +1,24 @@
 """Linear layers whose weight is trained through its quantizer, and the way in and out of them.
 
-A `FakeQuantLinear` holds the float32 master weight and a weight quantizer. Forward it multiplies with what will be stored, bit for bit; backward the gradient reaches master, scale and zero
-point. Four quantizers share the one rounding of `llmq.quantizer`:
+A `FakeQuantLinear` holds the float32 master weight and a weight quantizer. Forward it multiplies
+with what will be stored, bit for bit; backward the gradient reaches master, scale and zero point.
+Four quantizers share the one rounding of `llmq.quantizer`:
 
-    lsq      scales (and zero points) are learned (Esser et al., 2020; asymmetric: LSQ+, Bhalgat et al., 2020): the default, since it can start from any quantized checkpoint as it is
-    seq      the same on grids without a level to spare, starting from the largest magnitude (ParetoQ's stretched elastic quantization, Liu et al., 2025): 2 bits with levels at half-integers
+    lsq      scales (and zero points) are learned (Esser et al., 2020; asymmetric: LSQ+, Bhalgat et
+             al., 2020): the default, since it can start from any quantized checkpoint as it is
+    seq      the same on grids without a level to spare, starting from the largest magnitude
+             (ParetoQ's stretched elastic quantization, Liu et al., 2025): 2 bits with levels at
+             half-integers
              ("w2h"), or ternary; every code then stands for an equal share of the range
-    ste      scales follow the weights' range at every step (LLM-QAT, Liu et al., 2023); gradient straight through
-    absmean  ternary codes under the mean magnitude of their group (BitNet b1.58, Ma et al., 2024); gradient straight through without a mask, so a weight far outside still moves
+    ste      scales follow the weights' range at every step (LLM-QAT, Liu et al., 2023); gradient
+             straight through
+    absmean  ternary codes under the mean magnitude of their group (BitNet b1.58, Ma et al., 2024);
+             gradient straight through without a mask, so a weight far outside still moves
 
-The masters start as the original weights moved into the cells of their codes: quantized again they give the very codes of the start (GPTQ's, or any other method's), and where a code agrees with
-the original weight nothing moves. Starting from dequantized values would put every weight in the middle of its cell, half a step from any flip, where LSQ has no gradient.
-"""
+The masters start as the original weights moved into the cells of their codes: quantized again they
+give the very codes of the start (GPTQ's, or any other method's), and where a code agrees with the
+original weight nothing moves. Starting from dequantized values would put every weight in the middle
+of its cell, half a step from any flip, where LSQ has no gradient."""
 
 from __future__ import annotations
 
@@ -33,42 +40,65 @@ from llmq.spec import ActSpec, QuantSpec
 from llmq_kernels.reference import expand_groups
 
 QuantizerName = Literal["lsq", "seq", "ste", "absmean"]
-CELL = 0.49  # masters keep this many steps of distance from their code's level at most: a little inside the cell, so that float32 rounding cannot change the code
+# masters keep this many steps of distance from their code's level at most: a little inside the
+# cell, so that float32 rounding cannot change the code
+CELL = 0.49
 
 
 def check_quantizer(name: QuantizerName, spec: QuantSpec, where: str = "") -> None:
     """Raise `LlmqError` for a quantizer that is not made for a grid."""
     if name == "absmean" and spec.code != "ternary":
-        raise LlmqError(f"{where}quantizer absmean is for ternary codes, not {spec}; use lsq or ste")
+        raise LlmqError(
+            f"{where}quantizer absmean is for ternary codes, not {spec}; use lsq or ste"
+        )
     if name == "seq" and spec.code not in ("int2h", "ternary"):
-        raise LlmqError(f"{where}quantizer seq is for 2-bit codes with half-integer levels (w2h) and ternary ones, not {spec}; use lsq")
+        raise LlmqError(
+            f"{where}quantizer seq is for 2-bit codes with half-integer levels (w2h) and ternary ones, not {spec}; use lsq"
+        )
 
 
 class WeightQuantizer(nn.Module):
-    """spec: the grid. scale, zero: float32 masters of what is stored, `[N or 1, G]`; parameters under "lsq" and "seq", absent otherwise."""
+    """spec: the grid. scale, zero: float32 masters of what is stored, `[N or 1, G]`; parameters
+    under "lsq" and "seq", absent otherwise."""
 
     scale: Tensor | None
     zero: Tensor | None
 
-    def __init__(self, spec: QuantSpec, name: QuantizerName, scale: Tensor | None = None, zero: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        spec: QuantSpec,
+        name: QuantizerName,
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+    ) -> None:
         super().__init__()
         check_quantizer(name, spec)
         self.spec, self.name = spec, name
         learned = name in ("lsq", "seq")
-        self.register_parameter("scale", nn.Parameter(scale.float().clone()) if learned and scale is not None else None)
-        self.register_parameter("zero", nn.Parameter(zero.float().clone()) if learned and zero is not None else None)
+        self.register_parameter(
+            "scale", nn.Parameter(scale.float().clone()) if learned and scale is not None else None
+        )
+        self.register_parameter(
+            "zero", nn.Parameter(zero.float().clone()) if learned and zero is not None else None
+        )
 
     def stored(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point as they will be stored, float32, for a master weight `[N, K]`."""
         if self.scale is not None:
             self.keep_positive()
-            return quantizer.round_scale(self.scale, self.spec), None if self.zero is None else quantizer.round_zero(self.zero, self.spec)
-        scale, zero = quantizer.range_scale(weight, self.spec)  # the mean magnitude for ternary codes
+            return quantizer.round_scale(
+                self.scale, self.spec
+            ), None if self.zero is None else quantizer.round_zero(self.zero, self.spec)
+        scale, zero = quantizer.range_scale(
+            weight, self.spec
+        )  # the mean magnitude for ternary codes
         return quantizer.round_scale(scale, self.spec), zero
 
     @torch.no_grad()
     def keep_positive(self) -> None:
-        """Stop a learned scale, wherever an optimizer has moved it, at the smallest number that its dtype holds: beyond zero it would turn every code's sign, and zero stands for an empty group."""
+        """Stop a learned scale, wherever an optimizer has moved it, at the smallest number that its
+        dtype holds: beyond zero it would turn every code's sign, and zero stands for an empty
+        group."""
         if self.scale is not None:
             limits = torch.finfo(getattr(torch, self.spec.scale_dtype))
             self.scale.clamp_(min=limits.tiny * limits.eps)
@@ -77,7 +107,9 @@ class WeightQuantizer(nn.Module):
         """The fake-quantized weight, float32 `[N, K]`."""
         if self.scale is not None:
             self.keep_positive()
-            return fake_quantize_ste(weight, self.scale, self.zero, self.spec, lsq_factor(self.spec, *weight.shape))
+            return fake_quantize_ste(
+                weight, self.scale, self.zero, self.spec, lsq_factor(self.spec, *weight.shape)
+            )
         with torch.no_grad():
             scale, zero = self.stored(weight)
             value = quantizer.fake_quantize(weight, scale, zero, self.spec)
@@ -87,10 +119,16 @@ class WeightQuantizer(nn.Module):
 class FakeQuantLinear(nn.Module):
     """`y = x @ fake_quantize(W).T + bias`.
 
-    weight: float32 master `[N, K]`. activations: quantizes x first, or None. strength: lambda of gradual quantization, `W + lambda (q(W) - W)` with q's own gradient; 1 is full quantization.
-    """
+    weight: float32 master `[N, K]`. activations: quantizes x first, or None. strength: lambda of
+    gradual quantization, `W + lambda (q(W) - W)` with q's own gradient; 1 is full quantization."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, weight_quantizer: WeightQuantizer, activations: ActivationQuantizer | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_quantizer: WeightQuantizer,
+        activations: ActivationQuantizer | None = None,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.float().clone())
@@ -109,7 +147,8 @@ class FakeQuantLinear(nn.Module):
 
     @torch.no_grad()
     def qtensor(self) -> QuantizedTensor:
-        """The weight as it will be stored. Its values are those of the last forward pass at full strength, bit for bit."""
+        """The weight as it will be stored. Its values are those of the last forward pass at full
+        strength, bit for bit."""
         scale, zero = self.quantizer.stored(self.weight)
         packed = QuantizedTensor.round(self.weight, scale, zero, self.quantizer.spec)
         if self.activations is None or self.activations.kind != "int8-static":
@@ -121,48 +160,77 @@ class FakeQuantLinear(nn.Module):
 
 
 def masters(original: Tensor, start: QuantizedTensor) -> Tensor:
-    """Float32 master weights `[N, K]`: the original ones, moved into the cells of the codes of `start`. Outside the grid's range they are clipped to its end cells."""
+    """Float32 master weights `[N, K]`: the original ones, moved into the cells of the codes of
+    `start`. Outside the grid's range they are clipped to its end cells."""
     value = start.dequantize()
-    reach = CELL * expand_groups(start.scale.float(), start.shape[1], start.spec.columns_per_group(start.shape[1]))
+    reach = CELL * expand_groups(
+        start.scale.float(), start.shape[1], start.spec.columns_per_group(start.shape[1])
+    )
     return torch.minimum(torch.maximum(original.float(), value - reach), value + reach)
 
 
 def stretched_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """SEQ's start `[N or 1, G]`: the range from -max|w| to max|w| in as many equal parts as there are codes."""
+    """SEQ's start `[N or 1, G]`: the range from -max|w| to max|w| in as many equal parts as there
+    are codes."""
     return 2 * quantizer.grouped(weight, spec).abs().amax(-1) / spec.levels.levels
 
 
 def fake_quant_modules(model: nn.Module) -> dict[str, FakeQuantLinear]:
     """Name -> module of every layer in training."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantLinear)
+    }
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, start: Mapping[str, QuantizedTensor], name: QuantizerName = "lsq", activations: str = "none") -> None:
-    """Replace linear layers by `FakeQuantLinear` in place, from the quantized weights `start` by layer name. Raises `LlmqError` for act-order weights, whose groups are not consecutive."""
+def prepare(
+    model: nn.Module,
+    start: Mapping[str, QuantizedTensor],
+    name: QuantizerName = "lsq",
+    activations: str = "none",
+) -> None:
+    """Replace linear layers by `FakeQuantLinear` in place, from the quantized weights `start` by
+    layer name. Raises `LlmqError` for act-order weights, whose groups are not consecutive."""
     for layer, qtensor in start.items():
         if qtensor.g_idx is not None:
-            raise LlmqError(f"{layer}: weights with a stored g_idx (act-order) cannot be trained; start from a result without --act-order")
+            raise LlmqError(
+                f"{layer}: weights with a stored g_idx (act-order) cannot be trained; start from a result without --act-order"
+            )
         old = model.get_submodule(layer)
         original, bias = linear_weight(old), getattr(old, "bias", None)
         weight = masters(original, qtensor) if name == "lsq" else original
         scale = stretched_scale(original.float(), qtensor.spec) if name == "seq" else qtensor.scale
         weight_quantizer = WeightQuantizer(qtensor.spec, name, scale, qtensor.zero)
-        model.set_submodule(layer, FakeQuantLinear(weight, bias, weight_quantizer, ActivationQuantizer.of(activations, qtensor.input_range)))
+        model.set_submodule(
+            layer,
+            FakeQuantLinear(
+                weight,
+                bias,
+                weight_quantizer,
+                ActivationQuantizer.of(activations, qtensor.input_range),
+            ),
+        )
 
 
 @torch.no_grad()
 def freeze(model: nn.Module, activations: ActSpec = ActSpec()) -> dict[str, QuantizedTensor]:
-    """Replace every `FakeQuantLinear` by a `QuantLinear` with the same values, in place, and return the packed weights. Raises `LlmqError` when one would differ by a bit,
-    and for other activations than the layers were trained with."""
+    """Replace every `FakeQuantLinear` by a `QuantLinear` with the same values, in place, and return
+    the packed weights. Raises `LlmqError` when one would differ by a bit, and for other activations
+    than the layers were trained with."""
     frozen = {}
     for name, module in fake_quant_modules(model).items():
         trained = "none" if module.activations is None else module.activations.kind
         if trained != activations.kind:
-            raise LlmqError(f"{name}: was trained with activations {trained}, not {activations.kind}; call llmq.freeze(model, recipe.activations)")
+            raise LlmqError(
+                f"{name}: was trained with activations {trained}, not {activations.kind}; call llmq.freeze(model, recipe.activations)"
+            )
         qtensor = frozen[name] = module.qtensor()
         if not torch.equal(qtensor.dequantize(), module.quantizer(module.weight)):
-            raise LlmqError(f"{name}: the packed weight differs from the weight that was trained; this is a defect of llmq, please report it")
+            raise LlmqError(
+                f"{name}: the packed weight differs from the weight that was trained; this is a defect of llmq, please report it"
+            )
         bias = None if module.bias is None else module.bias.detach()
         model.set_submodule(name, QuantLinear(qtensor, bias, activations))
     return frozen

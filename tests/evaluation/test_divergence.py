@@ -1,4 +1,5 @@
-"""Comparing models: a model against itself, against an independent computation, and against the wrong one."""
+"""Comparing models: a model against itself, against an independent computation, and against the
+wrong one."""
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from llmq.errors import LlmqError
 from llmq.evaluation.windows import Windows
 from llmq.recipe import Recipe
 
-WINDOWS = Windows(torch.randint(2, 2048, (24, 32), generator=torch.Generator().manual_seed(3)), "none", "", "")
+WINDOWS = Windows(
+    torch.randint(2, 2048, (24, 32), generator=torch.Generator().manual_seed(3)), "none", "", ""
+)
 
 
 def quantized(spec):
@@ -30,12 +33,18 @@ def test_a_model_equals_itself():
 def test_equals_an_independent_computation():
     base, quant = make_model(), quantized("w3g32")
     result = llmq.compare(base, quant, WINDOWS)
-    p, q = (torch.softmax(model(WINDOWS.tokens).logits[:, :-1].double(), -1) for model in (base, quant))
+    p, q = (
+        torch.softmax(model(WINDOWS.tokens).logits[:, :-1].double(), -1) for model in (base, quant)
+    )
     kl = (p * (p.log() - q.log())).sum(-1)
     assert result["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
     assert result["kl_max"] == pytest.approx(float(kl.max()), rel=1e-3)
-    assert result["kl_p99"] == pytest.approx(float(kl.flatten().sort().values[int(0.99 * kl.numel())]), rel=0.05)
-    assert result["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-6)
+    assert result["kl_p99"] == pytest.approx(
+        float(kl.flatten().sort().values[int(0.99 * kl.numel())]), rel=0.05
+    )
+    assert result["top1_agreement"] == pytest.approx(
+        float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-6
+    )
     targets = WINDOWS.tokens[:, 1:, None]
     nll = [-probabilities.gather(-1, targets).log().mean() for probabilities in (p, q)]
     assert result["perplexity_ratio"] == pytest.approx(float((nll[1] - nll[0]).exp()), rel=1e-4)
@@ -45,7 +54,9 @@ def test_equals_an_independent_computation():
 
 def test_fewer_bits_diverge_more():
     base = make_model()
-    results = [llmq.compare(base, quantized(spec), WINDOWS) for spec in ("w8", "w4g32", "w2g32-asym")]
+    results = [
+        llmq.compare(base, quantized(spec), WINDOWS) for spec in ("w8", "w4g32", "w2g32-asym")
+    ]
     assert results[0]["kl_mean"] < results[1]["kl_mean"] < results[2]["kl_mean"]
     assert results[0]["top1_agreement"] > results[2]["top1_agreement"]
 

@@ -33,7 +33,12 @@ def test_equals_an_independent_computation(tokenizer):
 
 def test_the_figure_carries_what_identifies_it(tokenizer):
     report = llmq.perplexity(make_model(), tokenizer, TEXT, sequence_length=32).to_json()
-    assert (report["protocol"], report["sequence_length"], report["bos"], report["dtype"]) == ("gptq", 32, "start", "float32")
+    assert (report["protocol"], report["sequence_length"], report["bos"], report["dtype"]) == (
+        "gptq",
+        32,
+        "start",
+        "float32",
+    )
     assert all(len(report[f"{name}_sha256"]) == 64 for name in ("text", "tokens", "tokenizer"))
 
 
@@ -58,7 +63,9 @@ def test_start_adds_the_tokenizers_own_bos_once(tokenizer):
     from tokenizers.processors import TemplateProcessing
 
     adding = copy.deepcopy(tokenizer)
-    adding.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
     config = make_model().config
     row = cut_windows([TEXT], adding, config, 32, "start").tokens.flatten()
     assert int((row == 0).sum()) == 1
@@ -71,7 +78,9 @@ def test_too_little_text(tokenizer):
 
 
 def test_windows_longer_than_the_model_has_positions_for(tokenizer):
-    with pytest.raises(LlmqError, match="positions for 128 tokens only; give --sequence-length 128 or less"):
+    with pytest.raises(
+        LlmqError, match="positions for 128 tokens only; give --sequence-length 128 or less"
+    ):
         llmq.perplexity(make_model(), tokenizer, TEXT, sequence_length=129)
 
 

@@ -1,4 +1,5 @@
-"""BitNet folders: exact round trips, both meanings of the scale, and transformers' own reader on what we write."""
+"""BitNet folders: exact round trips, both meanings of the scale, and transformers' own reader on
+what we write."""
 
 import os
 import subprocess
@@ -13,7 +14,7 @@ import llmq
 from llmq.cli import main
 from llmq.errors import LlmqError
 from llmq.formats.bitnet import BITNET
-from llmq.models.load import load_config
+from llmq.models.source import load_config
 from llmq.modules import quantized_modules
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import QuantSpec
@@ -35,8 +36,13 @@ def test_rows_are_strided_by_quarters():
     assert tensors["weight"].shape == (3, 64)
     for row in range(12):
         assert torch.equal(tensors["weight"][row % 3] >> 2 * (row // 3) & 3, qtensor.codes()[row])
-    for config, stored in (({"linear_class": "bitlinear"}, tensors["weight_scale"]), ({"linear_class": "autobitlinear"}, 1 / tensors["weight_scale"])):
-        read = BITNET.read("x", {"weight": tensors["weight"], "weight_scale": stored}, config, (12, 64))
+    for config, stored in (
+        ({"linear_class": "bitlinear"}, tensors["weight_scale"]),
+        ({"linear_class": "autobitlinear"}, 1 / tensors["weight_scale"]),
+    ):
+        read = BITNET.read(
+            "x", {"weight": tensors["weight"], "weight_scale": stored}, config, (12, 64)
+        )
         assert torch.equal(read.packed, qtensor.packed)
         assert torch.equal(read.scale, qtensor.scale)
 
@@ -49,7 +55,24 @@ def test_every_float16_scale_survives_its_reciprocal():
 @pytest.fixture
 def bitnet_folder(model_folder, tmp_path):
     out = tmp_path / "out"
-    assert main(["quantize", str(model_folder()), str(out), "--bits", "ternary", "--group-size", "0", "--activations", "int8-token", "--method", "rtn"]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                str(model_folder()),
+                str(out),
+                "--bits",
+                "ternary",
+                "--group-size",
+                "0",
+                "--activations",
+                "int8-token",
+                "--method",
+                "rtn",
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -61,23 +84,41 @@ def test_auto_writes_it_and_llmq_reads_it(bitnet_folder, tmp_path):
     assert {module.activations.kind for module in modules.values()} == {"int8-token"}
     original = make_model()
     for name, module in modules.items():
-        expected = QuantizedTensor.quantize(original.get_submodule(name).weight.detach(), QuantSpec("ternary", 0))
+        expected = QuantizedTensor.quantize(
+            original.get_submodule(name).weight.detach(), QuantSpec("ternary", 0)
+        )
         assert torch.equal(module.qtensor().packed, expected.packed)
         assert torch.equal(module.qtensor().scale, expected.scale)
     llmq.save(model, tmp_path / "again", format="bitnet")
-    first, second = (load_file(folder / "model.safetensors") if (folder / "model.safetensors").exists() else _all(folder) for folder in (bitnet_folder, tmp_path / "again"))
+    first, second = (
+        load_file(folder / "model.safetensors")
+        if (folder / "model.safetensors").exists()
+        else _all(folder)
+        for folder in (bitnet_folder, tmp_path / "again")
+    )
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def _all(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 @pytest.mark.slow
 def test_transformers_own_reader_agrees(bitnet_folder, tmp_path):
-    """Without llmq in the process. Tolerance: both quantize activations to 8 bits per token; a code on the edge may fall to either side, 1 of 127 steps in a few of 64 to 128 products."""
+    """Without llmq in the process. Tolerance: both quantize activations to 8 bits per token; a code
+    on the edge may fall to either side, 1 of 127 steps in a few of 64 to 128 products."""
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run([sys.executable, "-c", _READ, str(bitnet_folder), str(tmp_path / "logits.pt")], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", _READ, str(bitnet_folder), str(tmp_path / "logits.pt")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     theirs = torch.load(tmp_path / "logits.pt")
     with torch.no_grad():
@@ -91,11 +132,31 @@ def test_what_it_cannot_hold(model_folder, tmp_path, capsys, bitnet_folder):
         (["--bits", "4", "--activations", "int8-token"], "one float16 scale per tensor only"),
         (["--bits", "ternary", "--group-size", "0"], "implies activations of 8 bits"),
     ):
-        assert main(["quantize", str(folder), str(tmp_path / "no"), "--method", "rtn", "--format", "bitnet", *options]) == 2
+        assert (
+            main(
+                [
+                    "quantize",
+                    str(folder),
+                    str(tmp_path / "no"),
+                    "--method",
+                    "rtn",
+                    "--format",
+                    "bitnet",
+                    *options,
+                ]
+            )
+            == 2
+        )
         assert message in capsys.readouterr().err
-    path = next(path for path in bitnet_folder.glob("*.safetensors") if "model.layers.0.mlp.up_proj.weight" in load_file(path))
+    path = next(
+        path
+        for path in bitnet_folder.glob("*.safetensors")
+        if "model.layers.0.mlp.up_proj.weight" in load_file(path)
+    )
     tensors = load_file(path)
-    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"][:-1].clone()
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"][
+        :-1
+    ].clone()
     save_file(tensors, path)
     with pytest.raises(LlmqError, match="expected uint8 of shape"):
         llmq.load(bitnet_folder)

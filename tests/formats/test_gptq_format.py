@@ -14,7 +14,8 @@ from llmq.spec import ActSpec, QuantSpec
 
 
 def unpack_columns(words: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of `[rows * bits / 32, columns]` words packed along the first axis, by the definition: a little-endian bitstream per column."""
+    """Codes of `[rows * bits / 32, columns]` words packed along the first axis, by the definition:
+    a little-endian bitstream per column."""
     raw = np.ascontiguousarray(words.T).view(np.uint8)
     stream = np.unpackbits(raw, axis=1, bitorder="little").reshape(words.shape[1], -1, bits)
     return (stream * (1 << np.arange(bits))).sum(-1).T
@@ -22,7 +23,9 @@ def unpack_columns(words: np.ndarray, bits: int) -> np.ndarray:
 
 def dequantize_by_definition(tensors, bits, v2):
     q = unpack_columns(tensors["qweight"].numpy(), bits).astype(np.float32)  # [K, N]
-    z = unpack_columns(np.ascontiguousarray(tensors["qzeros"].numpy().T), bits).T.astype(np.float32) + (0 if v2 else 1)  # [G, N]
+    z = unpack_columns(np.ascontiguousarray(tensors["qzeros"].numpy().T), bits).T.astype(
+        np.float32
+    ) + (0 if v2 else 1)  # [G, N]
     g = tensors["g_idx"].numpy()
     return torch.from_numpy((tensors["scales"].float().numpy()[g] * (q - z[g])).T.copy())
 
@@ -40,7 +43,9 @@ def test_definition_and_round_trip(fmt, bits, group_size, symmetric):
     stored = FORMATS[fmt].write(tensor)
     assert stored["qweight"].shape == (96 * bits // 32, 64)
     assert stored["qzeros"].shape == (spec.n_groups(96), 64 * bits // 32)
-    assert torch.equal(dequantize_by_definition(stored, bits, fmt == "gptq_v2"), tensor.dequantize())
+    assert torch.equal(
+        dequantize_by_definition(stored, bits, fmt == "gptq_v2"), tensor.dequantize()
+    )
     config = FORMATS[fmt].config({"layer": spec})
     read = FORMATS[fmt].read("layer", stored, config, (64, 96))
     read.validate("layer")
@@ -62,16 +67,23 @@ def test_version_1_refuses_a_zero_point_of_zero():
 
 
 def test_version_1_asymmetric_of_other_tools_is_read_value_by_value():
-    """z = 16 is stored as 15 by old tools: shifting the decoded value gives 16, shifting the word would give 0."""
+    """z = 16 is stored as 15 by old tools: shifting the decoded value gives 16, shifting the word
+    would give 0."""
     tensor = QuantizedTensor.quantize(torch.randn(32, 32), QuantSpec("int4", 32))
     stored = FORMATS["gptq"].write(tensor)
     stored["qzeros"] = torch.full_like(stored["qzeros"], -1)
-    read = FORMATS["gptq"].read("layer", stored, {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}, (32, 32))
+    read = FORMATS["gptq"].read(
+        "layer", stored, {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}, (32, 32)
+    )
     assert set(read.zero.flatten().tolist()) == {16}
 
 
 def test_dynamic_overrides_first_match_wins():
-    config = {"bits": 4, "group_size": 128, "dynamic": {"+:.*\\.down_proj$": {"bits": 8}, "-:.*o_proj": {}, ".*": {"group_size": 64}}}
+    config = {
+        "bits": 4,
+        "group_size": 128,
+        "dynamic": {"+:.*\\.down_proj$": {"bits": 8}, "-:.*o_proj": {}, ".*": {"group_size": 64}},
+    }
     assert settings_of("model.layers.0.mlp.down_proj", config)["bits"] == 8
     assert settings_of("model.layers.0.mlp.down_proj", config)["group_size"] == 128
     assert settings_of("model.layers.0.mlp.up_proj", config)["group_size"] == 64
@@ -80,7 +92,10 @@ def test_dynamic_overrides_first_match_wins():
 @pytest.mark.parametrize("change", ["qweight", "scales", "qzeros", "missing", "bits", "group_size"])
 def test_damage_is_named(change):
     tensor = QuantizedTensor.quantize(torch.randn(32, 64), QuantSpec("int4", 32))
-    stored, config = FORMATS["gptq"].write(tensor), {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
+    stored, config = (
+        FORMATS["gptq"].write(tensor),
+        {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
+    )
     if change == "missing":
         del stored["scales"]
     elif change in stored:
@@ -93,7 +108,10 @@ def test_damage_is_named(change):
 
 def test_choice_of_format():
     def plans(*specs, shape=(64, 128)):
-        return [LayerPlan(Layer(f"layer.{i}", shape), spec and QuantSpec.parse(spec)) for i, spec in enumerate(specs)]
+        return [
+            LayerPlan(Layer(f"layer.{i}", shape), spec and QuantSpec.parse(spec))
+            for i, spec in enumerate(specs)
+        ]
 
     assert choose_format("auto", plans("w4g128", "w8", None)).name == "gptq"
     for other in ("w4g128-asym", "w3g128", "ternary", "w4-tensor", "w4g16"):
@@ -108,19 +126,37 @@ def test_choice_of_format():
 
 def test_parts_of_one_layer_in_other_engines_agree_or_are_written_as_llmq():
     def plans(**specs):
-        return [LayerPlan(Layer(f"model.layers.0.part.{name}", (64, 128)), spec and QuantSpec.parse(spec)) for name, spec in specs.items()]
+        return [
+            LayerPlan(
+                Layer(f"model.layers.0.part.{name}", (64, 128)), spec and QuantSpec.parse(spec)
+            )
+            for name, spec in specs.items()
+        ]
 
-    alike = plans(q_proj="w4g128", k_proj="w4g128", v_proj="w4g128", o_proj="w8", gate_proj="w8", up_proj="w8", down_proj="w4g128")
+    alike = plans(
+        q_proj="w4g128",
+        k_proj="w4g128",
+        v_proj="w4g128",
+        o_proj="w8",
+        gate_proj="w8",
+        up_proj="w8",
+        down_proj="w4g128",
+    )
     assert choose_format("auto", alike).name == "gptq"
     assert format_note(FORMATS["gptq"], alike) is None
-    for unlike in (plans(q_proj="w4g128", k_proj="w4g128", v_proj="w8"), plans(gate_proj="w4g128", up_proj="w4g64"), plans(q_proj="w4g128", k_proj=None)):
+    for unlike in (
+        plans(q_proj="w4g128", k_proj="w4g128", v_proj="w8"),
+        plans(gate_proj="w4g128", up_proj="w4g64"),
+        plans(q_proj="w4g128", k_proj=None),
+    ):
         assert choose_format("auto", unlike).name == "llmq"
         assert unlike[-1].layer.name in format_note(choose_format("gptq", unlike), unlike)
         assert format_note(FORMATS["llmq"], unlike) is None
 
 
 def write_foreign_folder(folder, tokenizer, quantization_config, v2=False, **kept):
-    """A folder as GPTQModel or AutoRound lay it out: the same tensor names, their own config keys, one file, no index, no manifest."""
+    """A folder as GPTQModel or AutoRound lay it out: the same tensor names, their own config keys,
+    one file, no index, no manifest."""
     from safetensors.torch import save_file
 
     model = make_model(dtype=torch.float16)
@@ -131,12 +167,18 @@ def write_foreign_folder(folder, tokenizer, quantization_config, v2=False, **kep
             layer = name.removesuffix(".weight")
             quantized = QuantizedTensor.quantize(tensor.float(), spec)
             expected[layer] = quantized.dequantize()
-            tensors |= {f"{layer}.{suffix}": part for suffix, part in FORMATS["gptq_v2" if v2 else "gptq"].write(quantized).items()}
+            tensors |= {
+                f"{layer}.{suffix}": part
+                for suffix, part in FORMATS["gptq_v2" if v2 else "gptq"].write(quantized).items()
+            }
         else:
             tensors[name] = tensor
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"quantization_config": quantization_config, "dtype": "float16"}
+    config = model.config.to_dict() | {
+        "quantization_config": quantization_config,
+        "dtype": "float16",
+    }
     (folder / "config.json").write_text(__import__("json").dumps(config))
     tokenizer.save_pretrained(folder)
     return model, expected
@@ -165,11 +207,26 @@ AUTOROUND = {
     "desc_act": False,
     "true_sequential": False,
 }
-AUTOROUND_NATIVE = {"bits": 4, "group_size": 32, "sym": True, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "block_name_to_quantize": "model.layers"}
+AUTOROUND_NATIVE = {
+    "bits": 4,
+    "group_size": 32,
+    "sym": True,
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "block_name_to_quantize": "model.layers",
+}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("config", "v2"), [(GPTQMODEL, False), (AUTOROUND, False), (AUTOROUND_NATIVE, False), ({**GPTQMODEL, "checkpoint_format": "gptq_v2", "sym": False}, True)])
+@pytest.mark.parametrize(
+    ("config", "v2"),
+    [
+        (GPTQMODEL, False),
+        (AUTOROUND, False),
+        (AUTOROUND_NATIVE, False),
+        ({**GPTQMODEL, "checkpoint_format": "gptq_v2", "sym": False}, True),
+    ],
+)
 def test_folders_of_other_tools(config, v2, tmp_path, tokenizer):
     import llmq
     from llmq.modules import quantized_modules

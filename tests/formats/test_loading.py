@@ -1,4 +1,5 @@
-"""Loading: through transformers after `import llmq`, with nothing made up, and nothing believed that was not checked."""
+"""Loading: through transformers after `import llmq`, with nothing made up, and nothing believed
+that was not checked."""
 
 import json
 import subprocess
@@ -12,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.errors import LlmqError, VerificationError
-from llmq.formats import files
 from llmq.modules import QuantLinear, quantized_modules
 from llmq.recipe import Recipe, Rule
 from llmq.spec import QuantSpec
+from llmq.storage import files
 
 TOKENS = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -46,7 +47,8 @@ def test_logits_of_a_loaded_folder_are_bit_equal(quantized, fmt, dtype):
 def test_transformers_loads_an_llmq_folder_in_a_new_process(quantized):
     model, folder = quantized(fmt="llmq")
     torch.save(model(TOKENS).logits, folder / "expected.pt")
-    # Without gradients, as the expected logits were computed: the CPU backend takes its fast path only then.
+    # Without gradients, as the expected logits were computed: the CPU backend takes its fast path
+    # only then.
     program = (
         "import sys, torch\n{}\ntorch.set_grad_enabled(False)\nmodel = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n"
         "tokens = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))\n"
@@ -54,8 +56,16 @@ def test_transformers_loads_an_llmq_folder_in_a_new_process(quantized):
         "assert torch.equal(logits, llmq.load(sys.argv[1])(tokens).logits), 'not what llmq.load gives'\n"
         "assert torch.equal(logits, expected), 'logits differ'"
     )
-    for imports in ("import llmq\nfrom transformers import AutoModelForCausalLM", "from transformers import AutoModelForCausalLM\nimport llmq"):
-        done = subprocess.run([sys.executable, "-c", program.format(imports), str(folder)], capture_output=True, text=True, timeout=120)
+    for imports in (
+        "import llmq\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM\nimport llmq",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(imports), str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -71,11 +81,16 @@ def test_save_pretrained_of_a_loaded_model_round_trips(quantized, tmp_path):
 def test_kept_layers_are_named_when_a_loaded_model_is_saved_again(fmt, tmp_path, tokenizer):
     """A GPTQ folder has no list of them; what transformers writes must have one."""
     model = make_model()
-    llmq.quantize(model, Recipe(rules=(Rule("*.o_proj", None), Rule("*", QuantSpec("int4", 32))), method="rtn"))
+    llmq.quantize(
+        model,
+        Recipe(rules=(Rule("*.o_proj", None), Rule("*", QuantSpec("int4", 32))), method="rtn"),
+    )
     llmq.save(model, tmp_path / "first", tokenizer=tokenizer, format=fmt)
     llmq.load(tmp_path / "first").save_pretrained(tmp_path / "second")
     settings = json.loads((tmp_path / "second" / "config.json").read_text())["quantization_config"]
-    assert sorted(settings["modules_to_not_convert"]) == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    assert sorted(settings["modules_to_not_convert"]) == [
+        f"model.layers.{i}.self_attn.o_proj" for i in range(2)
+    ]
     with torch.no_grad():
         assert torch.equal(llmq.load(tmp_path / "second")(TOKENS).logits, model(TOKENS).logits)
 
@@ -162,12 +177,38 @@ LAYER = "model.layers.1.mlp.down_proj"
     [
         ("w4g32", lambda t: t.pop(f"{LAYER}.scale"), "scale is missing"),
         ("w4g32", lambda t: t.pop(f"{LAYER}.packed"), "lacks|no place|missing"),
-        ("w4g32", lambda t: t.update({f"{LAYER}.scale": t[f"{LAYER}.scale"] * float("nan")}), "NaN or infinite"),
-        ("w4g32", lambda t: t.update({f"{LAYER}.scale": t[f"{LAYER}.scale"].float()}), "expected torch.float16"),
-        ("w4g32", lambda t: t.update({f"{LAYER}.packed": t[f"{LAYER}.packed"][:, :-1].contiguous()}), "expected torch.int32 of shape"),
-        ("w4g32", lambda t: t.update({f"{LAYER}.g_idx": torch.full((128,), 9, dtype=torch.int32)}), "g_idx: values from 9"),
-        ("ternary-g32", lambda t: t.update({f"{LAYER}.packed": torch.full_like(t[f"{LAYER}.packed"], -1)}), "code 3"),
-        ("w4g32", lambda t: t.update({"model.layers.7.mlp.down_proj.packed": torch.zeros(1, 1, dtype=torch.int32)}), "no such linear layer"),
+        (
+            "w4g32",
+            lambda t: t.update({f"{LAYER}.scale": t[f"{LAYER}.scale"] * float("nan")}),
+            "NaN or infinite",
+        ),
+        (
+            "w4g32",
+            lambda t: t.update({f"{LAYER}.scale": t[f"{LAYER}.scale"].float()}),
+            "expected torch.float16",
+        ),
+        (
+            "w4g32",
+            lambda t: t.update({f"{LAYER}.packed": t[f"{LAYER}.packed"][:, :-1].contiguous()}),
+            "expected torch.int32 of shape",
+        ),
+        (
+            "w4g32",
+            lambda t: t.update({f"{LAYER}.g_idx": torch.full((128,), 9, dtype=torch.int32)}),
+            "g_idx: values from 9",
+        ),
+        (
+            "ternary-g32",
+            lambda t: t.update({f"{LAYER}.packed": torch.full_like(t[f"{LAYER}.packed"], -1)}),
+            "code 3",
+        ),
+        (
+            "w4g32",
+            lambda t: t.update(
+                {"model.layers.7.mlp.down_proj.packed": torch.zeros(1, 1, dtype=torch.int32)}
+            ),
+            "no such linear layer",
+        ),
         ("w4g32", lambda t: t.pop("model.norm.weight"), "lacks 1 of the tensors"),
     ],
 )
@@ -183,7 +224,10 @@ def test_damaged_tensors_are_refused(quantized, spec, change, message):
     [
         (lambda c: c["quantization_config"].update(version=99), "version 99"),
         (lambda c: c["quantization_config"].pop("spec"), "no usable spec"),
-        (lambda c: c["quantization_config"].update(quant_method="hqq"), "quantization method 'hqq'"),
+        (
+            lambda c: c["quantization_config"].update(quant_method="hqq"),
+            "quantization method 'hqq'",
+        ),
         (lambda c: c["quantization_config"]["spec"].update(code="int9"), "unknown code"),
         (lambda c: c["quantization_config"]["spec"].update(group_size=64), "expected"),
     ],
@@ -198,6 +242,8 @@ def test_damaged_configs_are_refused(quantized, change, message):
 def test_a_damaged_index_cannot_leave_the_folder(quantized, tmp_path):
     _, folder = quantized(fmt="llmq")
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../outside.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "../outside.safetensors"}})
+    )
     with pytest.raises(LlmqError, match="plain names"):
         llmq.load(folder)

@@ -8,7 +8,15 @@ import pytest
 from llmq_kernels import jit
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_decode.py"
-SMALL = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256}
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
 
 
 @pytest.fixture
@@ -30,8 +38,16 @@ def test_engines(script, engine):
     result = script.measure(engine, torch.get_num_threads(), 4)
     assert result["decode"] > 0
     assert result["prefill"] > 0
-    n_layers = sum(SMALL[key] * width for key, width in (("hidden_size", 4 * 256), ("intermediate_size", 3 * 256))) * 2
-    assert (result["weights"] < n_layers) == (engine != "bfloat16"), "packed weights take less than a byte each"
+    n_layers = (
+        sum(
+            SMALL[key] * width
+            for key, width in (("hidden_size", 4 * 256), ("intermediate_size", 3 * 256))
+        )
+        * 2
+    )
+    assert (result["weights"] < n_layers) == (engine != "bfloat16"), (
+        "packed weights take less than a byte each"
+    )
 
 
 def test_the_file_for_llama_cpp_has_the_same_shapes(script, tmp_path):

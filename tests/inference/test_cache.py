@@ -13,13 +13,17 @@ from llmq.inference.decoding import generate
 def feed(layer, lengths, batch=2):
     generator = torch.Generator().manual_seed(0)
     for length in lengths:
-        yield layer.update(*(torch.randn(batch, 3, length, 4, generator=generator) for _ in range(2)))
+        yield layer.update(
+            *(torch.randn(batch, 3, length, 4, generator=generator) for _ in range(2))
+        )
 
 
 @pytest.mark.parametrize("capacity", [16, 4, 1], ids=["fits", "doubles", "doubles often"])
 def test_the_same_keys_and_values(capacity):
     lengths = (3, 1, 1, 4, 1)
-    for ours, theirs in zip(feed(InPlaceLayer(capacity), lengths), feed(DynamicLayer(), lengths), strict=True):
+    for ours, theirs in zip(
+        feed(InPlaceLayer(capacity), lengths), feed(DynamicLayer(), lengths), strict=True
+    ):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
 
@@ -31,7 +35,15 @@ def test_nothing_is_copied_while_it_fits():
     assert layer.get_seq_length() == 8
 
 
-@pytest.mark.parametrize("change", [lambda layer: layer.crop(-2), lambda layer: layer.batch_select_indices(torch.tensor([1, 0])), lambda layer: layer.reset()], ids=["crop", "reorder", "reset"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.crop(-2),
+        lambda layer: layer.batch_select_indices(torch.tensor([1, 0])),
+        lambda layer: layer.reset(),
+    ],
+    ids=["crop", "reorder", "reset"],
+)
 def test_whatever_else_changes_it_is_kept(change):
     ours, theirs = InPlaceLayer(8), DynamicLayer()
     for layer in (ours, theirs):
@@ -48,7 +60,9 @@ def test_generated_tokens_are_those_of_the_default_cache(family):
     expected = model.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)
     assert torch.equal(generate(model, prompt, 24, do_sample=False, pad_token_id=0), expected)
     beams = model.generate(prompt, max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0)
-    assert torch.equal(generate(model, prompt, 8, num_beams=3, do_sample=False, pad_token_id=0), beams)
+    assert torch.equal(
+        generate(model, prompt, 8, num_beams=3, do_sample=False, pad_token_id=0), beams
+    )
 
 
 def test_windows_keep_their_own_layers_and_bytes_are_counted():

@@ -14,14 +14,18 @@ TOKENS = torch.arange(1, 9)[None]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gemma3_text", True)])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", False), ("llama", True), ("gemma3_text", True)]
+)
 @torch.no_grad()
 def test_logits_are_those_of_the_rounded_weights(family, tied, bits):
     model, expected = (make_model(family, tie_word_embeddings=tied) for _ in range(2))
     embeddings, head = expected.get_input_embeddings(), expected.get_output_embeddings()
     assert (head.weight is embeddings.weight) == tied
     for module in {id(module.weight): module for module in (embeddings, head)}.values():
-        module.weight.copy_(QuantizedTensor.quantize(module.weight.float(), HEAD_SPECS[bits]).dequantize())
+        module.weight.copy_(
+            QuantizedTensor.quantize(module.weight.float(), HEAD_SPECS[bits]).dequantize()
+        )
     quantize_head(model, bits)
     assert isinstance(model.get_output_embeddings(), QuantLinear)
     assert isinstance(model.get_input_embeddings(), QuantEmbedding)

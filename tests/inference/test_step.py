@@ -1,4 +1,5 @@
-"""Recorded decoding steps give what the model gives, and whatever they do not suit goes through the model, with a reason."""
+"""Recorded decoding steps give what the model gives, and whatever they do not suit goes through the
+model, with a reason."""
 
 import pytest
 import torch
@@ -13,23 +14,44 @@ from llmq.qtensor import QuantizedTensor
 from llmq.spec import QuantSpec
 from llmq_kernels import decoding, jit
 
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 PROMPT = torch.arange(1, 20)[None]
 NEW = 12
 
 
-def ready(family="llama", compute="int8", spec=QuantSpec("int4", 128), dtype=torch.bfloat16, **overrides):
-    """A quantized model, prepared for decoding. INT8 activations, since every CPU with AVX2 has kernels for them."""
+def ready(
+    family="llama", compute="int8", spec=QuantSpec("int4", 128), dtype=torch.bfloat16, **overrides
+):
+    """A quantized model, prepared for decoding. INT8 activations, since every CPU with AVX2 has
+    kernels for them."""
     if reason := decoding.missing():
         pytest.skip(reason)
     return prepare_decoding(quantized_model(family, compute, spec, dtype, **overrides))
 
 
-def quantized_model(family="llama", compute="int8", spec=QuantSpec("int4", 128), dtype=torch.bfloat16, **overrides):
+def quantized_model(
+    family="llama", compute="int8", spec=QuantSpec("int4", 128), dtype=torch.bfloat16, **overrides
+):
     model = make_model(family, dtype=dtype, **(WIDE | overrides))
     vars(model.config).update({name: None for name, value in overrides.items() if value is None})
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
-    swap(model, {name: QuantizedTensor.quantize(model.get_submodule(name).weight.detach().float(), spec) for name in names})
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    ]
+    swap(
+        model,
+        {
+            name: QuantizedTensor.quantize(model.get_submodule(name).weight.detach().float(), spec)
+            for name in names
+        },
+    )
     for module in quantized_modules(model).values():
         module.set_compute(compute)
     return model
@@ -52,7 +74,13 @@ def close(ours, theirs):
     [
         ("llama", {}),
         ("llama", {"num_key_value_heads": 4, "attention_bias": True}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 22}),
+        (
+            "llama",
+            {
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+                "max_position_embeddings": 22,
+            },
+        ),
         ("mistral", {"sliding_window": None}),
         ("qwen2", {"use_sliding_window": False, "layer_types": ["full_attention"] * 2}),
         ("qwen3", {}),
@@ -72,7 +100,16 @@ def test_recorded_steps_give_the_models_logits(family, overrides):
     assert close(ours, logits_of_steps(model, in_place_cache(model.config, 64)))
 
 
-@pytest.mark.parametrize("spec", [QuantSpec("int8", -1), QuantSpec("int4", 64, symmetric=False), QuantSpec("int3", 128), QuantSpec("ternary", 64)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec("int8", -1),
+        QuantSpec("int4", 64, symmetric=False),
+        QuantSpec("int3", 128),
+        QuantSpec("ternary", 64),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("compute", ["exact", "int8"])
 def test_whatever_kernel_multiplies(spec, compute):
     model = ready(compute=compute, spec=spec)
@@ -95,7 +132,8 @@ def test_generated_tokens_are_the_models():
 
 
 def test_caches_that_grow_and_change():
-    """A buffer that is too small, one that is cropped as speculative decoding does, another text, other threads: the recording follows, inside and outside of inference mode."""
+    """A buffer that is too small, one that is cropped as speculative decoding does, another text,
+    other threads: the recording follows, inside and outside of inference mode."""
     model, n_threads = ready(), torch.get_num_threads()
     step = step_of(model)
     expected = logits_of_steps(model, in_place_cache(model.config, 64))
@@ -106,7 +144,10 @@ def test_caches_that_grow_and_change():
     before = step.replayed
     cache.crop(-NEW)
     with torch.no_grad():
-        again = torch.cat([model(torch.tensor([[7 * i + 3]]), past_key_values=cache).logits for i in range(NEW)], 1)[0]
+        again = torch.cat(
+            [model(torch.tensor([[7 * i + 3]]), past_key_values=cache).logits for i in range(NEW)],
+            1,
+        )[0]
         assert step.replayed == before + NEW, "the buffers stayed"
         assert close(again, expected[1:])
         try:
@@ -129,7 +170,10 @@ def test_weights_that_move_are_recorded_again():
     ):
         change()
         cache.crop(-1)
-        assert close(model(torch.tensor([[7 * (NEW - 1) + 3]]), past_key_values=cache).logits[0], expected[-1:])
+        assert close(
+            model(torch.tensor([[7 * (NEW - 1) + 3]]), past_key_values=cache).logits[0],
+            expected[-1:],
+        )
         assert step.replayed == before
 
 
@@ -172,7 +216,9 @@ def test_quantized_keys_and_values_are_left_to_the_model(before_rope):
     expected = logits_of_steps(model, in_place_cache(model.config, 64))
     plain = logits_of_steps(prepare_decoding(quantized_model()), in_place_cache(model.config, 64))
     ours = logits_of_steps(prepare_decoding(model), in_place_cache(model.config, 64))
-    assert (ours - expected).norm() < 0.2 * (plain - expected).norm(), "attention by another kernel flips a code here and there"
+    assert (ours - expected).norm() < 0.2 * (plain - expected).norm(), (
+        "attention by another kernel flips a code here and there"
+    )
     assert step_of(model).replayed == 0
     assert step_of(model).reason is not None
 
@@ -184,7 +230,10 @@ def test_quantized_keys_and_values_are_left_to_the_model(before_rope):
         ({"hidden_act": "gelu"}, "not gelu"),
         ({"family": "mistral"}, "sliding windows"),
         ({"dtype": torch.float32}, "not bfloat16"),
-        ({"hidden_size": 320, "intermediate_size": 320, "spec": QuantSpec("int4", 64)}, "constant_pad_nd"),
+        (
+            {"hidden_size": 320, "intermediate_size": 320, "spec": QuantSpec("int4", 64)},
+            "constant_pad_nd",
+        ),
     ],
     ids=["layers", "activation", "windows", "dtype", "padding"],
 )

@@ -1,9 +1,11 @@
-"""Every backend against float64 arithmetic on the dequantized weight, with a tolerance derived from dtype and K, and back to the canonical words.
+"""Every backend against float64 arithmetic on the dequantized weight, with a tolerance derived from
+dtype and K, and back to the canonical words.
 
-Tolerance. bfloat16 rounds to 8 bits: relative error of one rounding at most u = 2^-8, on average u / 4 or so. Backends round the scale (int4pack) or the weight (blocks) once and the output
-once; per-weight roundings are independent and average out over K in the norm, so the relative error of the whole output stays below 2u whatever K is; inputs are exact on both sides.
-The integer path is exact but for float32 scaling and the final rounding to bfloat16.
-"""
+Tolerance. bfloat16 rounds to 8 bits: relative error of one rounding at most u = 2^-8, on average u
+/ 4 or so. Backends round the scale (int4pack) or the weight (blocks) once and the output once;
+per-weight roundings are independent and average out over K in the norm, so the relative error of
+the whole output stays below 2u whatever K is; inputs are exact on both sides. The integer path is
+exact but for float32 scaling and the final rounding to bfloat16."""
 
 import dataclasses
 
@@ -24,8 +26,14 @@ def make_weight(code_name, group_size, n, k, asymmetric=False, seed=0, activatio
     n_groups = -(-k // group_size)
     codes = torch.randint(0, code.levels, (n, k), generator=generator, dtype=torch.uint8)
     scale = (torch.rand(n, n_groups, generator=generator) * 0.02 + 0.005).half()
-    zero = torch.randint(0, code.levels, (n, n_groups), generator=generator, dtype=torch.uint8) if asymmetric else None
-    return PackedWeight(pack(codes, code.bits), scale, zero, None, code, group_size, (n, k), activations)
+    zero = (
+        torch.randint(0, code.levels, (n, n_groups), generator=generator, dtype=torch.uint8)
+        if asymmetric
+        else None
+    )
+    return PackedWeight(
+        pack(codes, code.bits), scale, zero, None, code, group_size, (n, k), activations
+    )
 
 
 def relative_error(out, expected):
@@ -78,7 +86,15 @@ def test_w8a8_backend_is_exact_up_to_float32_scaling(n, k, m, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("code", "group", "n", "k", "asymmetric"), [("int3", 7, 5, 33, True), ("int8", 16, 9, 50, True), ("int4", 40, 11, 100, False), ("ternary", 8, 4, 20, False)])
+@pytest.mark.parametrize(
+    ("code", "group", "n", "k", "asymmetric"),
+    [
+        ("int3", 7, 5, 33, True),
+        ("int8", 16, 9, 50, True),
+        ("int4", 40, 11, 100, False),
+        ("ternary", 8, 4, 20, False),
+    ],
+)
 def test_reference_takes_every_shape(code, group, n, k, asymmetric, dtype):
     weight = make_weight(code, group, n, k, asymmetric)
     x, bias = torch.randn(2, 3, k).to(dtype), torch.randn(n)
@@ -87,7 +103,10 @@ def test_reference_takes_every_shape(code, group, n, k, asymmetric, dtype):
     assert out.shape == (2, 3, n)
     assert out.dtype == dtype
     # One rounding each of weight, product sum and bias; float32 also accumulates K of them.
-    assert relative_error(out, expected) < {torch.float32: k * 2.0**-24, torch.bfloat16: 2 * U, torch.float16: 2 * 2.0**-11}[dtype]
+    assert (
+        relative_error(out, expected)
+        < {torch.float32: k * 2.0**-24, torch.bfloat16: 2 * U, torch.float16: 2 * 2.0**-11}[dtype]
+    )
 
 
 def test_act_order_groups_are_gathered():
@@ -130,12 +149,27 @@ def test_override_is_honoured_or_refused(monkeypatch):
 
 @pytest.mark.parametrize(("n", "k", "m"), [(64, 128, 1), (48, 96, 7), (32, 256, 33)])
 def test_static_int8_activations_multiply_integers_exactly(n, k, m):
-    """W8A8 with a stored range: the sums are exact, so only the float32 scaling differs from the reference: a few units in the last place."""
+    """W8A8 with a stored range: the sums are exact, so only the float32 scaling differs from the
+    reference: a few units in the last place."""
     codes = torch.randint(0, 256, (n, k), dtype=torch.uint8)
-    packed = PackedWeight(pack(codes, 8), (torch.rand(n, 1) / 100).half(), None, None, CODES["int8"], k, (n, k), "int8-static", torch.tensor([0.017, 101.0]))
+    packed = PackedWeight(
+        pack(codes, 8),
+        (torch.rand(n, 1) / 100).half(),
+        None,
+        None,
+        CODES["int8"],
+        k,
+        (n, k),
+        "int8-static",
+        torch.tensor([0.017, 101.0]),
+    )
     x = torch.randn(m, k) * 2
     expected = fake_quantize_static(x, packed.input_range).double() @ packed.dequantize().double().T
     prepared = PreparedWeight(packed, torch.float32, torch.device("cpu"))
     assert prepared.backend.name != "reference" or not torch.cpu._is_vnni_supported()
-    assert torch.allclose(prepared.linear(x).double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    assert float((expected - x.double() @ packed.dequantize().double().T).abs().max()) > 0, "the range clips and rounds"
+    assert torch.allclose(
+        prepared.linear(x).double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )
+    assert float((expected - x.double() @ packed.dequantize().double().T).abs().max()) > 0, (
+        "the range clips and rounds"
+    )

@@ -25,7 +25,8 @@ def bf16(*shape):
 
 
 def off_by_one_rounding(ours, theirs, share):
-    """How sums in another order may show: at most `share` of the numbers differ, and those by one step of bfloat16."""
+    """How sums in another order may show: at most `share` of the numbers differ, and those by one
+    step of bfloat16."""
     differ = ours != theirs
     steps = (ours.view(torch.int16).int() - theirs.view(torch.int16).int()).abs()
     return float(differ.float().mean()) <= share and int(steps.max()) <= 1
@@ -73,7 +74,12 @@ def test_rotation_and_cache(form, head_dim):
 
 
 def test_gate(form):
-    gate = torch.cat([torch.linspace(-100, 100, 4080), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e38, -3e38] + [1.0] * 10)]).bfloat16()
+    gate = torch.cat(
+        [
+            torch.linspace(-100, 100, 4080),
+            torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e38, -3e38] + [1.0] * 10),
+        ]
+    ).bfloat16()
     up = bf16(len(gate))
     ours, theirs = decoding.gate(gate, up), silu(gate) * up
     tiny = theirs.abs() < 1e-30  # where torch's exponential is a denormal number
@@ -82,7 +88,12 @@ def test_gate(form):
 
 
 def test_bias(form):
-    for x, bias in ((bf16(1, 48), bf16(48)), (bf16(3, 48), bf16(48)), (bf16(1, 7), bf16(7)), (torch.randn(1, 48), torch.randn(48))):  # the first by the kernel, the others by torch
+    for x, bias in (
+        (bf16(1, 48), bf16(48)),
+        (bf16(3, 48), bf16(48)),
+        (bf16(1, 7), bf16(7)),
+        (torch.randn(1, 48), torch.randn(48)),
+    ):  # the first by the kernel, the others by torch
         expected = x + bias
         decoding.add_bias(x, bias)
         assert torch.equal(x, expected)

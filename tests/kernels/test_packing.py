@@ -1,4 +1,5 @@
-"""pack and unpack are inverse at every width and shape, and the layout is the continuous little-endian bitstream."""
+"""pack and unpack are inverse at every width and shape, and the layout is the continuous
+little-endian bitstream."""
 
 import numpy as np
 import pytest
@@ -9,10 +10,17 @@ from hypothesis import strategies as st
 from llmq_kernels import CODES, pack, packed_width, unpack
 
 
-@given(bits=st.sampled_from([2, 3, 4, 8]), n=st.integers(1, 9), k=st.integers(1, 140), seed=st.integers(0, 2**31))
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    n=st.integers(1, 9),
+    k=st.integers(1, 140),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=150, deadline=None)
 def test_unpack_inverts_pack(bits, n, k, seed):
-    codes = torch.randint(0, 1 << bits, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = torch.randint(
+        0, 1 << bits, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     packed = pack(codes, bits)
     assert packed.shape == (n, packed_width(k, bits))
     assert packed.dtype == torch.int32

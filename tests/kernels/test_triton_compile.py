@@ -1,4 +1,5 @@
-"""The default kernels of every chip, compiled for it without a GPU: they fit into its registers and shared memory and use its tensor cores."""
+"""The default kernels of every chip, compiled for it without a GPU: they fit into its registers and
+shared memory and use its tensor cores."""
 
 import os
 import re
@@ -11,10 +12,29 @@ from llmq_kernels.triton_layout import PLANES
 from llmq_kernels.triton_tuning import CHIPS, Choice, Problem, default_choice, shared_bytes
 
 triton = pytest.importorskip("triton", reason="needs Triton (pip install '.[triton]')")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+    ),
+]
 
-POINTERS = {"packed": "i32", "zero": "u8", "codes": "i8", "sums": "i32", "x_sums": "i32", "x_scale": "fp32", "workspace": "fp32"}
-MATRIX_INSTRUCTION = {"sm_80": "HMMA|IMMA", "sm_89": "HMMA|IMMA", "sm_90": "HGMMA|IGMMA", "sm_100": "UTC[A-Z]*MMA", "gfx942": "v_mfma"}
+POINTERS = {
+    "packed": "i32",
+    "zero": "u8",
+    "codes": "i8",
+    "sums": "i32",
+    "x_sums": "i32",
+    "x_scale": "fp32",
+    "workspace": "fp32",
+}
+MATRIX_INSTRUCTION = {
+    "sm_80": "HMMA|IMMA",
+    "sm_89": "HMMA|IMMA",
+    "sm_90": "HGMMA|IGMMA",
+    "sm_100": "UTC[A-Z]*MMA",
+    "gfx942": "v_mfma",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +48,25 @@ def compiled(kernel, chip, constants, warps, stages, **pointers):
     from triton.compiler import ASTSource
 
     dtypes = POINTERS | {"x": "bf16", "out": "bf16", "bias": "bf16", "scale": "fp16"} | pointers
-    signature = {name: "constexpr" if name in constants else f"*{dtypes[name]}" if name in dtypes else "i32" for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items()) if kind != "constexpr" and name not in ("M", "size")}
-    target = GPUTarget("hip", chip.arch, 64) if chip.is_amd else GPUTarget("cuda", int(chip.arch.removeprefix("sm_")), 32)
-    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
+    signature = {
+        name: "constexpr" if name in constants else f"*{dtypes[name]}" if name in dtypes else "i32"
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind != "constexpr" and name not in ("M", "size")
+    }
+    target = (
+        GPUTarget("hip", chip.arch, 64)
+        if chip.is_amd
+        else GPUTarget("cuda", int(chip.arch.removeprefix("sm_")), 32)
+    )
+    return triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=target,
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+    )
 
 
 def machine_code(binary, chip, tmp_path):
@@ -39,7 +74,9 @@ def machine_code(binary, chip, tmp_path):
         return binary.asm["amdgcn"]
     path = tmp_path / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
-    return subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", path], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [triton.knobs.nvidia.nvdisasm.path, "-c", path], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def check_resources(binary, chip, tmp_path):
@@ -55,8 +92,21 @@ def check_resources(binary, chip, tmp_path):
 
 def float_constants(code, group, choice, chip, *, zero):
     low, *high = PLANES[CODES[code].bits]
-    blocks = {"BLOCK_N": choice.block_n, "BLOCK_K": choice.block_k, "LOW_BITS": low, "HIGH_BITS": high[0] if high else 0}
-    return {"GROUP": group, "OFFSET": int(CODES[code].offset), "HAS_ZERO": zero, "HAS_BIAS": True, "USE_ASM": not chip.is_amd, "BLOCK_M": choice.block_m, **blocks}
+    blocks = {
+        "BLOCK_N": choice.block_n,
+        "BLOCK_K": choice.block_k,
+        "LOW_BITS": low,
+        "HIGH_BITS": high[0] if high else 0,
+    }
+    return {
+        "GROUP": group,
+        "OFFSET": int(CODES[code].offset),
+        "HAS_ZERO": zero,
+        "HAS_BIAS": True,
+        "USE_ASM": not chip.is_amd,
+        "BLOCK_M": choice.block_m,
+        **blocks,
+    }
 
 
 FLOAT = [
@@ -77,10 +127,23 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
     constants = float_constants(code, group, choice, chip, zero=zero)
     types = {"x": dtype, "out": dtype, "bias": dtype}
     if choice.method == "gemv":
-        check_resources(compiled(triton_gemv.gemv_kernel, chip, constants, choice.warps, choice.stages, **types), chip, tmp_path)
+        check_resources(
+            compiled(
+                triton_gemv.gemv_kernel, chip, constants, choice.warps, choice.stages, **types
+            ),
+            chip,
+            tmp_path,
+        )
         return
     constants |= {"SPLIT_K": choice.split_k, "EVEN_K": True, "UPCAST": False}
-    binary = compiled(triton_gemm.gemm_kernel, chip, constants, choice.warps, choice.stages, **types | ({"out": "fp32"} if choice.split_k > 1 else {}))
+    binary = compiled(
+        triton_gemm.gemm_kernel,
+        chip,
+        constants,
+        choice.warps,
+        choice.stages,
+        **types | ({"out": "fp32"} if choice.split_k > 1 else {}),
+    )
     check_tensor_cores(binary, chip, tmp_path)
     assert binary.metadata.shared <= shared_bytes(problem, choice)
 
@@ -88,7 +151,8 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
 def check_tensor_cores(binary, chip, tmp_path, *, in_registers=True):
     assert re.search(MATRIX_INSTRUCTION[chip.arch], check_resources(binary, chip, tmp_path))
     if chip.arch == "sm_90" and in_registers:
-        # The weight is the left operand in registers: two lists in braces, the sums and the weight, where a left operand from shared memory would be a descriptor.
+        # The weight is the left operand in registers: two lists in braces, the sums and the weight,
+        # where a left operand from shared memory would be a descriptor.
         products = re.findall(r"wgmma\.mma_async\S* .*", binary.asm["ptx"])
         assert products
         assert all(line.count("{") == 2 for line in products)
@@ -104,10 +168,28 @@ def test_int8_kernels(code, group, zero, m, arch, tmp_path):
     problem = Problem("int8", bits, group, "bfloat16", 4096, 4096, m)
     choice = default_choice(problem, chip)
     offset = int(CODES[code].offset) - (128 if bits == 8 else 0)
-    constants = {"GROUP": group, "OFFSET": offset, "HAS_ZERO": zero, "HAS_BIAS": False, "BITS": bits, "USE_ASM": not chip.is_amd, "SPLIT_K": choice.split_k}
+    constants = {
+        "GROUP": group,
+        "OFFSET": offset,
+        "HAS_ZERO": zero,
+        "HAS_BIAS": False,
+        "BITS": bits,
+        "USE_ASM": not chip.is_amd,
+        "SPLIT_K": choice.split_k,
+    }
     constants |= {"BLOCK_M": choice.block_m, "BLOCK_N": choice.block_n, "BLOCK_K": choice.block_k}
-    binary = compiled(triton_int8.int8_gemm_kernel, chip, constants, choice.warps, choice.stages, x="i8", **({"out": "fp32"} if choice.split_k > 1 else {}))
-    check_tensor_cores(binary, chip, tmp_path, in_registers=bits < 8)  # INT8 codes need no unpacking and are multiplied where they arrive
+    binary = compiled(
+        triton_int8.int8_gemm_kernel,
+        chip,
+        constants,
+        choice.warps,
+        choice.stages,
+        x="i8",
+        **({"out": "fp32"} if choice.split_k > 1 else {}),
+    )
+    check_tensor_cores(
+        binary, chip, tmp_path, in_registers=bits < 8
+    )  # INT8 codes need no unpacking and are multiplied where they arrive
     assert binary.metadata.shared <= shared_bytes(problem, choice)
 
 
@@ -116,10 +198,41 @@ def test_small_kernels(arch, tmp_path):
     from llmq_kernels import triton_gemm, triton_int8
 
     chip = CHIPS[arch]
-    check_resources(compiled(triton_gemm.reduce_kernel, chip, {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}, 4, 3), chip, tmp_path)
-    check_resources(compiled(triton_int8.quantize_tokens_kernel, chip, {"SUM_COLUMNS": 128, "BLOCK_K": 4096}, 8, 3, scale="fp32"), chip, tmp_path)
+    check_resources(
+        compiled(
+            triton_gemm.reduce_kernel, chip, {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}, 4, 3
+        ),
+        chip,
+        tmp_path,
+    )
+    check_resources(
+        compiled(
+            triton_int8.quantize_tokens_kernel,
+            chip,
+            {"SUM_COLUMNS": 128, "BLOCK_K": 4096},
+            8,
+            3,
+            scale="fp32",
+        ),
+        chip,
+        tmp_path,
+    )
     if chip.arch == "sm_90":
-        check_resources(compiled(triton_int8.quantize_static_kernel, chip, {"SUM_COLUMNS": 128, "BLOCK_K": 4096}, 8, 3, scale="fp32", input_range="fp32"), chip, tmp_path)
-    constants = float_constants("int4", 128, Choice("dequantize", block_n=64, block_k=128), chip, zero=True)
+        check_resources(
+            compiled(
+                triton_int8.quantize_static_kernel,
+                chip,
+                {"SUM_COLUMNS": 128, "BLOCK_K": 4096},
+                8,
+                3,
+                scale="fp32",
+                input_range="fp32",
+            ),
+            chip,
+            tmp_path,
+        )
+    constants = float_constants(
+        "int4", 128, Choice("dequantize", block_n=64, block_k=128), chip, zero=True
+    )
     del constants["HAS_BIAS"], constants["BLOCK_M"]
     check_resources(compiled(triton_gemm.dequantize_kernel, chip, constants, 4, 3), chip, tmp_path)

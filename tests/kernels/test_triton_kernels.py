@@ -1,9 +1,12 @@
-"""The Triton kernels against float64, on a GPU (`pytest -m gpu`) or, with the same bodies, in Triton's interpreter (`TRITON_INTERPRET=1`, started by test_triton_interpreter.py).
+"""The Triton kernels against float64, on a GPU (`pytest -m gpu`) or, with the same bodies, in
+Triton's interpreter (`TRITON_INTERPRET=1`, started by test_triton_interpreter.py).
 
-Tolerance. Numbers `code - zero` and x are exact in their dtype, products of two such numbers are exact in float32, and K of them are added in float32 (tensor cores keep at least 22 bits while
-they add): a relative error of at most K * 2^-22 in the norm. The output is rounded once: u = 2^-8 for bfloat16, 2^-11 for float16. Where the weight is dequantized for cuBLAS it is rounded as
-well: another u. The interpreter cuts off instead of rounding to bfloat16: twice the u. Outputs are poisoned: every uninitialized tensor is filled with NaN.
-"""
+Tolerance. Numbers `code - zero` and x are exact in their dtype, products of two such numbers are
+exact in float32, and K of them are added in float32 (tensor cores keep at least 22 bits while they
+add): a relative error of at most K * 2^-22 in the norm. The output is rounded once: u = 2^-8 for
+bfloat16, 2^-11 for float16. Where the weight is dequantized for cuBLAS it is rounded as well:
+another u. The interpreter cuts off instead of rounding to bfloat16: twice the u. Outputs are
+poisoned: every uninitialized tensor is filled with NaN."""
 
 import os
 
@@ -18,14 +21,30 @@ from llmq.modules import QuantLinear, prepare, quantized_modules, swap
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import ActSpec, QuantSpec
 from llmq_kernels import BACKENDS, PreparedWeight, triton_backend, triton_tuning
-from llmq_kernels.reference import fake_quantize_static, fake_quantize_tokens, quantize_static, quantize_tokens
+from llmq_kernels.reference import (
+    fake_quantize_static,
+    fake_quantize_tokens,
+    quantize_static,
+    quantize_tokens,
+)
 from llmq_kernels.triton_tuning import Choice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 BY_NAME = {backend.name: backend for backend in BACKENDS}
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, or TRITON_INTERPRET=1")]
-gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no CUDA graphs, streams or races")
+pytestmark = (
+    []
+    if INTERPRETED
+    else [
+        pytest.mark.gpu,
+        pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="needs a CUDA device, or TRITON_INTERPRET=1"
+        ),
+    ]
+)
+gpu_only = pytest.mark.skipif(
+    INTERPRETED, reason="the interpreter has no CUDA graphs, streams or races"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +63,11 @@ def tolerance(dtype, k, roundings=1):
     return unit * (roundings + (INTERPRETED and dtype == torch.bfloat16)) + k * 2.0**-22
 
 
-AS_SEEN = {"none": lambda x, _: x, "int8-token": lambda x, _: fake_quantize_tokens(x), "int8-static": fake_quantize_static}
+AS_SEEN = {
+    "none": lambda x, _: x,
+    "int8-token": lambda x, _: fake_quantize_tokens(x),
+    "int8-static": fake_quantize_static,
+}
 
 
 def expected(x, weight, bias=None):
@@ -58,12 +81,20 @@ def check(weight, dtype, m, bias=False, choice=None):
     offset = torch.randn(n, device=DEVICE).to(dtype) if bias else None
     prepared = PreparedWeight(weight, dtype, DEVICE)
     assert prepared.backend.name == ("triton" if weight.activations == "none" else "triton-int8")
-    out = prepared.linear(x, offset) if choice is None else triton_backend.run(x, prepared.weight, prepared.state, offset, choice)
+    out = (
+        prepared.linear(x, offset)
+        if choice is None
+        else triton_backend.run(x, prepared.weight, prepared.state, offset, choice)
+    )
     assert out.dtype == dtype
     assert out.shape == (m, n)
-    used = choice or triton_tuning.choose(triton_backend.problem_of(x, weight), triton_tuning.chip_of(x.device))
+    used = choice or triton_tuning.choose(
+        triton_backend.problem_of(x, weight), triton_tuning.chip_of(x.device)
+    )
     roundings = 2 if used.method == "dequantize" else 1
-    assert relative_error(out, expected(AS_SEEN[weight.activations](x, weight.input_range), weight, offset)) < tolerance(dtype, k, roundings)
+    assert relative_error(
+        out, expected(AS_SEEN[weight.activations](x, weight.input_range), weight, offset)
+    ) < tolerance(dtype, k, roundings)
     assert torch.equal(prepared.canonical_packed(), weight.packed)
 
 
@@ -78,7 +109,9 @@ FLOAT_CASES = [
 @pytest.mark.parametrize(("code", "group", "n", "k", "asymmetric"), FLOAT_CASES)
 def test_float_activations(code, group, n, k, asymmetric, m):
     dtype = torch.bfloat16 if m % 2 else torch.float16
-    check(make_weight(code, group, n, k, asymmetric=asymmetric, device=DEVICE), dtype, m, bias=m == 3)
+    check(
+        make_weight(code, group, n, k, asymmetric=asymmetric, device=DEVICE), dtype, m, bias=m == 3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -98,7 +131,13 @@ CHOICES = [
 def test_every_method_agrees(code, asymmetric, choice):
     m = 4 if choice.method == "gemv" else 20
     for dtype in (torch.float16, torch.bfloat16):
-        check(make_weight(code, 64, 40, 448, asymmetric=asymmetric, device=DEVICE), dtype, m, bias=True, choice=choice)
+        check(
+            make_weight(code, 64, 40, 448, asymmetric=asymmetric, device=DEVICE),
+            dtype,
+            m,
+            bias=True,
+            choice=choice,
+        )
 
 
 INT8_CASES = [
@@ -111,19 +150,35 @@ INT8_CASES = [
 @pytest.mark.parametrize(("code", "group", "n", "k", "asymmetric"), INT8_CASES)
 def test_int8_activations(code, group, n, k, asymmetric, m):
     dtype = torch.float16 if m % 2 else torch.bfloat16
-    check(make_weight(code, group, n, k, asymmetric=asymmetric, activations="int8-token", device=DEVICE), dtype, m, bias=m == 5)
+    check(
+        make_weight(
+            code, group, n, k, asymmetric=asymmetric, activations="int8-token", device=DEVICE
+        ),
+        dtype,
+        m,
+        bias=m == 5,
+    )
 
 
 @pytest.mark.parametrize("m", [1, 40])
 @pytest.mark.parametrize(("code", "group", "n", "k", "asymmetric"), INT8_CASES)
 def test_static_int8_activations(code, group, n, k, asymmetric, m):
     dtype = torch.float16 if m % 2 else torch.bfloat16
-    check(make_weight(code, group, n, k, asymmetric=asymmetric, activations="int8-static", device=DEVICE), dtype, m, bias=m == 40)
+    check(
+        make_weight(
+            code, group, n, k, asymmetric=asymmetric, activations="int8-static", device=DEVICE
+        ),
+        dtype,
+        m,
+        bias=m == 40,
+    )
 
 
 @pytest.mark.parametrize("activations", ["int8-token", "int8-static"])
 def test_int8_with_split_k(activations):
-    weight = make_weight("int4", 64, 40, 512, asymmetric=True, activations=activations, device=DEVICE)
+    weight = make_weight(
+        "int4", 64, 40, 512, asymmetric=True, activations=activations, device=DEVICE
+    )
     check(weight, torch.float16, 7, bias=True, choice=Choice("gemm", 16, 64, 64, 4, 4, 2))
 
 
@@ -151,7 +206,9 @@ def test_codes_of_a_static_range_are_those_of_the_reference():
 
 @pytest.mark.parametrize("activations", ["none", "int8-token", "int8-static"])
 def test_act_order_gathers_x(activations):
-    weight = make_weight("int4", 32, 40, 160, asymmetric=True, act_order=True, activations=activations, device=DEVICE)
+    weight = make_weight(
+        "int4", 32, 40, 160, asymmetric=True, act_order=True, activations=activations, device=DEVICE
+    )
     for m in (2, 11):
         check(weight, torch.float16, m)
 
@@ -163,7 +220,9 @@ def test_gradient_with_respect_to_x(code, act_order):
     x = torch.randn(5, 160, device=DEVICE, dtype=torch.float16, requires_grad=True)
     direction = torch.randn(5, 40, device=DEVICE, dtype=torch.float16)
     (PreparedWeight(weight, torch.float16, DEVICE).linear(x) * direction).sum().backward()
-    assert relative_error(x.grad, direction.double() @ weight.dequantize().double()) < tolerance(torch.float16, 40, 2)
+    assert relative_error(x.grad, direction.double() @ weight.dequantize().double()) < tolerance(
+        torch.float16, 40, 2
+    )
 
 
 def test_no_rows_and_many_dimensions():
@@ -171,15 +230,20 @@ def test_no_rows_and_many_dimensions():
     prepared = PreparedWeight(weight, torch.float16, DEVICE)
     assert prepared.linear(torch.empty(0, 64, device=DEVICE, dtype=torch.float16)).shape == (0, 24)
     x = torch.randn(2, 3, 64, device=DEVICE, dtype=torch.float16).transpose(0, 1)
-    assert relative_error(prepared.linear(x), x.double() @ weight.dequantize().double().T) < tolerance(torch.float16, 64)
+    assert relative_error(
+        prepared.linear(x), x.double() @ weight.dequantize().double().T
+    ) < tolerance(torch.float16, 64)
 
 
 @pytest.mark.parametrize("m", [1, 24, 300])
 @pytest.mark.parametrize("activations", ["none", "int8-token", "int8-static"])
 def test_same_bits_every_time(activations, m):
-    """Split-K, ragged edges and two streams of allocations: nothing may depend on the order in which programs finish."""
+    """Split-K, ragged edges and two streams of allocations: nothing may depend on the order in
+    which programs finish."""
     n, k, runs = (40, 320, 2) if INTERPRETED else (1000, 4096, 100)
-    prepared = PreparedWeight(make_weight("int4", 64, n, k, activations=activations, device=DEVICE), torch.float16, DEVICE)
+    prepared = PreparedWeight(
+        make_weight("int4", 64, n, k, activations=activations, device=DEVICE), torch.float16, DEVICE
+    )
     x = torch.randn(m if not INTERPRETED else min(m, 24), k, device=DEVICE, dtype=torch.float16)
     first = prepared.linear(x)
     for _ in range(runs - 1):
@@ -187,14 +251,18 @@ def test_same_bits_every_time(activations, m):
 
 
 def module(spec=QuantSpec("int4", 64), activations=ActSpec(), n=96, k=128):
-    return QuantLinear(QuantizedTensor.quantize(torch.randn(n, k), spec), torch.randn(n), activations).to(DEVICE)
+    return QuantLinear(
+        QuantizedTensor.quantize(torch.randn(n, k), spec), torch.randn(n), activations
+    ).to(DEVICE)
 
 
 @pytest.mark.parametrize("activations", ["none", "int8-token"])
 def test_compiled_module(activations):
     torch._dynamo.reset()
     layer = module(activations=ActSpec(activations))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    compiled = torch.compile(
+        layer, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor"
+    )
     x = torch.randn(3, 128, device=DEVICE, dtype=torch.float16)
     assert torch.equal(compiled(x), layer(x))
     assert layer.backend == ("triton" if activations == "none" else "triton-int8")
@@ -224,28 +292,58 @@ def test_compile_with_cuda_graphs():
     for _ in range(5):
         x = torch.randn(2, 256, device=DEVICE, dtype=torch.bfloat16)
         with torch.no_grad():
-            assert relative_error(compiled(x).clone(), layers(x).double()) < tolerance(torch.bfloat16, 256)
+            assert relative_error(compiled(x).clone(), layers(x).double()) < tolerance(
+                torch.bfloat16, 256
+            )
 
 
 @gpu_only
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 33, 64, 128, 256, 700, 2048])
 @pytest.mark.parametrize(
     ("code", "activations"),
-    [("int4", "none"), ("int3", "none"), ("ternary", "none"), ("int8", "none"), ("ternary", "int8-token"), ("int4", "int8-token"), ("int8", "int8-token"), ("int8", "int8-static")],
+    [
+        ("int4", "none"),
+        ("int3", "none"),
+        ("ternary", "none"),
+        ("int8", "none"),
+        ("ternary", "int8-token"),
+        ("int4", "int8-token"),
+        ("int8", "int8-token"),
+        ("int8", "int8-static"),
+    ],
 )
 def test_default_choices_at_real_sizes(code, activations, m):
-    check(make_weight(code, 128, 4096, 4096, activations=activations, device=DEVICE), torch.bfloat16, m)
+    check(
+        make_weight(code, 128, 4096, 4096, activations=activations, device=DEVICE),
+        torch.bfloat16,
+        m,
+    )
 
 
 def test_decode_step_of_a_model():
-    """Every linear layer of a small model through the kernels, next to the same model with its weights dequantized: a prompt and one token on a cache."""
+    """Every linear layer of a small model through the kernels, next to the same model with its
+    weights dequantized: a prompt and one token on a cache."""
     model = make_model("llama", dtype=torch.float16)
-    names = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and "lm_head" not in name]
-    swap(model, {name: QuantizedTensor.quantize(model.get_submodule(name).weight.detach().float(), QuantSpec("int4", 32)) for name in names})
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "lm_head" not in name
+    ]
+    swap(
+        model,
+        {
+            name: QuantizedTensor.quantize(
+                model.get_submodule(name).weight.detach().float(), QuantSpec("int4", 32)
+            )
+            for name in names
+        },
+    )
     model.to(DEVICE)
     dense = make_model("llama", dtype=torch.float16).to(DEVICE)
     for name, layer in quantized_modules(model).items():
-        dense.get_submodule(name).weight.data = layer.qtensor().dequantize().to(DEVICE, torch.float16)
+        dense.get_submodule(name).weight.data = (
+            layer.qtensor().dequantize().to(DEVICE, torch.float16)
+        )
     prepare(model, torch.float16)
     tokens = torch.randint(0, 2048, (1, 7), device=DEVICE)
     with torch.no_grad():
@@ -260,12 +358,28 @@ def test_decode_step_of_a_model():
 
 def test_tuning_keeps_what_it_measured(monkeypatch):
     every = triton_tuning.candidates
-    monkeypatch.setattr(triton_tuning, "candidates", lambda problem, chip: list(every(problem, chip))[:2])
-    results = kernels.tune([(32, 128)], (1, 16), [kernels.Kind("w4g128"), kernels.Kind("ternary+a8")], DEVICE, 60.0)
-    assert sorted(key.split("/")[0] + key.split("/")[-1] for key in results) == ["floatm1", "floatm16", "int8m1", "int8m16"]
+    monkeypatch.setattr(
+        triton_tuning, "candidates", lambda problem, chip: list(every(problem, chip))[:2]
+    )
+    results = kernels.tune(
+        [(32, 128)], (1, 16), [kernels.Kind("w4g128"), kernels.Kind("ternary+a8")], DEVICE, 60.0
+    )
+    assert sorted(key.split("/")[0] + key.split("/")[-1] for key in results) == [
+        "floatm1",
+        "floatm16",
+        "int8m1",
+        "int8m16",
+    ]
     for key, seconds in results.items():
         best = min(seconds, key=seconds.get)
-        assert str(triton_tuning.tuned(triton_tuning.chip_of(torch.empty(0, device=DEVICE).device))[key]) == best
+        assert (
+            str(
+                triton_tuning.tuned(triton_tuning.chip_of(torch.empty(0, device=DEVICE).device))[
+                    key
+                ]
+            )
+            == best
+        )
 
 
 @gpu_only

@@ -1,4 +1,5 @@
-"""The GPU layouts are permutations of the canonical codes and go back without loss; choices of tiles are kept, found again and fit their chips."""
+"""The GPU layouts are permutations of the canonical codes and go back without loss; choices of
+tiles are kept, found again and fit their chips."""
 
 import json
 
@@ -32,7 +33,8 @@ def test_nothing_grows_where_k_is_a_multiple_of_128():
 
 
 def test_units_hold_what_a_tensor_core_thread_holds():
-    """Unit j of a block of 32 holds columns {2j, 2j + 1, 2j + 8, 2j + 9} of both halves; codes half a unit apart are neighbours in memory of x."""
+    """Unit j of a block of 32 holds columns {2j, 2j + 1, 2j + 8, 2j + 9} of both halves; codes half
+    a unit apart are neighbours in memory of x."""
     weight = make_weight("int4", 128, 4, 128)
     codes, words = unpack(weight.packed, 4, 128).int(), layout.pack_units(weight)
     for block in range(4):
@@ -50,7 +52,10 @@ def test_bytes_hold_every_sixteenth_column():
     codes = unpack(weight.packed, 2, 128).int()
     for byte in range(32):
         for field in range(4):
-            assert torch.equal((stored[:, byte] >> (2 * field)) & 3, codes[:, byte // 16 * 64 + 16 * field + byte % 16])
+            assert torch.equal(
+                (stored[:, byte] >> (2 * field)) & 3,
+                codes[:, byte // 16 * 64 + 16 * field + byte % 16],
+            )
 
 
 def test_uneven_act_order_groups_are_refused():
@@ -61,7 +66,15 @@ def test_uneven_act_order_groups_are_refused():
 
 
 def problems():
-    for kind, bits, group in (("float", 4, 128), ("float", 2, 32), ("float", 3, 0), ("float", 8, 64), ("int8", 2, 64), ("int8", 4, 0), ("int8", 8, 0)):
+    for kind, bits, group in (
+        ("float", 4, 128),
+        ("float", 2, 32),
+        ("float", 3, 0),
+        ("float", 8, 64),
+        ("int8", 2, 64),
+        ("int8", 4, 0),
+        ("int8", 8, 0),
+    ):
         for n, k in ((4096, 4096), (28672, 4096), (4096, 14336), (96, 128)):
             for m in (1, 2, 8, 64, 256, 4096):
                 yield Problem(kind, bits, group, "bfloat16", n, k, m)
@@ -108,7 +121,9 @@ def test_the_fastest_candidate_is_kept_on_disk(gpu):
     tuning.save(gpu, path, {"triton": "x"})
     tuning.forget()
     assert tuning.choose(problem, gpu) == favourite
-    assert tuning.choose(Problem("float", 4, 128, "bfloat16", 4096, 4096, 32), gpu) == tuning.default_choice(Problem("float", 4, 128, "bfloat16", 4096, 4096, 32), gpu)
+    assert tuning.choose(
+        Problem("float", 4, 128, "bfloat16", 4096, 4096, 32), gpu
+    ) == tuning.default_choice(Problem("float", 4, 128, "bfloat16", 4096, 4096, 32), gpu)
     assert json.loads(path.read_text())["gpu"] == gpu.name
 
 

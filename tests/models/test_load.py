@@ -1,4 +1,5 @@
-"""Finding models: folders, the bundled one, the Hub through a full cache and through an endpoint on this machine; and every way in which that fails."""
+"""Finding models: folders, the bundled one, the Hub through a full cache and through an endpoint on
+this machine; and every way in which that fails."""
 
 import http.server
 import json
@@ -17,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import llmq
 from llmq.errors import LlmqError
 from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
-from llmq.models.load import ShardReader, load_config, load_tokenizer, match_names, meta_model, resolve
+from llmq.models.names import match_names
+from llmq.models.shards import ShardReader
+from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe
 
@@ -36,15 +39,30 @@ def fill_cache(cache: Path, folder: Path) -> None:
 @pytest.mark.parametrize("arguments", [[], ["--revision", "v1"]])
 def test_hub_model_from_a_full_cache_without_network(model_folder, tmp_path, arguments):
     fill_cache(tmp_path / "hub", model_folder())
-    command = [sys.executable, "-m", "llmq", "plan", "someone/small", "--method", "rtn", "--json", *arguments]
-    environment = {**__import__("os").environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "llmq",
+        "plan",
+        "someone/small",
+        "--method",
+        "rtn",
+        "--json",
+        *arguments,
+    ]
+    environment = {
+        **__import__("os").environ,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["layers"]) == 14
 
 
 class StubHub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub's interface as a download needs, serving one folder; a private repository answers only to a token."""
+    """As much of the Hub's interface as a download needs, serving one folder; a private repository
+    answers only to a token."""
 
     folder: Path
     requests: list[tuple[str, str | None]]
@@ -63,7 +81,10 @@ class StubHub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.requests.append((self.path, self.headers.get("Authorization")))
-        if "someone/private" in self.path and self.headers.get("Authorization") != "Bearer hf_secret":
+        if (
+            "someone/private" in self.path
+            and self.headers.get("Authorization") != "Bearer hf_secret"
+        ):
             return self._answer(401, X_Error_Code="RepoNotFound")
         if "someone/gated" in self.path:
             return self._answer(403, X_Error_Code="GatedRepo")
@@ -75,13 +96,35 @@ class StubHub(http.server.BaseHTTPRequestHandler):
                 return self._answer(404, X_Error_Code="RevisionNotFound")
             files = sorted(self.folder.iterdir())
             if "/tree/" in path:
-                body = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name} for file in files]
+                body = [
+                    {
+                        "type": "file",
+                        "path": file.name,
+                        "size": file.stat().st_size,
+                        "oid": file.name,
+                    }
+                    for file in files
+                ]
                 return self._answer(200, json.dumps(body).encode(), Content_Type="application/json")
-            body = {"_id": "1", "id": "someone/small", "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files], "private": False, "tags": [], "downloads": 0}
+            body = {
+                "_id": "1",
+                "id": "someone/small",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": file.name} for file in files],
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+            }
             return self._answer(200, json.dumps(body).encode(), Content_Type="application/json")
         file = self.folder / path.rsplit("/", 1)[1]
         body = file.read_bytes()
-        return self._answer(200, body, ETag=f'"{file.name}-{len(body)}"', X_Repo_Commit=COMMIT, Content_Type="application/octet-stream")
+        return self._answer(
+            200,
+            body,
+            ETag=f'"{file.name}-{len(body)}"',
+            X_Repo_Commit=COMMIT,
+            Content_Type="application/octet-stream",
+        )
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
@@ -98,8 +141,15 @@ def stub_hub(model_folder):
 
 
 def plan_from(endpoint, model, tmp_path, *arguments, token=None):
-    environment = {key: value for key, value in __import__("os").environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | ({"HF_TOKEN": token} if token else {})
+    environment = {
+        key: value for key, value in __import__("os").environ.items() if not key.startswith("HF_")
+    }
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    } | ({"HF_TOKEN": token} if token else {})
     command = [sys.executable, "-m", "llmq", "plan", model, "--method", "rtn", "--json", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
@@ -110,7 +160,11 @@ def test_hub_model_is_downloaded_with_revision_and_token(stub_hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["layers"]) == 14
     assert any("/v1" in path for path, _ in handler.requests)
-    assert all(authorization == "Bearer hf_secret" for path, authorization in handler.requests if "private" in path)
+    assert all(
+        authorization == "Bearer hf_secret"
+        for path, authorization in handler.requests
+        if "private" in path
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +192,11 @@ def test_hub_that_cannot_be_reached(tmp_path):
 
 def test_bundled_model_and_folders():
     assert (resolve("tiny") / "model.safetensors").is_file()
-    for name, message in (("/nowhere/at/all", "no such folder"), ("nothing", "no such folder"), (".", "no config.json")):
+    for name, message in (
+        ("/nowhere/at/all", "no such folder"),
+        ("nothing", "no such folder"),
+        (".", "no config.json"),
+    ):
         with pytest.raises(LlmqError, match=message):
             resolve(name)
 
@@ -150,7 +208,11 @@ def test_blocks_and_layers_are_found(model_type):
     layers = quantizable_layers(model)
     assert len(blocks) == 2
     assert all(layer.name.startswith(prefix) for layer in layers)
-    linear = {name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D", "FalconLinear")}
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D", "FalconLinear")
+    }
     outside = linear - {layer.name for layer in layers}
     assert outside <= {"lm_head", "embed_out"}
     assert needs_bos(model.config) == model_type.startswith("gemma")
@@ -171,8 +233,14 @@ def test_meta_model_holds_no_weights_and_real_rotary_tables():
         ({"model_type": "t5"}, "not a causal language model"),
         ({"model_type": "lama"}, r"model type 'lama' is not a causal.*the nearest is llama"),
         ({"model_type": "mistal"}, "the nearest is mistral"),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not a causal language model"),
-        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not a causal language model"),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+            "BertForMaskedLM is not a causal language model",
+        ),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+            "LlamaForSequenceClassification is not a causal language model",
+        ),
         ({}, "model type None"),
         ([], "not a model config"),
     ],
@@ -183,7 +251,14 @@ def test_unsupported_architectures_are_refused_from_the_config(config, message, 
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"model_type": "llama"}, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, {"model_type": "bert", "architectures": ["BertLMHeadModel"]}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "llama"},
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        {"model_type": "bert", "architectures": ["BertLMHeadModel"]},
+    ],
+)
 def test_architectures_that_predict_the_next_token_pass(settings, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert load_config(tmp_path).model_type == settings["model_type"]
@@ -199,11 +274,19 @@ def edit_config(folder, **settings):
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
-def test_shapes_that_the_config_does_not_give_are_refused_before_anything_is_written(model_folder, tmp_path):
+def test_shapes_that_the_config_does_not_give_are_refused_before_anything_is_written(
+    model_folder, tmp_path
+):
     folder = model_folder()
     edit_config(folder, intermediate_size=96)
-    for read in (llmq.load, lambda folder: prepare(str(folder), Recipe.uniform("w4g32", method="rtn"))):
-        with pytest.raises(LlmqError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has shape \[64, 128\], expected \[64, 96\]"):
+    for read in (
+        llmq.load,
+        lambda folder: prepare(str(folder), Recipe.uniform("w4g32", method="rtn")),
+    ):
+        with pytest.raises(
+            LlmqError,
+            match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has shape \[64, 128\], expected \[64, 96\]",
+        ):
             read(folder)
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -221,14 +304,24 @@ def test_stored_tensors_that_the_model_has_no_place_for_are_noted(model_folder, 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "redundant"), [("llama", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]), ("gpt2", ["lm_head.weight", "transformer.h.1.attn.bias", "h.0.attn.masked_bias"])]
+    ("model_type", "redundant"),
+    [
+        ("llama", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("gpt2", ["lm_head.weight", "transformer.h.1.attn.bias", "h.0.attn.masked_bias"]),
+    ],
 )
 def test_tensors_that_say_nothing_new_are_not_noted(model_folder, model_type, redundant):
     folder = model_folder(model_type, tie_word_embeddings=True)
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    embeddings = tensors[{"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[model_type]]
-    save_file({**tensors, **{name: embeddings.clone() for name in redundant}}, path, metadata={"format": "pt"})
+    embeddings = tensors[
+        {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[model_type]
+    ]
+    save_file(
+        {**tensors, **{name: embeddings.clone() for name in redundant}},
+        path,
+        metadata={"format": "pt"},
+    )
     assert prepare(str(folder), Recipe.uniform("w4g32", method="rtn"), strict=True).notes == {}
 
 
@@ -239,7 +332,10 @@ def test_a_folder_without_tokenizer(tmp_path):
 
 
 def test_sharded_and_single_files_read_the_same(model_folder):
-    single, sharded = model_folder(name="single"), model_folder(name="sharded", max_shard_size="100KB")
+    single, sharded = (
+        model_folder(name="single"),
+        model_folder(name="sharded", max_shard_size="100KB"),
+    )
     readers = [ShardReader(folder) for folder in (single, sharded)]
     assert len(set(readers[1].names.values())) > 1
     first, second = (reader.read(reader.names) for reader in readers)
@@ -248,10 +344,16 @@ def test_sharded_and_single_files_read_the_same(model_folder):
 
 
 def test_one_file_comes_before_an_index_as_in_transformers(model_folder):
-    folder, other = model_folder(name="sharded", max_shard_size="100KB", seed=1), model_folder(name="single", seed=2)
+    folder, other = (
+        model_folder(name="sharded", max_shard_size="100KB", seed=1),
+        model_folder(name="single", seed=2),
+    )
     (other / "model.safetensors").rename(folder / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
-    assert torch.equal(ShardReader(folder).read([name])[name], AutoModelForCausalLM.from_pretrained(folder).state_dict()[name])
+    assert torch.equal(
+        ShardReader(folder).read([name])[name],
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()[name],
+    )
 
 
 def test_faults_of_the_files_are_named(model_folder):
@@ -260,7 +362,9 @@ def test_faults_of_the_files_are_named(model_folder):
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = float("inf")
     save_file(tensors, path)
-    with pytest.raises(LlmqError, match=r"tensor model\.norm\.weight holds 1 NaN or infinite values of 64"):
+    with pytest.raises(
+        LlmqError, match=r"tensor model\.norm\.weight holds 1 NaN or infinite values of 64"
+    ):
         ShardReader(folder).read(["model.norm.weight"])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(LlmqError, match=r"model\.safetensors: not a readable safetensors file"):
@@ -270,7 +374,14 @@ def test_faults_of_the_files_are_named(model_folder):
         ShardReader(folder)
 
 
-@pytest.mark.parametrize(("file_name", "message"), [("../secret.safetensors", "plain names"), ("missing.safetensors", "missing"), ("x.bin", "plain names")])
+@pytest.mark.parametrize(
+    ("file_name", "message"),
+    [
+        ("../secret.safetensors", "plain names"),
+        ("missing.safetensors", "missing"),
+        ("x.bin", "plain names"),
+    ],
+)
 def test_index_entries_stay_inside_the_folder(model_folder, file_name, message):
     folder = model_folder(max_shard_size="100KB")
     index = folder / "model.safetensors.index.json"
@@ -283,7 +394,11 @@ def test_index_entries_stay_inside_the_folder(model_folder, file_name, message):
 
 def test_missing_tensors_are_named_and_prefixes_are_optional():
     model = make_model("gpt2")
-    names = [name.removeprefix("transformer.") for name in model.state_dict() if name != "lm_head.weight"]
-    assert match_names(model, names)["transformer.h.0.attn.c_attn.weight"] == "h.0.attn.c_attn.weight"
+    names = [
+        name.removeprefix("transformer.") for name in model.state_dict() if name != "lm_head.weight"
+    ]
+    assert (
+        match_names(model, names)["transformer.h.0.attn.c_attn.weight"] == "h.0.attn.c_attn.weight"
+    )
     with pytest.raises(LlmqError, match=r"lacks 1 of the tensors .* transformer\.ln_f\.bias"):
         match_names(model, [name for name in names if name != "ln_f.bias"])

@@ -1,4 +1,5 @@
-"""Block-wise tuning: never worse than its start, the same every time, and what comes out is what was trained."""
+"""Block-wise tuning: never worse than its start, the same every time, and what comes out is what
+was trained."""
 
 import json
 
@@ -11,7 +12,6 @@ from llmq.data import calibration_windows
 from llmq.errors import LlmqError
 from llmq.models.arch import block_layers, linear_weight
 from llmq.modules import quantized_modules
-from llmq.ptq.activations import ActivationFile
 from llmq.ptq.blockwise import BlockwiseOptions, _backward, _Master, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.layers import solve
@@ -20,6 +20,7 @@ from llmq.ptq.stats import LayerStats
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Recipe
 from llmq.spec import ActSpec, QuantSpec
+from llmq.storage.hidden_states import ActivationFile
 
 LENGTH, N_SEQUENCES = 32, 128
 
@@ -27,11 +28,14 @@ LENGTH, N_SEQUENCES = 32, 128
 def recipe(spec="w2g32-asym", **options):
     """A weak start (plain GPTQ, all but overdamped) that few steps can beat."""
     weak = {"search": False, "sweeps": 0, "damping": 1.0, "iterations": 30, "learning_rate": 0.05}
-    return Recipe.uniform(spec, method="blockwise", **{"samples": 128, "sequence_length": LENGTH, **weak, **options})
+    return Recipe.uniform(
+        spec, method="blockwise", **{"samples": 128, "sequence_length": LENGTH, **weak, **options}
+    )
 
 
 class Problem:
-    """Block 0 of a small model, its inputs and outputs in files, and plain rounding as the start."""
+    """Block 0 of a small model, its inputs and outputs in files, and plain rounding as the
+    start."""
 
     def __init__(self, folder, model_type="llama", spec="w2g32-asym", n_sequences=N_SEQUENCES):
         model = make_model(model_type)
@@ -40,19 +44,42 @@ class Problem:
         hidden, _ = BlockRecorder(model, blocks).run(torch.randint(2, 2048, (n_sequences, LENGTH)))
         _, calls = BlockRecorder(model, blocks).run(torch.randint(2, 2048, (batch, LENGTH)))
         self.block, self.call = blocks[0], calls[0]
-        self.inputs, self.targets = (ActivationFile(folder / name, LENGTH, hidden.shape[-1]) for name in ("in.f32", "out.f32"))
-        with torch.no_grad(), self.inputs.appender() as append, self.targets.appender() as append_target:
+        self.inputs, self.targets = (
+            ActivationFile(folder / name, LENGTH, hidden.shape[-1])
+            for name in ("in.f32", "out.f32")
+        )
+        with (
+            torch.no_grad(),
+            self.inputs.appender() as append,
+            self.targets.appender() as append_target,
+        ):
             for part in hidden.split(batch):
                 append(part)
                 append_target(self.call.run(self.block, part))
-        self.weights = {name: linear_weight(layer).detach().clone() for name, layer in block_layers(self.block)}
-        self.start = {name: QuantizedTensor.quantize(weight, QuantSpec.parse(spec)) for name, weight in self.weights.items()}
+        self.weights = {
+            name: linear_weight(layer).detach().clone() for name, layer in block_layers(self.block)
+        }
+        self.start = {
+            name: QuantizedTensor.quantize(weight, QuantSpec.parse(spec))
+            for name, weight in self.weights.items()
+        }
 
     def tune(self, **options):
-        return tune_block(self.block, self.weights, self.start, self.inputs, self.targets, self.call, BlockwiseOptions(**{"iterations": 30, "learning_rate": 0.05, **options}))
+        return tune_block(
+            self.block,
+            self.weights,
+            self.start,
+            self.inputs,
+            self.targets,
+            self.call,
+            BlockwiseOptions(**{"iterations": 30, "learning_rate": 0.05, **options}),
+        )
 
 
-@pytest.mark.parametrize(("model_type", "spec"), [("llama", "w2g32-asym"), ("llama", "w3g32"), ("gpt2", "ternary-g32"), ("gemma2", "w4-tensor")])
+@pytest.mark.parametrize(
+    ("model_type", "spec"),
+    [("llama", "w2g32-asym"), ("llama", "w3g32"), ("gpt2", "ternary-g32"), ("gemma2", "w4-tensor")],
+)
 def test_tuning_lowers_the_error(model_type, spec, tmp_path):
     problem = Problem(tmp_path, model_type, spec)
     state = {name: tensor.clone() for name, tensor in problem.block.state_dict().items()}
@@ -62,11 +89,14 @@ def test_tuning_lowers_the_error(model_type, spec, tmp_path):
     for name, tensor in tuning.tensors.items():
         tensor.validate(name)
         assert not torch.equal(tensor.packed, problem.start[name].packed)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in problem.block.state_dict().items())
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in problem.block.state_dict().items()
+    )
 
 
 def test_the_reported_error_is_that_of_the_packed_result(tmp_path):
-    """Seen from outside: put the packed weights into the block and measure on all sequences; the gain must be there too."""
+    """Seen from outside: put the packed weights into the block and measure on all sequences; the
+    gain must be there too."""
     problem = Problem(tmp_path)
     tuning = problem.tune()
 
@@ -75,13 +105,18 @@ def test_the_reported_error_is_that_of_the_packed_result(tmp_path):
         for name, tensor in tensors.items():
             linear_weight(problem.block.get_submodule(name)).copy_(tensor.dequantize())
         batch = sequences_per_step(N_SEQUENCES, LENGTH)
-        outputs = [problem.call.run(problem.block, hidden) for hidden in problem.inputs.batches(batch)]
+        outputs = [
+            problem.call.run(problem.block, hidden) for hidden in problem.inputs.batches(batch)
+        ]
         target = torch.cat(list(problem.targets.batches(batch)))
-        return float(((torch.cat(outputs) - target).square().sum(-1) / target.square().sum(-1)).mean())
+        return float(
+            ((torch.cat(outputs) - target).square().sum(-1) / target.square().sum(-1)).mean()
+        )
 
     before, after = error(problem.start), error(tuning.tensors)
     assert after < before
-    # Two steps take all sequences here, so both figures are means over the same tokens, summed in another order.
+    # Two steps take all sequences here, so both figures are means over the same tokens, summed in
+    # another order.
     assert before == pytest.approx(tuning.start_error, rel=1e-4)
     assert after == pytest.approx(tuning.error, rel=1e-4)
 
@@ -90,13 +125,18 @@ def test_a_start_that_cannot_be_beaten_is_kept(tmp_path):
     problem = Problem(tmp_path)
     tuning = problem.tune(learning_rate=1.0, iterations=3)
     assert tuning.error == tuning.start_error
-    assert all(torch.equal(tensor.packed, problem.start[name].packed) for name, tensor in tuning.tensors.items())
+    assert all(
+        torch.equal(tensor.packed, problem.start[name].packed)
+        for name, tensor in tuning.tensors.items()
+    )
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_equal_seeds_give_equal_bits_and_others_do_not(autocast, tmp_path):
     problem = Problem(tmp_path)
-    first, again, other = (problem.tune(seed=seed, iterations=10, autocast=autocast).tensors for seed in (0, 0, 1))
+    first, again, other = (
+        problem.tune(seed=seed, iterations=10, autocast=autocast).tensors for seed in (0, 0, 1)
+    )
     for name, tensor in first.items():
         assert torch.equal(tensor.packed, again[name].packed)
         assert torch.equal(tensor.scale, again[name].scale)
@@ -106,7 +146,11 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(autocast, tmp_path):
 @pytest.mark.parametrize("spec", ["w4g32", "w2g32-asym", "ternary", "w4-tensor", "w8"])
 def test_what_was_trained_is_what_is_packed(spec):
     weight = torch.randn(24, 96)
-    master = _Master(weight, QuantizedTensor.quantize(weight, QuantSpec.parse(spec)), BlockwiseOptions(tune_zero_points=True))
+    master = _Master(
+        weight,
+        QuantizedTensor.quantize(weight, QuantSpec.parse(spec)),
+        BlockwiseOptions(tune_zero_points=True),
+    )
     with torch.no_grad():
         if master.zero is not None:
             master.zero.add_(torch.randn_like(master.zero))
@@ -120,10 +164,13 @@ def test_what_was_trained_is_what_is_packed(spec):
 
 
 def test_tiny_scales_do_not_vanish():
-    """An almost empty group: its float16 scale is not a normal number, and a quarter of it would be zero, which stands for one."""
+    """An almost empty group: its float16 scale is not a normal number, and a quarter of it would be
+    zero, which stands for one."""
     weight = torch.randn(4, 64)
     weight[:, 32:] *= 1e-7
-    master = _Master(weight, QuantizedTensor.quantize(weight, QuantSpec("int4", 32)), BlockwiseOptions())
+    master = _Master(
+        weight, QuantizedTensor.quantize(weight, QuantSpec("int4", 32)), BlockwiseOptions()
+    )
     with torch.no_grad():
         master.scale.zero_()
     master.keep_in_range()
@@ -144,7 +191,8 @@ def test_sequences_with_nan_are_skipped_and_counted(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_quantize_save_reload(model_type, model_folder, calibration_file, tmp_path):
-    """The engine's promises hold: what is loaded computes what was trained, in a folder and in memory."""
+    """The engine's promises hold: what is loaded computes what was trained, in a folder and in
+    memory."""
     folder, out = model_folder(model_type), tmp_path / "out"
     job = prepare(str(folder), recipe(), calibration=str(calibration_file))
     report = quantize_folder(job, out)
@@ -157,7 +205,9 @@ def test_quantize_save_reload(model_type, model_folder, calibration_file, tmp_pa
     llmq.quantize(in_memory, recipe(), job.tokens.tokens)
     assert len(quantized_modules(loaded)) == report["n_quantized_layers"]
     tokens = torch.randint(2, 2048, (4, LENGTH))
-    assert torch.equal(loaded(tokens, use_cache=False).logits, in_memory(tokens, use_cache=False).logits)
+    assert torch.equal(
+        loaded(tokens, use_cache=False).logits, in_memory(tokens, use_cache=False).logits
+    )
 
 
 @pytest.mark.parametrize("inputs", ["quantized", "full-precision", "both"])
@@ -170,9 +220,13 @@ def test_few_sequences_and_every_kind_of_start(inputs, samples):
 
 
 def test_a_start_from_plain_rounding():
-    """It is RTN with scales searched under each layer's own inputs, which tuning makes better, too."""
+    """It is RTN with scales searched under each layer's own inputs, which tuning makes better,
+    too."""
     tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 64, LENGTH, 0, "text").tokens
-    first = {init: llmq.quantize(make_model(), recipe(init=init, search=True, iterations=20), tokens)[0] for init in ("rtn", "gptq")}
+    first = {
+        init: llmq.quantize(make_model(), recipe(init=init, search=True, iterations=20), tokens)[0]
+        for init in ("rtn", "gptq")
+    }
     assert first["rtn"].start_error > first["gptq"].start_error > 0
     assert first["rtn"].tuned_error < 0.95 * first["rtn"].start_error
     weight, stats = torch.randn(24, 64), LayerStats(64)
@@ -180,7 +234,9 @@ def test_a_start_from_plain_rounding():
     stats.finish()
     spec = QuantSpec.parse("w2g32-asym")
     for search in (True, False):
-        expected = QuantizedTensor.quantize(weight, spec, stats.hessian.diagonal() if search else None)
+        expected = QuantizedTensor.quantize(
+            weight, spec, stats.hessian.diagonal() if search else None
+        )
         found = solve(weight, stats, spec, recipe(init="rtn", search=search)).tensor
         assert torch.equal(found.dequantize(), expected.dequantize())
 
@@ -190,7 +246,10 @@ def test_zero_points_are_tuned_when_asked(tmp_path):
     for asked in (False, True):
         tuning = problem.tune(tune_zero_points=asked)
         assert tuning.error < tuning.start_error
-        moved = [not torch.equal(tensor.zero, problem.start[name].zero) for name, tensor in tuning.tensors.items()]
+        moved = [
+            not torch.equal(tensor.zero, problem.start[name].zero)
+            for name, tensor in tuning.tensors.items()
+        ]
         assert any(moved) is asked
         for name, tensor in tuning.tensors.items():
             tensor.validate(name)
@@ -210,13 +269,23 @@ def test_blocks_that_are_kept_are_passed_by():
     model = make_model()
     tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 4, LENGTH, 0, "text").tokens
     rules = (Rule.parse("*.layers.0.*=keep"), Rule.parse("*=w4g32"))
-    first, second = llmq.quantize(model, Recipe(rules=rules, method="blockwise", iterations=2, samples=4, sequence_length=LENGTH), tokens)
+    first, second = llmq.quantize(
+        model,
+        Recipe(rules=rules, method="blockwise", iterations=2, samples=4, sequence_length=LENGTH),
+        tokens,
+    )
     assert first.tuned_error is None
     assert second.tuned_error is not None
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"order": "act"}, "act-order"), ({"iterations": 0}, "iterations 0"), ({"learning_rate": 0.0}, "learning rate"), ({"learning_rate": 2.0}, "learning rate")]
+    ("options", "message"),
+    [
+        ({"order": "act"}, "act-order"),
+        ({"iterations": 0}, "iterations 0"),
+        ({"learning_rate": 0.0}, "learning rate"),
+        ({"learning_rate": 2.0}, "learning rate"),
+    ],
 )
 def test_impossible_settings(options, message):
     with pytest.raises(LlmqError, match=message):
@@ -232,4 +301,6 @@ def test_static_activation_ranges_survive_tuning():
     model = make_model()
     tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 4, LENGTH, 0, "text").tokens
     llmq.quantize(model, recipe("w8", activations=ActSpec("int8-static"), iterations=2), tokens)
-    assert all(module.qtensor().input_range is not None for module in quantized_modules(model).values())
+    assert all(
+        module.qtensor().input_range is not None for module in quantized_modules(model).values()
+    )

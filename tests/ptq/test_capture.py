@@ -1,4 +1,5 @@
-"""Recording block calls: the block-by-block run must be the model's own forward pass, for every family."""
+"""Recording block calls: the block-by-block run must be the model's own forward pass, for every
+family."""
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ def test_blocks_run_one_by_one_reproduce_the_model(model_type):
     hidden, calls = BlockRecorder(model, blocks).run(tokens)
     assert len(calls) == len(blocks)
     states = []
-    handle = blocks[-1].register_forward_hook(lambda _, args, out: states.append(out[0] if isinstance(out, tuple) else out))
+    handle = blocks[-1].register_forward_hook(
+        lambda _, args, out: states.append(out[0] if isinstance(out, tuple) else out)
+    )
     model(tokens, use_cache=False)
     handle.remove()
     for block, call in zip(blocks, calls, strict=True):
@@ -50,7 +53,12 @@ def test_layers_that_share_an_input_are_found_in_running_order():
     _, blocks = find_blocks(model)
     hidden, calls = BlockRecorder(model, blocks).run(torch.randint(2, 2048, (1, 8)))
     groups = shared_inputs(blocks[0], dict(block_layers(blocks[0])), calls[0], hidden)
-    assert groups == [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+    assert groups == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
     ran = []
     blocks[0].mlp.down_proj.register_forward_hook(lambda *_: ran.append(1))
     x = run_until(blocks[0], blocks[0].mlp.gate_proj, calls[0], hidden)

@@ -1,4 +1,5 @@
-"""The main job on every family: quantize block by block, save, reload, same logits; and what the engine promises beside that."""
+"""The main job on every family: quantize block by block, save, reload, same logits; and what the
+engine promises beside that."""
 
 import json
 import os
@@ -11,13 +12,13 @@ from safetensors.torch import load_file
 import llmq
 from llmq.data import calibration_windows
 from llmq.errors import LlmqError, VerificationError
-from llmq.formats import files
 from llmq.modules import quantized_modules
 from llmq.ptq import precision
 from llmq.ptq.precision import Precision
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe, Rule
 from llmq.spec import ActSpec, QuantSpec
+from llmq.storage import files
 
 TOKENS = torch.randint(2, 2048, (6, 32), generator=torch.Generator().manual_seed(1))
 
@@ -32,7 +33,9 @@ def recipe(spec="w4g32", **options):
 def test_quantize_save_reload(model_type, fmt, model_folder, calibration_file, tmp_path):
     folder = model_folder(model_type)
     out = tmp_path / "out"
-    report = quantize_folder(prepare(str(folder), recipe(), calibration=str(calibration_file), format=fmt), out)
+    report = quantize_folder(
+        prepare(str(folder), recipe(), calibration=str(calibration_file), format=fmt), out
+    )
     assert report["format"] == fmt
     assert not report["fallbacks"]
     assert all(layer["error"] < layer["rtn_error"] for layer in report["layers"])
@@ -41,7 +44,11 @@ def test_quantize_save_reload(model_type, fmt, model_folder, calibration_file, t
     in_memory = make_model(model_type)
     tokens = calibration_windows_of(folder, calibration_file)
     llmq.quantize(in_memory, recipe(), tokens)
-    assert len(quantized_modules(loaded)) == report["n_quantized_layers"] == len(quantized_modules(in_memory))
+    assert (
+        len(quantized_modules(loaded))
+        == report["n_quantized_layers"]
+        == len(quantized_modules(in_memory))
+    )
     expected, got = (model(TOKENS, use_cache=False).logits for model in (in_memory, loaded))
     assert torch.equal(got, expected)
     full = make_model(model_type)(TOKENS, use_cache=False).logits
@@ -49,28 +56,43 @@ def test_quantize_save_reload(model_type, fmt, model_folder, calibration_file, t
 
 
 def calibration_windows_of(folder, calibration_file):
-    from llmq.models.load import load_config, load_tokenizer
+    from llmq.models.source import load_config, load_tokenizer
     from llmq.ptq.run import windows
 
-    return windows(load_tokenizer(folder), load_config(folder), recipe(), str(calibration_file)).tokens
+    return windows(
+        load_tokenizer(folder), load_config(folder), recipe(), str(calibration_file)
+    ).tokens
 
 
 @torch.no_grad()
-def test_an_mlp_that_no_group_divides_is_quantized_by_rows(model_folder, calibration_file, tmp_path):
+def test_an_mlp_that_no_group_divides_is_quantized_by_rows(
+    model_folder, calibration_file, tmp_path
+):
     """172 columns, as in stories260K: kept by the rule for groups, exact by rows."""
     folder = model_folder(intermediate_size=172)
-    report = quantize_folder(prepare(str(folder), recipe("w4"), calibration=str(calibration_file)), tmp_path / "out")
+    report = quantize_folder(
+        prepare(str(folder), recipe("w4"), calibration=str(calibration_file)), tmp_path / "out"
+    )
     assert not report["kept_layers"]
     in_memory = make_model(intermediate_size=172)
     llmq.quantize(in_memory, recipe("w4"), calibration_windows_of(folder, calibration_file))
-    assert torch.equal(llmq.load(tmp_path / "out", dtype="float32")(TOKENS).logits, in_memory(TOKENS).logits)
+    assert torch.equal(
+        llmq.load(tmp_path / "out", dtype="float32")(TOKENS).logits, in_memory(TOKENS).logits
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", ["w8", "w3g64-asym", "w2g32-asym", "ternary-g32", "w4-tensor", "w4g32-asym"])
+@pytest.mark.parametrize(
+    "spec", ["w8", "w3g64-asym", "w2g32-asym", "ternary-g32", "w4-tensor", "w4g32-asym"]
+)
 def test_every_code_survives_the_disk(spec, model_folder, calibration_file, tmp_path):
     out = tmp_path / "out"
-    quantize_folder(prepare(str(model_folder(dtype=torch.bfloat16)), recipe(spec), calibration=str(calibration_file)), out)
+    quantize_folder(
+        prepare(
+            str(model_folder(dtype=torch.bfloat16)), recipe(spec), calibration=str(calibration_file)
+        ),
+        out,
+    )
     loaded = llmq.load(out)
     assert loaded.dtype == torch.bfloat16
     assert {str(module.spec) for module in quantized_modules(loaded).values()} == {spec}
@@ -81,50 +103,110 @@ def test_every_code_survives_the_disk(spec, model_folder, calibration_file, tmp_
 def test_act_order_stores_and_loads_g_idx(model_folder, calibration_file, tmp_path):
     for fmt in ("gptq", "llmq"):
         out = tmp_path / fmt
-        quantize_folder(prepare(str(model_folder(name=f"model-{fmt}")), recipe(order="act"), calibration=str(calibration_file), format=fmt), out)
-        assert all(module.g_idx is not None for module in quantized_modules(llmq.load(out)).values())
-    assert json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]["desc_act"] is True
-    assert torch.equal(llmq.load(tmp_path / "gptq", dtype="float32")(TOKENS).logits, llmq.load(tmp_path / "llmq", dtype="float32")(TOKENS).logits)
+        quantize_folder(
+            prepare(
+                str(model_folder(name=f"model-{fmt}")),
+                recipe(order="act"),
+                calibration=str(calibration_file),
+                format=fmt,
+            ),
+            out,
+        )
+        assert all(
+            module.g_idx is not None for module in quantized_modules(llmq.load(out)).values()
+        )
+    assert (
+        json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"][
+            "desc_act"
+        ]
+        is True
+    )
+    assert torch.equal(
+        llmq.load(tmp_path / "gptq", dtype="float32")(TOKENS).logits,
+        llmq.load(tmp_path / "llmq", dtype="float32")(TOKENS).logits,
+    )
 
 
 def test_rules_decide_layer_by_layer(model_folder, calibration_file, tmp_path):
-    rules = (Rule("*.down_proj", QuantSpec("int8", -1)), Rule("*.layers.0.self_attn.*", None), Rule("*", QuantSpec("int4", 32)))
-    job = prepare(str(model_folder()), Recipe(rules=rules, samples=6, sequence_length=32), calibration=str(calibration_file))
+    rules = (
+        Rule("*.down_proj", QuantSpec("int8", -1)),
+        Rule("*.layers.0.self_attn.*", None),
+        Rule("*", QuantSpec("int4", 32)),
+    )
+    job = prepare(
+        str(model_folder()),
+        Recipe(rules=rules, samples=6, sequence_length=32),
+        calibration=str(calibration_file),
+    )
     out = tmp_path / "out"
     report = quantize_folder(job, out)
     assert report["format"] == "gptq"
     assert len(report["kept_layers"]) == 4
     modules = quantized_modules(llmq.load(out))
-    assert {name: str(module.spec) for name, module in modules.items() if "down" in name} == {f"model.layers.{i}.mlp.down_proj": "w8" for i in range(2)}
+    assert {name: str(module.spec) for name, module in modules.items() if "down" in name} == {
+        f"model.layers.{i}.mlp.down_proj": "w8" for i in range(2)
+    }
     dynamic = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
     assert "-:model\\.layers\\.0\\.self_attn\\.q_proj$" in dynamic
 
 
-def test_act_order_with_one_scale_per_row_has_nothing_to_say_in_the_config(model_folder, calibration_file, tmp_path):
-    quantize_folder(prepare(str(model_folder()), recipe("w4", order="act"), calibration=str(calibration_file)), tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["desc_act"] is False
-    assert all(module.g_idx is None for module in quantized_modules(llmq.load(tmp_path / "out")).values())
+def test_act_order_with_one_scale_per_row_has_nothing_to_say_in_the_config(
+    model_folder, calibration_file, tmp_path
+):
+    quantize_folder(
+        prepare(str(model_folder()), recipe("w4", order="act"), calibration=str(calibration_file)),
+        tmp_path / "out",
+    )
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][
+            "desc_act"
+        ]
+        is False
+    )
+    assert all(
+        module.g_idx is None for module in quantized_modules(llmq.load(tmp_path / "out")).values()
+    )
 
 
 @pytest.mark.parametrize("kept", ["*.layers.0.*", "*.layers.1.*", "*.o_proj"])
 @pytest.mark.parametrize("fmt", ["gptq", "llmq"])
 def test_saved_configs_name_the_kept_layers_as_the_folder_does(kept, fmt, model_folder, tmp_path):
-    settings = Recipe(rules=(Rule(kept, None), Rule("*.down_proj", QuantSpec("int8", -1)), Rule("*", QuantSpec("int4", 32))), method="rtn")
+    settings = Recipe(
+        rules=(
+            Rule(kept, None),
+            Rule("*.down_proj", QuantSpec("int8", -1)),
+            Rule("*", QuantSpec("int4", 32)),
+        ),
+        method="rtn",
+    )
     quantize_folder(prepare(str(model_folder()), settings, format=fmt), tmp_path / "folder")
     in_memory = make_model()
     llmq.quantize(in_memory, settings)
     llmq.save(in_memory, tmp_path / "memory", format=fmt)
     llmq.save(llmq.load(tmp_path / "folder"), tmp_path / "loaded", format=fmt)
-    folder, memory, loaded = (json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("folder", "memory", "loaded"))
+    folder, memory, loaded = (
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        for name in ("folder", "memory", "loaded")
+    )
     assert folder == memory == loaded
-    n_kept = len(folder["modules_to_not_convert"]) if fmt == "llmq" else sum(name.startswith("-:") for name in folder["dynamic"])
+    n_kept = (
+        len(folder["modules_to_not_convert"])
+        if fmt == "llmq"
+        else sum(name.startswith("-:") for name in folder["dynamic"])
+    )
     assert n_kept == (2 if "o_proj" in kept else 7)
 
 
 def test_a_named_format_that_other_engines_will_not_load_is_noted(model_folder):
-    settings = Recipe(rules=(Rule("*.v_proj", QuantSpec("int8", -1)), Rule("*", QuantSpec("int4", 32))), method="rtn")
+    settings = Recipe(
+        rules=(Rule("*.v_proj", QuantSpec("int8", -1)), Rule("*", QuantSpec("int4", 32))),
+        method="rtn",
+    )
     folder = str(model_folder())
-    assert "vLLM and SGLang will not" in prepare(folder, settings, format="gptq", strict=True).notes["format gptq"]
+    assert (
+        "vLLM and SGLang will not"
+        in prepare(folder, settings, format="gptq", strict=True).notes["format gptq"]
+    )
     job = prepare(folder, settings)
     assert (job.fmt.name, job.notes) == ("llmq", {})
 
@@ -133,31 +215,46 @@ def test_rtn_needs_no_text_and_equals_plain_rounding(model_folder, tmp_path):
     from llmq.qtensor import QuantizedTensor
 
     out = tmp_path / "out"
-    report = quantize_folder(prepare(str(model_folder()), recipe(method="rtn"), calibration="/nowhere"), out)
+    report = quantize_folder(
+        prepare(str(model_folder()), recipe(method="rtn"), calibration="/nowhere"), out
+    )
     assert report["calibration"] is None
     model = make_model()
     for name, module in quantized_modules(llmq.load(out)).items():
-        assert torch.equal(module.qtensor().packed, QuantizedTensor.quantize(model.get_submodule(name).weight, QuantSpec("int4", 32)).packed)
+        assert torch.equal(
+            module.qtensor().packed,
+            QuantizedTensor.quantize(
+                model.get_submodule(name).weight, QuantSpec("int4", 32)
+            ).packed,
+        )
 
 
-def test_full_precision_stream_gives_other_hessians_and_block_errors(model_folder, calibration_file, tmp_path):
+def test_full_precision_stream_gives_other_hessians_and_block_errors(
+    model_folder, calibration_file, tmp_path
+):
     reports = []
     for stream in ("quantized", "full-precision", "both"):
         seen = []
-        job = prepare(str(model_folder(name=stream)), recipe("w3g32", inputs=stream), calibration=str(calibration_file))
+        job = prepare(
+            str(model_folder(name=stream)),
+            recipe("w3g32", inputs=stream),
+            calibration=str(calibration_file),
+        )
         quantize_folder(job, tmp_path / f"out-{stream}", on_block=seen.append)
         reports.append(seen)
     assert [report.output_error is None for report in reports[0]] == [True, True]
     assert all(0 < report.output_error < 1 for block in reports[1:] for report in block)
     assert len({sum(layer.error for layer in report[1].layers) for report in reports}) == 3
-    # Correcting each layer for what was lost before it keeps the blocks closer to the full-precision model.
+    # Correcting each layer for what was lost before it keeps the blocks closer to the
+    # full-precision model.
     assert reports[2][-1].output_error < reports[1][-1].output_error
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon"])
 @pytest.mark.parametrize("inputs", ["quantized", "both"])
 def test_playing_back_solved_parts_changes_nothing(model_type, inputs, monkeypatch):
-    """Children played back from the inputs of their last layer against computing them again each time: the same codes and scales."""
+    """Children played back from the inputs of their last layer against computing them again each
+    time: the same codes and scales."""
     from contextlib import nullcontext
 
     from llmq.ptq.replay import SolvedParts
@@ -165,8 +262,16 @@ def test_playing_back_solved_parts_changes_nothing(model_type, inputs, monkeypat
     tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 40, 32, 0, "text").tokens
     models, applied, played = [], [], []
     apply, player = SolvedParts._apply, SolvedParts._player
-    monkeypatch.setattr(SolvedParts, "_apply", lambda self, layer, *keep: applied.append(layer) or apply(self, layer, *keep))
-    monkeypatch.setattr(SolvedParts, "_player", lambda self, tail, outputs: played.append(tail.layer) or player(self, tail, outputs))
+    monkeypatch.setattr(
+        SolvedParts,
+        "_apply",
+        lambda self, layer, *keep: applied.append(layer) or apply(self, layer, *keep),
+    )
+    monkeypatch.setattr(
+        SolvedParts,
+        "_player",
+        lambda self, tail, outputs: played.append(tail.layer) or player(self, tail, outputs),
+    )
     for replay in (True, False):
         if not replay:
             monkeypatch.setattr(SolvedParts, "playing", lambda self, solved: nullcontext())
@@ -181,13 +286,16 @@ def test_playing_back_solved_parts_changes_nothing(model_type, inputs, monkeypat
 
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
 def test_a_full_precision_stream_in_bfloat16_leads_to_the_same_place(model_type, monkeypatch):
-    """Its roundings are noise of 2^-9 per number; what is taken from it are means over 960 tokens. Masks and rotary tables of every family have to follow its dtype."""
+    """Its roundings are noise of 2^-9 per number; what is taken from it are means over 960 tokens.
+    Masks and rotary tables of every family have to follow its dtype."""
     tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 30, 32, 0, "text").tokens
     reports = []
     for native in (True, False):
         monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device, native=native: native)
         model = make_model(model_type, dtype=torch.bfloat16)
-        assert Precision.of(model.config, recipe(), "cpu").stream == (torch.bfloat16 if native else torch.float32)
+        assert Precision.of(model.config, recipe(), "cpu").stream == (
+            torch.bfloat16 if native else torch.float32
+        )
         reports.append(llmq.quantize(model, recipe(), tokens))
     for ours, exact in zip(*reports, strict=True):
         assert ours.output_error == pytest.approx(exact.output_error, rel=0.1)
@@ -226,7 +334,7 @@ def test_report_counts_and_card(model_folder, calibration_file, tmp_path):
 
 
 def test_an_unfaithful_disk_is_noticed(model_folder, calibration_file, tmp_path, monkeypatch):
-    from llmq.formats.partial import PartialCheckpoint
+    from llmq.storage.workspace import PartialCheckpoint
 
     write = PartialCheckpoint.write_shard
 
@@ -239,18 +347,41 @@ def test_an_unfaithful_disk_is_noticed(model_folder, calibration_file, tmp_path,
 
     monkeypatch.setattr(PartialCheckpoint, "write_shard", corrupt)
     with pytest.raises(VerificationError, match="differs from the weight written"):
-        quantize_folder(prepare(str(model_folder()), recipe(), calibration=str(calibration_file)), tmp_path / "out")
+        quantize_folder(
+            prepare(str(model_folder()), recipe(), calibration=str(calibration_file)),
+            tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize("damaged", ["model.layers.1.input_layernorm.weight", "model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
-def test_damage_to_any_stored_tensor_is_noticed(model_folder, calibration_file, tmp_path, monkeypatch, damaged):
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+def test_damage_to_any_stored_tensor_is_noticed(
+    model_folder, calibration_file, tmp_path, monkeypatch, damaged
+):
     """Norms, kept layers, and what lies outside the blocks."""
     write = files.write_tensors
 
     def damage(path, tensors):
-        write(path, {name: tensor.clone().index_put_((torch.tensor([0]),) * tensor.dim(), torch.tensor(7.0)) if name == damaged else tensor for name, tensor in tensors.items()})
+        write(
+            path,
+            {
+                name: tensor.clone().index_put_(
+                    (torch.tensor([0]),) * tensor.dim(), torch.tensor(7.0)
+                )
+                if name == damaged
+                else tensor
+                for name, tensor in tensors.items()
+            },
+        )
 
     monkeypatch.setattr(files, "write_tensors", damage)
     rules = (Rule("*.layers.0.self_attn.*", None), Rule("*", QuantSpec("int4", 32)))
@@ -266,12 +397,24 @@ def test_an_output_that_is_a_link_is_replaced_behind_it(model_folder, tmp_path):
     job = prepare(str(model_folder()), recipe(method="rtn"))
     quantize_folder(job, tmp_path / "elsewhere" / "target")
     model = llmq.load(tmp_path / "out")
-    quantize_folder(prepare(str(tmp_path / "model"), recipe("w8", method="rtn")), tmp_path / "out", overwrite=True)
-    assert {str(module.spec) for module in quantized_modules(llmq.load(tmp_path / "out")).values()} == {"w8"}
+    quantize_folder(
+        prepare(str(tmp_path / "model"), recipe("w8", method="rtn")),
+        tmp_path / "out",
+        overwrite=True,
+    )
+    assert {
+        str(module.spec) for module in quantized_modules(llmq.load(tmp_path / "out")).values()
+    } == {"w8"}
     llmq.save(model, tmp_path / "out", overwrite=True)
-    assert {str(module.spec) for module in quantized_modules(llmq.load(tmp_path / "out")).values()} == {"w4g32"}
+    assert {
+        str(module.spec) for module in quantized_modules(llmq.load(tmp_path / "out")).values()
+    } == {"w4g32"}
     assert (tmp_path / "out").is_symlink()
-    assert [path.name for folder in (tmp_path, tmp_path / "elsewhere") for path in sorted(folder.iterdir())] == ["elsewhere", "model", "out", "target"]
+    assert [
+        path.name
+        for folder in (tmp_path, tmp_path / "elsewhere")
+        for path in sorted(folder.iterdir())
+    ] == ["elsewhere", "model", "out", "target"]
 
 
 def test_weights_can_be_read_by_whom_the_umask_lets(model_folder, tmp_path):
@@ -281,7 +424,11 @@ def test_weights_can_be_read_by_whom_the_umask_lets(model_folder, tmp_path):
         llmq.save(llmq.load(tmp_path / "out"), tmp_path / "saved")
     finally:
         os.umask(before)
-    assert {path.stat().st_mode & 0o777 for name in ("out", "saved") for path in (tmp_path / name).iterdir()} == {0o640}
+    assert {
+        path.stat().st_mode & 0o777
+        for name in ("out", "saved")
+        for path in (tmp_path / name).iterdir()
+    } == {0o640}
 
 
 def test_a_layer_that_never_runs_is_an_error():
@@ -289,7 +436,9 @@ def test_a_layer_that_never_runs_is_an_error():
     tokens = calibration_windows(torch.randint(2, 2048, (200,)), 4, 16, 0, "text").tokens
     original = type(model.model.layers[0].mlp).forward
     try:
-        type(model.model.layers[0].mlp).forward = lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)))
+        type(model.model.layers[0].mlp).forward = lambda self, x: self.down_proj(
+            self.act_fn(self.gate_proj(x))
+        )
         with pytest.raises(LlmqError, match="up_proj: this layer did not run"):
             llmq.quantize(model, recipe(), tokens)
     finally:
@@ -317,7 +466,9 @@ def test_tokens_in_memory_that_are_no_windows(tokens, message):
 def test_models_in_memory_that_cannot_be_quantized():
     model = make_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
-    with pytest.raises(LlmqError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
+    with pytest.raises(
+        LlmqError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN"
+    ):
         llmq.quantize(model, recipe(), TOKENS)
     model = make_model("gpt2")
     with pytest.raises(LlmqError, match="no k_proj"):
@@ -341,10 +492,15 @@ def test_keys_and_values_in_memory_are_those_of_the_folder(before_rope, tmp_path
     assert not torch.equal(without(TOKENS).logits, logits)
 
 
-def test_fallbacks_are_counted_and_too_many_fail(model_folder, calibration_file, tmp_path, monkeypatch):
+def test_fallbacks_are_counted_and_too_many_fail(
+    model_folder, calibration_file, tmp_path, monkeypatch
+):
     monkeypatch.setattr("llmq.ptq.gptq._factor_of_reversed", lambda hessian: None)
     with pytest.raises(VerificationError, match="14 of 14 layers fell back") as error:
-        quantize_folder(prepare(str(model_folder()), recipe(), calibration=str(calibration_file)), tmp_path / "out")
+        quantize_folder(
+            prepare(str(model_folder()), recipe(), calibration=str(calibration_file)),
+            tmp_path / "out",
+        )
     assert error.value.exit_code == 1
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["fallbacks"]) == 14
@@ -358,4 +514,7 @@ def test_tied_and_sharded_models_lose_nothing(model_folder, calibration_file, tm
     quantize_folder(prepare(str(folder), recipe(), calibration=str(calibration_file)), out)
     loaded = llmq.load(out)
     assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
-    assert "lm_head.weight" not in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert (
+        "lm_head.weight"
+        not in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    )

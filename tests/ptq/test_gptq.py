@@ -1,4 +1,5 @@
-"""The solver: equal to rounding when columns do not talk to each other, better than rounding when they do, honest when it cannot work."""
+"""The solver: equal to rounding when columns do not talk to each other, better than rounding when
+they do, honest when it cannot work."""
 
 import itertools
 
@@ -10,7 +11,17 @@ from llmq.ptq.stats import LayerStats, output_error
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import QuantSpec
 
-SPECS = ["w4g128", "w4g32", "w3g64-asym", "w2g64-asym", "w8", "w4-tensor", "ternary-g32", "ternary-tensor", "w4g48"]
+SPECS = [
+    "w4g128",
+    "w4g32",
+    "w3g64-asym",
+    "w2g64-asym",
+    "w8",
+    "w4-tensor",
+    "ternary-g32",
+    "ternary-tensor",
+    "w4g48",
+]
 ORDERS = ["group", "static", "none", "act"]
 
 
@@ -25,7 +36,9 @@ def identity_stats(k):
 @pytest.mark.parametrize("order", ORDERS)
 def test_identity_hessian_gives_plain_rounding(text, order):
     weight, spec = torch.randn(24, 256), QuantSpec.parse(text)
-    result = gptq(weight, identity_stats(256), spec, GPTQOptions(order=order, search=False, sweeps=0)).tensor
+    result = gptq(
+        weight, identity_stats(256), spec, GPTQOptions(order=order, search=False, sweeps=0)
+    ).tensor
     result.validate("weight")
     rounded = QuantizedTensor.quantize(weight, spec)
     assert torch.equal(result.codes(), rounded.codes())
@@ -38,12 +51,16 @@ def test_identity_hessian_gives_plain_rounding(text, order):
 def test_beats_rounding_on_correlated_inputs(text, order, search, stats):
     weight, spec, layer = torch.randn(48, 256), QuantSpec.parse(text), stats(256)
     ours = gptq(weight, layer, spec, GPTQOptions(order=order, search=search)).tensor
-    errors = [output_error(tensor.dequantize() - weight, layer.hessian) for tensor in (ours, QuantizedTensor.quantize(weight, spec))]
+    errors = [
+        output_error(tensor.dequantize() - weight, layer.hessian)
+        for tensor in (ours, QuantizedTensor.quantize(weight, spec))
+    ]
     assert errors[0] < errors[1]
 
 
 def test_first_column_update_matches_the_formula(stats):
-    """One column rounded, the others free: the remaining columns must minimise the output error exactly."""
+    """One column rounded, the others free: the remaining columns must minimise the output error
+    exactly."""
     layer, weight = stats(16), torch.randn(4, 16)
     factor = inverse_factor(layer.hessian)
     assert torch.allclose(factor.T @ factor @ layer.hessian, torch.eye(16), atol=1e-3)
@@ -60,7 +77,12 @@ def test_only_act_order_stores_g_idx(stats):
     for order in ORDERS:
         g_idx = gptq(weight, layer, QuantSpec("int4", 32), GPTQOptions(order=order)).tensor.g_idx
         assert (g_idx is not None) == (order == "act")
-    assert torch.bincount(gptq(weight, layer, QuantSpec("int4", 32), GPTQOptions(order="act")).tensor.g_idx).tolist() == [32] * 4
+    assert (
+        torch.bincount(
+            gptq(weight, layer, QuantSpec("int4", 32), GPTQOptions(order="act")).tensor.g_idx
+        ).tolist()
+        == [32] * 4
+    )
 
 
 @pytest.mark.parametrize("text", ["w4g64", "w2g64-asym", "w8"])
@@ -111,18 +133,24 @@ def test_damping_rises_before_it_falls_back():
     k = 64
     direction = torch.randn(k)
     stats = LayerStats(k)
-    stats.hessian = torch.outer(direction, direction) - 0.05 * float(direction.square().mean()) * torch.eye(k)
+    stats.hessian = torch.outer(direction, direction) - 0.05 * float(
+        direction.square().mean()
+    ) * torch.eye(k)
     raised = gptq(torch.randn(4, k), stats, QuantSpec("int4", 32))
     assert raised.fallback is None
     assert raised.damping == pytest.approx(0.1)
     patient = gptq(torch.randn(4, k), stats, QuantSpec("int4", 32), GPTQOptions(damping=1e-5))
     assert (patient.fallback, patient.damping) == (None, pytest.approx(0.1))
-    stats.hessian = torch.eye(k) - 3 * torch.outer(direction, direction) / direction.square().sum() + 0.1
+    stats.hessian = (
+        torch.eye(k) - 3 * torch.outer(direction, direction) / direction.square().sum() + 0.1
+    )
     stats.hessian[0, 1] = stats.hessian[1, 0] = 50.0
     weight = torch.randn(4, k)
     fallen = gptq(weight, stats, QuantSpec("int4", 32), GPTQOptions(search=False))
     assert fallen.fallback
-    assert torch.equal(fallen.tensor.packed, QuantizedTensor.quantize(weight, QuantSpec("int4", 32)).packed)
+    assert torch.equal(
+        fallen.tensor.packed, QuantizedTensor.quantize(weight, QuantSpec("int4", 32)).packed
+    )
 
 
 def test_hessian_is_a_running_mean_and_drops_rows_that_are_not_finite():
@@ -144,7 +172,8 @@ def test_hessian_is_a_running_mean_and_drops_rows_that_are_not_finite():
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_correction_restores_the_full_precision_outputs(projected):
-    """Inputs that are a linear map away from the full-precision ones: with alpha 1 and fine codes, the outputs become those of the full-precision layer."""
+    """Inputs that are a linear map away from the full-precision ones: with alpha 1 and fine codes,
+    the outputs become those of the full-precision layer."""
     torch.manual_seed(0)
     exact, weight = torch.randn(4000, 48), torch.randn(16, 48)
     degraded = exact @ (torch.eye(48) + 0.05 * torch.randn(48, 48))
@@ -156,8 +185,13 @@ def test_correction_restores_the_full_precision_outputs(projected):
     torch.testing.assert_close(stats.pull(weight), weight @ missing, rtol=1e-3, atol=1e-4)
     errors = {}
     for alpha in (0.0, 0.25, 1.0):
-        tensor = gptq(weight, stats, QuantSpec("int8", -1), GPTQOptions(alpha=alpha, damping=1e-4)).tensor
-        errors[alpha] = float((degraded @ tensor.dequantize().T - exact @ weight.T).square().mean() / (exact @ weight.T).square().mean())
+        tensor = gptq(
+            weight, stats, QuantSpec("int8", -1), GPTQOptions(alpha=alpha, damping=1e-4)
+        ).tensor
+        errors[alpha] = float(
+            (degraded @ tensor.dequantize().T - exact @ weight.T).square().mean()
+            / (exact @ weight.T).square().mean()
+        )
     assert errors[1.0] < 0.01 * errors[0.0]
     assert errors[1.0] < errors[0.25] < errors[0.0]
 
@@ -176,4 +210,6 @@ def test_output_error_is_the_mean_squared_difference(stats):
     x, difference = torch.randn(500, 12), torch.randn(5, 12)
     layer = LayerStats(12)
     layer.add(x)
-    assert output_error(difference, layer.hessian) == pytest.approx(float((x @ difference.T).square().sum(1).mean()), rel=1e-4)
+    assert output_error(difference, layer.hessian) == pytest.approx(
+        float((x @ difference.T).square().sum(1).mean()), rel=1e-4
+    )

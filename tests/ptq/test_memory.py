@@ -14,7 +14,9 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="resident memory is read from /proc"
+)
 def test_holes_are_returned():
     if not release_freed_memory():
         pytest.skip("the C library is not glibc, which has nothing to call")
@@ -41,10 +43,14 @@ print(held - before, resident_mb() - before, float(kept[-1]))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="resident memory is read from /proc"
+)
 def test_large_tensors_leave_no_holes():
     """In a process of its own: one with a past has holes that are filled first."""
-    is_set, figures = subprocess.run([sys.executable, "-c", LARGE_TENSORS], capture_output=True, text=True, check=True).stdout.splitlines()
+    is_set, figures = subprocess.run(
+        [sys.executable, "-c", LARGE_TENSORS], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     if is_set != "True":
         pytest.skip("the C library is not glibc, which has nothing to call")
     held, left, value = map(float, figures.split())

@@ -1,4 +1,5 @@
-"""What runs in bfloat16 by itself: only what may, only for models that are stored so, only where the processor multiplies it, and never against the recipe."""
+"""What runs in bfloat16 by itself: only what may, only for models that are stored so, only where
+the processor multiplies it, and never against the recipe."""
 
 import pytest
 import torch

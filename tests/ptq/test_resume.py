@@ -1,4 +1,5 @@
-"""A run killed with SIGKILL continues where it stopped and gives the same bytes as one that was never disturbed."""
+"""A run killed with SIGKILL continues where it stopped and gives the same bytes as one that was
+never disturbed."""
 
 import hashlib
 import json
@@ -15,12 +16,13 @@ import pytest
 import torch
 
 from llmq.errors import LlmqError
-from llmq.formats.files import MANIFEST
 from llmq.ptq.replay import SolvedParts
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe
+from llmq.storage.files import MANIFEST
 
-# Runs the command line with small batches and kills the process at the n-th call of one function (0: never).
+# Runs the command line with small batches and kills the process at the n-th call of one function
+# (0: never).
 _KILLER = """
 import importlib, os, signal, sys
 module, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -41,29 +43,60 @@ llmq.ptq.engine.BATCH_BYTES = 200_000
 from llmq.cli import main
 sys.exit(main(sys.argv[4:]))
 """
-NEVER = ("llmq.formats.files", "publish", 0)
+NEVER = ("llmq.storage.files", "publish", 0)
 KILLS = [
     ("llmq.ptq.capture", "BlockRecorder.run", 2),  # while the embeddings are computed
     ("llmq.ptq.layers", "gptq", 6),  # in the middle of block 1
-    ("llmq.formats.partial", "PartialCheckpoint.finish_shard", 2),  # block 1 written, not named
-    ("llmq.formats.files", "sync", 12),  # inside a write
-    ("llmq.formats.files", "write_manifest", 1),  # all but the last file
+    ("llmq.storage.workspace", "PartialCheckpoint.finish_shard", 2),  # block 1 written, not named
+    ("llmq.storage.files", "sync", 12),  # inside a write
+    ("llmq.storage.files", "write_manifest", 1),  # all but the last file
 ]
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.glob("*.safetensors")
+    }
 
 
 @pytest.fixture
 def arguments(model_folder, calibration_file):
     folder = model_folder(num_hidden_layers=3)
-    return ["quantize", str(folder), "{out}", "--group-size", "32", "--samples", "30", "--sequence-length", "32", "--calibration", str(calibration_file), "--inputs", "full-precision"]
+    return [
+        "quantize",
+        str(folder),
+        "{out}",
+        "--group-size",
+        "32",
+        "--samples",
+        "30",
+        "--sequence-length",
+        "32",
+        "--calibration",
+        str(calibration_file),
+        "--inputs",
+        "full-precision",
+    ]
 
 
 def run(arguments, out, kill=NEVER, by="SIGKILL"):
-    command = [sys.executable, "-c", _KILLER.replace("SIGKILL", by), kill[0], kill[1], str(kill[2]), *[argument.format(out=out) for argument in arguments]]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-c",
+        _KILLER.replace("SIGKILL", by),
+        kill[0],
+        kill[1],
+        str(kill[2]),
+        *[argument.format(out=out) for argument in arguments],
+    ]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.slow
@@ -90,21 +123,45 @@ def test_killed_anywhere_resumes_to_the_same_bytes(arguments, tmp_path, inputs, 
 @pytest.mark.slow
 def test_block_wise_tuning_resumes_to_the_same_bytes(arguments, tmp_path):
     weak_start = ["--no-search", "--sweeps", "0", "--damping", "1"]
-    tuned = [*arguments, *weak_start, "--bits", "2", "--method", "blockwise", "--iterations", "20", "--learning-rate", "0.05"]
+    tuned = [
+        *arguments,
+        *weak_start,
+        "--bits",
+        "2",
+        "--method",
+        "blockwise",
+        "--iterations",
+        "20",
+        "--learning-rate",
+        "0.05",
+    ]
     assert run(tuned, tmp_path / "reference").returncode == 0
-    assert run(tuned, tmp_path / "out", ("llmq.ptq.engine", "tune_block", 2)).returncode == -signal.SIGKILL  # GPTQ of block 1 done, its tuning not begun
+    assert (
+        run(tuned, tmp_path / "out", ("llmq.ptq.engine", "tune_block", 2)).returncode
+        == -signal.SIGKILL
+    )  # GPTQ of block 1 done, its tuning not begun
     resumed = run(tuned, tmp_path / "out")
     assert "resuming after block 0" in resumed.stderr
     assert digests(tmp_path / "out") == digests(tmp_path / "reference")
-    starts, ends = ([block[key] for block in json.loads((tmp_path / "out" / "report.json").read_text())["tuned_blocks"]] for key in ("start_error", "tuned_error"))
-    assert all(end < start for start, end in zip(starts, ends, strict=True))  # or there would be no training to repeat
+    starts, ends = (
+        [
+            block[key]
+            for block in json.loads((tmp_path / "out" / "report.json").read_text())["tuned_blocks"]
+        ]
+        for key in ("start_error", "tuned_error")
+    )
+    assert all(
+        end < start for start, end in zip(starts, ends, strict=True)
+    )  # or there would be no training to repeat
 
 
 @pytest.mark.slow
 def test_sigterm_says_how_to_go_on(arguments, tmp_path):
     stopped = run(arguments, tmp_path / "out", KILLS[1], by="SIGTERM")
     assert stopped.returncode == 130
-    assert stopped.stderr.endswith("llmq: interrupted; the same command continues where it stopped\n")
+    assert stopped.stderr.endswith(
+        "llmq: interrupted; the same command continues where it stopped\n"
+    )
     assert (tmp_path / ".out.llmq-partial").is_dir()
 
 
@@ -114,37 +171,65 @@ def interrupted(model_folder, calibration_file, out, recipe):
 
     folder = model_folder()
     with pytest.raises(KeyboardInterrupt):
-        quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), out, on_block=stop)
+        quantize_folder(
+            prepare(str(folder), recipe, calibration=str(calibration_file)), out, on_block=stop
+        )
     return folder
 
 
-def test_what_an_interrupted_block_kept_is_not_played(model_folder, calibration_file, tmp_path, monkeypatch):
-    """The block is run again from its inputs: files of solved parts that lie there from before must not stand in for layers that are still to be solved."""
+def test_what_an_interrupted_block_kept_is_not_played(
+    model_folder, calibration_file, tmp_path, monkeypatch
+):
+    """The block is run again from its inputs: files of solved parts that lie there from before must
+    not stand in for layers that are still to be solved."""
     recipe, folder = Recipe.uniform("w4g32", samples=4, sequence_length=32), model_folder()
-    quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "reference")
+    quantize_folder(
+        prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "reference"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(SolvedParts, "discard", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")
+            quantize_folder(
+                prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
+            )
     assert list(tmp_path.glob(".out*/played-*.f32"))
-    quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")
+    quantize_folder(
+        prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
+    )
     assert digests(tmp_path / "out") == digests(tmp_path / "reference")
 
 
-def test_other_settings_do_not_continue_an_interrupted_run(model_folder, calibration_file, tmp_path):
+def test_other_settings_do_not_continue_an_interrupted_run(
+    model_folder, calibration_file, tmp_path
+):
     recipe = Recipe.uniform("w4g32", samples=4, sequence_length=32)
     folder = interrupted(model_folder, calibration_file, tmp_path / "out", recipe)
     other = Recipe.uniform("w4g64", samples=4, sequence_length=32)
-    with pytest.raises(LlmqError, match=r"interrupted run with another recipe \(rules: .*'group_size': 32.* there, .*'group_size': 64.* now\)"):
-        quantize_folder(prepare(str(folder), other, calibration=str(calibration_file)), tmp_path / "out")
+    with pytest.raises(
+        LlmqError,
+        match=r"interrupted run with another recipe \(rules: .*'group_size': 32.* there, .*'group_size': 64.* now\)",
+    ):
+        quantize_folder(
+            prepare(str(folder), other, calibration=str(calibration_file)), tmp_path / "out"
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        with pytest.raises(LlmqError, match=rf"another software or machine \(threads \(OMP_NUM_THREADS\): {threads} there, {threads + 1} now\)"):
-            quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")
+        with pytest.raises(
+            LlmqError,
+            match=rf"another software or machine \(threads \(OMP_NUM_THREADS\): {threads} there, {threads + 1} now\)",
+        ):
+            quantize_folder(
+                prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
+            )
     finally:
         torch.set_num_threads(threads)
-    assert quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")["resumed_at_block"] == 1
+    assert (
+        quantize_folder(
+            prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
+        )["resumed_at_block"]
+        == 1
+    )
 
 
 @contextmanager
@@ -161,31 +246,60 @@ def files_of_at_most(n_bytes):
 def test_a_full_disk_keeps_what_is_finished(model_folder, tmp_path):
     """The blocks fit, the last shard does not."""
     job = prepare(str(model_folder()), Recipe.uniform("w4g32", method="rtn"))
-    with files_of_at_most(300_000), pytest.raises(LlmqError, match=r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where it stopped"):
+    with (
+        files_of_at_most(300_000),
+        pytest.raises(
+            LlmqError,
+            match=r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where it stopped",
+        ),
+    ):
         quantize_folder(job, tmp_path / "out")
     assert quantize_folder(job, tmp_path / "out")["resumed_at_block"] == 2
 
 
 def test_no_space_for_activations_keeps_what_is_finished(model_folder, calibration_file, tmp_path):
     folder = model_folder(vocab_size=2048)
-    job = prepare(str(folder), Recipe.uniform("w4g32", samples=40, sequence_length=64), calibration=str(calibration_file))
-    with files_of_at_most(600_000), pytest.raises(LlmqError, match=r"\.out\.llmq-partial.*File too large.*continues where it stopped"):  # inputs are 40 x 64 x 64 x 4 bytes
+    job = prepare(
+        str(folder),
+        Recipe.uniform("w4g32", samples=40, sequence_length=64),
+        calibration=str(calibration_file),
+    )
+    with (
+        files_of_at_most(600_000),
+        pytest.raises(
+            LlmqError, match=r"\.out\.llmq-partial.*File too large.*continues where it stopped"
+        ),
+    ):  # inputs are 40 x 64 x 64 x 4 bytes
         quantize_folder(job, tmp_path / "out")
     assert quantize_folder(job, tmp_path / "out")["resumed_at_block"] == 0
 
 
-def test_a_disk_that_will_not_do_is_refused_at_the_start(model_folder, calibration_file, tmp_path, monkeypatch):
-    job = prepare(str(model_folder()), Recipe.uniform("w4g32", samples=4, sequence_length=32), calibration=str(calibration_file))
+def test_a_disk_that_will_not_do_is_refused_at_the_start(
+    model_folder, calibration_file, tmp_path, monkeypatch
+):
+    job = prepare(
+        str(model_folder()),
+        Recipe.uniform("w4g32", samples=4, sequence_length=32),
+        calibration=str(calibration_file),
+    )
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(LlmqError, match=r"0\.00 GB are free, and output and activations need about 0\.00 GB; make space"):
+    with pytest.raises(
+        LlmqError,
+        match=r"0\.00 GB are free, and output and activations need about 0\.00 GB; make space",
+    ):
         quantize_folder(job, tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
 
 
-def test_killed_with_the_output_in_place_leaves_nothing_in_the_end(model_folder, tmp_path, monkeypatch):
+def test_killed_with_the_output_in_place_leaves_nothing_in_the_end(
+    model_folder, tmp_path, monkeypatch
+):
     job = prepare(str(model_folder()), Recipe.uniform("w4g32", method="rtn"))
     with monkeypatch.context() as patch:
-        patch.setattr("llmq.formats.partial.PartialCheckpoint.close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "llmq.storage.workspace.PartialCheckpoint.close",
+            lambda self: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             quantize_folder(job, tmp_path / "out")
     assert (tmp_path / ".out.llmq-partial").exists()
@@ -201,6 +315,8 @@ def test_two_runs_cannot_share_an_output(model_folder, calibration_file, tmp_pat
 
     def intrude(report):
         with pytest.raises(LlmqError, match="another llmq is working"):
-            quantize_folder(prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out")
+            quantize_folder(
+                prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
+            )
 
     quantize_folder(job, tmp_path / "out", on_block=intrude)

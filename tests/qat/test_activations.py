@@ -1,4 +1,5 @@
-"""Activation and key/value nodes: values against the reference arithmetic, gradients by hand, moving ranges by their formula."""
+"""Activation and key/value nodes: values against the reference arithmetic, gradients by hand,
+moving ranges by their formula."""
 
 import pytest
 import torch
@@ -8,7 +9,12 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.kv import fake_quantize_heads, quantize_kv
 from llmq.ptq.ranges import RangeObserver, static_range
-from llmq.qat.activations import EMA, ActivationQuantizer, fake_quantize_per_token, fake_quantize_ranged
+from llmq.qat.activations import (
+    EMA,
+    ActivationQuantizer,
+    fake_quantize_per_token,
+    fake_quantize_ranged,
+)
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.student import Student
@@ -47,7 +53,9 @@ def test_ranges_move_start_late_and_freeze():
     node.enabled = False
     assert torch.equal(node(first), first)
     node(second)
-    assert float(node.high) == pytest.approx(float(first.max() + EMA * (second.max() - first.max())))
+    assert float(node.high) == pytest.approx(
+        float(first.max() + EMA * (second.max() - first.max()))
+    )
     assert float(node.low) == pytest.approx(float(first.min() + EMA * (second.min() - first.min())))
     node.enabled, node.observing = True, False
     before = node.input_range()
@@ -63,11 +71,16 @@ def test_range_methods():
     values = torch.cat([torch.randn(20000), torch.tensor([300.0])])
     observer.add(values)
     observer.add(torch.tensor([float("nan")]))
-    widest, percentile, best = (observer.range(method) for method in ("minmax", "percentile", "mse"))
+    widest, percentile, best = (
+        observer.range(method) for method in ("minmax", "percentile", "mse")
+    )
     assert float(widest[0]) == pytest.approx((300 - float(values.min())) / 255, rel=1e-5)
     assert percentile[0] < 0.1 * widest[0]
     sample = torch.cat(observer._samples)
-    errors = [float((fake_quantize_static(sample, found) - sample).square().mean()) for found in (best, widest)]
+    errors = [
+        float((fake_quantize_static(sample, found) - sample).square().mean())
+        for found in (best, widest)
+    ]
     assert errors[0] <= errors[1]
     with pytest.raises(LlmqError, match="minmax, percentile, mse"):
         observer.range("other")
@@ -87,14 +100,16 @@ def test_heads_are_quantized_one_by_one_and_only_once(bits):
 
 
 def on_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Heads on their grid, with the gradient passed straight through: written out once more, by autograd."""
+    """Heads on their grid, with the gradient passed straight through: written out once more, by
+    autograd."""
     scale = x.detach().abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     return x + ((x / scale).round() * scale - x).detach()
 
 
 @pytest.mark.parametrize("before_rope", [False, True])
 def test_gradients_of_a_whole_model_with_quantized_keys_and_values(before_rope, monkeypatch):
-    """Every weight gets the gradient that autograd finds when keys and values are quantized by hand, where attention reads them or where the projections give them."""
+    """Every weight gets the gradient that autograd finds when keys and values are quantized by
+    hand, where attention reads them or where the projections give them."""
     ids, bits = torch.randint(2, 2048, (2, 12)), 4
     ours, by_hand, plain = (make_model() for _ in range(3))
     quantize_kv(ours, bits, before_rope=before_rope)
@@ -104,12 +119,20 @@ def test_gradients_of_a_whole_model_with_quantized_keys_and_values(before_rope, 
         width = by_hand.config.hidden_size // by_hand.config.num_attention_heads
         for block in by_hand.model.layers:
             for projection in (block.self_attn.k_proj, block.self_attn.v_proj):
-                projection.forward = lambda x, weight=projection.weight: on_grid((x @ weight.T).unflatten(-1, (-1, width)), bits).flatten(-2)
+                projection.forward = lambda x, weight=projection.weight: on_grid(
+                    (x @ weight.T).unflatten(-1, (-1, width)), bits
+                ).flatten(-2)
     else:
         attend = torch.nn.functional.scaled_dot_product_attention
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **options: attend(q, on_grid(k, bits), on_grid(v, bits), **options))
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda q, k, v, **options: attend(q, on_grid(k, bits), on_grid(v, bits), **options),
+        )
     by_hand(input_ids=ids, labels=ids).loss.backward()
-    for (name, parameter), expected, without in zip(ours.named_parameters(), by_hand.parameters(), plain.parameters(), strict=True):
+    for (name, parameter), expected, without in zip(
+        ours.named_parameters(), by_hand.parameters(), plain.parameters(), strict=True
+    ):
         assert torch.allclose(parameter.grad, expected.grad, rtol=1e-3, atol=1e-6), name
         assert not torch.allclose(parameter.grad, without.grad, rtol=1e-3, atol=1e-6), name
 
@@ -136,7 +159,9 @@ def test_keys_and_values_before_rope_and_errors():
     quantize_kv(model, 4, before_rope=True)
     ids = torch.randint(2, 2048, (1, 12))
     with torch.no_grad():
-        assert not torch.allclose(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-3)
+        assert not torch.allclose(
+            model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-3
+        )
     with pytest.raises(LlmqError, match="8 or 4"):
         quantize_kv(model, 5)
     with pytest.raises(LlmqError, match="k_proj"):
@@ -149,7 +174,9 @@ def test_a_static_range_starts_from_the_one_that_was_calibrated():
     assert torch.allclose(node.input_range(), start)
     node.train()
     node(torch.full((4, 8), 50.0))
-    assert float(node.high) == pytest.approx(0.05 * 155 + 0.01 * (50 - 0.05 * 155), rel=1e-4), "one observation moves it by a hundredth"
+    assert float(node.high) == pytest.approx(0.05 * 155 + 0.01 * (50 - 0.05 * 155), rel=1e-4), (
+        "one observation moves it by a hundredth"
+    )
 
 
 def test_a_range_without_data_is_named_instead_of_stored():
@@ -159,12 +186,17 @@ def test_a_range_without_data_is_named_instead_of_stored():
 
 def static_model():
     tokens = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(1))
-    return llmq.prepare_qat(make_model("llama"), Recipe.uniform("w4g32", samples=2, sequence_length=16, activations=ActSpec("int8-static")), tokens)
+    return llmq.prepare_qat(
+        make_model("llama"),
+        Recipe.uniform("w4g32", samples=2, sequence_length=16, activations=ActSpec("int8-static")),
+        tokens,
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_ranges_see_each_batch_once(checkpointing):
-    """Neither the check of the head nor the second forward pass of gradient checkpointing is data."""
+    """Neither the check of the head nor the second forward pass of gradient checkpointing is
+    data."""
     model = static_model().train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -184,6 +216,13 @@ def test_ranges_see_each_batch_once(checkpointing):
 def test_the_schedule_sets_every_switch():
     model = static_model()
     phases = Phases(gradual=0.5, activations=0.2, freeze_ranges=0.6)
-    for done, strength, enabled, observing in ((0.0, 0.0, False, True), (0.25, 0.5, True, True), (0.6, 1.0, True, False)):
+    for done, strength, enabled, observing in (
+        (0.0, 0.0, False, True),
+        (0.25, 0.5, True, True),
+        (0.6, 1.0, True, False),
+    ):
         phases.apply(model, done)
-        assert {(module.strength, module.activations.enabled, module.activations.observing) for module in fake_quant_modules(model).values()} == {(strength, enabled, observing)}
+        assert {
+            (module.strength, module.activations.enabled, module.activations.observing)
+            for module in fake_quant_modules(model).values()
+        } == {(strength, enabled, observing)}

@@ -24,9 +24,17 @@ def test_batches_are_not_made_twice(tmp_path):
     whole = generate_windows(teacher, 10, 8, tmp_path / "a", seed=1, batch_size=4)
     assert whole.shape == (10, 8)
     assert len(whole[:, 0].unique()) == 10, "each begins with another token of the vocabulary"
-    assert torch.equal(generate_windows(teacher, 8, 8, tmp_path / "b", seed=1, batch_size=4), whole[:8])
+    assert torch.equal(
+        generate_windows(teacher, 8, 8, tmp_path / "b", seed=1, batch_size=4), whole[:8]
+    )
     calls = []
-    teacher.forward = lambda *args, forward=teacher.forward, **kwargs: calls.append(1) or forward(*args, **kwargs)
-    assert torch.equal(generate_windows(teacher, 10, 8, tmp_path / "b", seed=1, batch_size=4), whole)
+    teacher.forward = lambda *args, forward=teacher.forward, **kwargs: (
+        calls.append(1) or forward(*args, **kwargs)
+    )
+    assert torch.equal(
+        generate_windows(teacher, 10, 8, tmp_path / "b", seed=1, batch_size=4), whole
+    )
     assert len(calls) == 7, "only the last batch was missing"
-    assert not torch.equal(generate_windows(teacher, 4, 8, tmp_path / "c", seed=2, batch_size=4), whole[:4])
+    assert not torch.equal(
+        generate_windows(teacher, 4, 8, tmp_path / "c", seed=2, batch_size=4), whole[:4]
+    )

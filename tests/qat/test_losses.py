@@ -21,8 +21,12 @@ def test_chunks_change_nothing(with_teacher):
     tokens = torch.randint(0, 50, (2, 9))
     targets = next_tokens(tokens)
     targets[1, 5:] = -100  # padding
-    teacher = {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head} if with_teacher else {}
-    parts = distillation_loss(hidden, targets, head, LossWeights(0.7, 0.3), **teacher, chunk_tokens=4)
+    teacher = (
+        {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head} if with_teacher else {}
+    )
+    parts = distillation_loss(
+        hidden, targets, head, LossWeights(0.7, 0.3), **teacher, chunk_tokens=4
+    )
     parts["loss"].backward()
     gradients = hidden.grad.clone(), head.weight.grad.clone()
     hidden.grad, head.weight.grad = None, None
@@ -48,7 +52,9 @@ def test_no_more_than_a_chunk_of_logits_exists():
         return hidden @ torch.ones(4, 30)
 
     hidden = torch.randn(3, 20, 4, requires_grad=True)
-    distillation_loss(hidden, next_tokens(torch.randint(0, 30, (3, 20))), head, LossWeights(), chunk_tokens=8)["loss"].backward()
+    distillation_loss(
+        hidden, next_tokens(torch.randint(0, 30, (3, 20))), head, LossWeights(), chunk_tokens=8
+    )["loss"].backward()
     assert max(rows) == 8
     assert sum(rows) == 2 * 57, "each chunk forward, and once more in the backward pass"
 
@@ -68,7 +74,9 @@ def test_a_model_with_more_than_a_head_is_refused():
     model = make_model()
     model.lm_head.register_forward_hook(lambda module, args, output: None)
     forward = model.forward
-    model.forward = lambda *args, **kwargs: type("Out", (), {"logits": 2 * forward(*args, **kwargs).logits})()
+    model.forward = lambda *args, **kwargs: type(
+        "Out", (), {"logits": 2 * forward(*args, **kwargs).logits}
+    )()
     with pytest.raises(LlmqError, match="output head"):
         check_head(model)
 
@@ -96,7 +104,9 @@ def test_schemes_and_steps():
     for text in ("w5", "ternarya4", "w4kv3", ""):
         with pytest.raises(LlmqError, match="expected w8"):
             Scheme.parse(text)
-    settings = QATSettings(Scheme.parse("w4"), max_tokens=10_000, sequence_length=100, batch_size=5, accumulation=2)
+    settings = QATSettings(
+        Scheme.parse("w4"), max_tokens=10_000, sequence_length=100, batch_size=5, accumulation=2
+    )
     assert settings.n_steps(1000) == 10
     assert settings.n_steps(1000, n_processes=2) == 5
     with pytest.raises(LlmqError, match="--max-tokens 10000: one step takes 16000"):

@@ -1,4 +1,5 @@
-"""Learning rates follow the grid: a model with weights ten times as large learns ten times as fast, and in relation to its grid the same."""
+"""Learning rates follow the grid: a model with weights ten times as large learns ten times as fast,
+and in relation to its grid the same."""
 
 import pytest
 import torch
@@ -20,15 +21,28 @@ def settings(**options):
 
 def student(factor=1.0, quantizer="lsq", spec=SPEC):
     model = make_model()
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    ]
     for name in names:
         model.get_submodule(name).weight.data *= factor
-    prepare(model, {name: QuantizedTensor.quantize(model.get_submodule(name).weight.detach(), spec) for name in names}, quantizer)
+    prepare(
+        model,
+        {
+            name: QuantizedTensor.quantize(model.get_submodule(name).weight.detach(), spec)
+            for name in names
+        },
+        quantizer,
+    )
     return model
 
 
 def rate_of(groups, parameter):
-    return next(group["lr"] for group in groups if any(each is parameter for each in group["params"]))
+    return next(
+        group["lr"] for group in groups if any(each is parameter for each in group["params"])
+    )
 
 
 def test_rates_are_in_steps_of_each_layers_grid():
@@ -36,10 +50,17 @@ def test_rates_are_in_steps_of_each_layers_grid():
     groups = [parameter_groups(model, settings()) for model in (small, large)]
     for name, module in fake_quant_modules(small).items():
         other = fake_quant_modules(large)[name]
-        assert rate_of(groups[0], module.weight) == pytest.approx(grid_rate(SPEC) * grid_step(module))
-        assert rate_of(groups[1], other.weight) == pytest.approx(10 * rate_of(groups[0], module.weight), rel=1e-2)
-        # The outermost of four codes is up to two steps from the middle: it moves as far as a weight.
-        assert rate_of(groups[0], module.quantizer.scale) * 2 == pytest.approx(rate_of(groups[0], module.weight))
+        assert rate_of(groups[0], module.weight) == pytest.approx(
+            grid_rate(SPEC) * grid_step(module)
+        )
+        assert rate_of(groups[1], other.weight) == pytest.approx(
+            10 * rate_of(groups[0], module.weight), rel=1e-2
+        )
+        # The outermost of four codes is up to two steps from the middle: it moves as far as a
+        # weight.
+        assert rate_of(groups[0], module.quantizer.scale) * 2 == pytest.approx(
+            rate_of(groups[0], module.weight)
+        )
         assert rate_of(groups[0], module.quantizer.zero) == grid_rate(SPEC)
 
 
@@ -48,11 +69,24 @@ def test_every_trained_parameter_is_in_one_group():
     model.get_input_embeddings().requires_grad_(False)
     groups = parameter_groups(model, settings())
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    scales = {id(parameter) for group in groups if group["kind"] == SCALES for parameter in group["params"]}
-    assert scales == {id(parameter) for module in fake_quant_modules(model).values() for parameter in module.quantizer.parameters()}
+    assert sorted(grouped) == sorted(
+        id(parameter) for parameter in model.parameters() if parameter.requires_grad
+    )
+    scales = {
+        id(parameter)
+        for group in groups
+        if group["kind"] == SCALES
+        for parameter in group["params"]
+    }
+    assert scales == {
+        id(parameter)
+        for module in fake_quant_modules(model).values()
+        for parameter in module.quantizer.parameters()
+    }
     weights = [group["lr"] for group in groups if group["kind"] != SCALES]
-    assert weights[-1] == pytest.approx(sum(weights[:-1]) / len(weights[:-1])), "norms move like the mean of the layers"
+    assert weights[-1] == pytest.approx(sum(weights[:-1]) / len(weights[:-1])), (
+        "norms move like the mean of the layers"
+    )
 
 
 def test_absolute_rates_replace_those_of_the_grid():
@@ -61,7 +95,9 @@ def test_absolute_rates_replace_those_of_the_grid():
 
 
 def test_quantizers_without_scales_of_their_own_have_a_grid_too():
-    groups = parameter_groups(student(quantizer="absmean", spec=QuantSpec("ternary", 32)), settings())
+    groups = parameter_groups(
+        student(quantizer="absmean", spec=QuantSpec("ternary", 32)), settings()
+    )
     assert {group["kind"] for group in groups} == {"weights"}
     assert all(group["lr"] > 0 for group in groups)
 
@@ -69,4 +105,6 @@ def test_quantizers_without_scales_of_their_own_have_a_grid_too():
 def test_a_model_without_quantized_layers_needs_a_rate():
     with pytest.raises(LlmqError, match="give lr_weights"):
         parameter_groups(make_model(), settings())
-    assert {group["lr"] for group in parameter_groups(make_model(), settings(lr_weights=1e-4))} == {1e-4}
+    assert {group["lr"] for group in parameter_groups(make_model(), settings(lr_weights=1e-4))} == {
+        1e-4
+    }

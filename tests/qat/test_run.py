@@ -1,4 +1,5 @@
-"""Fine-tuning as a whole: from a folder to a folder, killed and continued, on two processes, and with everything that can go wrong."""
+"""Fine-tuning as a whole: from a folder to a folder, killed and continued, on two processes, and
+with everything that can go wrong."""
 
 import json
 import os
@@ -17,7 +18,7 @@ from llmq.cli import main
 from llmq.commands.qat import budget_line
 from llmq.errors import VerificationError
 from llmq.evaluation.perplexity import evaluate
-from llmq.models.load import load_config
+from llmq.models.source import load_config
 from llmq.qat import run as run_module
 from llmq.qat import trainer as trainer_module
 from llmq.qat.job import prepare_job
@@ -46,8 +47,34 @@ sys.exit(main(sys.argv[2:]))
 @pytest.fixture
 def arguments(model_folder, calibration_file):
     folder = model_folder()
-    shape = ["--sequence-length", "32", "--batch-size", "4", "--max-steps", "6", "--log-every", "1", "--precision", "fp32", "--init", "rtn", "--group-size", "32"]
-    return ["qat", str(folder), "OUT", "--train", str(calibration_file), "--lr-weights", "1e-3", "--device", "cpu", *shape]
+    shape = [
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "4",
+        "--max-steps",
+        "6",
+        "--log-every",
+        "1",
+        "--precision",
+        "fp32",
+        "--init",
+        "rtn",
+        "--group-size",
+        "32",
+    ]
+    return [
+        "qat",
+        str(folder),
+        "OUT",
+        "--train",
+        str(calibration_file),
+        "--lr-weights",
+        "1e-3",
+        "--device",
+        "cpu",
+        *shape,
+    ]
 
 
 def at(arguments, out, *more):
@@ -55,7 +82,11 @@ def at(arguments, out, *more):
 
 
 def losses(out):
-    return [(row["step"], row["loss"], row["kl"]) for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row]
+    return [
+        (row["step"], row["loss"], row["kl"])
+        for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if "loss" in row
+    ]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +94,11 @@ def losses(out):
     [
         ("w4", [], "gptq"),
         ("w2", ["--precision", "bf16", "--gradient-checkpointing"], "llmq"),
-        ("ternarya8kv8", ["--quantizer", "absmean", "--gradual", "0.5", "--activations-from", "0.5"], "llmq"),
+        (
+            "ternarya8kv8",
+            ["--quantizer", "absmean", "--gradual", "0.5", "--activations-from", "0.5"],
+            "llmq",
+        ),
         ("w2a8", ["--activations", "int8-static", "--quantizer", "seq"], "llmq"),
         ("w8a8kv4", ["--activations", "int8-static", "--init", "gptq", "--kv-before-rope"], "llmq"),
     ],
@@ -74,25 +109,54 @@ def test_from_a_folder_to_a_folder(scheme, options, fmt, arguments, tmp_path, ca
     report = json.loads(capsys.readouterr().out)
     assert main(["inspect", str(out)]) == 0
     assert f"shipped: {report['shipped']}" in capsys.readouterr().out
-    assert {len(score["text_sha256"]) for score in report["held_out"].values()} == {len(score["tokenizer_sha256"]) for score in report["held_out"].values()} == {64}
-    assert report["shipped"] == ("trained" if report["held_out"]["trained"]["perplexity"] < report["held_out"]["start"]["perplexity"] else "start")
+    assert (
+        {len(score["text_sha256"]) for score in report["held_out"].values()}
+        == {len(score["tokenizer_sha256"]) for score in report["held_out"].values()}
+        == {64}
+    )
+    assert report["shipped"] == (
+        "trained"
+        if report["held_out"]["trained"]["perplexity"] < report["held_out"]["start"]["perplexity"]
+        else "start"
+    )
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     training = [row for row in rows if "loss" in row]
     assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
-    assert {"kl", "ce", "grad_norm", "flip_rate", "zero_fraction", "clip_fraction"} <= training[-1].keys()
+    assert {"kl", "ce", "grad_norm", "flip_rate", "zero_fraction", "clip_fraction"} <= training[
+        -1
+    ].keys()
     assert sum("held_out_perplexity" in row for row in rows) == 6
     assert any(row.get("flip_rate", 0) > 0 for row in rows)
     assert not list(tmp_path.glob(".out*"))
     config = load_config(out).quantization_config
     assert config["quant_method"] == fmt
-    # What was measured is what is on the disk: the score of the held-out text again, from the folder.
+    # What was measured is what is on the disk: the score of the held-out text again, from the
+    # folder.
     model = llmq.load(out, dtype="float32")
     assert torch.isfinite(model(input_ids=torch.arange(2, 20)[None]).logits).all()
-    assert main(["compare", str(arguments[1]), str(out), "--sequence-length", "32", "--max-windows", "4", "--json"]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                str(arguments[1]),
+                str(out),
+                "--sequence-length",
+                "32",
+                "--max-windows",
+                "4",
+                "--json",
+            ]
+        )
+        == 0
+    )
 
 
 def test_the_start_is_shipped_when_training_made_it_worse(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trainer_module.QATTrainer, "compute_loss", lambda self, model, inputs, **kwargs: -10 * model(**inputs)["loss"])
+    monkeypatch.setattr(
+        trainer_module.QATTrainer,
+        "compute_loss",
+        lambda self, model, inputs, **kwargs: -10 * model(**inputs)["loss"],
+    )
     out = tmp_path / "out"
     assert main(at(arguments, out, "--lr-weights", "0.05")) == 0
     assert "training did not beat it" in capsys.readouterr().out
@@ -103,37 +167,102 @@ def test_the_start_is_shipped_when_training_made_it_worse(arguments, tmp_path, c
 @pytest.mark.slow
 def test_killed_and_continued_is_never_disturbed(arguments, tmp_path):
     """Killed at a random step, and once more when all are done."""
-    options = ["--save-every", "2", "--log-every", "2", "--gradual", "0.5", "--scheme", "w4a8", "--activations", "int8-static", "--init", "gptq"]
+    options = [
+        "--save-every",
+        "2",
+        "--log-every",
+        "2",
+        "--gradual",
+        "0.5",
+        "--scheme",
+        "w4a8",
+        "--activations",
+        "int8-static",
+        "--init",
+        "gptq",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     random_step = str(random.randrange(6))
     for out, kills in ((whole, ["never"]), (broken, [random_step, "ship", "never"])):
         for kill in kills:
-            done = subprocess.run([sys.executable, "-c", _KILLER, kill, *at(arguments, out, *options)], env=environment, capture_output=True, text=True, timeout=300)
-            assert done.returncode == (0 if kill == "never" else -signal.SIGKILL), f"{kill}: {done.stderr}"
+            done = subprocess.run(
+                [sys.executable, "-c", _KILLER, kill, *at(arguments, out, *options)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == (0 if kill == "never" else -signal.SIGKILL), (
+                f"{kill}: {done.stderr}"
+            )
     assert losses(broken) == losses(whole), f"killed at step {random_step}"
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(arguments, tmp_path):
-    """Gradients are averaged over processes, so losses agree up to the order of float32 sums: 1e-4 relative after six steps of 1e-3."""
+    """Gradients are averaged over processes, so losses agree up to the order of float32 sums: 1e-4
+    relative after six steps of 1e-3."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     one, two = tmp_path / "one", tmp_path / "two"
-    single = [sys.executable, "-m", "llmq", *at(arguments, one, "--batch-size", "8", "--scheme", "ternarya8", "--activations", "int8-static", "--init", "gptq")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    double = [*launch, "-m", "llmq", *at(arguments, two, "--json", "--scheme", "ternarya8", "--activations", "int8-static", "--init", "gptq")]
+    single = [
+        sys.executable,
+        "-m",
+        "llmq",
+        *at(
+            arguments,
+            one,
+            "--batch-size",
+            "8",
+            "--scheme",
+            "ternarya8",
+            "--activations",
+            "int8-static",
+            "--init",
+            "gptq",
+        ),
+    ]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29517",
+    ]
+    double = [
+        *launch,
+        "-m",
+        "llmq",
+        *at(
+            arguments,
+            two,
+            "--json",
+            "--scheme",
+            "ternarya8",
+            "--activations",
+            "int8-static",
+            "--init",
+            "gptq",
+        ),
+    ]
     for command in (single, double):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["shipped"], "one object, of the main process"
-    for (step, loss, kl), (other_step, other_loss, other_kl) in zip(losses(one), losses(two), strict=True):
+    for (step, loss, kl), (other_step, other_loss, other_kl) in zip(
+        losses(one), losses(two), strict=True
+    ):
         assert step == other_step
         assert loss == pytest.approx(other_loss, rel=1e-4)
         assert kl == pytest.approx(other_kl, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(arguments, tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    arguments, tmp_path, capsys, monkeypatch
+):
     forward = Student.forward
     calls = []
 
@@ -157,7 +286,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(a
     assert [step for step, _, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_weight(arguments, tmp_path, capsys, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_weight(
+    arguments, tmp_path, capsys, monkeypatch
+):
     forward, calls = Student.forward, []
 
     def broken(self, input_ids):
@@ -185,14 +316,19 @@ def test_a_checkpoint_that_was_not_finished_is_not_continued_from(tmp_path):
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_what_is_scored_is_what_is_stored(arguments, model_folder, calibration_file, tmp_path, capsys):
+def test_what_is_scored_is_what_is_stored(
+    arguments, model_folder, calibration_file, tmp_path, capsys
+):
     """Embeddings and norms of a bfloat16 model are trained in float32 and stored in bfloat16."""
     arguments[1] = str(model_folder(name="half", dtype=torch.bfloat16))
     assert main(at(arguments, tmp_path / "out", "--json")) == 0
     report = json.loads(capsys.readouterr().out)
     settings = QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=4)
     held_out = prepare_job(arguments[1], settings, train=str(calibration_file)).held_out
-    assert evaluate(llmq.load(tmp_path / "out", dtype="float32"), held_out).value == report["held_out"][report["shipped"]]["perplexity"]
+    assert (
+        evaluate(llmq.load(tmp_path / "out", dtype="float32"), held_out).value
+        == report["held_out"][report["shipped"]]["perplexity"]
+    )
 
 
 def test_tensorboard_logs_are_kept(arguments, tmp_path):
@@ -205,7 +341,22 @@ def test_generated_text(arguments, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     arguments = [*arguments]
     arguments[arguments.index("--train") + 1] = "generated"
-    assert main(at(arguments, out, "--max-steps", "2", "--sequence-length", "12", "--init", "gptq", "--json")) == 0
+    assert (
+        main(
+            at(
+                arguments,
+                out,
+                "--max-steps",
+                "2",
+                "--sequence-length",
+                "12",
+                "--init",
+                "gptq",
+                "--json",
+            )
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert report["train"] == {"source": "generated", "windows": [8, 12]}
     assert report["settings"]["loss"]["ce"] == 0
@@ -213,7 +364,9 @@ def test_generated_text(arguments, tmp_path, capsys, monkeypatch):
     assert report["verdict"] is None
 
 
-def test_a_start_with_too_many_fallbacks_is_not_trained_from(arguments, tmp_path, capsys, monkeypatch):
+def test_a_start_with_too_many_fallbacks_is_not_trained_from(
+    arguments, tmp_path, capsys, monkeypatch
+):
     quantize_folder = run_module.quantize_folder
 
     def falls_back(job, out, **options):
@@ -229,15 +382,26 @@ def test_a_start_with_too_many_fallbacks_is_not_trained_from(arguments, tmp_path
 
 
 def test_the_start_is_calibrated_on_windows_that_are_trained_on(arguments, calibration_file):
-    job = prepare_job(arguments[1], QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=4), train=str(calibration_file))
-    trained, held_out = ({tuple(window) for window in windows.tolist()} for windows in (job.windows, job.held_out.tokens))
+    job = prepare_job(
+        arguments[1],
+        QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=4),
+        train=str(calibration_file),
+    )
+    trained, held_out = (
+        {tuple(window) for window in windows.tolist()}
+        for windows in (job.windows, job.held_out.tokens)
+    )
     calibration = {tuple(window) for window in run_module._calibration(job).tokens.tolist()}
     assert calibration <= trained
     assert held_out - trained, "windows that could have been among them"
 
 
 def test_a_run_is_not_continued_with_other_weights(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_module, "train", lambda *args, **options: (_ for _ in ()).throw(VerificationError("stopped")))
+    monkeypatch.setattr(
+        run_module,
+        "train",
+        lambda *args, **options: (_ for _ in ()).throw(VerificationError("stopped")),
+    )
     assert main(at(arguments, tmp_path / "out")) == 1
     os.utime(tmp_path.parent / arguments[1] / "model.safetensors", (1, 1))
     assert main(at(arguments, tmp_path / "out")) == 2
@@ -246,7 +410,11 @@ def test_a_run_is_not_continued_with_other_weights(arguments, tmp_path, capsys, 
 
 def test_code_flips_are_counted_from_the_start(arguments, tmp_path):
     assert main(at(arguments, tmp_path / "out", "--log-every", "6", "--lr-weights", "0.02")) == 0
-    (row,) = [row for row in map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()) if "loss" in row]
+    (row,) = [
+        row
+        for row in map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
+        if "loss" in row
+    ]
     assert row["flip_rate"] > 0
 
 
@@ -257,9 +425,15 @@ def test_a_picture_of_the_log(arguments, tmp_path):
 
 
 def test_budget(arguments, calibration_file):
-    """Estimates that follow from the settings: tokens and steps exactly, memory and operations in proportion."""
-    settings = QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=4, accumulation=2, max_steps=10)
-    budget, wider = (prepare_job(arguments[1], each, train=str(calibration_file)).budget() for each in (settings, replace(settings, batch_size=8)))
+    """Estimates that follow from the settings: tokens and steps exactly, memory and operations in
+    proportion."""
+    settings = QATSettings(
+        Scheme.parse("w4"), sequence_length=32, batch_size=4, accumulation=2, max_steps=10
+    )
+    budget, wider = (
+        prepare_job(arguments[1], each, train=str(calibration_file)).budget()
+        for each in (settings, replace(settings, batch_size=8))
+    )
     n_parameters = sum(parameter.numel() for parameter in make_model().parameters())
     assert (budget["tokens"], budget["steps"]) == (10 * 2 * 4 * 32, 10)
     assert 16 * n_parameters < budget["bytes"] < 24 * n_parameters
@@ -288,8 +462,14 @@ def test_text_without_held_out_windows_says_that_nothing_was_compared(arguments,
         (["--train", "generated", "--kl", "0"], "give --kl or --ce"),
         (["--kl", "0", "--ce", "0"], "give --kl or --ce"),
         (["--scheme", "w2", "--quantizer", "seq", "--asymmetric"], "have no zero point"),
-        (["--scheme", "w3", "--quantizer", "absmean"], "layers.0.self_attn.q_proj: quantizer absmean is for ternary codes"),
-        (["--scheme", "ternary", "--quantizer", "absmean", "--rule", "*.layers.1.*=w8"], "layers.1.self_attn.q_proj: quantizer absmean is for ternary codes"),
+        (
+            ["--scheme", "w3", "--quantizer", "absmean"],
+            "layers.0.self_attn.q_proj: quantizer absmean is for ternary codes",
+        ),
+        (
+            ["--scheme", "ternary", "--quantizer", "absmean", "--rule", "*.layers.1.*=w8"],
+            "layers.1.self_attn.q_proj: quantizer absmean is for ternary codes",
+        ),
         (["--rule", "*=keep"], "none of the 14 linear layers would be quantized"),
         (["--report-to", "nobody"], "--report-to nobody: expected none"),
         (["--plot", "loss.xyz"], "expected a file that ends in"),

@@ -15,15 +15,24 @@ from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.qat.student import Student
-from llmq.qat.trainer import SKIPPED_STEPS, QATTrainer, ScheduleCallback, held_out_perplexity, training_arguments
+from llmq.qat.trainer import (
+    SKIPPED_STEPS,
+    QATTrainer,
+    ScheduleCallback,
+    held_out_perplexity,
+    training_arguments,
+)
 from llmq.recipe import Recipe
 from llmq.spec import ActSpec
 
 
 def test_held_out_text_is_scored_with_everything_quantized():
-    """At a step that is neither at full strength nor quantizes activations yet, the score is that of the end; the next step goes on as scheduled."""
+    """At a step that is neither at full strength nor quantizes activations yet, the score is that
+    of the end; the next step goes on as scheduled."""
     model = make_model()
-    llmq.prepare_qat(model, Recipe.uniform("w2g32-asym", method="rtn", activations=ActSpec("int8-token")))
+    llmq.prepare_qat(
+        model, Recipe.uniform("w2g32-asym", method="rtn", activations=ActSpec("int8-token"))
+    )
     student = Student(model, None, LossWeights(kl=0, ce=1)).train()
     windows = Windows(torch.randint(2, 2048, (4, 16)), "none", "", "")
     phases = Phases(gradual=0.5, activations=0.5)
@@ -39,19 +48,31 @@ def test_learning_rates_of_a_run(tmp_path):
     """Weights fall to zero at the end, scales where they are to be frozen."""
     model = make_model()
     llmq.prepare_qat(model, Recipe.uniform("w4g32", method="rtn"))
-    settings = QATSettings(Scheme.parse("w4"), init="rtn", phases=Phases(warmup=0.1, freeze_scales=0.5))
+    settings = QATSettings(
+        Scheme.parse("w4"), init="rtn", phases=Phases(warmup=0.1, freeze_scales=0.5)
+    )
     arguments = training_arguments(settings, 20, tmp_path, device="cpu")
     assert arguments.n_gpu <= 1, "no DataParallel"
-    trainer = QATTrainer(settings=settings, model=Student(model, None, LossWeights(kl=0, ce=1)), args=arguments)
+    trainer = QATTrainer(
+        settings=settings, model=Student(model, None, LossWeights(kl=0, ce=1)), args=arguments
+    )
     trainer.create_optimizer_and_scheduler(20)
     rates = {"weights": [], "scales": []}
     for _ in range(20):
         for kind, found in rates.items():
-            found.append({group["lr"] / group["initial_lr"] for group in trainer.optimizer.param_groups if group["kind"] == kind})
+            found.append(
+                {
+                    group["lr"] / group["initial_lr"]
+                    for group in trainer.optimizer.param_groups
+                    if group["kind"] == kind
+                }
+            )
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
     for kind, found in rates.items():
-        expected = [settings.phases.learning_rate(step / 20, scales=kind == "scales") for step in range(20)]
+        expected = [
+            settings.phases.learning_rate(step / 20, scales=kind == "scales") for step in range(20)
+        ]
         assert [sorted(each)[0] for each in found] == pytest.approx(expected)
     assert max(rates["scales"][10]) == 0 < min(rates["weights"][19])
 
@@ -64,9 +85,13 @@ def test_steps_that_the_scaler_of_fp16_skips_have_an_end():
     def step(value, fp16):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, value)
-        callback.on_pre_optimizer_step(SimpleNamespace(fp16=fp16, output_dir="nowhere"), state, control)
+        callback.on_pre_optimizer_step(
+            SimpleNamespace(fp16=fp16, output_dir="nowhere"), state, control
+        )
 
-    for value in [float("nan")] * (SKIPPED_STEPS - 1) + [1.0] + [float("inf")] * (SKIPPED_STEPS - 1):
+    for value in (
+        [float("nan")] * (SKIPPED_STEPS - 1) + [1.0] + [float("inf")] * (SKIPPED_STEPS - 1)
+    ):
         step(value, True)
     with pytest.raises(VerificationError, match="NaN or infinite"):
         step(float("nan"), True)

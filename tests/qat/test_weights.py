@@ -1,4 +1,5 @@
-"""Layers in training: the start's codes, the stored weight bit for bit, and gradients against derivatives by hand."""
+"""Layers in training: the start's codes, the stored weight bit for bit, and gradients against
+derivatives by hand."""
 
 import copy
 
@@ -10,20 +11,45 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.fakequant import lsq_factor
 from llmq.models.arch import linear_weight, quantizable_layers
-from llmq.models.load import load_config, meta_model
+from llmq.models.source import load_config, meta_model
 from llmq.modules import quantized_modules
-from llmq.qat.weights import FakeQuantLinear, WeightQuantizer, fake_quant_modules, freeze, masters, prepare, stretched_scale
+from llmq.qat.weights import (
+    FakeQuantLinear,
+    WeightQuantizer,
+    fake_quant_modules,
+    freeze,
+    masters,
+    prepare,
+    stretched_scale,
+)
 from llmq.qtensor import QuantizedTensor
 from llmq.spec import ActSpec, QuantSpec
 
-SPECS = ["w8", "w4g32", "w4-tensor", "w3g64-asym", "w2g32-asym", "w2", "w2h-g32", "ternary-g32", "ternary-row", "ternary-tensor"]
+SPECS = [
+    "w8",
+    "w4g32",
+    "w4-tensor",
+    "w3g64-asym",
+    "w2g32-asym",
+    "w2",
+    "w2h-g32",
+    "ternary-g32",
+    "ternary-row",
+    "ternary-tensor",
+]
 
 
-def layer(spec: str, name: str = "lsq", n: int = 24, k: int = 128) -> tuple[torch.Tensor, QuantizedTensor, FakeQuantLinear]:
+def layer(
+    spec: str, name: str = "lsq", n: int = 24, k: int = 128
+) -> tuple[torch.Tensor, QuantizedTensor, FakeQuantLinear]:
     weight = torch.randn(n, k) * torch.rand(n, 1)
     start = QuantizedTensor.quantize(weight, QuantSpec.parse(spec), torch.rand(k) + 0.1)
     master = masters(weight, start) if name == "lsq" else weight
-    return weight, start, FakeQuantLinear(master, None, WeightQuantizer(start.spec, name, start.scale, start.zero))
+    return (
+        weight,
+        start,
+        FakeQuantLinear(master, None, WeightQuantizer(start.spec, name, start.scale, start.zero)),
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -41,7 +67,9 @@ def test_training_starts_from_the_codes_it_is_given(spec):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", ["lsq", "seq", "ste", "absmean"])
 def test_the_packed_weight_is_the_trained_one_bit_for_bit(spec, name):
-    if name in ("absmean", "seq") and not spec.startswith(("ternary", "w2h") if name == "seq" else "ternary"):
+    if name in ("absmean", "seq") and not spec.startswith(
+        ("ternary", "w2h") if name == "seq" else "ternary"
+    ):
         with pytest.raises(LlmqError, match=f"{name} is for"):
             layer(spec, name)
         return
@@ -67,30 +95,42 @@ def test_absmean_is_bitnets_formula_with_an_identity_gradient(spec):
     size = {"ternary-g32": 32, "ternary-row": 128, "ternary-tensor": weight.numel()}[spec]
     grouped = weight.reshape(-1, size)
     mean = grouped.abs().mean(1, keepdim=True).half().float()
-    assert torch.equal(value.detach(), ((grouped / mean).round().clamp(-1, 1) * mean).view_as(weight))
+    assert torch.equal(
+        value.detach(), ((grouped / mean).round().clamp(-1, 1) * mean).view_as(weight)
+    )
     upstream = torch.randn_like(weight)
     value.backward(upstream)
     assert torch.equal(module.weight.grad, upstream), "no mask: weights far outside still move"
 
 
-@pytest.mark.parametrize(("spec", "n", "shift"), [("w2h-g32", 2, 0.5), ("w2h", 2, 0.5), ("ternary-g32", 1.5, 0.0)])
+@pytest.mark.parametrize(
+    ("spec", "n", "shift"), [("w2h-g32", 2, 0.5), ("w2h", 2, 0.5), ("ternary-g32", 1.5, 0.0)]
+)
 def test_seq_is_paretoqs_formula(spec, n, shift):
     weight, _, module = layer(spec, "seq")
     with torch.no_grad():
         module.quantizer.scale.copy_(stretched_scale(weight, module.quantizer.spec))
     size = 128 if spec == "w2h" else 32
     grouped = weight.view(24, -1, size)
-    largest = (module.quantizer.scale.detach().half().float() * n)[..., None]  # a, as the stored scale gives it
+    largest = (module.quantizer.scale.detach().half().float() * n)[
+        ..., None
+    ]  # a, as the stored scale gives it
     assert torch.allclose(largest[..., 0], grouped.abs().amax(-1), rtol=1e-3)
-    expected = largest * ((torch.clip(grouped / largest, -0.99, 0.99) * n - shift).round() + shift) / n
+    expected = (
+        largest * ((torch.clip(grouped / largest, -0.99, 0.99) * n - shift).round() + shift) / n
+    )
     value = module.quantizer(module.weight)
     assert torch.allclose(value.detach(), expected.view_as(weight), atol=1e-6)
     upstream = torch.randn_like(weight)
     value.backward(upstream)
     step = largest / n
-    inside = ((grouped - expected) / step).abs() <= 0.5  # all but a largest weight whose scale was rounded down
+    inside = (
+        (grouped - expected) / step
+    ).abs() <= 0.5  # all but a largest weight whose scale was rounded down
     slope = torch.where(inside, (expected - grouped) / step, expected / step)
-    by_hand = (slope * upstream.view_as(grouped)).sum(-1) * lsq_factor(module.quantizer.spec, 24, 128)
+    by_hand = (slope * upstream.view_as(grouped)).sum(-1) * lsq_factor(
+        module.quantizer.spec, 24, 128
+    )
     assert torch.allclose(module.quantizer.scale.grad, by_hand, rtol=1e-3, atol=1e-5)
     assert torch.equal(module.weight.grad, upstream * inside.view_as(weight))
     assert float(inside.float().mean()) > 0.95
@@ -130,7 +170,12 @@ def test_gradual_quantization_keeps_a_gradient_for_the_scales():
 def test_prepare_and_freeze_a_model(model_type, tmp_path, tokenizer):
     model = make_model(model_type)
     names = [found.name for found in quantizable_layers(meta_model(model.config))]
-    start = {name: QuantizedTensor.quantize(linear_weight(model.get_submodule(name)).detach().float(), QuantSpec.parse("w3g32-asym")) for name in names}
+    start = {
+        name: QuantizedTensor.quantize(
+            linear_weight(model.get_submodule(name)).detach().float(), QuantSpec.parse("w3g32-asym")
+        )
+        for name in names
+    }
     prepare(model, start)
     assert set(fake_quant_modules(model)) == set(names)
     ids = torch.randint(2, 2048, (2, 16))
@@ -144,7 +189,9 @@ def test_prepare_and_freeze_a_model(model_type, tmp_path, tokenizer):
     llmq.save(model, tmp_path / "out", tokenizer=tokenizer)
     with torch.no_grad():
         packed = model(input_ids=ids).logits
-        assert torch.equal(llmq.load(tmp_path / "out", dtype="float32")(input_ids=ids).logits, packed)
+        assert torch.equal(
+            llmq.load(tmp_path / "out", dtype="float32")(input_ids=ids).logits, packed
+        )
     assert torch.allclose(packed, trained, atol=1e-4)
 
 
@@ -165,26 +212,44 @@ SCHEMES = [(spec, "lsq", "none") for spec in SPECS] + [
 
 
 @pytest.mark.parametrize(("spec", "quantizer", "activations"), SCHEMES)
-def test_every_scheme_from_a_model_in_memory_to_a_folder(spec, quantizer, activations, tmp_path, tokenizer):
-    """Trained, frozen, saved in the format that holds it, loaded: codes and logits stay the same bit for bit."""
+def test_every_scheme_from_a_model_in_memory_to_a_folder(
+    spec, quantizer, activations, tmp_path, tokenizer
+):
+    """Trained, frozen, saved in the format that holds it, loaded: codes and logits stay the same
+    bit for bit."""
     model, ids = make_model(), torch.randint(2, 2048, (4, 16))
     recipe = llmq.Recipe.uniform(spec, method="rtn", activations=ActSpec(activations))
     llmq.prepare_qat(model, recipe, ids, quantizer=quantizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     model(input_ids=ids, labels=ids).loss.backward()
     for module in fake_quant_modules(model).values():
-        assert all(parameter.grad.any() for name, parameter in module.named_parameters() if name != "quantizer.zero"), "zero points get theirs from clipped weights only"
+        assert all(
+            parameter.grad.any()
+            for name, parameter in module.named_parameters()
+            if name != "quantizer.zero"
+        ), "zero points get theirs from clipped weights only"
     optimizer.step()
     with torch.no_grad():
-        used = {name: module.quantizer(module.weight) for name, module in fake_quant_modules(model).items()}
+        used = {
+            name: module.quantizer(module.weight)
+            for name, module in fake_quant_modules(model).items()
+        }
         frozen = llmq.freeze(model, recipe.activations)
         assert all(torch.equal(frozen[name].dequantize(), value) for name, value in used.items())
         llmq.save(model, tmp_path / "out", tokenizer=tokenizer)
         loaded = llmq.load(tmp_path / "out", dtype="float32")
-        assert all(torch.equal(module.qtensor().dequantize(), used[name]) for name, module in quantized_modules(loaded).items())
+        assert all(
+            torch.equal(module.qtensor().dequantize(), used[name])
+            for name, module in quantized_modules(loaded).items()
+        )
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
-    is_bitnet, is_gptq = (spec, activations) == ("ternary-tensor", "int8-token"), spec in ("w8", "w4g32") and activations == "none"
-    assert load_config(tmp_path / "out").quantization_config["quant_method"] == ("bitnet" if is_bitnet else "gptq" if is_gptq else "llmq")
+    is_bitnet, is_gptq = (
+        (spec, activations) == ("ternary-tensor", "int8-token"),
+        spec in ("w8", "w4g32") and activations == "none",
+    )
+    assert load_config(tmp_path / "out").quantization_config["quant_method"] == (
+        "bitnet" if is_bitnet else "gptq" if is_gptq else "llmq"
+    )
 
 
 def test_activations_are_not_lost_when_a_model_is_frozen():
@@ -194,14 +259,23 @@ def test_activations_are_not_lost_when_a_model_is_frozen():
     with pytest.raises(LlmqError, match="trained with activations int8-token, not none"):
         llmq.freeze(model)
     llmq.freeze(model, recipe.activations)
-    assert {module.activations for module in quantized_modules(model).values()} == {recipe.activations}
+    assert {module.activations for module in quantized_modules(model).values()} == {
+        recipe.activations
+    }
 
 
 def test_act_order_weights_are_refused():
     model = make_model()
     weight = torch.randn(64, 64)
     plain = QuantizedTensor.quantize(weight, QuantSpec.parse("w4g32"))
-    ordered = QuantizedTensor(plain.packed, plain.scale, plain.zero, plain.spec, plain.shape, torch.arange(64, dtype=torch.int32) // 32)
+    ordered = QuantizedTensor(
+        plain.packed,
+        plain.scale,
+        plain.zero,
+        plain.spec,
+        plain.shape,
+        torch.arange(64, dtype=torch.int32) // 32,
+    )
     with pytest.raises(LlmqError, match="act-order"):
         prepare(model, {"model.layers.0.self_attn.q_proj": ordered})
 

@@ -1,9 +1,11 @@
-"""Hidden states on disk: the inputs of one block, or of one layer, for every calibration sequence, in one flat file.
+"""Hidden states on disk: the inputs of one block, or of one layer, for every calibration sequence,
+in one flat file.
 
-Activations of 128 sequences of 2048 tokens take 4 GB at a width of 4096: more than the block they belong to. They therefore never live in memory as a whole. Batches are
-read and written with plain file calls, so the operating system keeps in its page cache what fits and lets the rest go to disk; no budget has to be guessed, and the same files are what an
-interrupted run resumes from. Memory-mapping was not taken because mapped pages count as resident memory of the process.
-"""
+Activations of 128 sequences of 2048 tokens take 4 GB at a width of 4096: more than the block they
+belong to. They therefore never live in memory as a whole. Batches are read and written with plain
+file calls, so the operating system keeps in its page cache what fits and lets the rest go to disk;
+no budget has to be guessed, and the same files are what an interrupted run resumes from.
+Memory-mapping was not taken because mapped pages count as resident memory of the process."""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class ActivationFile:
         with self.path.open("rb", buffering=0) as file:
             remaining = self.n_sequences
             while remaining:
-                batch = torch.empty(min(batch_size, remaining), self.length, self.width, dtype=self.dtype)
+                batch = torch.empty(
+                    min(batch_size, remaining), self.length, self.width, dtype=self.dtype
+                )
                 self._fill(file, batch)
                 remaining -= len(batch)
                 yield batch
@@ -62,7 +66,8 @@ class ActivationFile:
 
     @contextmanager
     def appender(self, *, durable: bool = True) -> Iterator[Callable[[Tensor], None]]:
-        """A function that appends a batch. The file appears under its name, and if durable safely on disk, only when the block of code ends without an error."""
+        """A function that appends a batch. The file appears under its name, and if durable safely
+        on disk, only when the block of code ends without an error."""
         partial = self._partial
         with partial.open("r+b" if partial.exists() else "wb", buffering=0) as file:
 
@@ -83,7 +88,8 @@ class ActivationFile:
         return self.path.with_suffix(".tmp")
 
     def recycle(self, successor: ActivationFile | None = None) -> None:
-        """Give the file up, but not its pages: the next one of this name, or the successor, is written over them, which takes half the time of new ones."""
+        """Give the file up, but not its pages: the next one of this name, or the successor, is
+        written over them, which takes half the time of new ones."""
         if self.path.exists():
             self.path.replace((successor or self)._partial)
 

@@ -19,16 +19,31 @@ from llmq.errors import LlmqError
 
 MANIFEST = "llmq-manifest.json"
 # Everything beside the weights that a runtime or a reader of the model needs.
-_COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
+_COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 class WriteError(LlmqError):
-    """A file could not be written, mostly for want of space: what was finished before is worth keeping."""
+    """A file could not be written, mostly for want of space: what was finished before is worth
+    keeping."""
 
 
 def unwritable(path: object, reason: object) -> WriteError:
     """The error for a file that cannot be written."""
-    return WriteError(f"{path}: cannot be written ({reason}); make space on this disk, then repeat the command")
+    return WriteError(
+        f"{path}: cannot be written ({reason}); make space on this disk, then repeat the command"
+    )
 
 
 def sync(path: Path) -> None:
@@ -41,11 +56,18 @@ def sync(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file and make it durable. Raises `WriteError` when the disk is full or the file too large."""
+    """Write a safetensors file and make it durable. Raises `WriteError` when the disk is full or
+    the file too large."""
     try:
         path.touch()
-        mode = path.stat().st_mode  # what the umask gives; safetensors renames a file of mode 0600 to this place
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        mode = (
+            path.stat().st_mode
+        )  # what the umask gives; safetensors renames a file of mode 0600 to this place
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            path,
+            metadata={"format": "pt"},
+        )
         path.chmod(mode)
         sync(path)
     except (SafetensorError, OSError) as error:
@@ -71,7 +93,10 @@ def copy_companions(source_dir: Path, target_dir: Path) -> None:
 def write_index(target_dir: Path, shards: Mapping[str, Iterable[str]], total_size: int) -> None:
     """Write `model.safetensors.index.json` for tensor names by shard file."""
     weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-    write_json(target_dir / "model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        target_dir / "model.safetensors.index.json",
+        {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))},
+    )
 
 
 def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
@@ -80,38 +105,52 @@ def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def write_manifest(target_dir: Path) -> None:
-    """The last file: sha256 and size of every other one. A folder with it was written by llmq and is complete."""
+    """The last file: sha256 and size of every other one. A folder with it was written by llmq and
+    is complete."""
     entries = {}
     for path in sorted(path for path in target_dir.rglob("*") if path.is_file()):
         with path.open("rb") as file:
-            entries[path.relative_to(target_dir).as_posix()] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+            entries[path.relative_to(target_dir).as_posix()] = {
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                "bytes": path.stat().st_size,
+            }
         sync(path)
     write_json(target_dir / MANIFEST, {"files": entries})
     sync(target_dir)
 
 
 def check_output(out_dir: Path, overwrite: bool) -> None:
-    """Refuse an output that exists, or that cannot be written. Only folders that llmq wrote can be overwritten."""
+    """Refuse an output that exists, or that cannot be written. Only folders that llmq wrote can be
+    overwritten."""
     if out_dir.exists() or out_dir.is_symlink():
         if not overwrite:
-            raise LlmqError(f"{out_dir}: exists already; choose another output, or give --overwrite to replace it")
+            raise LlmqError(
+                f"{out_dir}: exists already; choose another output, or give --overwrite to replace it"
+            )
         if not (out_dir / MANIFEST).is_file():
-            raise LlmqError(f"{out_dir}: was not written by llmq (it has no {MANIFEST}), so --overwrite leaves it alone; remove it yourself or choose another output")
+            raise LlmqError(
+                f"{out_dir}: was not written by llmq (it has no {MANIFEST}), so --overwrite leaves it alone; remove it yourself or choose another output"
+            )
     parent = out_dir.absolute().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise LlmqError(f"{out_dir}: {existing} is not a folder that can be written; choose another output")
+        raise LlmqError(
+            f"{out_dir}: {existing} is not a folder that can be written; choose another output"
+        )
 
 
 def check_space(folder: Path, n_bytes: int) -> None:
     """Refuse to start what will fill the disk of a folder."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        raise LlmqError(f"{folder}: {free / 1e9:.2f} GB are free, and output and activations need about {n_bytes / 1e9:.2f} GB; make space, choose an output elsewhere or give fewer --samples")
+        raise LlmqError(
+            f"{folder}: {free / 1e9:.2f} GB are free, and output and activations need about {n_bytes / 1e9:.2f} GB; make space, choose an output elsewhere or give fewer --samples"
+        )
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Create a folder with its parents. Returns those that were not there, innermost first, for `remove_empty`."""
+    """Create a folder with its parents. Returns those that were not there, innermost first, for
+    `remove_empty`."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return made
@@ -130,7 +169,8 @@ def aside_of(out_dir: Path) -> Path:
 
 
 def publish(finished_dir: Path, out_dir: Path) -> None:
-    """Put a finished folder in its place by renaming; an earlier output is moved aside first and removed after."""
+    """Put a finished folder in its place by renaming; an earlier output is moved aside first and
+    removed after."""
     out_dir = out_dir.resolve()  # a link stays, what it points to is replaced
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(out_dir)

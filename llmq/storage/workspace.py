@@ -1,14 +1,16 @@
 """A checkpoint that grows block by block and survives being killed.
 
     .OUT.llmq-partial/
-        state.json            what is being made, from what: a run resumes only what it would have made itself
+        state.json            what is being made, from what: a run resumes only what it would have
+                              made itself
         lock                  held while a run works on it
         inputs-*.bin          the inputs of the next block
         blocks/00003.json     the report of a finished block
-        checkpoint/           the folder that will be renamed to OUT; one shard per block, under its final name
+        checkpoint/           the folder that will be renamed to OUT; one shard per block, under its
+                              final name
 
-A block is finished when its shard has its name: the shard is renamed last, after inputs and report are durable. Nothing in `checkpoint/` can be loaded before the config is written, at the end.
-"""
+A block is finished when its shard has its name: the shard is renamed last, after inputs and report
+are durable. Nothing in `checkpoint/` can be loaded before the config is written, at the end."""
 
 from __future__ import annotations
 
@@ -24,14 +26,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmq.errors import LlmqError, VerificationError
-from llmq.formats import files
+from llmq.storage import files
 
 
 class PartialCheckpoint:
-    """out_dir: where the finished folder goes. identity: everything that decides the bytes of the result, JSON-able. n_shards: shards of the finished checkpoint."""
+    """out_dir: where the finished folder goes. identity: everything that decides the bytes of the
+    result, JSON-able. n_shards: shards of the finished checkpoint."""
 
     def __init__(self, out_dir: Path, identity: dict[str, Any], n_shards: int) -> None:
-        self.out_dir = out_dir.resolve()  # beside what a link points to, so that renaming never crosses file systems
+        self.out_dir = (
+            out_dir.resolve()
+        )  # beside what a link points to, so that renaming never crosses file systems
         self.work_dir = work_dir_of(self.out_dir)
         self.checkpoint_dir = self.work_dir / "checkpoint"
         self.n_shards = n_shards
@@ -40,10 +45,16 @@ class PartialCheckpoint:
     def _open(self, identity: dict[str, Any]) -> None:
         state_path = self.work_dir / "state.json"
         if self.work_dir.exists() and not (self.checkpoint_dir.is_dir() and state_path.is_file()):
-            shutil.rmtree(self.work_dir)  # killed before the first or after the last step: nothing in it is needed
+            shutil.rmtree(
+                self.work_dir
+            )  # killed before the first or after the last step: nothing in it is needed
         if state_path.is_file():
             stored = json.loads(state_path.read_text())
-            differing = sorted(key for key in identity.keys() | stored.keys() if identity.get(key) != stored.get(key))
+            differing = sorted(
+                key
+                for key in identity.keys() | stored.keys()
+                if identity.get(key) != stored.get(key)
+            )
             if differing:
                 parts = ", ".join(_differences(stored, identity))
                 raise LlmqError(
@@ -55,7 +66,9 @@ class PartialCheckpoint:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise LlmqError(f"{self.work_dir}: another llmq is working on this output; wait for it or choose another output") from None
+            raise LlmqError(
+                f"{self.work_dir}: another llmq is working on this output; wait for it or choose another output"
+            ) from None
         files.write_json(state_path, identity)
 
     def shard_path(self, index: int) -> Path:
@@ -63,14 +76,20 @@ class PartialCheckpoint:
 
     def n_finished(self) -> int:
         """Blocks that need not be done again."""
-        return next(i for i in range(self.n_shards + 1) if i == self.n_shards or not self.shard_path(i).is_file())
+        return next(
+            i
+            for i in range(self.n_shards + 1)
+            if i == self.n_shards or not self.shard_path(i).is_file()
+        )
 
     def write_shard(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Write a shard under a temporary name and return what was written, read back from the file. Raises `VerificationError` when a bit of it differs."""
+        """Write a shard under a temporary name and return what was written, read back from the
+        file. Raises `VerificationError` when a bit of it differs."""
         return dict(self.written(index, tensors))
 
     def written(self, index: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """`write_shard` tensor by tensor, for shards of which two copies at a time would be too much: embeddings and head of a large vocabulary."""
+        """`write_shard` tensor by tensor, for shards of which two copies at a time would be too
+        much: embeddings and head of a large vocabulary."""
         path = self.shard_path(index).with_suffix(".tmp")
         files.write_tensors(path, tensors)
         with safe_open(path, framework="pt") as shard:
@@ -78,7 +97,9 @@ class PartialCheckpoint:
         for name in sorted(tensors.keys() | stored):
             tensor = _read(path, name) if name in stored else None
             if tensor is None or name not in tensors or not _same_bits(tensors[name], tensor):
-                raise VerificationError(f"{path.name}: tensor {name} read back differs from the one written; the disk or the memory is faulty")
+                raise VerificationError(
+                    f"{path.name}: tensor {name} read back differs from the one written; the disk or the memory is faulty"
+                )
             yield name, tensor
 
     def finish_shard(self, index: int, report: dict[str, Any] | None = None) -> None:
@@ -91,7 +112,10 @@ class PartialCheckpoint:
 
     def block_reports(self) -> list[dict[str, Any]]:
         """The reports of all finished blocks, those of earlier runs included."""
-        return [json.loads(path.read_text()) for path in sorted((self.work_dir / "blocks").glob("*.json"))]
+        return [
+            json.loads(path.read_text())
+            for path in sorted((self.work_dir / "blocks").glob("*.json"))
+        ]
 
     def publish(self) -> None:
         """Complete the folder with index and manifest and rename it to its place."""
@@ -118,7 +142,8 @@ def work_dir_of(out_dir: Path) -> Path:
 
 
 def check_output(out_dir: Path, overwrite: bool) -> None:
-    """`files.check_output`, after removing what a run left behind that was killed when its output was in place already."""
+    """`files.check_output`, after removing what a run left behind that was killed when its output
+    was in place already."""
     resolved = out_dir.resolve()
     if (resolved / files.MANIFEST).is_file():
         if not (work_dir_of(resolved) / "checkpoint").exists():
@@ -130,12 +155,17 @@ def check_output(out_dir: Path, overwrite: bool) -> None:
 def _differences(there: Any, now: Any, name: str = "") -> list[str]:
     """The parts of two identities that differ, with both values."""
     if isinstance(there, dict) and isinstance(now, dict):
-        return [line for key in sorted(there.keys() | now.keys()) for line in _differences(there.get(key), now.get(key), key)]
+        return [
+            line
+            for key in sorted(there.keys() | now.keys())
+            for line in _differences(there.get(key), now.get(key), key)
+        ]
     return [] if there == now else [f"{name}: {there} there, {now} now"]
 
 
 def _read(path: Path, name: str) -> Tensor:
-    """One tensor of a file that is open no longer than that: mapped pages count as resident memory."""
+    """One tensor of a file that is open no longer than that: mapped pages count as resident
+    memory."""
     with safe_open(path, framework="pt") as shard:
         tensor: Tensor = shard.get_tensor(name).clone()
     return tensor
@@ -147,5 +177,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    # Strides of dimensions of size 1 are arbitrary in a contiguous tensor, which `view` does not take.
+    # Strides of dimensions of size 1 are arbitrary in a contiguous tensor, which `view` does not
+    # take.
     return tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -1,0 +1,85 @@
+"""Between the names that a checkpoint stores its tensors under and those of the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from llmq.errors import LlmqError
+from llmq.models.shards import ShardReader
+
+
+def stored_to_model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Stored name -> model name, by transformers' own renaming rules (base prefixes, `embed_out` of
+    GPT-NeoX). Tensors that need more than a new name raise `LlmqError`."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    state = model.state_dict()
+    renamed = {}
+    for name in stored:
+        renamed[name], converter = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
+        if converter is not None and renamed[name] in state:
+            raise LlmqError(
+                f"tensor {name} is stored in an older layout of {type(model).__name__}; load and save the model with transformers once, then quantize the result"
+            )
+    return renamed
+
+
+def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Model parameter or persistent buffer -> stored name. Raises `LlmqError` when a parameter is
+    missing that is not tied to another."""
+    state = model.state_dict()
+    matched = {
+        name: stored_name
+        for stored_name, name in stored_to_model_names(model, stored).items()
+        if name in state
+    }
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in matched and name not in model.all_tied_weights_keys
+    ]
+    if missing:
+        raise LlmqError(
+            f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} needs, the first being {missing[0]}"
+        )
+    return matched
+
+
+def check_shapes(model: PreTrainedModel, shards: ShardReader, matched: Mapping[str, str]) -> None:
+    """Raise `LlmqError` for the first stored tensor whose shape is not the one that the config
+    gives. matched: as `match_names` gives it."""
+    state = model.state_dict()
+    for name, stored in matched.items():
+        if shards.shapes[stored] != tuple(state[name].shape):
+            raise LlmqError(
+                f"{shards.names[stored]}: tensor {stored} has shape {list(shards.shapes[stored])}, expected {list(state[name].shape)}; config.json does not belong to these weights"
+            )
+
+
+def left_out(model: PreTrainedModel, unused: Iterable[str]) -> list[str]:
+    """Those of the stored tensors without a place in the model that hold something of their own:
+    not the buffers that models compute themselves, nor what transformers leaves out on purpose."""
+    computed = [re.escape(name) + "$" for name, _ in model.named_buffers()]
+    redundant = re.compile(
+        "|".join(
+            [
+                *computed,
+                r"rotary_emb\.inv_freq$",
+                r"attn\.masked_bias$",
+                *(model._keys_to_ignore_on_load_unexpected or ()),
+            ]
+        )
+    )
+    return [name for name in unused if not redundant.search(name)]

@@ -1,0 +1,123 @@
+"""Tensors of safetensors files, one by one.
+
+Weights are never loaded as a whole. The reader opens a shard, copies the tensors that are asked for
+and closes it again, because mapped pages count as resident memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmq.errors import LlmqError
+
+INDEX = "model.safetensors.index.json"
+
+
+class ShardReader:
+    """Tensors of a folder of safetensors by name. `names`: every tensor, with the file that holds
+    it; `shapes`: its shape. Every fault of the files is a `LlmqError` that names the file."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self.names: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._scan()
+
+    def _scan(self) -> None:
+        single = self.model_dir / "model.safetensors"
+        # before an index that lies beside it, as transformers does: both must read the same weights
+        if single.is_file():
+            paths = [single]
+        elif (self.model_dir / INDEX).is_file():
+            paths = self._indexed_files()
+        else:
+            paths = sorted(self.model_dir.glob("*.safetensors"))
+            paths = paths if len(paths) == 1 else []
+        if not paths:
+            pickles = (
+                " (only pickled weights, which can run code and are not read: convert them to safetensors first)"
+                if list(self.model_dir.glob("*.bin"))
+                else ""
+            )
+            raise LlmqError(f"{self.model_dir}: no model.safetensors and no {INDEX}{pickles}")
+        for path in paths:
+            for name, entry in read_header(path).items():
+                if name in self.names:
+                    raise LlmqError(
+                        f"{path}: tensor {name} is also in {self.names[name].name}; the folder mixes two models"
+                    )
+                self.names[name] = path
+                self.shapes[name] = entry["shape"]
+
+    def _indexed_files(self) -> list[Path]:
+        index = self.model_dir / INDEX
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            file_names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise LlmqError(f"{index}: not a safetensors index; download it again") from None
+        for file_name in file_names:
+            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+                raise LlmqError(
+                    f"{index}: refers to {file_name!r}; expected plain names of .safetensors files in the same folder"
+                )
+            if not (self.model_dir / file_name).is_file():
+                raise LlmqError(
+                    f"{index}: refers to {file_name}, which is missing; download the model again"
+                )
+        return [self.model_dir / file_name for file_name in file_names]
+
+    @staticmethod
+    def names_in(path: Path) -> list[str]:
+        """The tensors of one file."""
+        return list(read_header(path))
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the named tensors. Raises `LlmqError` for a damaged file and for NaN or
+        infinite values, naming the tensor."""
+        tensors: dict[str, Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.names[name], []).append(name)
+        for path, wanted in by_file.items():
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    for name in wanted:
+                        tensors[name] = shard.get_tensor(name).clone()
+            except (SafetensorError, OSError) as error:
+                raise LlmqError(f"{path}: damaged ({error}); download it again") from None
+        for name, tensor in tensors.items():
+            check_finite(f"{self.names[name]}: tensor {name}", tensor)
+        return tensors
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise `LlmqError` for NaN or infinite values."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise LlmqError(
+            f"{name} holds {int((~torch.isfinite(tensor)).sum())} NaN or infinite values of {tensor.numel()}; the weights are damaged: download or convert the model again"
+        )
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {dtype, shape} of a safetensors file, without its data. Raises `LlmqError` when the
+    file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            stored = shard.keys()
+            slices = {name: shard.get_slice(name) for name in stored}
+            return {
+                name: {"dtype": part.get_dtype(), "shape": tuple(part.get_shape())}
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise LlmqError(
+            f"{path}: not a readable safetensors file ({error}); download it again"
+        ) from None

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from llmq_kernels import cpu_compiled
+from llmq_kernels.dispatch import backend_named
 from llmq_kernels.errors import SettingError
 from llmq_kernels.weight import PackedWeight
 
@@ -47,4 +48,4 @@ def at_run_time(
     if mode == "exact" or weight.activations != "none":
         return weight
     rounded = replace(weight, activations="int8-group")
-    return rounded if cpu_compiled.int8_refusal(rounded, dtype, device) is None else weight
+    return rounded if backend_named("cpu-vnni").refusal(rounded, dtype, device) is None else weight

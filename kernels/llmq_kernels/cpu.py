@@ -24,11 +24,45 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from llmq_kernels.capability import FLOATS, Takes
+from llmq_kernels.codes import CODES
 from llmq_kernels.packing import pack, unpack
 from llmq_kernels.reference import expand_groups, quantize_static, quantize_tokens
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
+_BF16_ONLY = (torch.bfloat16,)  # others work, but are not fast
+INT4_TAKES = (
+    Takes(
+        devices=("cpu",),
+        activations=("none",),
+        dtypes=_BF16_ONLY,
+        codes=(CODES["int4"], CODES["int3"], CODES["int2"], CODES["ternary"]),
+        groups=32,
+        zero="code",
+    ),
+)
+INT8_TAKES = (
+    Takes(
+        devices=("cpu",),
+        activations=("none",),
+        dtypes=_BF16_ONLY,
+        codes=(CODES["int8"],),
+        groups=0,
+        zero="none",
+    ),
+)
+W8A8_TAKES = (
+    Takes(
+        devices=("cpu",),
+        activations=("int8-token", "int8-static"),
+        dtypes=FLOATS,
+        codes=(CODES["int8"],),
+        groups=0,
+        zero="none",
+    ),
+)
+EXACT_COLUMNS = 65536  # 255 * 128 * 65536 is just below 2^31
 INT4_GROUPS = (256, 128, 64, 32)  # what the operator accepts
 INT4_MAX_ROWS = (
     48  # rows of x up to which the operator beats expanding blocks, measured at 4096 x 4096
@@ -80,21 +114,11 @@ def band_rows() -> int:
 # --- INT4 weights, bfloat16 activations -----------------------------------------------------------------------------------
 
 
-def int4_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why int4pack cannot take a weight, or None."""
+def int4_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why int4pack cannot take a weight here, or None."""
     n, k = weight.shape
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
-    if weight.activations != "none":
-        return f"it computes with bfloat16 activations, not {weight.activations}"
-    if weight.code.bits > 4 or weight.code.offset % 1:
-        return f"it holds codes of at most 4 bits with whole zero points, not {weight.code.name}"
-    if dtype != torch.bfloat16:
-        return f"it is fast with bfloat16 activations only, not {dtype}"
-    if weight.g_idx is not None:
-        return "it has no act-order groups"
     if n % 16 or not _int4_group(weight):
-        return f"it needs N divisible by 16 and groups that are multiples of 32, not {n} x {k} in groups of {weight.group_size}"
+        return f"it needs N divisible by 16 and groups of 32 that divide K, not {n} x {k} in groups of {weight.group_size}"
     if not band_rows():
         return "this CPU's int4pack layout is unknown"
     return None
@@ -227,20 +251,8 @@ def _int4_blocks(
 # --- INT8 weights, bfloat16 activations -----------------------------------------------------------------------------------
 
 
-def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the weight-only INT8 path cannot take a weight, or None."""
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
-    if weight.activations != "none":
-        return f"it computes with bfloat16 activations, not {weight.activations}"
-    if dtype != torch.bfloat16:
-        return f"it is fast with bfloat16 activations only, not {dtype}"
-    return _row_scaled_int8_refusal(weight)
-
-
-def _row_scaled_int8_refusal(weight: PackedWeight) -> str | None:
-    if weight.code.name != "int8" or weight.zero is not None or weight.scale.shape[1] != 1:
-        return f"it holds symmetric int8 codes with one scale per row or tensor, not {weight.code.name} in groups of {weight.group_size}{'' if weight.zero is None else ' with zero points'}"
+def int8_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the weight-only INT8 path cannot take a weight here, or None."""
     return None
 
 
@@ -278,17 +290,15 @@ def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
 # --- INT8 weights, INT8 activations ---------------------------------------------------------------------------------------
 
 
-def w8a8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why oneDNN's integer GEMM cannot take a weight, or None."""
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
-    if weight.activations not in ("int8-token", "int8-static"):
-        return "it computes with INT8 activations only"
+def w8a8_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why oneDNN's integer GEMM cannot take a weight here, or None."""
     if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
         return "this torch is built without oneDNN"
     if not torch.cpu._is_vnni_supported():
         return "this CPU has no VNNI, without which u8 x s8 products saturate"
-    return _row_scaled_int8_refusal(weight)
+    if weight.shape[1] > EXACT_COLUMNS:
+        return f"its sums of more than {EXACT_COLUMNS} columns would not fit 32 bits, and K is {weight.shape[1]}"
+    return None
 
 
 def w8a8_prepare(weight: PackedWeight, dtype: torch.dtype) -> State:

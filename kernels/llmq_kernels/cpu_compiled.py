@@ -9,12 +9,15 @@ token, and up to twice the speed of int4pack for one token."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from llmq_kernels import cpu, jit
+from llmq_kernels import capability, cpu, jit
+from llmq_kernels.capability import FLOATS, Takes
+from llmq_kernels.codes import CODES
 from llmq_kernels.cpu_layout import BAND, Layout, arrange, arrange_scale, restore_codes
 from llmq_kernels.packing import pack, unpack
 from llmq_kernels.reference import activation_group, quantize_static
@@ -28,7 +31,7 @@ AMX_TOKENS = 6  # from here on INT8 activations go to the tile unit; measured at
 AMX_TOKENS_WHOLE = 3  # the same where rows and tokens have one scale each
 AVX512_TOKENS = 11  # the same for tiles on the vector unit, measured on a Zen 4
 AVX512_TOKENS_WHOLE = 96
-WHOLE_COLUMNS = 65536  # 255 * 128 * 65536 is just below 2^31
+WHOLE_COLUMNS = cpu.EXACT_COLUMNS  # one integer sum over all of K
 TILE_KERNELS = {"amx": ("amx", "cpu_amx_int8"), "avx512": ("avx512vnni", "cpu_avx512_int8")}
 AVX512_FEW = (
     8  # tokens that are multiplied one by one without a tile unit; as many as the kernel takes
@@ -38,54 +41,49 @@ INT8_FORMS = ("avx512vnni", "avxvnni", "avx2")
 
 # --- what the kernels take --------------------------------------------------------------------------------------------------
 
-
-def _common_refusal(weight: PackedWeight, device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
-    if weight.g_idx is not None:
-        return "it has no act-order groups"
-    if weight.code.offset % 1:
-        return f"it has whole zero points only, not the {weight.code.offset} of {weight.code.name}"
-    if weight.scale.shape[1] > 1 and weight.group_size % 32:
-        return f"it needs groups that are multiples of 32, not {weight.group_size}"
-    return jit.missing()
-
-
-def _bf16_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    if weight.activations != "none":
-        return f"it computes with bfloat16 activations, not {weight.activations}"
-    if dtype != torch.bfloat16:
-        return f"it computes with bfloat16 activations, not {dtype}"
-    if weight.code.bits == 8 and (weight.zero is not None or weight.scale.shape[1] > 1):
-        return "it takes 8-bit codes with one scale per row or tensor and without zero points only"
-    return _common_refusal(weight, device)
-
-
-def amx_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the tile unit cannot take a weight, or None."""
-    return _bf16_refusal(weight, dtype, device) or (
-        None if jit.supports("amx") else "this CPU or system has no AMX tiles for bfloat16"
-    )
+_NARROW = (CODES["int4"], CODES["int3"], CODES["int2"], CODES["ternary"])
+_BF16 = Takes(
+    devices=("cpu",),
+    activations=("none",),
+    dtypes=(torch.bfloat16,),
+    codes=_NARROW,
+    groups=32,
+    zero="byte",
+)
+# Codes of 8 bits become bfloat16 integers, and rows are scaled at the end.
+BF16_TAKES = (_BF16, replace(_BF16, codes=(CODES["int8"],), groups=0, zero="none"))
+INT8_TAKES = (
+    Takes(
+        devices=("cpu",),
+        activations=("int8-token", "int8-static", "int8-group"),
+        dtypes=FLOATS,
+        codes=(*_NARROW, CODES["int8"]),
+        groups=32,
+        zero="byte",
+    ),
+)
 
 
-def avx512_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the vector unit cannot take a weight, or None."""
-    return _bf16_refusal(weight, dtype, device) or (
-        None if jit.supports("avx512bf16") else "this CPU has no AVX512 instructions for bfloat16"
-    )
+def amx_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the tile unit cannot take a weight here, or None."""
+    return jit.obstacle("amx", "this CPU or system has no AMX tiles for bfloat16")
 
 
-def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the integer kernels cannot take a weight, or None."""
-    if weight.activations == "none":
-        return "it computes with INT8 activations, which neither this weight's checkpoint nor --compute asks for"
-    if reason := _common_refusal(weight, device) or int8_machine_refusal():
+def avx512_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the vector unit cannot take a weight here, or None."""
+    return jit.obstacle("avx512bf16", "this CPU has no AVX512 instructions for bfloat16")
+
+
+def int8_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the integer kernels cannot take a weight here, or None."""
+    if reason := int8_machine_refusal():
         return reason
-    if (
-        weight.activations != "int8-group"
-        and not jit.supports("avx512vnni")
-        and cpu.w8a8_refusal(weight, dtype, device) is None
-    ):
+    if weight.activations == "int8-group" or jit.supports("avx512vnni"):
+        return None
+    instead = capability.refusal(cpu.W8A8_TAKES, weight, dtype, device) or cpu.w8a8_obstacle(
+        weight, dtype, device
+    )
+    if instead is None:
         return "without AVX512-VNNI, oneDNN (cpu-w8a8) is faster with 8-bit weights and more than a few tokens"
     return None
 

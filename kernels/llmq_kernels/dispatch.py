@@ -1,8 +1,9 @@
 """Which code multiplies with a packed weight.
 
-A backend is one frozen record: what it accepts, how it prepares a weight once, how it multiplies.
-Every backend is checked against `reference`. The first record in `BACKENDS` that accepts a weight
-is used; `LLMQ_BACKEND=name` asks for one by name, and then its refusal is an error, never a silent
+A backend is one frozen record: what it was built for (`capability.Takes`), why it may not run here,
+how it prepares a weight once, how it multiplies. It is refused whatever it does not declare, and
+checked against `reference`, which takes everything. The first record in `BACKENDS` that accepts a
+weight is used; `LLMQ_BACKEND=name` asks for one by name, and then its refusal is an error, never a silent
 fallback.
 
 A backend may keep a weight in a layout of its own. That layout then replaces the canonical words
@@ -20,15 +21,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq_kernels import cpu, cpu_compiled, reference, triton_backend
-from llmq_kernels.codes import CODES
+from llmq_kernels import capability, cpu, cpu_compiled, reference, triton_backend
+from llmq_kernels.capability import Takes
+from llmq_kernels.codes import Code
 from llmq_kernels.decoding import add_bias
 from llmq_kernels.errors import SettingError
 from llmq_kernels.weight import PackedWeight
@@ -41,8 +43,8 @@ _TENSORS = tuple(
 
 @dataclass(frozen=True)
 class Backend:
-    """refusal(weight, dtype, device): why this backend cannot take the weight, or None when it can.
-    prepare(weight, dtype): tensors in the backend's own layout; when it returns a tensor named
+    """takes: what it was built for. obstacle(weight, dtype, device): why it cannot take a weight of
+    these on this machine, or None. prepare(weight, dtype): tensors in the backend's own layout; when it returns a tensor named
     `packed`, that replaces the canonical words. linear(x, weight, state): `x @ W.T` in x's dtype
     for x `[M, K]`. restore(weight, state): canonical words. bias_linear(x, weight, state, bias):
     the same with the bias added, for backends that do so on the way. dequantize(weight, state,
@@ -50,12 +52,20 @@ class Backend:
     words."""
 
     name: str
-    refusal: Callable[[PackedWeight, torch.dtype, torch.device], str | None]
+    takes: tuple[Takes, ...]
+    obstacle: Callable[[PackedWeight, torch.dtype, torch.device], str | None]
     prepare: Callable[[PackedWeight, torch.dtype], State]
     linear: Callable[[Tensor, PackedWeight, State], Tensor]
     restore: Callable[[PackedWeight, State], Tensor]
     bias_linear: Callable[[Tensor, PackedWeight, State, Tensor], Tensor] | None = None
     dequantize: Callable[[PackedWeight, State, torch.dtype], Tensor] | None = None
+
+    def refusal(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why this backend cannot take a weight with activations of `dtype` on `device`, or
+        None."""
+        return capability.refusal(self.takes, weight, dtype, device) or self.obstacle(
+            weight, dtype, device
+        )
 
 
 def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
@@ -76,10 +86,15 @@ def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     return reference.matmul(x, weight.dequantize())
 
 
+def _no_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    return None
+
+
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         "triton",
-        triton_backend.refusal,
+        triton_backend.TAKES,
+        triton_backend.obstacle,
         triton_backend.prepare,
         triton_backend.linear,
         triton_backend.restore,
@@ -88,7 +103,8 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend(
         "triton-int8",
-        triton_backend.int8_refusal,
+        triton_backend.INT8_TAKES,
+        triton_backend.int8_obstacle,
         triton_backend.int8_prepare,
         triton_backend.linear,
         triton_backend.int8_restore,
@@ -96,31 +112,56 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend(
         "cpu-amx",
-        cpu_compiled.amx_refusal,
+        cpu_compiled.BF16_TAKES,
+        cpu_compiled.amx_obstacle,
         cpu_compiled.prepare,
         cpu_compiled.amx_linear,
         cpu_compiled.restore,
     ),
     Backend(
         "cpu-avx512",
-        cpu_compiled.avx512_refusal,
+        cpu_compiled.BF16_TAKES,
+        cpu_compiled.avx512_obstacle,
         cpu_compiled.prepare,
         cpu_compiled.avx512_linear,
         cpu_compiled.restore,
     ),
     Backend(
         "cpu-vnni",
-        cpu_compiled.int8_refusal,
+        cpu_compiled.INT8_TAKES,
+        cpu_compiled.int8_obstacle,
         cpu_compiled.prepare,
         cpu_compiled.int8_linear,
         cpu_compiled.restore,
     ),
-    Backend("cpu-int4", cpu.int4_refusal, cpu.int4_prepare, cpu.int4_linear, cpu.int4_restore),
-    Backend("cpu-int8", cpu.int8_refusal, cpu.int8_prepare, cpu.int8_linear, cpu.int8_restore),
-    Backend("cpu-w8a8", cpu.w8a8_refusal, cpu.w8a8_prepare, cpu.w8a8_linear, cpu.w8a8_restore),
+    Backend(
+        "cpu-int4",
+        cpu.INT4_TAKES,
+        cpu.int4_obstacle,
+        cpu.int4_prepare,
+        cpu.int4_linear,
+        cpu.int4_restore,
+    ),
+    Backend(
+        "cpu-int8",
+        cpu.INT8_TAKES,
+        cpu.int8_obstacle,
+        cpu.int8_prepare,
+        cpu.int8_linear,
+        cpu.int8_restore,
+    ),
+    Backend(
+        "cpu-w8a8",
+        cpu.W8A8_TAKES,
+        cpu.w8a8_obstacle,
+        cpu.w8a8_prepare,
+        cpu.w8a8_linear,
+        cpu.w8a8_restore,
+    ),
     Backend(
         "reference",
-        lambda weight, dtype, device: None,
+        (capability.EVERYTHING,),
+        _no_obstacle,
         lambda weight, dtype: {},
         _reference_linear,
         lambda weight, state: weight.packed,
@@ -140,12 +181,15 @@ def backend_named(name: str) -> Backend:
 
 def select_backend(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Backend:
     """The backend for activations of `dtype` on `device`. Raises `SettingError` when `LLMQ_BACKEND`
-    names one that is unknown or refuses the weight."""
+    names one that is unknown or refuses the weight, or no backend takes it."""
     asked = os.environ.get("LLMQ_BACKEND")
     if not asked:
-        return next(
-            backend for backend in BACKENDS if backend.refusal(weight, dtype, device) is None
-        )
+        reason: str | None = None
+        for backend in BACKENDS:
+            reason = backend.refusal(weight, dtype, device)
+            if reason is None:
+                return backend
+        raise SettingError(f"no backend takes this weight, and {backend.name} neither: {reason}")
     chosen = backend_named(asked)
     if reason := chosen.refusal(weight, dtype, device):
         raise SettingError(
@@ -174,7 +218,7 @@ class PreparedWeight:
         }
         self.tensors = list(named.values())
         meaning = {
-            "code": weight.code.name,
+            "code": asdict(weight.code),
             "group_size": weight.group_size,
             "shape": weight.shape,
             "activations": weight.activations,
@@ -236,7 +280,7 @@ def _rebuild(tensors: list[Tensor], layout: str) -> tuple[Backend, PackedWeight,
     own: dict[str, Any] = {name: named.get(f"weight.{name}") for name in _TENSORS}
     weight = PackedWeight(
         **own,
-        code=CODES[meaning["code"]],
+        code=Code(**meaning["code"]),
         group_size=meaning["group_size"],
         shape=tuple(meaning["shape"]),
         activations=meaning["activations"],

@@ -71,6 +71,12 @@ def supports(form: str) -> bool:
     return form != "amx" or _tiles_allowed()
 
 
+def obstacle(form: str, otherwise: str) -> str | None:
+    """Why kernels of a form cannot run here, or None. otherwise: what is said where only the CPU
+    is in the way."""
+    return missing() or (None if supports(form) else otherwise)
+
+
 def _tiles_allowed() -> bool:
     """Ask Linux for the 8 KB of tile registers, once per process: arch_prctl(ARCH_REQ_XCOMP_PERM,
     XFEATURE_XTILEDATA)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from llmq_kernels import triton_layout as layout
 from llmq_kernels import triton_tuning as tuning
+from llmq_kernels.capability import Takes
+from llmq_kernels.codes import CODES
 from llmq_kernels.packing import packed_width
 from llmq_kernels.triton_tuning import Choice, Problem
 from llmq_kernels.weight import PackedWeight
@@ -53,6 +56,24 @@ def _use_asm() -> bool:
 
 # --- what is accepted -----------------------------------------------------------------------------------------------------
 
+_HALVES = (torch.float16, torch.bfloat16)
+_FLOAT = Takes(
+    devices=("cuda", "cpu"),  # the CPU in the interpreter only, see `_device_refusal`
+    activations=("none",),
+    dtypes=_HALVES,
+    codes=(CODES["int8"], CODES["int4"], CODES["int3"], CODES["int2"], CODES["ternary"]),
+    groups=layout.UNIT_COLUMNS,
+    zero="code",  # masked to the width of a code on its way into the magic number
+    act_order=True,
+)
+TAKES = (_FLOAT,)
+_INT8 = replace(
+    _FLOAT,
+    activations=("int8-token", "int8-static"),
+    codes=(CODES["int8"], CODES["int4"]),
+)
+INT8_TAKES = (_INT8, replace(_INT8, codes=(CODES["int2"], CODES["ternary"]), groups=64))
+
 
 @cache
 def _device_refusal(device: torch.device) -> str | None:
@@ -72,36 +93,17 @@ def _group(weight: PackedWeight) -> int:
     return 0 if weight.scale.shape[1] == 1 else weight.group_size
 
 
-def _common_refusal(weight: PackedWeight, dtype: torch.dtype, multiple: int) -> str | None:
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes with float16 or bfloat16 activations, not {dtype}"
-    if weight.code.offset % 1:
-        return f"it has whole zero points only, not the {weight.code.offset} of {weight.code.name}"
-    if _group(weight) % multiple:
-        return f"it needs groups that are multiples of {multiple} columns for {weight.code.name}, not {weight.group_size}"
-    return layout.act_order_refusal(weight)
+def obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels for 16-bit activations cannot take a weight here, or None."""
+    return _device_refusal(device) or layout.act_order_refusal(weight)
 
 
-def refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the kernels for 16-bit activations cannot take a weight, or None."""
-    if reason := _device_refusal(device):
-        return reason
-    if weight.activations != "none":
-        return f"it computes with 16-bit activations, not {weight.activations}"
-    return _common_refusal(weight, dtype, layout.UNIT_COLUMNS)
-
-
-def int8_refusal(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the integer kernels cannot take a weight, or None."""
-    if reason := _device_refusal(device):
-        return reason
-    if weight.activations not in ("int8-token", "int8-static"):
-        return f"it quantizes activations per token (int8-token) or by one range (int8-static), not {weight.activations}"
-    if weight.code.bits not in (2, 4, 8):
-        return (
-            f"it multiplies codes of 2, 4 or 8 bits with INT8 activations, not {weight.code.name}"
-        )
-    return _common_refusal(weight, dtype, 64 if weight.code.bits == 2 else 32)
+def int8_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the integer kernels cannot take a weight here, or None."""
+    k, most = weight.shape[1], (1 << 31) // (128 * weight.code.max)
+    if _group(weight) == 0 and k >= most:
+        return f"its sums of {most} and more columns would not fit 32 bits, and K is {k}"
+    return obstacle(weight, dtype, device)
 
 
 # --- preparation ----------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from llmq_kernels.reference import (
 )
 
 CPU = torch.device("cpu")
+BY_NAME = {backend.name: backend for backend in BACKENDS}
 FORMS = ("avx512vnni", "avxvnni", "avx2")
 # code, columns per group (None: one scale per row), rows, columns, zero points. Rows and columns
 # that fill neither bands nor blocks; as few kernels as cover all of their parts.
@@ -274,7 +275,7 @@ def test_sixteen_bit_activations_are_never_quantized():
     for code in CODES:
         weight = make_weight(code, 128, 64, 128)
         for dtype in (torch.bfloat16, torch.float32, torch.float16):
-            assert "INT8 activations" in compiled.int8_refusal(weight, dtype, CPU)
+            assert "INT8 activations" in BY_NAME["cpu-vnni"].refusal(weight, dtype, CPU)
             assert select_backend(weight, dtype, CPU).name not in ("cpu-vnni", "cpu-w8a8")
 
 
@@ -299,15 +300,15 @@ def test_without_avx512_onednn_does_what_it_can(monkeypatch):
 
 def test_refusals():
     weight = make_weight("int4", 128, 64, 128)
-    assert "act-order" in compiled.amx_refusal(
+    assert "act-order" in BY_NAME["cpu-amx"].refusal(
         dataclasses.replace(weight, g_idx=torch.zeros(128, dtype=torch.int32)), torch.bfloat16, CPU
     )
-    assert "multiples of 32" in compiled.amx_refusal(
+    assert "multiples of 32" in BY_NAME["cpu-amx"].refusal(
         make_weight("int4", 40, 64, 120), torch.bfloat16, CPU
     )
-    assert "float16" in compiled.amx_refusal(weight, torch.float16, CPU)
-    assert "not on cuda" in compiled.amx_refusal(weight, torch.bfloat16, torch.device("cuda"))
-    assert "zero points" in compiled.amx_refusal(
+    assert "float16" in BY_NAME["cpu-amx"].refusal(weight, torch.float16, CPU)
+    assert "not on cuda" in BY_NAME["cpu-amx"].refusal(weight, torch.bfloat16, torch.device("cuda"))
+    assert "zero points" in BY_NAME["cpu-amx"].refusal(
         make_weight("int8", 128, 64, 128, asymmetric=True), torch.bfloat16, CPU
     )
 
@@ -394,7 +395,7 @@ def test_nothing_works_without_llvmlite_but_says_so(monkeypatch):
         lambda: "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)",
     )
     weight = make_weight("int4", 128, 64, 128)
-    assert "'.[cpu]'" in compiled.amx_refusal(weight, torch.bfloat16, CPU)
+    assert "'.[cpu]'" in BY_NAME["cpu-amx"].refusal(weight, torch.bfloat16, CPU)
     assert select_backend(weight, torch.bfloat16, CPU).name in ("cpu-int4", "reference")
 
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmq.errors import LlmqError
 from llmq.storage import files
@@ -36,7 +35,7 @@ _USED = (
     "LICENCE*",
     "NOTICE*",
 )
-_LARGE = 256_000_000  # bytes of a companion file that is told by size and time, as shards are
+_LARGE = 256_000_000  # bytes: a companion file above is told by its stamp alone
 
 
 @dataclass(frozen=True)
@@ -79,15 +78,13 @@ class SourceFiles:
             if before is not None:
                 _check(self.folder / name, before)
 
-    def identity(self) -> dict[str, Any]:
-        """What tells these files from others when a run is continued: the contents of configs,
-        tokenizer and companions, by their hash; size and time of the weights."""
+    def contents(self) -> dict[str, str]:
+        """sha256 by name of everything but the weights: configs, tokenizer, companions."""
         self.check()
         return {
-            name: [stamp.size, stamp.mtime_ns]
-            if name.endswith(".safetensors") or stamp.size > _LARGE
-            else files.digest((self.folder / name).resolve())["sha256"]
+            name: files.digest((self.folder / name).resolve())["sha256"]
             for name, stamp in self.stamps.items()
+            if not name.endswith(".safetensors") and stamp.size <= _LARGE
         }
 
 

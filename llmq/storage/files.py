@@ -6,6 +6,7 @@ folder, never what a link of that name points to."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -177,10 +178,14 @@ def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def digest(path: Path) -> dict[str, Any]:
-    """sha256 and bytes of a regular file. Raises `OSError` for a link."""
-    with FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
+    """sha256 and bytes of a regular file. Raises `OSError` for a link or a special file."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with FileIO(os.open(path, flags)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
         found = hashlib.file_digest(file, "sha256")
-        return {"sha256": found.hexdigest(), "bytes": os.fstat(file.fileno()).st_size}
+        return {"sha256": found.hexdigest(), "bytes": status.st_size}
 
 
 def hash_of_json(data: Any) -> str:

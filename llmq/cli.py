@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,7 +23,18 @@ from typing import Any, NoReturn
 from llmq import __version__
 from llmq.errors import LlmqError, LlmqWarning
 
-COMMANDS = ("plan", "quantize", "qat", "eval", "compare", "generate", "inspect", "bench", "doctor")
+COMMANDS = (
+    "plan",
+    "quantize",
+    "qat",
+    "eval",
+    "compare",
+    "generate",
+    "inspect",
+    "verify",
+    "bench",
+    "doctor",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
             # What is still buffered would be written, and fail again, when the interpreter ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        return _fail(args.json, *_explain(error))
+        return _fail(args.json, *_explain(error), getattr(error, "details", {}))
     return 0
 
 
@@ -148,9 +159,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _fail(as_json: bool, message: str, code: int) -> int:
+def _fail(as_json: bool, message: str, code: int, details: Mapping[str, Any] = {}) -> int:
     line = " ".join(message.split())
     print(f"llmq: {line}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": line}))
+        print(json.dumps({**details, "error": line}))
     return code

@@ -3,6 +3,9 @@ code they carry."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class LlmqError(Exception):
     """Bad usage or input: the message says what, where, what was expected, what came, and what to
@@ -17,7 +20,11 @@ class LlmqWarning(UserWarning):
 
 
 class VerificationError(LlmqError):
-    """A result failed its own check, or too much of it fell back to a weaker method. Exit code
-    1."""
+    """A result failed its own check, or too much of it fell back to a weaker method. details: what
+    `--json` gives beside the message. Exit code 1."""
 
     exit_code = 1
+
+    def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.details = dict(details or {})

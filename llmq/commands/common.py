@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llmq.commands.values import real, source, whole
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmq.evaluation.windows import Windows
     from llmq.recipe import Recipe
     from llmq.spec import QuantSpec
@@ -46,6 +48,11 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--revision", help="revision of a Hub model")
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not check a folder that llmq wrote against the hashes of its manifest",
+    )
     add_compute_argument(parser)
     add_head_argument(parser)
 
@@ -330,6 +337,23 @@ def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) ->
     return (
         replace(windows, tokens=windows.tokens[: args.max_windows]) if args.max_windows else windows
     )
+
+
+def check_manifest(args: argparse.Namespace, model_dir: Path) -> dict[str, Any] | None:
+    """Check the files of a folder that llmq wrote against their hashes, unless told not to; the
+    number of files and the seconds it took, or None for a folder without a manifest. Raises
+    `VerificationError`."""
+    from llmq.storage.manifest import check_folder, has_manifest
+
+    if args.no_verify or not has_manifest(model_dir):
+        return None
+    verdict = check_folder(model_dir)
+    if verdict.seconds > 5:
+        print(
+            f"{model_dir}: {verdict.n_files} files checked against their hashes in {verdict.seconds:.1f} s (--no-verify leaves it out)",
+            file=sys.stderr,
+        )
+    return {"files": verdict.n_files, "seconds": verdict.seconds}
 
 
 def max_positions(config: Any) -> int:

@@ -27,6 +27,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     common.check_device(args.device)
     base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
+    verified = {
+        "base": common.check_manifest(args, base_dir),
+        "quant": common.check_manifest(args, quant_dir),
+    }
     windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
     length = windows.tokens.shape[1]
     check_length(load_config(quant_dir), length, f"windows of {length} tokens, {args.quant}")
@@ -50,6 +54,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "dtype": dtypes,
         **common.conditions(args),
         **windows.identity(),
+        "verified": verified,
     }
     return summary, _text(summary)
 

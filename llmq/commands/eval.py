@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
+    verified = common.check_manifest(args, model_dir)
     windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
     model = load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
     quantize_head(model, args.head_bits)
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **result.to_json(),
         **common.conditions(args),
         "backends": backends_in_use(model),
+        "verified": verified,
     }
     return (
         summary,

@@ -15,6 +15,7 @@ from llmq.formats import hf_quantizer
 from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, resolve
 from llmq.modules import quantized_modules
+from llmq.storage.manifest import check_folder, check_sizes
 from llmq_kernels.compute import MODES, default_mode, refusal
 
 _DTYPES = {
@@ -72,6 +73,7 @@ def load(
     dtype: str = "auto",
     device: str = "cpu",
     compute: str | None = None,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """A causal LM from a folder, a Hub id or "tiny": quantized in `llmq` or `gptq` format (also
     GPTQModel's and AutoRound's), or in full precision.
@@ -79,11 +81,13 @@ def load(
     dtype: of activations and unquantized weights: "auto" (as stored), "float32", "bfloat16",
     "float16". compute: "exact", or "int8" to let quantized layers round their activations to INT8
     per token and group on a CPU, which is faster (default: what LLMQ_COMPUTE says, else "exact").
+    verify: check every file against the hashes of the manifest that llmq wrote; sizes always are.
     Raises `LlmqError` when anything is missing, left over or damaged."""
     if dtype not in _DTYPES:
         raise LlmqError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     compute = _checked_compute(compute, device)
     model_dir = resolve(model, revision)
+    (check_folder if verify else check_sizes)(model_dir)
     config = load_config(model_dir)
     settings = quantization_settings(config)
     ShardReader(model_dir)  # every shard is there and readable

@@ -31,12 +31,14 @@ from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError, VerificationError
 from llmq.models.arch import find_blocks, linear_weight
+from llmq.ptq import rebuild
 from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.layers import LayerReport, by_spec, n_rows, report_layer, solve, split
 from llmq.ptq.memory import LARGE_BLOCK, map_large_tensors, release_freed_memory
 from llmq.ptq.precision import Precision
 from llmq.ptq.ranges import RangeObserver
+from llmq.ptq.rebuild import FinishedBlocks
 from llmq.ptq.replay import SolvedParts
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats
@@ -91,7 +93,7 @@ class Engine:
     tokens: int64 `[n_sequences, length]`, or None for methods without data. store: stores a block's
     result and returns the weights as read back from there. seal: makes a stored and verified block
     count. on_block: told after each block. precision: what the full-precision stream and block-wise
-    tuning are computed in."""
+    tuning are computed in. finished: blocks of an earlier run, where there can be any."""
 
     model: PreTrainedModel
     reader: WeightReader
@@ -104,6 +106,7 @@ class Engine:
     on_block: Callable[[BlockReport], None] = lambda report: None
     device: str = "cpu"
     precision: Precision = field(default_factory=Precision)
+    finished: FinishedBlocks | None = None
     _calls: dict[int, list[BlockCall]] = field(default_factory=dict)
     _untuned: dict[str, tuple[Tensor, LayerStats]] = field(
         default_factory=dict
@@ -126,14 +129,13 @@ class Engine:
     # --- the way of the whole model -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self, first_block: int = 0) -> None:
-        """Quantize all blocks from `first_block` on; the inputs of that block must lie in
-        `work_dir` unless it is block 0."""
+    def run(self, first_block: int = 0, damaged: Sequence[int] = ()) -> None:
+        """Quantize all blocks from `first_block` on, and before these the damaged ones among the
+        finished. Inputs that do not lie in `work_dir` as they were sealed are computed again from
+        the blocks before."""
         torch.backends.cuda.matmul.allow_tf32 = False
         map_large_tensors(self.block_bytes)
-        if self.tokens is not None and first_block < len(self.blocks):
-            self._record_calls(first_block)
-        for index in range(first_block, len(self.blocks)):
+        for index in rebuild.blocks_to_run(self, first_block, damaged):
             self._run_block(index)
 
     def inputs_of(self, index: int, stream: str = "quantized") -> ActivationFile:

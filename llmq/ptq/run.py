@@ -34,21 +34,31 @@ from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import ActSpec
 from llmq.storage import files
+from llmq.storage.stamps import SourceFiles
 from llmq.storage.workspace import PartialCheckpoint, check_output
 
 MAX_FALLBACK_SHARE = 0.05
 
 
 class CheckpointReader:
-    """Weights by model parameter name from a folder of safetensors."""
+    """Weights by model parameter name from a folder of safetensors. source: its files as they were
+    when the run began, where that is to be checked."""
 
-    def __init__(self, model: PreTrainedModel, shards: ShardReader) -> None:
-        self.shards = shards
+    def __init__(
+        self, model: PreTrainedModel, shards: ShardReader, source: SourceFiles | None = None
+    ) -> None:
+        self.shards, self.source = shards, source
         self.names = match_names(model, shards.names)
 
     def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         stored = {self.names[name]: name for name in names if name in self.names}
-        return {stored[name]: tensor for name, tensor in self.shards.read(stored).items()}
+        paths = {self.shards.names[name] for name in stored}
+        try:
+            tensors = self.shards.read(stored)
+        finally:  # a file that is another by now is the reason of whatever went wrong
+            if self.source is not None:
+                self.source.check(paths)
+        return {stored[name]: tensor for name, tensor in tensors.items()}
 
     def stored_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors under the names that the source uses, which other engines know: packed
@@ -83,7 +93,8 @@ class ModelReader:
 @dataclass(frozen=True)
 class Job:
     """Everything known before anything is computed. tokens: None for methods without data. remarks:
-    what is to be known of the model or the format."""
+    what is to be known of the model or the format. source: the files of the model as they were
+    before any was read."""
 
     model_dir: Path
     config: PretrainedConfig
@@ -94,6 +105,7 @@ class Job:
     fmt: Format
     tokens: data.TokenSet | None
     remarks: dict[str, str]
+    source: SourceFiles
 
     @property
     def notes(self) -> dict[str, str]:
@@ -120,6 +132,7 @@ def prepare(
     calibration: where the text is, or windows of tokens that are there already.
     """
     model_dir = resolve(model, revision)
+    source = SourceFiles.of(model_dir)
     config = load_config(model_dir)
     if getattr(config, "quantization_config", None) is not None:
         raise LlmqError(
@@ -154,7 +167,7 @@ def prepare(
             if isinstance(calibration, str)
             else calibration
         )
-    return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens, remarks)
+    return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens, remarks, source)
 
 
 def _method(config: Any) -> str:
@@ -190,6 +203,7 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
         "model": {
             "folder": str(job.model_dir.resolve()),
             "size and time of": files.stamps(set(job.shards.names.values())),
+            "contents of": job.source.contents(),
         },
         "recipe": job.recipe.to_json(),
         "format": job.fmt.name,
@@ -215,14 +229,14 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
     check_output(out_dir, overwrite)
     started = time.monotonic()
     prefix, blocks = find_blocks(job.model)
-    reader = CheckpointReader(job.model, job.shards)
+    reader = CheckpointReader(job.model, job.shards, job.source)
     partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks) + 1)
     try:
         sink = _FolderSink(partial, reader, job.fmt, job.plans, job.recipe)
-        first_block = min(partial.n_finished(), len(blocks))
+        first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
             files.check_space(partial.work_dir, stored_bytes(job) + work_bytes(job))
-        on_start(first_block, len(blocks))
+        on_start(first_block - len(damaged), len(blocks))
         tokens = None if job.tokens is None else job.tokens.tokens
         Engine(
             job.model,
@@ -236,10 +250,15 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             on_block,
             device,
             job.precision(device),
-        ).run(first_block)
+            sink,
+        ).run(first_block, damaged)
+        resumed_at = min(first_block, *damaged) if damaged else first_block
         report = _finish(
-            job, partial, reader, prefix, first_block, time.monotonic() - started, device
+            job, partial, reader, prefix, resumed_at, time.monotonic() - started, device
         )
+    except files.DamagedError:
+        partial.close()
+        raise
     except (files.WriteError, OSError) as error:  # OSError: of activations, reports or the manifest
         partial.close()
         known = (
@@ -273,7 +292,7 @@ class _FolderSink:
         plans: list[LayerPlan],
         recipe: Recipe,
     ) -> None:
-        self.partial, self.reader, self.fmt = partial, reader, fmt
+        self.partial, self.reader, self.fmt, self.plans = partial, reader, fmt, plans
         self.config = checkpoint_config(
             fmt, plans, act_order=recipe.order == "act", activations=recipe.activations
         )
@@ -297,6 +316,28 @@ class _FolderSink:
             read_back[name].validate(name)
         return read_back
 
+    def read_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]:
+        """The kept tensors and the quantized layers of a finished block, from its shard alone."""
+        tensors = self.partial.read_shard(index)
+        kept = {
+            name: tensors[stored] for name, stored in self.reader.names.items() if stored in tensors
+        }
+        packed = tensors.keys() - self.reader.names.values()
+        quantized = {}
+        for plan in self.plans:
+            name = plan.layer.name
+            layer = self.reader.names[f"{name}.weight"].removesuffix("weight")
+            parts = {
+                key.removeprefix(layer): tensors[key] for key in packed if key.startswith(layer)
+            }
+            if parts:
+                quantized[name] = self.fmt.read(name, parts, self.config, plan.layer.shape)
+                quantized[name].validate(name)
+        return kept, quantized
+
+    def forget_after(self, index: int) -> None:
+        self.partial.forget_after(index)
+
     def seal(self, report: BlockReport) -> None:
         self.partial.finish_shard(report.index, report.to_json())
 
@@ -311,6 +352,7 @@ def _finish(
     device: str,
 ) -> dict[str, Any]:
     """Write everything that is not a block, then publish."""
+    partial.keep_only_shards()
     outside = [
         name
         for name in reader.names
@@ -327,10 +369,13 @@ def _finish(
     }
     files.write_index(target, shards, sum((target / name).stat().st_size for name in shards))
     files.copy_companions(job.model_dir, target)
+    job.source.check()  # what was copied and read is what the run began with
     report = build_report(
         job, partial.block_reports(), source_bytes=sum(path.stat().st_size for path in set(job.shards.names.values())), stored_bytes=sum((target / name).stat().st_size for name in shards),
         unused=reader.unused(), resumed_at=resumed_at, seconds=seconds, device=device,
     )  # fmt: skip
+    if partial.damaged:
+        report["redone_blocks"] = partial.damaged
     files.write_json(target / "report.json", report)
     (target / "README.md").write_text(model_card(report))
     write_configs(

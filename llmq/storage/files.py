@@ -1,13 +1,19 @@
-"""Writing folders so that they are there as a whole or not at all: fsync, rename, manifest."""
+"""Writing folders so that they are there as a whole or not at all: fsync, rename, manifest.
+
+Nothing here follows a link: files are created exclusively, and what is removed is the name in its
+folder, never what a link of that name points to."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, VerificationError
 
 MANIFEST = "llmq-manifest.json"
+# In the folder that an earlier output is moved into while another takes its place.
+_ASIDE_MARK = "moved-by-llmq"
+_ASIDE_OUTPUT = "output"
 # Everything beside the weights that a runtime or a reader of the model needs.
 _COPIED = (
     "tokenizer*",
@@ -39,6 +48,11 @@ class WriteError(LlmqError):
     keeping."""
 
 
+class DamagedError(VerificationError):
+    """A file is another than the one that was finished and checked. What was finished beside it is
+    worth keeping: the same command does only this part again."""
+
+
 def unwritable(path: object, reason: object) -> WriteError:
     """The error for a file that cannot be written."""
     return WriteError(
@@ -47,22 +61,72 @@ def unwritable(path: object, reason: object) -> WriteError:
 
 
 def sync(path: Path) -> None:
-    """Make a file or a directory entry durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make the contents of a file, or the entries of a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def sync_folder(folder: Path) -> None:
+    """`sync` for a folder, on file systems that can."""
+    with contextlib.suppress(OSError):
+        sync(folder)
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a regular file of this name, and no link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def is_plain_folder(path: Path) -> bool:
+    """Whether there is a folder of this name, and no link to one."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a folder with all that is in it; nothing
+    where nothing is."""
+    if is_plain_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def create(path: Path) -> FileIO:
+    """A new file of this name to write to, in the place of anything that has the name."""
+    remove(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return FileIO(os.open(path, flags, 0o666), "r+")
+
+
+def reuse(path: Path) -> FileIO:
+    """The file of this name to write over, if it is a regular one that has no other name; else a
+    new one."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return create(path)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        return FileIO(descriptor, "r+")
+    os.close(descriptor)
+    return create(path)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file and make it durable. Raises `WriteError` when the disk is full or
     the file too large."""
     try:
-        path.touch()
-        mode = (
-            path.stat().st_mode
-        )  # what the umask gives; safetensors renames a file of mode 0600 to this place
+        with create(path) as file:  # what the umask gives; safetensors' own has mode 0600
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             path,
@@ -74,12 +138,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise unwritable(path, error) from None
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON under a temporary name, make it durable, rename."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, make it durable, rename, make the name durable."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
-    sync(partial)
+    with create(partial) as file:
+        left = memoryview(content)
+        while left:
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """`write_bytes` of JSON."""
+    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def copy_companions(source_dir: Path, target_dir: Path) -> None:
@@ -104,19 +177,43 @@ def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
 
 
-def write_manifest(target_dir: Path) -> None:
-    """The last file: sha256 and size of every other one. A folder with it was written by llmq and
-    is complete."""
+def digest(path: Path) -> dict[str, Any]:
+    """sha256 and bytes of a regular file. Raises `OSError` for a link or a special file."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with FileIO(os.open(path, flags)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        found = hashlib.file_digest(file, "sha256")
+        return {"sha256": found.hexdigest(), "bytes": status.st_size}
+
+
+def hash_of_json(data: Any) -> str:
+    """sha256 of data as JSON, however it was laid out."""
+    return hashlib.sha256(
+        json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def write_manifest(target_dir: Path, expected: Mapping[str, Mapping[str, Any]] = {}) -> None:
+    """The last file: sha256 and size of every other one, and a hash of these. A folder with it was
+    written by llmq and is complete.
+
+    expected: digests by name that were recorded when the files were checked. Raises
+    `DamagedError` where a file is another by now."""
     entries = {}
-    for path in sorted(path for path in target_dir.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            entries[path.relative_to(target_dir).as_posix()] = {
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                "bytes": path.stat().st_size,
-            }
-        sync(path)
-    write_json(target_dir / MANIFEST, {"files": entries})
-    sync(target_dir)
+    for path in sorted(target_dir.rglob("*")):
+        name = path.relative_to(target_dir).as_posix()
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            entries[name] = digest(path)
+            sync(path)
+            if name in expected and entries[name] != expected[name]:
+                raise DamagedError(
+                    f"{path}: changed after it was written and checked; the disk or the memory is faulty, repeat the command to do this part again"
+                )
+    write_json(target_dir / MANIFEST, {"files": entries, "sha256": hash_of_json(entries)})
 
 
 def check_output(out_dir: Path, overwrite: bool) -> None:
@@ -131,6 +228,7 @@ def check_output(out_dir: Path, overwrite: bool) -> None:
             raise LlmqError(
                 f"{out_dir}: was not written by llmq (it has no {MANIFEST}), so --overwrite leaves it alone; remove it yourself or choose another output"
             )
+        _check_aside(aside_of(out_dir.resolve()))
     parent = out_dir.absolute().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -149,10 +247,12 @@ def check_space(folder: Path, n_bytes: int) -> None:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Create a folder with its parents. Returns those that were not there, innermost first, for
-    `remove_empty`."""
+    """Create a folder with its parents, durably. Returns those that were not there, innermost
+    first, for `remove_empty`."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        sync_folder(path.parent)
     return made
 
 
@@ -168,18 +268,52 @@ def aside_of(out_dir: Path) -> Path:
     return out_dir.with_name(f".{out_dir.name}.replaced")
 
 
+def _check_aside(aside: Path) -> None:
+    """Raise `LlmqError` for something of the name that is needed and that llmq did not make."""
+    if os.path.lexists(aside) and not _is_aside(aside):
+        raise LlmqError(
+            f"{aside}: is in the way and was not made by llmq (it has no {_ASIDE_MARK}), so it is left alone; move it elsewhere, or choose another output"
+        )
+
+
+def _is_aside(aside: Path) -> bool:
+    if not is_plain_folder(aside):
+        return False
+    names = set(os.listdir(aside))
+    return _ASIDE_MARK in names or names <= {_ASIDE_MARK + ".tmp"}  # or killed before the mark
+
+
+def remove_aside(out_dir: Path) -> None:
+    """Remove the earlier output that `publish` moved aside; nothing that llmq did not make."""
+    aside = aside_of(out_dir)
+    if _is_aside(aside):
+        remove(aside / _ASIDE_OUTPUT)
+        sync_folder(aside)
+        shutil.rmtree(aside)  # the mark goes last: until then it is known as llmq's own
+
+
 def publish(finished_dir: Path, out_dir: Path) -> None:
     """Put a finished folder in its place by renaming; an earlier output is moved aside first and
-    removed after."""
+    removed after. Raises `LlmqError` when something that llmq did not make is in the way."""
     out_dir = out_dir.resolve()  # a link stays, what it points to is replaced
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir.parent)
     aside = aside_of(out_dir)
-    if out_dir.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        out_dir.rename(aside)
-    finished_dir.replace(out_dir)
-    with contextlib.suppress(OSError):  # some file systems cannot sync directories
-        sync(out_dir.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
+    replaces = out_dir.exists()
+    if replaces:
+        _check_aside(aside)
+        remove_aside(out_dir)
+        aside.mkdir()
+        write_bytes(aside / _ASIDE_MARK, b"an earlier output, moved here while another took over\n")
+        sync_folder(aside.parent)
+        out_dir.rename(aside / _ASIDE_OUTPUT)
+        sync_folder(aside)
+    try:
+        finished_dir.replace(out_dir)
+    except OSError:
+        if replaces:
+            (aside / _ASIDE_OUTPUT).rename(out_dir)
+            remove_aside(out_dir)
+        raise
+    sync_folder(out_dir.parent)
+    sync_folder(finished_dir.parent)
+    remove_aside(out_dir)

@@ -5,19 +5,26 @@ Activations of 128 sequences of 2048 tokens take 4 GB at a width of 4096: more t
 belong to. They therefore never live in memory as a whole. Batches are read and written with plain
 file calls, so the operating system keeps in its page cache what fits and lets the rest go to disk;
 no budget has to be guessed, and the same files are what an interrupted run resumes from.
-Memory-mapping was not taken because mapped pages count as resident memory of the process."""
+Memory-mapping was not taken because mapped pages count as resident memory of the process.
+
+A durable file is sealed: its hash is taken while it is written, and a run that resumes checks it.
+Seals stay when the file is given up, to tell whether what is computed again is the same."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmq.storage import files, seals
 
 
 @dataclass(frozen=True)
@@ -67,21 +74,37 @@ class ActivationFile:
     @contextmanager
     def appender(self, *, durable: bool = True) -> Iterator[Callable[[Tensor], None]]:
         """A function that appends a batch. The file appears under its name, and if durable safely
-        on disk, only when the block of code ends without an error."""
-        partial = self._partial
-        with partial.open("r+b" if partial.exists() else "wb", buffering=0) as file:
+        on disk and sealed, only when the block of code ends without an error."""
+        sha256, n_bytes = hashlib.sha256(), 0
+        with files.reuse(self._partial) as file:
 
             def append(batch: Tensor) -> None:
+                nonlocal n_bytes
                 buffer = _bytes_of(batch.to("cpu", self.dtype).contiguous())
                 n_written = 0
                 while n_written < len(buffer):
                     n_written += file.write(buffer[n_written:])
+                n_bytes += n_written
+                if durable:
+                    sha256.update(buffer)
 
             yield append
             file.truncate()
             if durable:
                 os.fsync(file.fileno())
-        partial.replace(self.path)
+        self._partial.replace(self.path)
+        if durable:
+            seals.seal(self.path, {"sha256": sha256.hexdigest(), "bytes": n_bytes})
+
+    @property
+    def recorded(self) -> dict[str, Any] | None:
+        """The digest of what was last written here, also after it was given up."""
+        return seals.recorded(self.path)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the file is there as it was written."""
+        return seals.is_sound(self.path)
 
     @property
     def _partial(self) -> Path:
@@ -90,7 +113,7 @@ class ActivationFile:
     def recycle(self, successor: ActivationFile | None = None) -> None:
         """Give the file up, but not its pages: the next one of this name, or the successor, is
         written over them, which takes half the time of new ones."""
-        if self.path.exists():
+        if files.is_plain_file(self.path):
             self.path.replace((successor or self)._partial)
 
 

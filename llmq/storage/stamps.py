@@ -1,0 +1,104 @@
+"""The files of a source model as they were when a run began, so that none is replaced, edited or
+deleted under way without being noticed.
+
+A look at a stamp is one `stat`. The time of the last change of the inode (ctime) is part of it:
+unlike that of the contents it cannot be set back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmq.errors import LlmqError
+from llmq.storage import files
+
+# What may decide a result or be copied beside it. An edit of a README or of a log is nobody's
+# business.
+_USED = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "*.index.json",
+    "tokenizer*",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*processor*.json",
+    "*.py",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+)
+_LARGE = 256_000_000  # bytes: a companion file above is told by its stamp alone
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Size in bytes, times in nanoseconds and number of the inode."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files that a run may use, by name in the folder, as they were when it began."""
+
+    folder: Path
+    stamps: dict[str, Stamp]
+
+    @classmethod
+    def of(cls, folder: Path) -> SourceFiles:
+        """Take the stamps. This comes before anything is read."""
+        paths = {path for pattern in _USED for path in folder.glob(pattern) if path.is_file()}
+        return cls(
+            folder,
+            {path.relative_to(folder).as_posix(): Stamp.of(path) for path in sorted(paths)},
+        )
+
+    def check(self, paths: Iterable[Path] | None = None) -> None:
+        """Raise `LlmqError` that names a file which is no longer the one it was. paths: of this
+        folder; all by default."""
+        names = self.stamps if paths is None else {path.name for path in paths}
+        for name in sorted(names):
+            before = self.stamps.get(name)
+            if before is not None:
+                _check(self.folder / name, before)
+
+    def contents(self) -> dict[str, str]:
+        """sha256 by name of everything but the weights: configs, tokenizer, companions."""
+        self.check()
+        return {
+            name: files.digest((self.folder / name).resolve())["sha256"]
+            for name, stamp in self.stamps.items()
+            if not name.endswith(".safetensors") and stamp.size <= _LARGE
+        }
+
+
+def _check(path: Path, before: Stamp) -> None:
+    try:
+        now = Stamp.of(path)
+    except OSError as error:
+        changed = f"is gone ({os.strerror(error.errno or 0)})"
+    else:
+        if now == before:
+            return
+        parts = ("size", "mtime_ns", "ctime_ns", "inode")
+        names = [part for part in parts if getattr(now, part) != getattr(before, part)]
+        changed = f"is not the file that it was when the run began ({', '.join(names)} changed)"
+    raise LlmqError(
+        f"{path}: {changed}; the result would mix two models, so none was written: see that nothing changes the source, then repeat the command"
+    )

@@ -43,7 +43,7 @@ from torch.func import functional_call
 from llmq import quantizer
 from llmq.fakequant import fake_quantize_ste
 from llmq.models.arch import weight_as_stored
-from llmq.ptq.capture import BlockCall
+from llmq.ptq.block_calls import CallOf
 from llmq.qtensor import QuantizedTensor
 from llmq.storage.hidden_states import ActivationFile
 
@@ -91,7 +91,7 @@ def tune_block(
     start: Mapping[str, QuantizedTensor],
     inputs: ActivationFile,
     targets: ActivationFile,
-    call: BlockCall,
+    call_of: CallOf,
     options: BlockwiseOptions,
 ) -> BlockTuning:
     """Tune the quantized layers of a block.
@@ -99,9 +99,9 @@ def tune_block(
     block: float32, on the device to work on; unchanged except that its parameters no longer require
     gradients. weights: full-precision `[N, K]` by layer, names relative to the block. start: what a
     layer solver made of them, without `g_idx`. inputs: of the block in the quantized model.
-    targets: its outputs in the full-precision model, for the same sequences. call: its other
-    arguments for `sequences_per_step` sequences."""
-    tuner = _Tuner(block, inputs, targets, call, options)
+    targets: its outputs in the full-precision model, for the same sequences. 
+    call_of: its other arguments for the sequences that are named."""
+    tuner = _Tuner(block, inputs, targets, call_of, options)
     start_error = tuner.error({layer: tensor.dequantize() for layer, tensor in start.items()})
     masters = {layer: _Master(weights[layer], start[layer], options) for layer in start}
     n_skipped = tuner.train(masters)
@@ -178,14 +178,14 @@ class _Tuner:
         block: nn.Module,
         inputs: ActivationFile,
         targets: ActivationFile,
-        call: BlockCall,
+        call_of: CallOf,
         options: BlockwiseOptions,
     ) -> None:
-        self.block, self.inputs, self.targets, self.call, self.options = (
+        self.block, self.inputs, self.targets, self.call_of, self.options = (
             block,
             inputs,
             targets,
-            call,
+            call_of,
             options,
         )
         block.requires_grad_(False)
@@ -221,7 +221,8 @@ class _Tuner:
             f"{layer}.weight": weight_as_stored(self.block.get_submodule(layer), value)
             for layer, value in values.items()
         }
-        output = functional_call(self.block, named, (hidden, *self.call.args), self.call.kwargs)
+        call = self.call_of(sequences.tolist())
+        output = functional_call(self.block, named, (hidden, *call.args), call.kwargs)
         output = output[0] if isinstance(output, tuple) else output
         return (
             (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,28 +26,20 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of one block apart from the hidden states, for one batch size."""
+    """The arguments of one block apart from the hidden states, for one batch."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-    def to(self, dtype: torch.dtype) -> BlockCall:
-        """The same for hidden states of a dtype: masks, rotary tables and the like are cast. They
-        are float32 here."""
-        if dtype == torch.float32:
-            return self
-        return BlockCall(
-            *recursively_apply(
-                lambda value: value.to(dtype),
-                (self.args, self.kwargs),
-                test_type=lambda value: isinstance(value, Tensor) and value.is_floating_point(),
-            )
-        )
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states."""
         output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+def first_line(error: BaseException) -> str:
+    """An error of somebody else's code in a few words."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 class BlockRecorder:
@@ -57,39 +48,61 @@ class BlockRecorder:
 
     def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
         self.model, self.blocks = model, blocks
-        self._returns_tuple = False
+        # What a block gives back: hidden states alone (0), or in a tuple of so many.
+        self._n_returned = 0
         self._calls: list[BlockCall] = []
         self._hidden: list[Tensor] = []
 
     @torch.no_grad()
     def run(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
-        """Hidden states `[B, T, D]` before block 0, and one call per block, for tokens `[B, T]`."""
-        hidden, calls = self._attempt(input_ids)
-        if len(calls) < len(self.blocks):
-            # Some models unpack `block(...)[0]`: the next block then sees the first sequence alone.
-            self._returns_tuple = True
-            hidden, calls = self._attempt(input_ids)
-        if len(calls) < len(self.blocks):
-            raise LlmqError(
-                f"{type(self.model).__name__}: block {len(calls)} does not take the outputs of the block before it as they are, so blocks cannot be run one by one; this architecture is not supported"
-            )
-        return hidden, calls
+        """Hidden states `[B, T, D]` before block 0, and one call per block, for tokens `[B, T]`.
+        Raises `LlmqError` for a model whose blocks do not simply follow each other."""
+        hidden, calls, error = self._attempt(input_ids)
+        # Some models unpack what a block returns. Given a tensor, the next block then sees its
+        # first sequence alone, or there is an error.
+        for n_returned in (2, 3):
+            if self._n_returned or len(calls) == len(self.blocks):
+                break
+            hidden, calls, error = self._attempt(input_ids, n_returned)
+            self._n_returned = n_returned if len(calls) == len(self.blocks) else 0
+        if hidden is None:
+            reason = f"it cannot be run with its blocks replaced ({error})"
+        elif hidden.shape[:-1] != input_ids.shape:
+            reason = f"its blocks pass on hidden states of shape {list(hidden.shape)} for tokens {list(input_ids.shape)} instead of one vector per token"
+        elif len(calls) < len(self.blocks):
+            reason = f"block {len(calls)} does not take the outputs of the block before it as they are"
+        else:
+            return hidden, calls
+        raise cannot_run_alone(self.model, reason)
 
-    def _attempt(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    def _attempt(
+        self, input_ids: Tensor, n_returned: int = 0
+    ) -> tuple[Tensor | None, list[BlockCall], str]:
+        """Hidden states before block 0, calls, and what ended the run early, if it was an error."""
         self._calls, self._hidden = [], []
+        n_returned = n_returned or self._n_returned
+        error = ""
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            return self._record(n_returned, *args, **kwargs)
+
         patched = list(self.blocks)
         for block in patched:
-            block.forward = self._record  # type: ignore[method-assign,assignment]
+            block.forward = record  # type: ignore[method-assign]
         try:
             self.model(input_ids=input_ids, use_cache=False)
         except _Stop:
             pass
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as found:  # whatever a model's own code does without its blocks
+            error = first_line(found)
         finally:
             for block in patched:
                 del block.forward
-        return self._hidden[0], self._calls
+        return self._hidden[0] if self._hidden else None, self._calls, error
 
-    def _record(self, *args: Any, **kwargs: Any) -> Any:
+    def _record(self, n_returned: int, *args: Any, **kwargs: Any) -> Any:
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         if self._hidden and hidden is not self._hidden[0]:
             raise _Stop
@@ -97,7 +110,14 @@ class BlockRecorder:
         self._calls.append(BlockCall(args[1:] if args and args[0] is hidden else args, kwargs))
         if len(self._calls) == len(self.blocks):
             raise _Stop
-        return (hidden, None) if self._returns_tuple else hidden
+        return (hidden, *[None] * (n_returned - 1)) if n_returned else hidden
+
+
+def cannot_run_alone(model: PreTrainedModel, reason: str) -> LlmqError:
+    """The refusal of an architecture whose blocks cannot be run one by one."""
+    return LlmqError(
+        f"{type(model).__name__}: {reason}, so its blocks cannot be run one by one; this architecture is not supported with calibration text (--method rtn needs none)"
+    )
 
 
 @contextmanager

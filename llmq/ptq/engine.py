@@ -7,8 +7,10 @@ and see the repairs of those before ("true-sequential"); layers that read the sa
 Hessian and are solved in one call with their rows stacked.
 
 After each block the inputs of the next one lie on disk, so a run can start again at any block. A
-block is handed over through `store`, which gives back the weights as they were stored: the engine
-runs the block with these, compares bit for bit, and only then lets `seal` make it count.
+block is handed over through `store`, as it stands after the solve, and comes back as it was stored:
+the engine makes a new block of that alone, norms and kept layers included, compares its outputs bit
+for bit, and only then lets `seal` make it count. The solved block is gone by then, so that verifying
+takes no second one.
 
 Two streams of hidden states run side by side: what the quantized model computes, always in float32,
 and what the full-precision model computes, which tells each layer what was lost before it."""
@@ -30,9 +32,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError, VerificationError
-from llmq.models.arch import find_blocks, linear_weight
+from llmq.models.arch import find_blocks, linear_weight, weight_as_stored
 from llmq.ptq import rebuild
-from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, sequences_per_step, tune_block
+from llmq.ptq.block_calls import BlockCalls
+from llmq.ptq.block_check import check_blocks
+from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.layers import LayerReport, by_spec, n_rows, report_layer, solve, split
 from llmq.ptq.memory import LARGE_BLOCK, map_large_tensors, release_freed_memory
@@ -87,11 +91,29 @@ class BlockResult:
     kept: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class StoredBlock:
+    """What `store` gives back: the same tensors, read from where they were stored."""
+
+    quantized: dict[str, QuantizedTensor]
+    kept: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A block after the solve, in what is stored of it, and its outputs on the first batch."""
+
+    report: BlockReport
+    quantized: dict[str, QuantizedTensor]
+    kept: dict[str, Tensor]
+    first_output: Tensor | None
+
+
 @dataclass
 class Engine:
     """The state of one run. model: on the meta device. plans: every linear layer of the blocks.
     tokens: int64 `[n_sequences, length]`, or None for methods without data. store: stores a block's
-    result and returns the weights as read back from there. seal: makes a stored and verified block
+    result and returns all of it as read back from there. seal: makes a stored and verified block
     count. on_block: told after each block. precision: what the full-precision stream and block-wise
     tuning are computed in. finished: blocks of an earlier run, where there can be any."""
 
@@ -101,13 +123,13 @@ class Engine:
     plans: list[LayerPlan]
     tokens: Tensor | None
     work_dir: Path
-    store: Callable[[BlockResult], dict[str, QuantizedTensor]]
+    store: Callable[[BlockResult], StoredBlock]
     seal: Callable[[BlockReport], None]
     on_block: Callable[[BlockReport], None] = lambda report: None
     device: str = "cpu"
     precision: Precision = field(default_factory=Precision)
     finished: FinishedBlocks | None = None
-    _calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+    _calls: BlockCalls | None = None
     _untuned: dict[str, tuple[Tensor, LayerStats]] = field(
         default_factory=dict
     )  # full-precision weights of the block whose layers are solved, and what they were solved with
@@ -168,35 +190,39 @@ class Engine:
         return self.recipe.method == "blockwise"
 
     def _record_calls(self, first_block: int) -> None:
-        """Keep each block's own arguments per batch size and, at the start of a run, write the
-        inputs of block 0."""
+        """Record each block's own arguments and, at the start of a run, write the inputs of block 0
+        and check that blocks run one by one are the model."""
         assert self.tokens is not None
         loaded = self._load_outside_blocks()
         recorder = BlockRecorder(self.model, self.blocks)
+        batches = self.tokens.to(self.device).split(self.batch_size)
+        with ExitStack() as stack:
+            appenders = [
+                stack.enter_context(self.inputs_of(0, stream).appender())
+                for stream in (self.streams if first_block == 0 else ())
+            ]
 
-        def embed(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-            for batch in batches:
-                hidden, calls = recorder.run(batch.to(self.device))
-                self._calls.setdefault(len(batch), calls)
-                yield hidden
+            def keep(hidden: Tensor) -> None:
+                for append in appenders:
+                    append(hidden)
 
-        batches = self.tokens.split(self.batch_size)
+            self._calls = BlockCalls.record(recorder, batches, self.work_dir, keep)
         if first_block == 0:
-            with ExitStack() as stack:
-                appenders = [
-                    stack.enter_context(self.inputs_of(0, stream).appender())
-                    for stream in self.streams
-                ]
-                for hidden in embed(batches):
-                    for append in appenders:
-                        append(hidden)
-        else:
-            for _ in embed({len(batch): batch for batch in batches}.values()):
-                pass
-        if self.tunes and (size := sequences_per_step(*self.tokens.shape)) not in self._calls:
-            next(embed([self.tokens[:size]]))
+            self._check_blocks(self._calls)
         for name in loaded:
             set_module_tensor_to_device(self.model, name, "meta")
+
+    def _check_blocks(self, calls: BlockCalls) -> None:
+        """On the last sequence: arguments that belong to the first one only would show."""
+        assert self.tokens is not None
+        last = len(self.tokens) - 1
+        check_blocks(
+            self.model,
+            self.blocks,
+            self.tokens[last:].to(self.device),
+            lambda index: self._materialize(index, self._read_block(f"{self.prefix}.{index}")),
+            lambda index: calls.of(index)([last]),
+        )
 
     def _load_outside_blocks(self) -> list[str]:
         """Give real float32 weights to everything that may run before block 0. The output head does
@@ -222,6 +248,21 @@ class Engine:
     def _run_block(self, index: int) -> None:
         started = time.monotonic()
         name = f"{self.prefix}.{index}"
+        solved = self._solve_and_run(index, name)  # the block itself is gone with that call
+        self._release_freed_memory()
+        report = replace(solved.report, seconds=time.monotonic() - started)
+        read_back = self.store(BlockResult(report, solved.quantized, solved.kept))
+        self._verify(index, name, solved, read_back)
+        self.seal(report)
+        if self.tokens is not None:
+            for stream in self.streams:
+                self.inputs_of(index, stream).recycle(self.inputs_of(index + 2, stream))
+        if self._calls is not None:
+            self._calls.forget(index)
+        self.on_block(report)
+
+    def _solve_and_run(self, index: int, name: str) -> _Solved:
+        """Load a block, quantize its layers, and run it as it will be stored."""
         stored = self._read_block(name)
         block = self._materialize(index, stored)
         plans = {
@@ -231,7 +272,7 @@ class Engine:
         }
         targets = {layer: plan.spec for layer, plan in plans.items() if plan.spec is not None}
         kept = {
-            f"{name}.{key}": tensor
+            key: tensor
             for key, tensor in stored.items()
             if key.removesuffix(".weight") not in targets
         }
@@ -254,6 +295,7 @@ class Engine:
         if self.tunes and parts is not None and results:
             parts.discard()  # its layers are about to change
             tuning, layer_reports = self._tune(index, block, name, results)
+        kept = _as_stored(block, kept)
         first_output = None
         if parts is not None:
             with parts.playing(results):
@@ -265,9 +307,7 @@ class Engine:
                 (first_output - exact_output).square().sum() / exact_output.square().sum()
             )
 
-        quantized = {f"{name}.{layer}": result.tensor for layer, result in results.items()}
-        self._release_freed_memory()
-        report = BlockReport(index, layer_reports, time.monotonic() - started, error)
+        report = BlockReport(index, layer_reports, 0.0, error)
         if tuning is not None:
             report = replace(
                 report,
@@ -275,13 +315,12 @@ class Engine:
                 tuned_error=tuning.error,
                 n_skipped_steps=tuning.n_skipped,
             )
-        read_back = self.store(BlockResult(report, quantized, kept))
-        self._verify(index, block, name, read_back, quantized, first_output)
-        self.seal(report)
-        if self.tokens is not None:
-            for stream in self.streams:
-                self.inputs_of(index, stream).recycle(self.inputs_of(index + 2, stream))
-        self.on_block(report)
+        return _Solved(
+            report,
+            {f"{name}.{layer}": result.tensor for layer, result in results.items()},
+            {f"{name}.{key}": tensor for key, tensor in kept.items()},
+            first_output,
+        )
 
     def _release_freed_memory(self) -> None:
         """Between solves. Beside a small block the holes are small and the 7 milliseconds are not:
@@ -306,10 +345,13 @@ class Engine:
         return block.to(self.device)
 
     def _batches(self, index: int, stream: str) -> Iterator[tuple[BlockCall, Tensor]]:
+        assert self._calls is not None
         inputs = self.inputs_of(index, stream)
-        calls = {size: calls[index].to(inputs.dtype) for size, calls in self._calls.items()}
+        call_of, start = self._calls.of(index, inputs.dtype), 0
         for hidden in inputs.batches(self.batch_size):
-            yield calls[len(hidden)], hidden.to(self.device)
+            sequences = range(start, start + len(hidden))
+            yield call_of(sequences), hidden.to(self.device)
+            start += len(hidden)
 
     def _advance(
         self, block: nn.Module, index: int, stream: str, record: Sequence[list[str]] = ()
@@ -411,7 +453,7 @@ class Engine:
     ) -> tuple[BlockTuning, list[LayerReport]]:
         """Tune the solved block as a whole: its results, its weights and the reports of its layers
         become those of the tuned ones."""
-        assert self.tokens is not None
+        assert self._calls is not None
         recipe, (untuned, self._untuned) = self.recipe, (self._untuned, {})
         seed = (recipe.seed * len(self.blocks) + index) % (1 << 63)
         options = BlockwiseOptions(
@@ -421,7 +463,6 @@ class Engine:
             self.precision.training == torch.bfloat16,
             seed,
         )
-        call = self._calls[sequences_per_step(*self.tokens.shape)][index]
         weights, start = (
             {layer: weight for layer, (weight, _) in untuned.items()},
             {layer: result.tensor for layer, result in results.items()},
@@ -432,7 +473,7 @@ class Engine:
             start,
             self.inputs_of(index),
             self.inputs_of(index + 1, "full-precision"),
-            call,
+            self._calls.of(index),
             options,
         )
         reports = []
@@ -511,34 +552,58 @@ class Engine:
         exact_file.recycle()
         return stats
 
-    def _verify(
-        self,
-        index: int,
-        block: nn.Module,
-        name: str,
-        read_back: dict[str, QuantizedTensor],
-        quantized: dict[str, QuantizedTensor],
-        first_output: Tensor | None,
-    ) -> None:
-        """The stored block must be the block that was computed: same values in every weight and the
-        same outputs on the first batch."""
-        if read_back.keys() != quantized.keys():
-            raise VerificationError(
-                f"{name}: {len(read_back)} quantized layers were read back, {len(quantized)} were written; the output is not usable"
-            )
-        for layer, tensor in read_back.items():
+    def _verify(self, index: int, name: str, solved: _Solved, read_back: StoredBlock) -> None:
+        """The stored block must be the block that was computed: same values in every tensor, and
+        the same outputs on the first batch from a block made of what was stored alone."""
+        for kind, there, written in (
+            ("quantized layers", read_back.quantized, solved.quantized),
+            ("kept tensors", read_back.kept, solved.kept),
+        ):
+            if there.keys() != written.keys():
+                raise VerificationError(
+                    f"{name}: {len(there)} {kind} were read back, {len(written)} were written; the output is not usable"
+                )
+        tensors = {}
+        for key, kept in read_back.kept.items():
+            if kept.dtype != solved.kept[key].dtype or not torch.equal(kept, solved.kept[key]):
+                raise VerificationError(
+                    f"{key}: the tensor read back differs from the one written; the disk or the memory is faulty"
+                )
+            tensors[key.removeprefix(name + ".")] = kept
+        for layer, tensor in read_back.quantized.items():
             values = tensor.to(self.device).dequantize()
-            linear_weight(block.get_submodule(layer.removeprefix(name + "."))).copy_(values)
-            if not torch.equal(values, quantized[layer].dequantize()):
+            if not torch.equal(values, solved.quantized[layer].to(self.device).dequantize()):
                 raise VerificationError(
                     f"{layer}: the weight read back differs from the weight written; the disk or the memory is faulty"
                 )
-        if first_output is not None:
-            call, hidden = next(self._batches(index, "quantized"))
-            if not torch.equal(call.run(block, hidden), first_output):
-                raise VerificationError(
-                    f"{name}: the stored block does not reproduce the outputs recorded when it was quantized"
-                )
+            if solved.first_output is not None:
+                module = self.model.get_submodule(layer)
+                tensors[f"{layer.removeprefix(name + '.')}.weight"] = weight_as_stored(
+                    module, values
+                ).contiguous()
+        if solved.first_output is None:
+            return
+        block = self._materialize(index, tensors)
+        del tensors
+        call, hidden = next(self._batches(index, "quantized"))
+        if not torch.equal(call.run(block, hidden), solved.first_output):
+            raise VerificationError(
+                f"{name}: a block made of what was stored does not reproduce the outputs recorded when it was quantized"
+            )
+
+
+def _as_stored(block: nn.Module, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The kept tensors as they stand in the solved block, in the dtypes of the source. What a
+    method has changed is rounded to them in the block, too."""
+    state = block.state_dict()
+    result = {}
+    for key, source in kept.items():
+        current = state[key]
+        if not torch.equal(current, source.to(current.device, current.dtype)):
+            source = current.to("cpu", source.dtype, copy=True)
+            current.copy_(source)
+        result[key] = source
+    return result
 
 
 def _narrows(block: nn.Module, group: list[str]) -> bool:

@@ -27,7 +27,7 @@ from llmq.models.shards import ShardReader, check_finite
 from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
 from llmq.modules import quantized_modules, swap
 from llmq.ptq.budget import stored_bytes, work_bytes
-from llmq.ptq.engine import BlockReport, BlockResult, Engine
+from llmq.ptq.engine import BlockReport, BlockResult, Engine, StoredBlock
 from llmq.ptq.precision import Precision
 from llmq.ptq.report import build_report, model_card
 from llmq.qtensor import QuantizedTensor
@@ -87,7 +87,7 @@ class ModelReader:
         self.state = model.state_dict()
 
     def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self.state[name].detach().cpu() for name in names if name in self.state}
+        return {name: self.state[name].detach().clone() for name in names if name in self.state}
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ class _FolderSink:
             fmt, plans, act_order=recipe.order == "act", activations=recipe.activations
         )
 
-    def store(self, result: BlockResult) -> dict[str, QuantizedTensor]:
+    def store(self, result: BlockResult) -> StoredBlock:
         packed = {
             name: layer_tensors(name, qtensor, self.fmt)
             for name, qtensor in result.quantized.items()
@@ -314,7 +314,11 @@ class _FolderSink:
             }
             read_back[name] = self.fmt.read(name, stored, self.config, result.quantized[name].shape)
             read_back[name].validate(name)
-        return read_back
+        kept = {
+            name: written[next(iter(self.reader.stored_names({name: tensor})))]
+            for name, tensor in result.kept.items()
+        }
+        return StoredBlock(read_back, kept)
 
     def read_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]:
         """The kept tensors and the quantized layers of a finished block, from its shard alone."""
@@ -393,20 +397,45 @@ def _finish(
 
 
 class _ModelSink:
-    """Puts quantized layers into a model in memory once their block is finished."""
+    """Puts what became of a block into a model in memory once it is verified, each layer on the
+    device of the one that it replaces."""
 
     def __init__(self, model: PreTrainedModel, activations: ActSpec) -> None:
         self.model, self.activations = model, activations
-        self.pending: dict[str, QuantizedTensor] = {}
+        self.pending = StoredBlock({}, {})
         self.reports: list[BlockReport] = []
 
-    def store(self, result: BlockResult) -> dict[str, QuantizedTensor]:
-        self.pending = result.quantized
-        return result.quantized
+    def store(self, result: BlockResult) -> StoredBlock:
+        self.pending = StoredBlock(result.quantized, result.kept)
+        return self.pending
 
+    @torch.no_grad()
     def seal(self, report: BlockReport) -> None:
-        swap(self.model, self.pending, self.activations)
+        state = self.model.state_dict()
+        for name, tensor in self.pending.kept.items():
+            state[name].copy_(tensor)
+        swap(
+            self.model,
+            {
+                name: qtensor.to(state[f"{name}.weight"].device)
+                for name, qtensor in self.pending.quantized.items()
+            },
+            self.activations,
+        )
+        self.pending = StoredBlock({}, {})
         self.reports.append(report)
+
+
+def device_of(model: PreTrainedModel) -> str:
+    """Where a model in memory is quantized: on its device, or on the CPU if it is spread over
+    several. Raises `LlmqError` for weights that are not in memory."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if away := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise LlmqError(
+            f"{away[0]} has no data in memory, nor have {len(away) - 1} others (offloaded, or on the meta device); load the model without offloading, or quantize its folder: llmq quantize MODEL OUT"
+        )
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    return devices.pop() if len(devices) == 1 else "cpu"
 
 
 def quantize(
@@ -416,7 +445,8 @@ def quantize(
     *,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> list[BlockReport]:
-    """Quantize a model in memory, in place, and return the report of each block.
+    """Quantize a model in memory, in place, and return the report of each block. Every layer stays
+    on its device; a model that is on one device is quantized there, another on the CPU.
 
     tokens: calibration windows int64 `[n, length]` (see `llmq.data.calibration_windows`); not
     needed for method "rtn". Raises `LlmqError` for bad input."""
@@ -424,6 +454,7 @@ def quantize(
         raise LlmqError(
             f"this {type(model).__name__} is quantized already; start from the full-precision model"
         )
+    device = device_of(model)
     skeleton = meta_model(model.config)
     plans = recipe.plan(quantizable_layers(skeleton))
     if tokens is not None:
@@ -436,7 +467,7 @@ def quantize(
     )  # whether it can be done is known before anything changes
     sink = _ModelSink(model, recipe.activations)
     with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
-        precision = Precision.of(model.config, recipe, "cpu")
+        precision = Precision.of(model.config, recipe, device)
         Engine(
             skeleton,
             ModelReader(model),
@@ -447,7 +478,8 @@ def quantize(
             sink.store,
             sink.seal,
             on_block,
-            precision=precision,
+            device,
+            precision,
         ).run()
     quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
     return sink.reports

@@ -71,7 +71,7 @@ class Problem:
             self.start,
             self.inputs,
             self.targets,
-            self.call,
+            lambda sequences: self.call,
             BlockwiseOptions(**{"iterations": 30, "learning_rate": 0.05, **options}),
         )
 

@@ -18,20 +18,6 @@ from torch import Tensor
 from llmq.errors import LlmqError
 
 MANIFEST = "llmq-manifest.json"
-# Everything beside the weights that a runtime or a reader of the model needs.
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 class WriteError(LlmqError):
@@ -80,14 +66,6 @@ def write_json(path: Path, data: Any) -> None:
     partial.write_text(json.dumps(data, indent=2) + "\n")
     sync(partial)
     partial.replace(path)
-
-
-def copy_companions(source_dir: Path, target_dir: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence files."""
-    for pattern in _COPIED:
-        for path in source_dir.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target_dir / path.name)
 
 
 def write_index(target_dir: Path, shards: Mapping[str, Iterable[str]], total_size: int) -> None:

@@ -119,10 +119,11 @@ def _read_hub(source: str, revision: str | None) -> list[str]:
 @dataclass(frozen=True)
 class TokenSet:
     """Token windows int64 `[n, length]`, where they came from and a hash that two equal sets
-    share."""
+    share. tokenizer_sha256: of the vocabulary that they are tokens of, where it is known."""
 
     tokens: Tensor
     source: str
+    tokenizer_sha256: str | None = None
 
     @property
     def sha256(self) -> str:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    from llmq.formats.load import quantization_settings
+    from llmq.formats.settings import quantization_settings
     from llmq.models.shards import ShardReader, read_header
     from llmq.models.source import load_config, resolve
 

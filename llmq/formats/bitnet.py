@@ -44,7 +44,12 @@ def _read(
 ) -> QuantizedTensor:
     if missing := {"weight", "weight_scale"} - tensors.keys():
         raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")
-    packed, stored = tensors["weight"], tensors["weight_scale"].float().view(1, 1)
+    packed, stored = tensors["weight"], tensors["weight_scale"]
+    if stored.numel() != 1 or not stored.is_floating_point():
+        raise LlmqError(
+            f"{name}.weight_scale: expected one real number, got {stored.dtype} of shape {list(stored.shape)}; the checkpoint is damaged"
+        )
+    stored = stored.float().view(1, 1)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (shape[0] // 4, shape[1]):
         raise LlmqError(
             f"{name}.weight: expected uint8 of shape {[shape[0] // 4, shape[1]]}, got {packed.dtype} of shape {list(packed.shape)}; the checkpoint is damaged"
@@ -52,6 +57,14 @@ def _read(
     codes = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
     scale = 1 / stored if config.get("linear_class", "bitlinear") == "bitlinear" else stored
     return QuantizedTensor.from_codes(codes, scale, None, _SPEC)
+
+
+def _bias(bias: Tensor, tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
+    """transformers multiplies the whole output of an "autobitlinear" layer, bias included, with the
+    scale; that of a "bitlinear" one before the bias is added."""
+    if config.get("linear_class", "bitlinear") == "bitlinear":
+        return bias
+    return (bias.float() * tensors["weight_scale"].float()).to(bias.dtype)
 
 
 def _config(specs: Specs) -> dict[str, Any]:
@@ -64,5 +77,6 @@ def _config(specs: Specs) -> dict[str, Any]:
     }
 
 
-BITNET = Format("bitnet", "weight_scale", _refusal, _write, _read, _config)
+_SUFFIXES = frozenset({"weight", "weight_scale"})
+BITNET = Format("bitnet", "weight_scale", _refusal, _write, _read, _config, _SUFFIXES, _bias)
 """Implies INT8 activations per token, which `choose_format` checks."""

@@ -94,6 +94,11 @@ def _read(
 ) -> QuantizedTensor:
     if missing := {"qweight", "qzeros", "scales"} - tensors.keys():
         raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")
+    for suffix in ("qweight", "qzeros", "g_idx"):
+        if suffix in tensors and tensors[suffix].dtype != torch.int32:
+            raise LlmqError(
+                f"{name}.{suffix}: expected torch.int32, got {tensors[suffix].dtype}; the checkpoint is damaged"
+            )
     n, k = shape
     settings = settings_of(name, config)
     bits, qweight, scales = int(settings.get("bits", 4)), tensors["qweight"], tensors["scales"]
@@ -193,6 +198,7 @@ def _format(name: str, *, v2: bool) -> Format:
         lambda qtensor: _write(qtensor, v2=v2),
         _read,
         lambda specs: _config(specs, v2=v2),
+        frozenset({"qweight", "qzeros", "scales", "g_idx"}),
     )
 
 

@@ -74,21 +74,29 @@ class LlmqQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: LlmqConfig
+    # the format of the folder that the model came from, None for one that was quantized in memory
+    stored_format: str | None = None
+    # why the model cannot be written as it is, or None
+    unsavable: str | None = None
+    # stored tensors of packed layers that decide nothing
+    left_out: tuple[str, ...] = ()
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         from llmq.errors import LlmqError
         from llmq.formats import FORMATS
+        from llmq.formats.settings import check_format
         from llmq.models.arch import linear_shape
-        from llmq.models.names import match_names, stored_to_model_names
+        from llmq.models.names import check_dtypes, match_names, stored_to_model_names
         from llmq.models.shards import read_header
 
         if not checkpoint_files:
             raise LlmqError(
                 "a quantized checkpoint can only be loaded from safetensors files; use llmq.load(folder)"
             )
-        fmt = FORMATS[self.quantization_config.settings().get("format", METHOD)]
+        self.stored_format = check_format(self.quantization_config.settings().get("format", METHOD))
+        fmt = FORMATS[self.stored_format]
         headers = {
             name: entry
             for path in checkpoint_files
@@ -116,46 +124,88 @@ class LlmqQuantizer(HfQuantizer):
                     f"{layer}: packed tensors are stored for it, but {type(model).__name__} has no such linear layer; config.json does not belong to these weights"
                 )
             model.set_submodule(name, StoredLinear(tensors, shape))
-        match_names(model, headers)
+        matched = match_names(model, headers)
+        dtypes = {name: entry["dtype"] for name, entry in headers.items()}
+        check_dtypes(model, dtypes, matched, str(Path(checkpoint_files[0]).parent))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from llmq.errors import LlmqError
         from llmq.formats import FORMATS
-        from llmq.formats.native import NATIVE
         from llmq.kv import quantize_kv
-        from llmq.models.arch import linear_shape
         from llmq.modules import QuantLinear
         from llmq.spec import ActSpec
 
         settings = self.quantization_config.settings()
         fmt = FORMATS[settings.get("format", METHOD)]
         activations = ActSpec(**(settings.get("activations") or {}))
-        head = model.get_output_embeddings()
-        # What is linear still is kept as it is, whether or not the config says so: GPTQ's has no
-        # list of such layers.
-        specs: dict[str, Any] = {
-            name: None
-            for name, module in model.named_modules()
-            if linear_shape(module) is not None and module is not head
-        }
+        left_out: list[str] = []
         for name, module in list(model.named_modules()):
             if isinstance(module, StoredLinear):
                 tensors = module.tensors()
                 bias = tensors.pop("bias", None)
+                if bias is not None and not bias.is_floating_point():
+                    raise LlmqError(
+                        f"{name}.bias is stored as {bias.dtype}, expected real numbers; the checkpoint is damaged"
+                    )
                 qtensor = fmt.read(name, tensors, settings, module.shape)
                 qtensor.validate(name)
-                specs[name] = qtensor.spec
+                unused = tensors.keys() - fmt.suffixes
+                if activations.kind != "int8-static":
+                    unused |= tensors.keys() & {"input_range"}
+                left_out += [f"{name}.{suffix}" for suffix in unused]
+                if bias is not None:
+                    bias = fmt.bias(bias, tensors, settings)
                 model.set_submodule(name, QuantLinear(qtensor, bias, activations))
         quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
-        # In memory everything is native, and so is what `save_pretrained` writes.
-        self.quantization_config = LlmqConfig(
-            **NATIVE.config(specs), activations=activations.to_json()
-        )
-        model.config.quantization_config = self.quantization_config
+        self.left_out = tuple(sorted(left_out))
+        state_quantization(model, self)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether `save_pretrained` may write the model. Raises `LlmqError`, with the way that
+        there is, where it would write another format than the one that was loaded."""
+        from llmq.errors import LlmqError
+
+        if self.unsavable is not None:
+            raise LlmqError(self.unsavable)
+        if self.stored_format not in (METHOD, None):
+            raise LlmqError(
+                f"save_pretrained would turn this model, which was loaded from a {self.stored_format} folder, into the llmq format; llmq.save(model, OUT, format={self.stored_format!r}) keeps the format, and format='llmq' changes it"
+            )
         return True
 
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> None:
+    """Have a model with quantized layers in memory say so, as transformers expects it: what
+    `save_pretrained` writes then loads as what it is. In memory every format is the native one."""
+    from llmq.formats.native import NATIVE
+    from llmq.models.arch import linear_shape
+    from llmq.modules import quantized_modules
+
+    layers = quantized_modules(model)
+    activations = {module.activations for module in layers.values()}
+    head = model.get_output_embeddings()
+    # What is linear still is kept as it is, whether or not a config says so: GPTQ's has no list of
+    # such layers.
+    specs: dict[str, Any] = {
+        name: None
+        for name, module in model.named_modules()
+        if linear_shape(module) is not None and module is not head
+    }
+    specs |= {name: module.spec for name, module in layers.items()}
+    settings = NATIVE.config(specs)
+    if len(activations) == 1:
+        settings["activations"] = next(iter(activations)).to_json()
+    config = LlmqConfig(**settings)
+    if quantizer is None:
+        quantizer = LlmqQuantizer(config, pre_quantized=True)
+        model.hf_quantizer = quantizer
+        model.quantization_method = METHOD
+    if len(activations) > 1:
+        quantizer.unsavable = "the layers of this model quantize their inputs in different ways, which no format holds; give all the same ActSpec"
+    quantizer.quantization_config = config
+    model.config.quantization_config = config

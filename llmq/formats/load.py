@@ -4,16 +4,20 @@ was made up."""
 from __future__ import annotations
 
 import os
-from typing import Any
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from llmq.errors import LlmqError
-from llmq.formats import hf_quantizer
+from llmq.errors import LlmqError, LlmqWarning
+from llmq.formats.settings import quantization_settings
+from llmq.models.names import check_dtypes, left_out, stored_to_model_names
 from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, resolve
+from llmq.models.stored import state_ties
 from llmq.modules import quantized_modules
 from llmq.storage.manifest import check_folder, check_sizes
 from llmq_kernels.compute import MODES, default_mode, refusal
@@ -26,46 +30,6 @@ _DTYPES = {
 }
 
 
-def quantization_settings(config: Any) -> dict[str, Any] | None:
-    """The `quantization_config` as llmq reads it, or None for a full-precision model. Raises
-    `LlmqError` for a method that llmq cannot read."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    settings = dict(settings if isinstance(settings, dict) else settings.to_dict())
-    method = settings.get("quant_method")
-    if method == "auto-round" and "gptq" in str(settings.get("packing_format", "")):
-        method = "gptq"  # AutoRound's GPTQ packing under its own name
-    if method == "gptq":
-        fmt = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-        if fmt not in ("gptq", "gptq_v2"):
-            raise LlmqError(
-                f"GPTQ checkpoint format {fmt!r}: expected gptq or gptq_v2; quantize the original model with llmq instead"
-            )
-        return {
-            **settings,
-            "quant_method": hf_quantizer.METHOD,
-            "format": fmt,
-            "checkpoint_format": fmt,
-        }
-    if method == "bitnet":
-        if settings.get("quantization_mode") != "offline":
-            raise LlmqError(
-                "BitNet checkpoint with online quantization: its weights are not quantized yet; load it with transformers, or take the packed (offline) one"
-            )
-        return {
-            **settings,
-            "quant_method": hf_quantizer.METHOD,
-            "format": "bitnet",
-            "activations": {"kind": "int8-token"},
-        }
-    if method != hf_quantizer.METHOD:
-        raise LlmqError(
-            f"quantization method {method!r}: llmq loads llmq, gptq and bitnet folders; quantize the original model with llmq instead"
-        )
-    return settings
-
-
 def load(
     model: str | os.PathLike[str],
     *,
@@ -74,6 +38,7 @@ def load(
     device: str = "cpu",
     compute: str | None = None,
     verify: bool = False,
+    strict: bool = False,
 ) -> PreTrainedModel:
     """A causal LM from a folder, a Hub id or "tiny": quantized in `llmq` or `gptq` format (also
     GPTQModel's and AutoRound's), or in full precision.
@@ -82,7 +47,8 @@ def load(
     "float16". compute: "exact", or "int8" to let quantized layers round their activations to INT8
     per token and group on a CPU, which is faster (default: what LLMQ_COMPUTE says, else "exact").
     verify: check every file against the hashes of the manifest that llmq wrote; sizes always are.
-    Raises `LlmqError` when anything is missing, left over or damaged."""
+    strict: refuse stored tensors that the model has no place for, which are named in a
+    `LlmqWarning` otherwise. Raises `LlmqError` when anything is missing or damaged."""
     if dtype not in _DTYPES:
         raise LlmqError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     compute = _checked_compute(compute, device)
@@ -90,7 +56,9 @@ def load(
     (check_folder if verify else check_sizes)(model_dir)
     config = load_config(model_dir)
     settings = quantization_settings(config)
-    ShardReader(model_dir)  # every shard is there and readable
+    shards = ShardReader(model_dir)  # every shard is there and readable
+    for part in (config, config.get_text_config()):
+        part.transformers_weights = shards.start  # so that transformers opens the same file
     if settings is not None:
         config.quantization_config = settings
     verbosity = transformers_logging.get_verbosity()
@@ -107,18 +75,48 @@ def load(
     finally:
         transformers_logging.set_verbosity(verbosity)
     if missing := info.get("missing_keys"):
+        packed = any(name.endswith(".qweight") for name in shards.names) and settings is None
+        reason = (
+            "the tensors are packed, but neither config.json nor quantize_config.json says how"
+            if packed
+            else "the checkpoint is incomplete"
+        )
         raise LlmqError(
-            f"{model_dir}: {len(missing)} missing keys, the first being {sorted(missing)[0]}; the checkpoint is incomplete"
+            f"{model_dir}: {len(missing)} missing keys, the first being {sorted(missing)[0]}; {reason}"
         )
     if mismatched := info.get("mismatched_keys"):
         name, found, expected = min(mismatched)
         raise LlmqError(
             f"{model_dir}: tensor {name} has shape {list(found)}, expected {list(expected)}; config.json does not belong to these weights"
         )
+    if settings is None:
+        names = stored_to_model_names(loaded, shards.names)
+        state = loaded.state_dict()
+        matched = {name: stored for stored, name in names.items() if name in state}
+        check_dtypes(loaded, shards.dtypes, matched, str(model_dir))
+    _tell_left_out(loaded, model_dir, len(shards.names), info.get("unexpected_keys") or (), strict)
+    state_ties(loaded)
+    for part in (loaded.config, loaded.config.get_text_config()):
+        vars(part).pop("transformers_weights", None)
     quantized: PreTrainedModel = loaded.to(device).eval()
     for module in quantized_modules(quantized).values():
         module.set_compute(compute)
     return quantized
+
+
+def _tell_left_out(
+    model: PreTrainedModel, model_dir: Path, n_stored: int, unexpected: Iterable[str], strict: bool
+) -> None:
+    """Name the stored tensors that decide nothing: those that the model has no place for and, of
+    packed layers, those that its format or its settings do not use."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    unused = sorted({*left_out(model, unexpected), *getattr(quantizer, "left_out", ())})
+    if not unused:
+        return
+    text = f"{model_dir}: {len(unused)} of {n_stored} tensors are not used by {type(model).__name__} as config.json describes it and are left out, the first being {unused[0]}"
+    if strict:
+        raise LlmqError(f"--strict: {text}")
+    warnings.warn(text, LlmqWarning, stacklevel=3)
 
 
 def _checked_compute(mode: str | None, device: str) -> str:

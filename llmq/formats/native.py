@@ -77,4 +77,5 @@ def _refusal(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
     return None  # holds everything
 
 
-NATIVE = Format("llmq", "packed", _refusal, _write, _read, _config)
+_SUFFIXES = frozenset({"packed", "scale", "zero", "g_idx", "input_range"})
+NATIVE = Format("llmq", "packed", _refusal, _write, _read, _config, _SUFFIXES)

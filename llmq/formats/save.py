@@ -16,12 +16,15 @@ from llmq.errors import LlmqError, VerificationError
 from llmq.formats import Format, choose_format
 from llmq.formats.gptq import with_act_order
 from llmq.models.arch import quantizable_layers
+from llmq.models.identity import hub_id, without_places
 from llmq.models.source import meta_model
+from llmq.models.stored import state_ties
 from llmq.modules import quantized_modules
 from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
 from llmq.spec import ActSpec
 from llmq.storage import files
+from llmq.storage.companions import Companions, copy_companions
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -40,10 +43,20 @@ def checkpoint_config(
     return with_act_order(config) if stores_g_idx and config["quant_method"] == "gptq" else config
 
 
-def write_configs(target_dir: Path, model_config: Any, quantization_config: dict[str, Any]) -> None:
+def write_configs(
+    target_dir: Path,
+    model_config: Any,
+    quantization_config: dict[str, Any],
+    *,
+    name: str | None = None,
+    companions: Companions | None = None,
+) -> None:
     """Write config.json with the quantization config, and `quantize_config.json` where the format
-    has one."""
-    data = model_config.to_dict()
+    has one. name: the Hub id of the source. companions: what came along beside the weights."""
+    data = without_places(model_config.to_dict(), name)
+    data.pop("transformers_weights", None)
+    if companions is not None:
+        data = companions.adapt(data)
     data["quantization_config"] = quantization_config
     files.write_json(target_dir / "config.json", data)
     if quantization_config["quant_method"] == "gptq":
@@ -65,9 +78,10 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write a quantized model to a folder that `llmq.load` and, for `gptq`, other engines load. The
-    folder appears complete and read back, or not at all.
+    folder appears complete and read back, or not at all. What belongs to the checkpoint comes along
+    from the folder that the model was loaded from (see `llmq.storage.companions`).
 
-    format: "auto", "gptq", "gptq_v2" or "llmq". Raises `LlmqError` when the model is not quantized,
+    tokenizer: in place of that folder's. format: "auto", "gptq", "gptq_v2" or "llmq". Raises `LlmqError` when the model is not quantized,
     the format cannot hold it, or the output exists."""
     quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
     if not quantized:
@@ -77,6 +91,7 @@ def save(
     target = Path(out_dir)
     files.check_output(target, overwrite)
     target = target.resolve()
+    state_ties(model)
     layers = {
         layer.name: layer for layer in quantizable_layers(meta_model(model.config))
     }  # those of the full-precision model: a kept layer is one that is not quantized
@@ -110,6 +125,10 @@ def save(
     made = files.make_folder(work_dir)
     try:
         _write_shards(work_dir, tensors, max_shard_bytes)
+        source_dir = _source_of(model)
+        companions = Companions()
+        if source_dir is not None:
+            companions = copy_companions(source_dir, work_dir, tokenizer=tokenizer is None)
         if tokenizer is not None:
             tokenizer.save_pretrained(work_dir)
         if model.generation_config is not None:
@@ -119,6 +138,8 @@ def save(
             work_dir,
             model.config,
             checkpoint_config(fmt, plans, act_order=act_order, activations=act_spec),
+            name=None if source_dir is None else hub_id(source_dir),
+            companions=companions,
         )
         files.write_manifest(work_dir)
         files.publish(work_dir, target)
@@ -126,6 +147,15 @@ def save(
         shutil.rmtree(work_dir, ignore_errors=True)
         files.remove_empty(made)
     return Path(out_dir)
+
+
+def _source_of(model: PreTrainedModel) -> Path | None:
+    """The folder that a model was loaded from, or None."""
+    name = getattr(model.config, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    folder = Path(name) if name else None
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return folder
 
 
 def _write_shards(work_dir: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:

@@ -2,7 +2,7 @@
 their layers are linear, and whether every window needs a BOS token.
 
 The list of blocks is found, not tabulated: it is the one `ModuleList` of `config.num_hidden_layers`
-members that hold linear layers. A family gets a row here when something cannot be found that way,
+members that hold linear layers, or the one of these inside the text model. A family gets a row here when something cannot be found that way,
 and to be listed as tested."""
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Relatives of those families, which no test of ours has run as a whole.
+_NEED_BOS = {
+    "gemma3n_text",
+    "gemma4_text",
+    "gemma4_unified_text",
+    "recurrent_gemma",
+    "vaultgemma",
+}
+
+
 def check_type(model_type: str) -> None:
     """Refuse a `model_type` that transformers has no causal language model for, naming the nearest
     family. Raises `LlmqError`."""
@@ -63,7 +73,10 @@ def check_type(model_type: str) -> None:
 def check_supported(config: PretrainedConfig) -> None:
     """Refuse, from the config alone, what cannot be quantized as a whole, of a type that passed
     `check_type`. Raises `LlmqError`."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     text_config = config.get_text_config()
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
@@ -74,7 +87,12 @@ def check_supported(config: PretrainedConfig) -> None:
                 f"precision. Tested dense families: {', '.join(FAMILIES)}"
             )
     found = config.architectures or []
-    if found and not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(found):
+    generating = {
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        # A wrapper, whose text model predicts the next token like any other.
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type),
+    }
+    if found and not generating.intersection(found):
         raise LlmqError(
             f"{found[0]} is not a causal language model; expected weights of {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts the next token"
         )
@@ -100,8 +118,9 @@ def check_length(
 def needs_bos(config: PretrainedConfig) -> bool:
     """Whether every window has to start with BOS. A multimodal model needs what its text model
     needs."""
-    family = FAMILIES.get(config.get_text_config().model_type)
-    return family is not None and family.bos_every_window
+    model_type = config.get_text_config().model_type
+    family = FAMILIES.get(model_type)
+    return model_type in _NEED_BOS or (family is not None and family.bos_every_window)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -137,12 +156,18 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         and len(module) == depth
         and any(block_layers(module[0]))
     ]
+    if len(found) > 1:  # towers of a multimodal model may be as deep as its text model
+        found = [each for each in found if _is_inside(each[1], model.get_decoder())] or found
     if len(found) != 1:
         names = ", ".join(name for name, _ in found) or "none"
         raise LlmqError(
             f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, found {names}. Tested families: {', '.join(FAMILIES)}"
         )
     return found[0]
+
+
+def _is_inside(module: nn.Module, whole: nn.Module | None) -> bool:
+    return whole is not None and any(each is module for each in whole.modules())
 
 
 def block_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

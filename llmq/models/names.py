@@ -16,6 +16,8 @@ from transformers.core_model_loading import (
 from llmq.errors import LlmqError
 from llmq.models.shards import ShardReader
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of real numbers
+
 
 def stored_to_model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """Stored name -> model name, by transformers' own renaming rules (base prefixes, `embed_out` of
@@ -45,6 +47,10 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
         for stored_name, name in stored_to_model_names(model, stored).items()
         if name in state
     }
+    for target, source in model.all_tied_weights_keys.items():
+        # Of two tied tensors either may be the one that is stored, as transformers has it.
+        if source not in matched and target in matched:
+            matched[source] = matched.pop(target)
     missing = [
         name
         for name, _ in model.named_parameters()
@@ -52,9 +58,17 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
     ]
     if missing:
         raise LlmqError(
-            f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} needs, the first being {missing[0]}"
+            f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} needs, the first being {missing[0]}{_hint(model, missing)}"
         )
     return matched
+
+
+def _hint(model: PreTrainedModel, missing: list[str]) -> str:
+    """What to do about a missing output head, which may only be tied in truth."""
+    ties = getattr(model, "_tied_weights_keys", None)
+    if isinstance(ties, dict) and all(name in ties for name in missing):
+        return "; config.json says tie_word_embeddings false: where the original ties them, set it to true"
+    return ""
 
 
 def check_shapes(model: PreTrainedModel, shards: ShardReader, matched: Mapping[str, str]) -> None:
@@ -65,6 +79,25 @@ def check_shapes(model: PreTrainedModel, shards: ShardReader, matched: Mapping[s
         if shards.shapes[stored] != tuple(state[name].shape):
             raise LlmqError(
                 f"{shards.names[stored]}: tensor {stored} has shape {list(shards.shapes[stored])}, expected {list(state[name].shape)}; config.json does not belong to these weights"
+            )
+
+
+def check_dtypes(
+    model: PreTrainedModel, dtypes: Mapping[str, str], matched: Mapping[str, str], where: str
+) -> None:
+    """Raise `LlmqError` for the first stored tensor that holds something else than the real numbers
+    that the model has in its place. dtypes: by stored name, as safetensors calls them."""
+    state = model.state_dict()
+    for name, stored in matched.items():
+        dtype = dtypes[stored]
+        if state[name].is_floating_point() and dtype not in FLOATS:
+            reason = (
+                "8-bit floats need the scales that belong to them, which llmq does not read"
+                if dtype.startswith("F")
+                else "these are codes or flags, not weights"
+            )
+            raise LlmqError(
+                f"{where}: tensor {stored} is stored as {dtype}, expected {', '.join(FLOATS)}: {reason}; start from the full-precision model"
             )
 
 

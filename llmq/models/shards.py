@@ -22,21 +22,26 @@ INDEX = "model.safetensors.index.json"
 
 class ShardReader:
     """Tensors of a folder of safetensors by name. `names`: every tensor, with the file that holds
-    it; `shapes`: its shape. Every fault of the files is a `LlmqError` that names the file."""
+    it; `shapes`, `dtypes`: its shape and what safetensors calls its dtype. `start`: the file to begin
+    with, the index or the one that holds all. Every fault of the files is a `LlmqError` that names the file."""
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
         self.names: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self._scan()
 
     def _scan(self) -> None:
-        single = self.model_dir / "model.safetensors"
-        # before an index that lies beside it, as transformers does: both must read the same weights
-        if single.is_file():
+        # What the config names, then one file, then an index that lies beside it, as transformers
+        # does: both must read the same weights.
+        single = self.model_dir / (self._named_by_config() or "model.safetensors")
+        if single.name.endswith(".index.json"):
+            paths = self._indexed_files(single)
+        elif single.is_file():
             paths = [single]
         elif (self.model_dir / INDEX).is_file():
-            paths = self._indexed_files()
+            paths = self._indexed_files(self.model_dir / INDEX)
         else:
             paths = sorted(self.model_dir.glob("*.safetensors"))
             paths = paths if len(paths) == 1 else []
@@ -47,6 +52,9 @@ class ShardReader:
                 else ""
             )
             raise LlmqError(f"{self.model_dir}: no model.safetensors and no {INDEX}{pickles}")
+        self.start = single.name if single.name.endswith(".index.json") else INDEX
+        if len(paths) == 1:
+            self.start = paths[0].name
         for path in paths:
             for name, entry in read_header(path).items():
                 if name in self.names:
@@ -55,9 +63,28 @@ class ShardReader:
                     )
                 self.names[name] = path
                 self.shapes[name] = entry["shape"]
+                self.dtypes[name] = entry["dtype"]
 
-    def _indexed_files(self) -> list[Path]:
-        index = self.model_dir / INDEX
+    def _named_by_config(self) -> str | None:
+        """The file that config.json names as the one to load, which transformers goes by."""
+        try:
+            name = json.loads((self.model_dir / "config.json").read_text())["transformers_weights"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if name is None:
+            return None
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith((".safetensors", ".safetensors.index.json"))
+            or not (self.model_dir / name).is_file()
+        ):
+            raise LlmqError(
+                f"{self.model_dir / 'config.json'}: transformers_weights is {str(name)[:80]!r}, expected the plain name of a .safetensors file or its index in the same folder"
+            )
+        return name
+
+    def _indexed_files(self, index: Path) -> list[Path]:
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
             file_names = sorted(set(weight_map.values()))

@@ -70,7 +70,9 @@ class BlockRecorder:
         elif hidden.shape[:-1] != input_ids.shape:
             reason = f"its blocks pass on hidden states of shape {list(hidden.shape)} for tokens {list(input_ids.shape)} instead of one vector per token"
         elif len(calls) < len(self.blocks):
-            reason = f"block {len(calls)} does not take the outputs of the block before it as they are"
+            reason = (
+                f"block {len(calls)} does not take the outputs of the block before it as they are"
+            )
         else:
             return hidden, calls
         raise cannot_run_alone(self.model, reason)

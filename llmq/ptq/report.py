@@ -10,6 +10,8 @@ import torch
 import transformers
 
 import llmq
+from llmq.models.identity import model_name, source_name
+from llmq.models.tokens import FINGERPRINT
 
 if TYPE_CHECKING:
     from llmq.ptq.run import Job
@@ -32,17 +34,18 @@ def build_report(
     n_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     bits = 8 * sum(layer["n_bytes"] for layer in layers) / n_weights
     return {
-        "model": job.model_dir.name,
+        "model": model_name(job.model_dir),
         "method": job.recipe.method,
         "format": job.fmt.name,
         "recipe": job.recipe.to_json(),
         "calibration": None
         if job.tokens is None
         else {
-            "source": job.tokens.source,
+            "source": source_name(job.tokens.source),
             "windows": list(job.tokens.tokens.shape),
             "sha256": job.tokens.sha256,
         },
+        FINGERPRINT: None if job.tokens is None else job.tokens.tokenizer_sha256,
         "source_bytes": source_bytes,
         "stored_bytes": stored_bytes,
         "n_quantized_layers": len(layers),
@@ -106,9 +109,10 @@ def model_card(report: dict[str, Any]) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    # Only a Hub id refers to anything elsewhere.
+    base = f"base_model: {report['model']}\n" if "/" in report["model"] else ""
     return f"""---
-base_model: {report["model"]}
-library_name: llmq
+{base}library_name: llmq
 tags: [quantized, {report["method"]}]
 ---
 # {report["model"]}, quantized with llmq

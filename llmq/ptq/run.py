@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ import llmq
 from llmq import data
 from llmq.errors import LlmqError, VerificationError
 from llmq.formats import Format, choose_format, format_note
+from llmq.formats.hf_quantizer import state_quantization
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.kv import quantize_kv
-from llmq.models.arch import check_length, find_blocks, needs_bos, quantizable_layers
-from llmq.models.names import check_shapes, left_out, match_names
+from llmq.models.arch import check_length, find_blocks, quantizable_layers
+from llmq.models.identity import hub_id
+from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.shards import ShardReader, check_finite
-from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
+from llmq.models.source import load_config, meta_model, resolve
+from llmq.models.stored import is_text_part, source_model, source_remarks, state_ties
+from llmq.models.tokens import fingerprint, first_token, model_tokenizer
 from llmq.modules import quantized_modules, swap
 from llmq.ptq.budget import stored_bytes, work_bytes
 from llmq.ptq.engine import BlockReport, BlockResult, Engine, StoredBlock
@@ -34,6 +38,7 @@ from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import ActSpec
 from llmq.storage import files
+from llmq.storage.companions import copy_companions
 from llmq.storage.stamps import SourceFiles
 from llmq.storage.workspace import PartialCheckpoint, check_output
 
@@ -133,12 +138,13 @@ def prepare(
     """
     model_dir = resolve(model, revision)
     source = SourceFiles.of(model_dir)
-    config = load_config(model_dir)
-    if getattr(config, "quantization_config", None) is not None:
+    stored_config = load_config(model_dir)
+    if getattr(stored_config, "quantization_config", None) is not None:
         raise LlmqError(
-            f"{model_dir}: is quantized already ({_method(config)}); start from the full-precision model"
+            f"{model_dir}: is quantized already ({_method(stored_config)}); start from the full-precision model"
         )
-    skeleton = meta_model(config)
+    shards = ShardReader(model_dir)
+    config, skeleton = source_model(stored_config, shards)
     plans = recipe.plan(quantizable_layers(skeleton))
     if not any(plan.spec for plan in plans):
         raise LlmqError(
@@ -150,16 +156,11 @@ def prepare(
         raise LlmqError(
             f"--strict: {len(notes)} layers would differ from what was asked, the first being {notes[0]}"
         )
-    shards = ShardReader(model_dir)
     matched = match_names(skeleton, shards.names)
     check_shapes(skeleton, shards, matched)
+    check_dtypes(skeleton, shards.dtypes, matched, str(model_dir))
     remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
-    if unused := left_out(skeleton, sorted(set(shards.names) - set(matched.values()))):
-        remarks["source tensors"] = (
-            f"{len(unused)} of {len(shards.names)} are not used by {type(skeleton).__name__} as config.json describes it and are left out, the first being {unused[0]}"
-        )
-        if strict:
-            raise LlmqError(f"--strict: {model_dir}: {remarks['source tensors']}")
+    remarks |= source_remarks(skeleton, stored_config, config, shards, matched, strict)
     tokens = None
     if recipe.needs_calibration:
         tokens = (
@@ -179,7 +180,7 @@ def _method(config: Any) -> str:
 
 def calibration_tokens(model_dir: Path, config: Any, recipe: Recipe, source: str) -> data.TokenSet:
     """The calibration windows of a recipe for a model folder."""
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = model_tokenizer(model_dir, config)
     check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
     return windows(tokenizer, config, recipe, source)
 
@@ -190,10 +191,11 @@ def windows(
     """Seeded windows of a text, each with a BOS token for the families that need it."""
     row = data.tokenize(data.load_documents(source, "calibration"), tokenizer)
     data.check_vocabulary(row, config.get_text_config().vocab_size, source)
-    bos = tokenizer.bos_token_id if needs_bos(config) else None
-    return data.calibration_windows(
+    bos = first_token(tokenizer, config)
+    found = data.calibration_windows(
         row, recipe.samples, recipe.sequence_length, recipe.seed, source, bos
     )
+    return replace(found, tokenizer_sha256=fingerprint(tokenizer))
 
 
 def _identity(job: Job, device: str) -> dict[str, Any]:
@@ -363,8 +365,14 @@ def _finish(
         if not name.startswith(prefix + ".") and name not in job.model.all_tied_weights_keys
     ]
     last = partial.n_shards - 1
-    for _ in partial.written(last, reader.stored_names(reader.read_parameters(outside))):
+    unused = reader.unused()
+    tensors = reader.stored_names(reader.read_parameters(outside))
+    if is_text_part(job.model, job.config):  # the folder stays the wrapper that config.json says
+        tensors |= job.shards.read(unused)
+        unused = []
+    for _ in partial.written(last, tensors):
         pass
+    del tensors
     partial.finish_shard(last)
     target = partial.checkpoint_dir
     shards = {
@@ -372,14 +380,16 @@ def _finish(
         for i in range(partial.n_shards)
     }
     files.write_index(target, shards, sum((target / name).stat().st_size for name in shards))
-    files.copy_companions(job.model_dir, target)
+    weights = {job.shards.start, *(path.name for path in set(job.shards.names.values()))}
+    companions = copy_companions(job.model_dir, target, weights)
     job.source.check()  # what was copied and read is what the run began with
     report = build_report(
         job, partial.block_reports(), source_bytes=sum(path.stat().st_size for path in set(job.shards.names.values())), stored_bytes=sum((target / name).stat().st_size for name in shards),
-        unused=reader.unused(), resumed_at=resumed_at, seconds=seconds, device=device,
+        unused=unused, resumed_at=resumed_at, seconds=seconds, device=device,
     )  # fmt: skip
     if partial.damaged:
         report["redone_blocks"] = partial.damaged
+    report |= companions.to_json()
     files.write_json(target / "report.json", report)
     (target / "README.md").write_text(model_card(report))
     write_configs(
@@ -391,6 +401,8 @@ def _finish(
             act_order=job.recipe.order == "act",
             activations=job.recipe.activations,
         ),
+        name=hub_id(job.model_dir),
+        companions=companions,
     )
     partial.publish()
     return report
@@ -482,4 +494,6 @@ def quantize(
             precision,
         ).run()
     quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
+    state_ties(model)
+    state_quantization(model)
     return sink.reports

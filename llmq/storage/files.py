@@ -27,20 +27,6 @@ MANIFEST = "llmq-manifest.json"
 # In the folder that an earlier output is moved into while another takes its place.
 _ASIDE_MARK = "moved-by-llmq"
 _ASIDE_OUTPUT = "output"
-# Everything beside the weights that a runtime or a reader of the model needs.
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 class WriteError(LlmqError):
@@ -153,14 +139,6 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, data: Any) -> None:
     """`write_bytes` of JSON."""
     write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
-
-
-def copy_companions(source_dir: Path, target_dir: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence files."""
-    for pattern in _COPIED:
-        for path in source_dir.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target_dir / path.name)
 
 
 def write_index(target_dir: Path, shards: Mapping[str, Iterable[str]], total_size: int) -> None:

@@ -1,0 +1,130 @@
+"""From what a checkpoint stores to the model it is: what is stored decides, not what its config
+says, and what is not used is named.
+
+`tie_word_embeddings` is true in many configs whose files hold an output head of its own: merged
+adapters that trained the head, resized vocabularies. transformers keeps such a head, other engines
+drop it; so does whoever believes the config. Here the two tensors are compared, and where they
+differ the config that is worked with, and written, says that they are not tied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmq.errors import LlmqError
+from llmq.models.names import left_out, match_names
+from llmq.models.shards import ShardReader
+from llmq.models.source import meta_model
+
+ROWS_AT_A_TIME = 4096  # of two stored matrices that are compared: 134 MB at a width of 4096
+
+
+def source_model(
+    config: PretrainedConfig, shards: ShardReader
+) -> tuple[PretrainedConfig, PreTrainedModel]:
+    """The meta model that the stored tensors belong to, and its config: the given one, or a copy
+    without ties where a tied tensor is stored with values of its own. Raises `LlmqError` when
+    tensors are missing."""
+    model = meta_model(config)
+    matched = match_names(model, shards.names)
+    ties = dict(model.all_tied_weights_keys)
+    separate = [
+        target
+        for target, source in ties.items()
+        if target in matched
+        and matched[target] != matched[source]
+        and not _same_values(shards, matched[target], matched[source])
+    ]
+    if not separate:
+        return config, model
+    if lacking := [target for target in ties if target not in matched]:
+        raise LlmqError(
+            f"{shards.model_dir}: config.json ties the weights, {separate[0]} is stored with values of its own and {lacking[0]} is not stored at all; load and save the model with transformers once, then use the result"
+        )
+    config = untied(config)
+    return config, meta_model(config)
+
+
+def untied(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a config whose head has a weight of its own."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    return config
+
+
+def state_ties(model: PreTrainedModel) -> None:
+    """Have the config of a model in memory say that its head is not tied, where it is not: whoever
+    ties the weights again, or writes the model, goes by the config."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = [getattr(module, "weight", None) for module in (head, embeddings)]
+    if not all(isinstance(weight, nn.Parameter) for weight in weights):
+        return
+    if weights[0] is not weights[1]:
+        for part in (model.config, model.config.get_text_config()):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
+
+
+def _same_values(shards: ShardReader, first: str, second: str) -> bool:
+    """Whether two stored tensors hold the same numbers, a part at a time."""
+    if shards.shapes[first] != shards.shapes[second]:
+        return False
+    paths = shards.names[first], shards.names[second]
+    try:
+        with safe_open(paths[0], framework="pt") as a, safe_open(paths[1], framework="pt") as b:
+            parts = a.get_slice(first), b.get_slice(second)
+            n_rows = shards.shapes[first][0] if shards.shapes[first] else 0
+            return all(
+                torch.equal(*(part[start : start + ROWS_AT_A_TIME].float() for part in parts))
+                for start in range(0, n_rows, ROWS_AT_A_TIME)
+            )
+    except (SafetensorError, OSError) as error:
+        where = " or ".join(dict.fromkeys(Path(path).name for path in paths))
+        raise LlmqError(
+            f"{shards.model_dir}: {where} is damaged ({error}); download it again"
+        ) from None
+
+
+def is_text_part(model: PreTrainedModel, config: PretrainedConfig) -> bool:
+    """Whether the model is the text model alone of a checkpoint of several: of such, only the text
+    model can be built as a causal language model."""
+    return type(model.config) is not type(config)
+
+
+def source_remarks(
+    model: PreTrainedModel,
+    stored_config: PretrainedConfig,
+    config: PretrainedConfig,
+    shards: ShardReader,
+    matched: Mapping[str, str],
+    strict: bool = False,
+) -> dict[str, str]:
+    """What is to be known of the stored tensors: an output head of its own beside a config that
+    says tied, parts that are no text model, and tensors without a place. model, config: of
+    `source_model`, from `stored_config`. Raises `LlmqError` for the last under `strict`."""
+    remarks = {}
+    if config is not stored_config:
+        remarks["output head"] = (
+            "config.json says that it is tied to the embeddings, but one with other values is stored: that one is kept, and the output says tie_word_embeddings false"
+        )
+    others = sorted(set(shards.names) - set(matched.values()))
+    unused = left_out(model, others)
+    if is_text_part(model, config):
+        if others:
+            remarks["source tensors"] = (
+                f"{len(others)} of {len(shards.names)} belong to other parts than the text model {type(model).__name__} and are kept as they are"
+            )
+    elif unused:
+        remarks["source tensors"] = (
+            f"{len(unused)} of {len(shards.names)} are not used by {type(model).__name__} as config.json describes it and are left out, the first being {unused[0]}"
+        )
+        if strict:
+            raise LlmqError(f"--strict: {shards.model_dir}: {remarks['source tensors']}")
+    return remarks

@@ -128,7 +128,7 @@ class LlmqQuantizer(HfQuantizer):
 
         settings = self.quantization_config.settings()
         fmt = FORMATS[settings.get("format", METHOD)]
-        activations = ActSpec(**(settings.get("activations") or {}))
+        activations = ActSpec.from_json(settings.get("activations") or {})
         head = model.get_output_embeddings()
         # What is linear still is kept as it is, whether or not the config says so: GPTQ's has no
         # list of such layers.

@@ -6,12 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llmq.messages import one_line
+
 
 class LlmqError(Exception):
     """Bad usage or input: the message says what, where, what was expected, what came, and what to
     do next. Exit code 2."""
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
 
 
 class LlmqWarning(UserWarning):

@@ -6,17 +6,18 @@ expression after `re:`. A rule that matches nothing is an error, because it is a
 
 from __future__ import annotations
 
-import fnmatch
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from llmq import patterns
 from llmq.errors import LlmqError
+from llmq.fields import check_fields
 from llmq.spec import ActSpec, QuantSpec
 
 KEEP = "keep"
+MAX_RULES = 10_000
+MAX_TOKENS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,21 @@ class Rule:
     spec: QuantSpec | None
 
     def __post_init__(self) -> None:
+        patterns.check_length(self.pattern, "rule")
         if self.pattern.startswith("re:"):
-            try:
-                re.compile(self.pattern[3:])
-            except re.error as error:
-                raise LlmqError(
-                    f"rule {self.pattern!r}: not a regular expression ({error}); quote the characters that have a meaning, or use a shell pattern without 're:'"
-                ) from None
+            patterns.check(self.pattern[3:], f"rule {self.pattern!r}")
+        if not isinstance(self.spec, QuantSpec | None):
+            raise LlmqError(
+                f"rule {self.pattern!r}: expected a QuantSpec, or None to keep, got {type(self.spec).__name__}"
+            )
 
     def matches(self, name: str) -> bool:
+        """Whether the rule is about the layer of that name. Raises `LlmqError` for a pattern that
+        takes too long."""
+        where = f"rule {self.pattern!r}"
         if self.pattern.startswith("re:"):
-            return re.search(self.pattern[3:], name) is not None
-        return fnmatch.fnmatchcase(name, self.pattern)
+            return patterns.searches(self.pattern[3:], name, where)
+        return patterns.matches_shell(self.pattern, name, where)
 
     @classmethod
     def parse(cls, text: str) -> Rule:
@@ -123,6 +127,10 @@ class Recipe:
             raise LlmqError(
                 f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens"
             )
+        if self.samples * self.sequence_length > MAX_TOKENS:
+            raise LlmqError(
+                f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at most {MAX_TOKENS} tokens together"
+            )
         if self.sweeps < 0:
             raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:
@@ -148,29 +156,17 @@ class Recipe:
 
     def _check_types(self) -> None:
         """Recipes come from JSON, too, where every value can be of any type."""
-        for name, hint in get_type_hints(Recipe).items():
-            value, choices = (
-                getattr(self, name),
-                get_args(hint) if get_origin(hint) is Literal else (),
-            )
-            if choices and value not in choices:
-                raise LlmqError(
-                    f"unknown {name.replace('_', ' ')} {value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}"
-                )
-            if hint in (int, bool) and type(value) is not hint:
-                raise LlmqError(
-                    f"{name.replace('_', ' ')} {value!r}: expected {'a whole number' if hint is int else 'true or false'}"
-                )
-            if hint == bool | None and type(value) not in (bool, type(None)):
-                raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected true, false or null")
-            if hint is float and not (type(value) in (int, float) and math.isfinite(value)):
-                raise LlmqError(f"{name.replace('_', ' ')} {value!r}: expected a finite number")
+        check_fields(self)
         if not (
             isinstance(self.rules, tuple) and all(isinstance(rule, Rule) for rule in self.rules)
         ):
             raise LlmqError(f"rules {self.rules!r}: expected a tuple of Rule")
         if not isinstance(self.activations, ActSpec):
             raise LlmqError(f"activations {self.activations!r}: expected an ActSpec")
+        if len(self.rules) > MAX_RULES:
+            raise LlmqError(
+                f"{len(self.rules)} rules: expected at most {MAX_RULES}; patterns with * cover many layers"
+            )
 
     @property
     def corrects_targets(self) -> bool:
@@ -239,19 +235,27 @@ class Recipe:
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
             raise LlmqError(
-                f"recipe: unknown keys {', '.join(sorted(unknown))}; known are {', '.join(cls.__dataclass_fields__)}"
+                f"recipe: unknown keys {', '.join(sorted(map(str, unknown)))}; known are {', '.join(cls.__dataclass_fields__)}"
             )
         values = dict(data)
         try:
             if "rules" in values:
-                values["rules"] = tuple(
-                    Rule(pattern, None if spec is None else QuantSpec.from_json(spec))
-                    for pattern, spec in values["rules"]
-                )
+                values["rules"] = _rules_of(values["rules"])
             if "activations" in values:
-                values["activations"] = ActSpec(**values["activations"])
-        except (TypeError, ValueError, AttributeError) as error:
-            raise LlmqError(
-                f"recipe: rules or activations cannot be read ({error}); expected what report.json holds under 'recipe'"
-            ) from None
+                values["activations"] = ActSpec.from_json(values["activations"])
+        except LlmqError as error:
+            raise LlmqError(f"recipe: {error}") from None
         return cls(**values)
+
+
+def _rules_of(data: Any) -> tuple[Rule, ...]:
+    expected = "expected pairs of a pattern and a spec, as report.json holds them under 'recipe'"
+    if not isinstance(data, list | tuple):
+        raise LlmqError(f"rules {data!r}: {expected}")
+    rules = []
+    for pair in data:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2):
+            raise LlmqError(f"rule {pair!r}: {expected}")
+        pattern, spec = pair
+        rules.append(Rule(pattern, None if spec is None else QuantSpec.from_json(spec)))
+    return tuple(rules)

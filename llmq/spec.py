@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from llmq.errors import LlmqError
+from llmq.fields import check_fields
 from llmq_kernels.codes import CODES, Code
 
 PER_ROW = -1
 PER_TENSOR = 0
 SMALLER_GROUPS = (128, 64, 32)
+LARGEST_GROUP = 2**31 - 1
+MAX_TEXT = 64  # characters of the short form
 
 _TEXT = re.compile(
     r"(?:w(?P<bits>\d+h?)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?"
@@ -41,19 +44,16 @@ class QuantSpec:
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.code not in CODES:
             raise LlmqError(f"unknown code {self.code!r}: expected one of {', '.join(CODES)}")
-        if self.group_size < PER_ROW or self.group_size == 1:
+        if not PER_ROW <= self.group_size <= LARGEST_GROUP or self.group_size == 1:
             raise LlmqError(
                 f"group size {self.group_size}: expected a number of columns from 2 up, -1 (one scale per row) or 0 (one per tensor)"
             )
         if self.code in ("ternary", "int2h") and not self.symmetric:
             raise LlmqError(
                 f"{self.code} codes are symmetric: they have no zero point to move; leave out --asymmetric"
-            )
-        if self.scale_dtype not in ("float16", "bfloat16", "float32"):
-            raise LlmqError(
-                f"scale dtype {self.scale_dtype!r}: expected float16, bfloat16 or float32"
             )
 
     @property
@@ -96,7 +96,7 @@ class QuantSpec:
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
         """Read the short text form. Raises `LlmqError` with the forms that exist."""
-        match = _TEXT.fullmatch(text.strip().lower())
+        match = _TEXT.fullmatch(text.strip().lower()) if len(text) <= MAX_TEXT else None
         code = match and ("ternary" if match["ternary"] else f"int{match['bits']}")
         if not match or code not in CODES:
             raise LlmqError(
@@ -116,7 +116,8 @@ class QuantSpec:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> QuantSpec:
-        return cls(**data)
+        """The inverse of `to_json`. Raises `LlmqError` for what makes no spec."""
+        return cls(**known_fields(data, cls, "quantization"))
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,7 @@ class ActSpec:
     kv_before_rope: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "int8-token", "int8-static"):
-            raise LlmqError(
-                f"unknown activation quantization {self.kind!r}: expected none, int8-token or int8-static"
-            )
+        check_fields(self, "activation quantization: ")
         if self.kv_bits not in (None, 8, 4):
             raise LlmqError(f"keys and values of {self.kv_bits} bits: expected 8 or 4")
 
@@ -153,3 +151,20 @@ class ActSpec:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ActSpec:
+        """The inverse of `to_json`. Raises `LlmqError` for what makes no spec."""
+        return cls(**known_fields(data, cls, "activations"))
+
+
+def known_fields(data: Any, cls: type, what: str) -> dict[str, Any]:
+    """`data` if it is an object with some of the fields of a dataclass; else `LlmqError`."""
+    known = list(get_type_hints(cls))
+    if not isinstance(data, dict):
+        raise LlmqError(
+            f"{what} {data!r}: expected an object with some of the keys {', '.join(known)}"
+        )
+    if unknown := sorted(map(str, set(data) - set(known))):
+        raise LlmqError(f"{what}: unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+    return data

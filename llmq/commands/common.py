@@ -288,16 +288,23 @@ def _code(bits: str) -> str:
 def _recipe_of_file(path: str, defaults: Recipe, args: argparse.Namespace) -> Recipe:
     """The recipe of a file: what it leaves out from the defaults, and in the specs of its rules
     what the options give; layers that it keeps stay kept."""
-    import json
     from dataclasses import replace
-    from pathlib import Path
 
     from llmq.errors import LlmqError
     from llmq.recipe import Recipe
+    from llmq.storage.json_files import read_object
 
+    expected = "give a report.json or the JSON that it holds under 'recipe'"
     try:
-        data = json.loads(Path(path).read_text())
-        data = data.get("recipe", data)  # of a whole report
+        report = read_object(path, "a recipe", expected, unique_keys=True)
+    except LlmqError as error:
+        raise LlmqError(f"--recipe {error}") from None
+    data = report.get("recipe", report)
+    if not isinstance(data, dict):
+        raise LlmqError(
+            f"--recipe {path}: not a recipe: what it holds under 'recipe' is no object; {expected}"
+        )
+    try:
         recipe = Recipe.from_json({"sequence_length": defaults.sequence_length, **data})
         if "rules" not in data:
             return replace(recipe, rules=defaults.rules)
@@ -316,10 +323,6 @@ def _recipe_of_file(path: str, defaults: Recipe, args: argparse.Namespace) -> Re
         )
     except LlmqError as error:
         raise LlmqError(f"--recipe {path}, with the options beside it: {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise LlmqError(
-            f"--recipe {path}: not a recipe ({error}); expected a report.json or the JSON that it holds under 'recipe'"
-        ) from None
 
 
 def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) -> Windows:

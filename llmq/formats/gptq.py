@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq import patterns
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Specs
 from llmq.qtensor import QuantizedTensor
@@ -83,7 +84,8 @@ def settings_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
     the first that matches wins)."""
     settings = dict(config)
     for pattern, overrides in (config.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+        expression = pattern.removeprefix("+:").removeprefix("-:")
+        if patterns.matches(expression, name, "quantization_config: dynamic"):
             settings.update(overrides)
             break
     return settings

@@ -137,7 +137,7 @@ class LlmqQuantizer(HfQuantizer):
 
         settings = self.quantization_config.settings()
         fmt = FORMATS[settings.get("format", METHOD)]
-        activations = ActSpec(**(settings.get("activations") or {}))
+        activations = ActSpec.from_json(settings.get("activations") or {})
         left_out: list[str] = []
         for name, module in list(model.named_modules()):
             if isinstance(module, StoredLinear):

@@ -6,18 +6,21 @@ and closes it again, because mapped pages count as resident memory.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.storage.boundary import check_regular, reading
+from llmq.storage.json_files import read_object
 
 INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 256 << 20
 
 
 class ShardReader:
@@ -67,31 +70,35 @@ class ShardReader:
 
     def _named_by_config(self) -> str | None:
         """The file that config.json names as the one to load, which transformers goes by."""
-        try:
-            name = json.loads((self.model_dir / "config.json").read_text())["transformers_weights"]
-        except (OSError, ValueError, KeyError, TypeError):
+        path = self.model_dir / "config.json"
+        if not path.is_file():
             return None
+        name = read_object(path, "a model config").get("transformers_weights")
         if name is None:
             return None
         if (
             not isinstance(name, str)
-            or Path(name).name != name
+            or not _is_plain(name)
             or not name.endswith((".safetensors", ".safetensors.index.json"))
             or not (self.model_dir / name).is_file()
         ):
             raise LlmqError(
-                f"{self.model_dir / 'config.json'}: transformers_weights is {str(name)[:80]!r}, expected the plain name of a .safetensors file or its index in the same folder"
+                f"{path}: transformers_weights is {str(name)[:80]!r}, expected the plain name of a .safetensors file or its index in the same folder"
             )
         return name
 
     def _indexed_files(self, index: Path) -> list[Path]:
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            file_names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise LlmqError(f"{index}: not a safetensors index; download it again") from None
+        data = read_object(
+            index, "a safetensors index", max_bytes=MAX_INDEX_BYTES, unique_keys=True
+        )
+        weight_map = data.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise LlmqError(
+                f"{index}: not a safetensors index: expected an object 'weight_map'; download it again"
+            )
+        file_names = sorted(set(map(_text, weight_map.values())))
         for file_name in file_names:
-            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+            if not _is_plain(file_name):
                 raise LlmqError(
                     f"{index}: refers to {file_name!r}; expected plain names of .safetensors files in the same folder"
                 )
@@ -114,12 +121,12 @@ class ShardReader:
         for name in names:
             by_file.setdefault(self.names[name], []).append(name)
         for path, wanted in by_file.items():
-            try:
-                with safe_open(path, framework="pt") as shard:
-                    for name in wanted:
-                        tensors[name] = shard.get_tensor(name).clone()
-            except (SafetensorError, OSError) as error:
-                raise LlmqError(f"{path}: damaged ({error}); download it again") from None
+            with (
+                reading(path, "damaged", "download it again"),
+                safe_open(path, framework="pt") as shard,
+            ):
+                for name in wanted:
+                    tensors[name] = shard.get_tensor(name).clone()
         for name, tensor in tensors.items():
             check_finite(f"{self.names[name]}: tensor {name}", tensor)
         return tensors
@@ -136,15 +143,29 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Name -> {dtype, shape} of a safetensors file, without its data. Raises `LlmqError` when the
     file is damaged."""
-    try:
-        with safe_open(path, framework="pt") as shard:
-            stored = shard.keys()
-            slices = {name: shard.get_slice(name) for name in stored}
-            return {
-                name: {"dtype": part.get_dtype(), "shape": tuple(part.get_shape())}
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise LlmqError(
-            f"{path}: not a readable safetensors file ({error}); download it again"
-        ) from None
+    check_regular(path)
+    with (
+        reading(path, "not a readable safetensors file", "download it again"),
+        safe_open(path, framework="pt") as shard,
+    ):
+        stored = shard.keys()
+        slices = {name: shard.get_slice(name) for name in stored}
+        return {
+            name: {"dtype": part.get_dtype(), "shape": tuple(part.get_shape())}
+            for name, part in slices.items()
+        }
+
+
+def _text(file_name: object) -> str:
+    """What an index says in the place of a file name, as text."""
+    return file_name if isinstance(file_name, str) else repr(file_name)
+
+
+def _is_plain(file_name: str) -> bool:
+    """Whether a name from an index is that of a file beside it."""
+    return (
+        Path(file_name).name == file_name
+        and file_name.endswith(".safetensors")
+        and file_name.isprintable()
+        and len(os.fsencode(file_name)) < 256
+    )

@@ -4,7 +4,6 @@ the model on the meta device."""
 from __future__ import annotations
 
 import copy
-import json
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +21,24 @@ from transformers import (
 
 from llmq.errors import LlmqError
 from llmq.models.arch import check_supported, check_type
+from llmq.models.sizes import check_buffers, check_sizes
+from llmq.storage.boundary import check_folder, reading
+from llmq.storage.json_files import read_object
 
 BUNDLED = {"tiny": "assets/tiny"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+MAX_CONFIG_BYTES = 16 << 20
+MAX_TOKENIZER_BYTES = 512 << 20
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+_CONFIG_REMEDY = "compare it with that of the original model, or download it again"
+_TOKENIZER_REMEDY = "copy tokenizer.json and tokenizer_config.json into it"
+_PROBE = "A test: 12 b\u00e9\u4e2d\U0001f600\n\tx"
 _HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
 
 
@@ -92,36 +106,64 @@ def _download(repo_id: str, revision: str | None) -> Path:
 def load_config(model_dir: Path) -> PretrainedConfig:
     """The config of a causal LM. Raises `LlmqError` for what is damaged, not a causal LM or not
     supported. Remote code is never run."""
-    try:
-        check_type(json.loads((model_dir / "config.json").read_text()).get("model_type"))
+    path = model_dir / "config.json"
+    check_folder(model_dir)
+    settings = read_object(path, "a model config", _CONFIG_REMEDY, max_bytes=MAX_CONFIG_BYTES)
+    with reading(path, "not a model config that transformers can read", _CONFIG_REMEDY):
+        check_type(settings.get("model_type"))
+        check_sizes(settings, model_dir)
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LlmqError(
-            f"{model_dir / 'config.json'}: not a model config that transformers can read ({str(error).splitlines()[0]})"
-        ) from None
-    check_supported(config)
+        check_supported(config)
+        check_buffers(config, path)
     return config
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises `LlmqError` when it has none."""
-    try:
+    check_folder(model_dir)
+    for name in TOKENIZER_FILES:
+        if (model_dir / name).exists():
+            read_object(
+                model_dir / name,
+                "a tokenizer file",
+                _TOKENIZER_REMEDY,
+                max_bytes=MAX_TOKENIZER_BYTES,
+            )
+    with reading(model_dir, "no tokenizer that transformers can read", _TOKENIZER_REMEDY):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model_dir, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise LlmqError(
-            f"{model_dir}: no tokenizer that transformers can read ({str(error).splitlines()[0]}); copy tokenizer.json and tokenizer_config.json into it"
-        ) from None
+        check_tokenizer(tokenizer)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise for a tokenizer that loads and then cannot be used: what the commands ask of it is
+    asked once here, of a text that has something of everything."""
+    ids = tokenizer(_PROBE, verbose=False)["input_ids"]
+    tokenizer.decode(ids, skip_special_tokens=True)
+    tokenizer.get_vocab()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        value = getattr(tokenizer, name)
+        if not (value is None or type(value) is int):
+            raise ValueError(f"{name} {value!r}: expected a whole number")
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers (rotary tables) real, in
     float32."""
-    with init_empty_weights(include_buffers=False):
+    with (
+        reading(_origin(config), "no model that transformers can build", _CONFIG_REMEDY),
+        init_empty_weights(include_buffers=False),
+    ):
         # from_config writes its dtype into the config it is given.
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32
         )
     return model.eval()
+
+
+def _origin(config: PretrainedConfig) -> str:
+    """What to call a config in a message."""
+    folder = getattr(config, "_name_or_path", "")
+    return f"{folder}/config.json" if folder else f"config of type {config.model_type}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llmq.errors import LlmqError
+from llmq.fields import check_fields
 
 CHUNK_TOKENS = 1024
 Head = Callable[[Tensor], Tensor]
@@ -29,6 +30,7 @@ class LossWeights:
     ce: float = 0.1
 
     def __post_init__(self) -> None:
+        check_fields(self, "loss weight ")
         if not (self.kl >= 0 and self.ce >= 0 and self.kl + self.ce > 0):
             raise LlmqError(
                 f"loss weights kl {self.kl}, ce {self.ce}: expected two numbers of at least 0, one of them above it; give --kl or --ce"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llmq.errors import LlmqError
+from llmq.fields import check_fields
 from llmq.qat.weights import fake_quant_modules
 
 
@@ -25,6 +26,7 @@ class Phases:
     freeze_ranges: float = 0.85
 
     def __post_init__(self) -> None:
+        check_fields(self, "phase ")
         for name, value in vars(self).items():
             if not 0 <= value <= 1:
                 raise LlmqError(f"phase {name} = {value}: expected a share of the run, from 0 to 1")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from llmq.errors import LlmqError
+from llmq.fields import check_fields
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.weights import QuantizerName
@@ -85,8 +86,7 @@ class QATSettings:
     n_held_out: int = 32
 
     def __post_init__(self) -> None:
-        if self.precision not in ("bf16", "fp16", "fp32"):
-            raise LlmqError(f"precision {self.precision!r}: expected bf16, fp16 or fp32")
+        check_fields(self)
         if self.quantizer != "lsq" and self.init != "rtn":
             raise LlmqError(
                 f"quantizer {self.quantizer} chooses its scales itself, so another start than plain rounding would be lost; give --init rtn"

@@ -1,0 +1,52 @@
+"""Text from anywhere as one line that is safe to print: names, paths and messages of libraries can
+hold line breaks, escape sequences and marks that turn the direction of writing."""
+
+from __future__ import annotations
+
+import re
+
+LIMIT = 400
+_LONGEST_WORD = 80  # of a line that is too long; paths and numbers are shortened before sentences
+_SCANNED = 20_000
+_SPACE = re.compile(r"[ \t\n\r\f\v]+")
+_GAP = "..."
+
+
+def one_line(text: object, limit: int = LIMIT) -> str:
+    """`text` as one line of at most `limit` characters, with everything that is not printable
+    written as an escape (`\\x1b`). What is too long is cut in its middle: the end of a message says
+    what to do next."""
+    shown = escaped(_SPACE.sub(" ", _cut(str(text), _SCANNED)).strip())
+    if len(shown) > limit:
+        shown = " ".join(_cut(word, _LONGEST_WORD) for word in shown.split(" "))
+    return _cut(shown, limit)
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` with control characters, marks of direction, lone surrogates and the like written as
+    escapes. keep: characters that stay as they are."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else _escape(c) for c in text)
+
+
+def brief(error: BaseException, limit: int = 160) -> str:
+    """What another library's exception says, as part of a message of ours."""
+    name, text = type(error).__name__, one_line(error, limit)
+    if not text:
+        return name
+    return text if isinstance(error, ValueError | OSError) else f"{name}: {text}"
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    tail = (limit - len(_GAP)) // 2
+    return text[: limit - len(_GAP) - tail] + _GAP + text[len(text) - tail :]
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -12,9 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 from llmq.errors import LlmqError
 from llmq.formats import hf_quantizer
+from llmq.formats.settings import as_settings
 from llmq.models.shards import ShardReader
-from llmq.models.source import load_config, resolve
+from llmq.models.source import check_generation_config, load_config, resolve
 from llmq.modules import quantized_modules
+from llmq.storage.boundary import reading
 from llmq_kernels.compute import MODES, default_mode, refusal
 
 _DTYPES = {
@@ -31,7 +33,7 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    settings = dict(settings if isinstance(settings, dict) else settings.to_dict())
+    settings = as_settings(settings)
     method = settings.get("quant_method")
     if method == "auto-round" and "gptq" in str(settings.get("packing_format", "")):
         method = "gptq"  # AutoRound's GPTQ packing under its own name
@@ -87,19 +89,23 @@ def load(
     config = load_config(model_dir)
     settings = quantization_settings(config)
     ShardReader(model_dir)  # every shard is there and readable
+    check_generation_config(model_dir)
     if settings is not None:
         config.quantization_config = settings
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            config=config,
-            dtype=_DTYPES[dtype],
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
+        with reading(
+            model_dir, "transformers cannot load it", "compare its config.json with the original's"
+        ):
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                config=config,
+                dtype=_DTYPES[dtype],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )
     finally:
         transformers_logging.set_verbosity(verbosity)
     if missing := info.get("missing_keys"):

@@ -15,11 +15,25 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmq.errors import LlmqError
 
-_LAYERS = "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers".split()
-_WIDTHS = "hidden_size n_embd d_model dim word_embed_proj_dim head_dim".split()
-_INNER = "intermediate_size n_inner d_ff ffn_dim ffn_hidden_size".split()
-_HEADS = "num_attention_heads n_head n_heads num_heads num_key_value_heads num_kv_heads".split()
-_POSITIONS = "max_position_embeddings n_positions n_ctx max_seq_len seq_length".split()
+_LAYERS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+]
+_WIDTHS = ["hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "head_dim"]
+_INNER = ["intermediate_size", "n_inner", "d_ff", "ffn_dim", "ffn_hidden_size"]
+_HEADS = [
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+]
+_POSITIONS = ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"]
 LIMITS: dict[str, int] = {
     **dict.fromkeys(_LAYERS, 10_000),
     **dict.fromkeys(_WIDTHS, 1 << 20),

@@ -34,6 +34,7 @@ from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import ActSpec
 from llmq.storage import files
+from llmq.storage.boundary import running
 from llmq.storage.workspace import PartialCheckpoint, check_output
 
 MAX_FALLBACK_SHARE = 0.05
@@ -224,7 +225,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             files.check_space(partial.work_dir, stored_bytes(job) + work_bytes(job))
         on_start(first_block, len(blocks))
         tokens = None if job.tokens is None else job.tokens.tokens
-        Engine(
+        engine = Engine(
             job.model,
             reader,
             job.recipe,
@@ -236,7 +237,8 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             on_block,
             device,
             job.precision(device),
-        ).run(first_block)
+        )
+        running(job.model_dir)(engine.run)(first_block)
         report = _finish(
             job, partial, reader, prefix, first_block, time.monotonic() - started, device
         )

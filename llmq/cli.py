@@ -9,7 +9,9 @@ torch nor transformers, so `--help` answers at once."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -22,6 +24,8 @@ from typing import Any, NoReturn
 
 from llmq import __version__
 from llmq.errors import LlmqError, LlmqWarning
+from llmq.messages import escaped, one_line
+from llmq.storage.boundary import out_of_memory
 
 COMMANDS = (
     "plan",
@@ -93,8 +97,8 @@ def _told_warnings() -> Iterator[list[str]]:
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, LlmqWarning):
-                told.append(str(message))
-                print(f"llmq: warning: {message}", file=sys.stderr)
+                told.append(one_line(message))
+                print(f"llmq: warning: {told[-1]}", file=sys.stderr)
             else:
                 others(message, category, *where, **more)
 
@@ -102,8 +106,79 @@ def _told_warnings() -> Iterator[list[str]]:
         yield told
 
 
+class _Stderr(io.TextIOBase):
+    """A stream for progress and messages that gives up quietly: a disk that is full, or a reader
+    that left, is no reason to lose a run, nor for another exit code than that of its result."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):  # ValueError: closed
+            _discard(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(self._stream.encoding)
+
+
+def _discard(stream: Any) -> None:
+    """Send what a stream still holds nowhere: it would be written, and fail again, when the
+    interpreter ends, which makes its exit code 120."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        stream.flush()
+
+
+def _fill_closed_streams() -> None:
+    """Open what the caller closed (`2>&-`), or the next file that is opened would get its number
+    and every message with it; Python has None for such a stream, and `print` takes that for
+    stdout."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.fstat(descriptor)
+                continue
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, the lowest free number
+
+
+@contextmanager
+def _safe_streams() -> Iterator[None]:
+    """Streams that every message can be written to, for as long as a command runs."""
+    _fill_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name of a file may hold what cannot be encoded
+            stream.reconfigure(errors="backslashreplace")
+    before, sys.stderr = sys.stderr, _Stderr(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    with _safe_streams():
+        return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     try:
         args = _parse(argv)
     except LlmqError as error:
@@ -118,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         result, text = answer
         if told:
             result = {**result, "warnings": told}
-        print(json.dumps(result) if args.json else text, flush=True)
+        print(json.dumps(result) if args.json else escaped(text, keep="\n\t"), flush=True)
     except (Exception, KeyboardInterrupt) as error:
         if stop.requested or isinstance(error, KeyboardInterrupt):
             hint = (
@@ -128,8 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             return _fail(args.json, f"interrupted{hint}", 130)
         if isinstance(error, BrokenPipeError):
-            # What is still buffered would be written, and fail again, when the interpreter ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard(sys.stdout)
             return 141
         return _fail(args.json, *_explain(error), getattr(error, "details", {}))
     return 0
@@ -140,6 +214,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     and is raised again."""
     if isinstance(error, LlmqError):
         return str(error), error.exit_code
+    if reason := out_of_memory(error):
+        return reason, 2
     if isinstance(error, OSError):
         return (
             f"{error.filename or 'input or output'}: {error.strerror or error}; check that it exists, may be used and has space left",
@@ -160,8 +236,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _fail(as_json: bool, message: str, code: int, details: Mapping[str, Any] = {}) -> int:
-    line = " ".join(message.split())
+    line = one_line(message)
     print(f"llmq: {line}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({**details, "error": line}))
+    try:
+        if as_json:
+            print(json.dumps({**details, "error": line}))
+        sys.stdout.flush()
+    except (OSError, ValueError):  # a full disk, which may be what the message is about
+        _discard(sys.stdout)
     return code

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,10 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from llmq.corpus import standard_library_documents
 from llmq.errors import LlmqError, LlmqWarning
+from llmq.messages import brief
+from llmq.storage.boundary import check_regular, reading
+from llmq.text_files import READERS, read_documents, texts
 
 BUNDLED = "bundled"
 MAX_HUB_DOCUMENTS = 20_000
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_TOKENIZER_REMEDY = "put the model's own tokenizer files into its folder"
 
 
 def load_documents(
@@ -40,14 +42,17 @@ def load_documents(
     if source == BUNDLED:
         return standard_library_documents(split)
     path = Path(source)
+    if path.exists() and not path.is_dir():
+        check_regular(path)
     if path.is_dir():
-        paths = sorted(p for p in path.iterdir() if p.suffix in {".txt", *_READERS})
+        with reading(path, "not a folder that can be listed", "check its permissions"):
+            paths = sorted(p for p in path.iterdir() if p.suffix in {".txt", *READERS})
         if not paths:
             raise LlmqError(f"{source}: no .txt, .jsonl or .parquet file in this folder")
-        documents = [document for p in paths for document in _read_file(p)]
+        documents = [document for p in paths for document in read_documents(p)]
     elif path.is_file():
-        documents = _read_file(path)
-    elif path.suffix in {".txt", *_READERS} or path.is_absolute() or source.startswith("."):
+        documents = read_documents(path)
+    elif path.suffix in {".txt", *READERS} or path.is_absolute() or source.startswith("."):
         raise LlmqError(
             f"{source}: no such file; give a .txt, .jsonl or .parquet file, a folder of them, a Hub data set (name:config:split) or '{BUNDLED}'"
         )
@@ -58,40 +63,6 @@ def load_documents(
     return documents
 
 
-def _read_file(path: Path) -> list[str]:
-    if path.suffix not in _READERS:
-        try:
-            return [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise LlmqError(
-                f"{path}: not UTF-8 text (byte {error.start}); convert it, or give a .jsonl or .parquet file"
-            ) from None
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        rows = load_dataset(
-            _READERS[path.suffix], data_files=str(path), split="train", streaming=True
-        )
-        return _texts(rows, str(path))
-    except (ValueError, OSError, DatasetGenerationError) as error:
-        raise LlmqError(
-            f"{path}: not readable as {path.suffix} ({str(error).splitlines()[0]})"
-        ) from None
-
-
-def _texts(rows: Iterable[dict[str, object]], where: str) -> list[str]:
-    texts = []
-    for row in rows:
-        text = row.get("text")
-        if not isinstance(text, str):
-            raise LlmqError(
-                f"{where}: expected a column 'text' with strings, found columns {', '.join(row)}"
-            )
-        texts.append(text)
-    return texts
-
-
 def _read_hub(source: str, revision: str | None) -> list[str]:
     from datasets import load_dataset
 
@@ -100,12 +71,12 @@ def _read_hub(source: str, revision: str | None) -> list[str]:
         rows = load_dataset(
             name, config or None, split=split or "train", streaming=True, revision=revision
         )
-        documents = _texts(islice(rows, MAX_HUB_DOCUMENTS + 1), source)
+        documents = texts(islice(rows, MAX_HUB_DOCUMENTS + 1), source)
     except LlmqError:
         raise
     except Exception as error:  # datasets raises whatever its file systems raise; every one of them means that the data cannot be had.
         raise LlmqError(
-            f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}); expected name:config:split"
+            f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: {brief(error)}); expected name:config:split"
         ) from None
     if len(documents) > MAX_HUB_DOCUMENTS:
         warnings.warn(
@@ -146,13 +117,15 @@ def tokenize(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False
 ) -> Tensor:
     """The documents joined by blank lines as one row of tokens, int64 `[n]`."""
-    ids = tokenizer(
-        "\n\n".join(documents),
-        add_special_tokens=special_tokens,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    where = getattr(tokenizer, "name_or_path", None) or "the tokenizer"
+    with reading(where, "this tokenizer cannot read the text", _TOKENIZER_REMEDY):
+        ids = tokenizer(
+            "\n\n".join(documents),
+            add_special_tokens=special_tokens,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
 
 
 def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.inference.head import quantize_head
     from llmq.models.arch import check_length
     from llmq.models.source import load_config, resolve
+    from llmq.storage.boundary import running
 
     common.check_device(args.device)
     base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for model_dir in (base_dir, quant_dir)
     )
     quantize_head(quant, args.head_bits)
-    with common.progress("windows") as show:
+    with common.progress("windows") as show, running(f"{args.base} or {args.quant}"):
         result = compare(base, quant, windows, show)
     sizes = {"base_bytes": _weight_bytes(base_dir), "quant_bytes": _weight_bytes(quant_dir)}
     dtypes = " and ".join(

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.inference.head import quantize_head
     from llmq.models.source import load_config, resolve
     from llmq.modules import backends_in_use
+    from llmq.storage.boundary import running
 
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
     model = load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
     quantize_head(model, args.head_bits)
-    with common.progress("windows") as show:
+    with common.progress("windows") as show, running(args.model):
         result = evaluate(model, windows, show)
     summary = {
         "model": args.model,

@@ -55,11 +55,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.inference.step import report
     from llmq.models.source import load_config, load_tokenizer, resolve
     from llmq.modules import backends_in_use
+    from llmq.storage.boundary import reading, running
 
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
     tokenizer = load_tokenizer(model_dir)
-    prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
+    with reading(model_dir, "its tokenizer cannot read the prompt", "give another --prompt"):
+        prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
     max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], load_config(model_dir))
     model = prepare_decoding(
         load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute),
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     torch.manual_seed(args.seed)
     streamer = None if args.json else TextStreamer(tokenizer)  # type: ignore[no-untyped-call]
     started = time.perf_counter()
-    output = generate(
+    output = running(args.model)(generate)(
         model,
         prompt.to(model.device),
         max_new_tokens,

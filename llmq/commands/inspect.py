@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
+import warnings
 from collections import Counter
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from llmq.commands import common
@@ -37,8 +38,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     paths = sorted(set(ShardReader(model_dir).names.values()))
     headers = {name: entry for path in paths for name, entry in read_header(path).items()}
     suffixes = Counter(name.rpartition(".")[2] for name in headers)
-    report_path = model_dir / "report.json"
-    report = json.loads(report_path.read_text()) if report_path.is_file() else None
+    report = _report(model_dir / "report.json")
     result = {
         "model": str(model_dir),
         "model_type": config.model_type,
@@ -57,6 +57,26 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         else None,
     }
     return result, _text(result)
+
+
+def _report(path: Path) -> dict[str, Any] | None:
+    """The report of the run that made a folder, or None, with a warning where a file of that name
+    is something else: it says nothing of the weights, so that they are shown without it."""
+    from llmq.errors import LlmqError, LlmqWarning
+    from llmq.storage.boundary import reading
+    from llmq.storage.json_files import read_object
+
+    if not path.exists():
+        return None
+    try:
+        report = read_object(path, "a report of llmq")
+        with reading(path, "not a report of llmq", "it is left out"):
+            Counter(str(layer["spec"]) for layer in report["layers"])
+            _origin(report)
+        return report
+    except LlmqError as error:
+        warnings.warn(f"{error}; shown without it", LlmqWarning, stacklevel=2)
+        return None
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -274,6 +274,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     from llmq.qat.job import prepare_job
     from llmq.qat.run import fine_tune
     from llmq.recipe import Rule
+    from llmq.storage.boundary import running
     from llmq.storage.files import check_output
 
     check_output(Path(args.out), args.overwrite)
@@ -301,7 +302,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
             if job.processes.is_main_process:
                 bar(done, total, f"{title} {remark}".strip())
 
-        report = fine_tune(
+        report = running(args.model)(fine_tune)(
             job, Path(args.out), overwrite=args.overwrite, report_to=args.report_to, show=show
         )
     if args.plot and report:

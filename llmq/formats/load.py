@@ -16,9 +16,10 @@ from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.settings import quantization_settings
 from llmq.models.names import check_dtypes, left_out, stored_to_model_names
 from llmq.models.shards import ShardReader
-from llmq.models.source import load_config, resolve
+from llmq.models.source import check_generation_config, load_config, resolve
 from llmq.models.stored import state_ties
 from llmq.modules import quantized_modules
+from llmq.storage.boundary import reading
 from llmq.storage.manifest import check_folder, check_sizes
 from llmq_kernels.compute import MODES, default_mode, refusal
 
@@ -57,6 +58,7 @@ def load(
     config = load_config(model_dir)
     settings = quantization_settings(config)
     shards = ShardReader(model_dir)  # every shard is there and readable
+    check_generation_config(model_dir)
     for part in (config, config.get_text_config()):
         part.transformers_weights = shards.start  # so that transformers opens the same file
     if settings is not None:
@@ -64,14 +66,17 @@ def load(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            config=config,
-            dtype=_DTYPES[dtype],
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
+        with reading(
+            model_dir, "transformers cannot load it", "compare its config.json with the original's"
+        ):
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                config=config,
+                dtype=_DTYPES[dtype],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )
     finally:
         transformers_logging.set_verbosity(verbosity)
     if missing := info.get("missing_keys"):

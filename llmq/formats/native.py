@@ -40,8 +40,9 @@ def _read(
     if missing := {"packed", "scale"} - tensors.keys():
         raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")
     try:
-        spec = QuantSpec.from_json(config["exceptions"].get(name, config["spec"]))
-    except (KeyError, TypeError, AttributeError) as error:
+        exceptions = config.get("exceptions") or {}
+        spec = QuantSpec.from_json(exceptions.get(name, config["spec"]))
+    except KeyError as error:
         raise LlmqError(
             f"quantization_config: no usable spec for {name} ({error}); the checkpoint is damaged"
         ) from None

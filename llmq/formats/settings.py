@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from llmq import patterns
 from llmq.errors import LlmqError
 from llmq.formats import FORMATS
+from llmq.formats.setting_types import as_settings
 
 METHOD = "llmq"
 _GPTQ_BITS = (2, 3, 4, 8)
@@ -28,9 +30,7 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    if not isinstance(settings, dict):
-        settings = settings.to_dict()
-    settings = dict(settings)
+    settings = as_settings(settings)
     method = settings.get("quant_method")
     if method == "auto-round":
         return _auto_round(settings)
@@ -82,9 +82,9 @@ def _gptq(settings: dict[str, Any]) -> dict[str, Any]:
     for pattern, overrides in dynamic.items():
         if not isinstance(overrides, dict):
             raise _wrong(f"quantization_config: dynamic[{pattern!r}]", overrides, "an object")
-        _check_pattern(
-            f"quantization_config: dynamic[{pattern!r}]",
+        patterns.check(
             pattern.removeprefix("+:").removeprefix("-:"),
+            f"quantization_config: dynamic[{pattern!r}]",
         )
         _check_numbers(f"quantization_config: dynamic[{pattern!r}]", overrides)
     return {**settings, "quant_method": METHOD, "format": fmt, "checkpoint_format": fmt}
@@ -102,7 +102,7 @@ def _auto_round(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(extra, dict):
         raise _wrong("quantization_config: extra_config", extra, "an object of layers")
     _check_integers("quantization_config", settings)
-    names, patterns = {}, {}
+    names, searched = {}, {}
     for name, overrides in extra.items():
         if not isinstance(overrides, dict):
             raise _wrong(f"quantization_config: extra_config[{name!r}]", overrides, "an object")
@@ -112,14 +112,14 @@ def _auto_round(settings: dict[str, Any]) -> dict[str, Any]:
             continue  # kept: the stored tensors say so as well
         if re.fullmatch(r"[\w.]+", name):
             names[f"+:{re.escape(name)}$"] = known
-        patterns[f"+:.*(?:{name})"] = known
-        _check_pattern(f"quantization_config: extra_config[{name!r}]", name)
+        searched[f"+:.*(?:{name})"] = known
+        patterns.check(name, f"quantization_config: extra_config[{name!r}]")
     return _gptq(
         {
             **settings,
             "checkpoint_format": None,
             "format": None,
-            "dynamic": {**(settings.get("dynamic") or {}), **names, **patterns},
+            "dynamic": {**(settings.get("dynamic") or {}), **names, **searched},
         }
     )
 
@@ -176,15 +176,6 @@ def _check_numbers(where: str, settings: dict[str, Any]) -> None:
     for flag in _FLAGS:
         if not isinstance(settings.get(flag, False), bool | None):
             raise _wrong(f"{where}: {flag}", settings[flag], "true or false")
-
-
-def _check_pattern(where: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise LlmqError(
-            f"{where}: not a regular expression ({error}); the config is damaged: download it again"
-        ) from None
 
 
 def _is_whole(value: object) -> bool:

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,6 +39,8 @@ TOKENIZER_FILES = (
 )
 _CONFIG_REMEDY = "compare it with that of the original model, or download it again"
 _TOKENIZER_REMEDY = "copy tokenizer.json and tokenizer_config.json into it"
+_GENERATION_REMEDY = "remove it, or compare it with that of the original model"
+GENERATION_LIMITS = {"num_beams": 1024, "num_beam_groups": 1024, "num_return_sequences": 1024}
 _PROBE = "A test: 12 b\u00e9\u4e2d\U0001f600\n\tx"
 _HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
 
@@ -110,7 +113,7 @@ def load_config(model_dir: Path) -> PretrainedConfig:
     check_folder(model_dir)
     settings = read_object(path, "a model config", _CONFIG_REMEDY, max_bytes=MAX_CONFIG_BYTES)
     with reading(path, "not a model config that transformers can read", _CONFIG_REMEDY):
-        check_type(settings.get("model_type"))
+        check_type(settings.get("model_type"))  # type: ignore[arg-type]
         check_sizes(settings, model_dir)
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         check_supported(config)
@@ -147,6 +150,23 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         value = getattr(tokenizer, name)
         if not (value is None or type(value) is int):
             raise ValueError(f"{name} {value!r}: expected a whole number")
+
+
+def check_generation_config(model_dir: Path) -> None:
+    """Raise `LlmqError` for a generation config that transformers cannot read, or that asks for
+    more than any machine has. A folder without one is fine."""
+    path = model_dir / "generation_config.json"
+    if not path.exists():
+        return
+    settings = read_object(path, "a generation config", _GENERATION_REMEDY)
+    with reading(path, "not a generation config that transformers can read", _GENERATION_REMEDY):
+        GenerationConfig.from_pretrained(model_dir)
+    for name, limit in GENERATION_LIMITS.items():
+        value = settings.get(name)
+        if value is not None and not (type(value) is int and 0 <= value <= limit):
+            raise LlmqError(
+                f"{path}: {name} {value!r}: expected a whole number up to {limit}; {_GENERATION_REMEDY}"
+            )
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:

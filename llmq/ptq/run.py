@@ -38,6 +38,7 @@ from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import ActSpec
 from llmq.storage import files
+from llmq.storage.boundary import running
 from llmq.storage.companions import copy_companions
 from llmq.storage.stamps import SourceFiles
 from llmq.storage.workspace import PartialCheckpoint, check_output
@@ -240,7 +241,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             files.check_space(partial.work_dir, stored_bytes(job) + work_bytes(job))
         on_start(first_block - len(damaged), len(blocks))
         tokens = None if job.tokens is None else job.tokens.tokens
-        Engine(
+        engine = Engine(
             job.model,
             reader,
             job.recipe,
@@ -253,7 +254,8 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             device,
             job.precision(device),
             sink,
-        ).run(first_block, damaged)
+        )
+        running(job.model_dir)(engine.run)(first_block, damaged)
         resumed_at = min(first_block, *damaged) if damaged else first_block
         report = _finish(
             job, partial, reader, prefix, resumed_at, time.monotonic() - started, device

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -33,17 +34,38 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+TEXT = ["--calibration", "TEXT"]
 SHAPE = ["--group-size", "32", "--sequence-length", "32"]
 WEAK = ["--no-search", "--sweeps", "0", "--damping", "1", "--bits", "2"]  # something left to tune
 TUNING = ["--method", "blockwise", "--iterations", "5", "--learning-rate", "0.05"]
 TRAINING = ["--batch-size", "4", "--max-steps", "6", "--save-every", "2", "--log-every", "1"]
+RATE = ["--lr-weights", "1e-3"]
+PLAIN = ["--precision", "fp32", "--device", "cpu", "--init", "rtn"]
+SHORT = ["--group-size", "32", "--sequence-length", "12"]
 RUNS = {
-    "quantize, gptq": ["quantize", "MODEL", "OUT", "--samples", "12", *SHAPE],
-    "quantize, block-wise": ["quantize", "MODEL", "OUT", "--samples", "8", *SHAPE, *WEAK, *TUNING],
-    "qat": ["qat", "MODEL", "OUT", "--train", "TEXT", "--precision", "fp32", "--init", "rtn"]
-    + ["--lr-weights", "1e-3", "--device", "cpu", *SHAPE, *TRAINING],
-    "qat, generated text": ["qat", "MODEL", "OUT", "--train", "generated", "--precision", "fp32"]
-    + ["--group-size", "32", "--sequence-length", "12", "--device", "cpu", *TRAINING],
+    "quantize, gptq": ["quantize", "MODEL", "OUT", "--samples", "12", *TEXT, *SHAPE],
+    "quantize, block-wise": [
+        "quantize",
+        "MODEL",
+        "OUT",
+        "--samples",
+        "8",
+        *TEXT,
+        *SHAPE,
+        *WEAK,
+        *TUNING,
+    ],
+    "qat": ["qat", "MODEL", "OUT", "--train", "TEXT", *PLAIN, *SHAPE, *TRAINING, *RATE],
+    "qat, generated text": [
+        "qat",
+        "MODEL",
+        "OUT",
+        "--train",
+        "generated",
+        *PLAIN,
+        *SHORT,
+        *TRAINING,
+    ],
 }
 
 
@@ -334,6 +356,20 @@ def try_flips(
         print(f"{name}: flips: {len(chosen) - len(failed)} of {len(chosen)}", flush=True)
 
 
+def _import_everything(folder: Path) -> None:
+    """What forks need: modules that are imported late come by running a command once. Nothing with
+    gradients: their threads do not survive a fork."""
+    import importlib
+
+    for name in ("llmq.qat.run", "torch._dynamo", "llmq.commands.verify"):
+        importlib.import_module(name)
+    from llmq.cli import main as run
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        run(["quantize", "tiny", str(folder / "first"), "--samples", "2", *SHAPE])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", type=int, default=40, help="of each kind and command")
@@ -341,15 +377,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    import llmq.cli
-    import llmq.commands.verify
-    import llmq.ptq.run
-    import llmq.qat.run  # noqa: F401
-
     started = time.monotonic()
     report: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory(prefix="llmq-faults-") as folder:
         os.environ["LLMQ_CACHE_DIR"] = str(Path(folder) / "cache")
+        _import_everything(Path(folder))
         lab = Lab(Path(folder))
         for name in args.only:
             if args.points:

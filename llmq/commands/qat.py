@@ -272,10 +272,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     from llmq.benchmark.plot import check_plot
     from llmq.models.source import load_config, resolve
     from llmq.qat.job import prepare_job
-    from llmq.qat.run import fine_tune
+    from llmq.qat.run import check_output, fine_tune
     from llmq.recipe import Rule
     from llmq.storage.boundary import running
-    from llmq.storage.files import check_output
 
     check_output(Path(args.out), args.overwrite)
     if args.plot:

@@ -3,18 +3,23 @@ section 3.1).
 
 Each sequence starts from a token of the vocabulary, goes on greedily for three to five tokens and
 is then sampled from the teacher's own distribution: greedy starts keep the beginnings sensible,
-sampling keeps the texts diverse. Batches are written one by one, so an interrupted run goes on with
-the next batch; a batch depends on the seed and its number alone."""
+sampling keeps the texts diverse. Batches are written one by one and sealed, so an interrupted run
+goes on with the next batch; a batch depends on the seed and its number alone, and a damaged one is
+written again."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from llmq.storage import files, seals
+from llmq.storage.workspace import tell
 
 GREEDY_TOKENS = (3, 4, 5)
 
@@ -64,15 +69,20 @@ def generate_windows(
     batches = []
     for number, start in enumerate(range(0, n_windows, batch_size)):
         path = work_dir / f"generated-{number:05d}.safetensors"
-        if not path.exists():
+        if not seals.is_sound(path):
+            if os.path.lexists(path):
+                tell(f"{path}: is not as it was when it was finished; this batch is written again")
             first = vocabulary[
                 torch.arange(start, min(start + batch_size, n_windows)) % len(vocabulary)
             ]
             tokens = generate_batch(
                 teacher, first, length, torch.Generator().manual_seed(seed * 1_000_003 + number)
             )
-            save_file({"tokens": tokens}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            partial = path.with_suffix(".tmp")
+            files.write_tensors(partial, {"tokens": tokens})
+            seals.seal(path, files.digest(partial))
+            partial.replace(path)
+            files.sync_folder(work_dir)
         batches.append(load_file(path)["tokens"])
         on_batch(min(start + batch_size, n_windows), n_windows)
     return torch.cat(batches)

@@ -29,6 +29,7 @@ from llmq.qat.weights import check_quantizer
 from llmq.recipe import LayerPlan, Recipe, Rule
 from llmq.spec import ActSpec
 from llmq.storage import files
+from llmq.storage.stamps import SourceFiles
 
 GENERATED = "generated"
 
@@ -36,7 +37,8 @@ GENERATED = "generated"
 @dataclass(frozen=True)
 class QATJob:
     """Everything known before anything is trained. windows: int64 `[n, T]`, or None while they are
-    still to be generated. held_out: windows of the same text, or None where there are none."""
+    still to be generated. held_out: windows of the same text, or None where there are none.
+    sources: the files of model and teacher as they were before any was read."""
 
     model_dir: Path
     teacher_dir: Path
@@ -48,6 +50,12 @@ class QATJob:
     n_parameters: int
     plans: list[LayerPlan]
     device: str
+    sources: tuple[SourceFiles, ...] = ()
+
+    def check_sources(self) -> None:
+        """Raise `LlmqError` when a file of model or teacher is no longer the one it was."""
+        for source in self.sources:
+            source.check()
 
     @property
     def notes(self) -> dict[str, str]:
@@ -88,6 +96,7 @@ class QATJob:
             "model": str(self.model_dir), "teacher": str(self.teacher_dir), "train": self.train, "windows": None if self.windows is None else data.token_hash(self.windows),
             "recipe": self.recipe.to_json(), "processes": self.processes.num_processes, **self.settings.to_json(), "device": self.device,
             "weights of the model": files.stamps(self.model_dir.glob("*.safetensors")), "weights of the teacher": files.stamps(self.teacher_dir.glob("*.safetensors")),
+            "contents of configs and tokenizers": [source.contents() for source in self.sources],
             "software": {"llmq": llmq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
@@ -137,6 +146,7 @@ def prepare_job(
     """Resolve and check everything that can be checked before computing. Raises `LlmqError`."""
     check_engine()
     model_dir = resolve(model, revision)
+    sources = [SourceFiles.of(model_dir)]
     config = load_config(model_dir)
     if getattr(config, "quantization_config", None) is not None:
         raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
@@ -177,6 +187,8 @@ def prepare_job(
             f"--precision bf16: {device} does not multiply bfloat16; use --precision fp16, or fp32"
         )
     teacher_dir = resolve(teacher, None) if teacher else model_dir
+    if teacher_dir != model_dir:
+        sources.append(SourceFiles.of(teacher_dir))
     check_same_vocabulary(config, load_config(teacher_dir))
     if teacher and load_tokenizer(teacher_dir).get_vocab() != load_tokenizer(model_dir).get_vocab():
         raise LlmqError(
@@ -201,6 +213,7 @@ def prepare_job(
         n_parameters,
         plans,
         device,
+        tuple(sources),
     )
 
 

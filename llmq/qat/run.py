@@ -4,15 +4,16 @@ one.
     .OUT.qat/           everything of an unfinished run, kept until OUT is there
       settings.json     what the run is; a second one with other settings is refused
       start/            the PTQ result that training starts from (and falls back to)
-      trainer/          the Trainer's checkpoints
+      generated-*       sealed batches of text from the teacher, where there is no other
+      trainer/          the Trainer's checkpoints, each sealed when it is durable, with the log so far
       log.jsonl         loss and telemetry
 
-The same command continues an interrupted run wherever it was.
+The same command continues an interrupted run wherever it was: from the last checkpoint whose files
+are as they were sealed.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -43,19 +44,25 @@ from llmq.ptq.run import quantize_folder
 from llmq.qat.data import TokenWindows
 from llmq.qat.generate import generate_windows
 from llmq.qat.job import QATJob
-from llmq.qat.ship import ship
+from llmq.qat.ship import is_published, ship
 from llmq.qat.student import Student
 from llmq.qat.trainer import (
+    LOG,
     QATTrainer,
     ScheduleCallback,
     check_reporter,
+    drop_unsound,
     last_checkpoint,
+    restore_log,
     step_of,
     training_arguments,
 )
 from llmq.qat.weights import prepare
 from llmq.storage import files
+from llmq.storage.manifest import check_hashes
+from llmq.storage.workspace import Workspace, remove_own, tell
 
+STATE = "settings.json"
 Show = Callable[[str, int, int, str], None]
 
 
@@ -66,22 +73,32 @@ def work_dir_of(out_dir: Path) -> Path:
     return out_dir.with_name(f".{out_dir.name}.qat")
 
 
-def check_identity(work_dir: Path, identity: dict[str, Any]) -> None:
-    """Start a run, or continue it. Raises `LlmqError` that names what differs from the run that was
-    started."""
-    path = work_dir / "settings.json"
-    identity = json.loads(json.dumps(identity))
-    if path.exists():
-        started = json.loads(path.read_text())
+class RunFolder(Workspace):
+    """The folder of an unfinished run."""
+
+    def __init__(self, work_dir: Path, identity: dict[str, Any]) -> None:
+        super().__init__(work_dir, identity, STATE)
+
+    def check_same(self, stored: Any, identity: dict[str, Any]) -> None:
+        """Raise `LlmqError` that names what differs from the run that was started."""
+        started = stored if isinstance(stored, dict) else {}
         different = [name for name in identity if identity[name] != started.get(name)]
         if different:
             name = different[0]
             raise LlmqError(
-                f"{work_dir}: holds a run with other settings ({', '.join(different)}: {started.get(name)!r} there, {identity[name]!r} now); give the same ones to continue it, or remove the folder"
+                f"{self.work_dir}: holds a run with other settings ({', '.join(different)}: {started.get(name)!r} there, {identity[name]!r} now); give the same ones to continue it, or remove the folder"
             )
-        return
-    work_dir.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, identity)
+
+
+def check_output(out_dir: Path, overwrite: bool) -> None:
+    """`files.check_output`, after removing what a run left behind that was killed when its output
+    was in place already."""
+    resolved = out_dir.resolve()
+    if (resolved / files.MANIFEST).is_file():
+        if is_published(work_dir_of(out_dir), resolved):
+            remove_own(work_dir_of(out_dir), STATE)
+        files.remove_aside(resolved)
+    files.check_output(out_dir, overwrite)
 
 
 def fine_tune(
@@ -98,38 +115,48 @@ def fine_tune(
     "none", "tensorboard" or "wandb". Raises `LlmqError` for bad input, `VerificationError` for a
     loss that is not finite."""
     check_reporter(report_to)
+    state = job.processes
+    folder = None
+    if state.is_main_process:
+        check_output(out_dir, overwrite)
+        folder = RunFolder(work_dir_of(out_dir), job.identity())
+    try:
+        report = _fine_tune(job, out_dir, overwrite, report_to, show)
+        if folder is not None:
+            folder.remove()
+    finally:
+        if folder is not None:
+            folder.close()
+    state.wait_for_everyone()
+    return report
+
+
+def _fine_tune(
+    job: QATJob, out_dir: Path, overwrite: bool, report_to: str, show: Show
+) -> dict[str, Any]:
     state, device = job.processes, job.device
     started = time.monotonic()
     work_dir = work_dir_of(out_dir)
-    if state.is_main_process:
-        files.check_output(out_dir, overwrite)
-        check_identity(work_dir, job.identity())
     state.wait_for_everyone()
     with state.main_process_first():
         job = _with_text(job, work_dir, device, show)
         start_dir = _start(job, work_dir, device, show)
     model = student_model(job, start_dir)
     assert job.windows is not None
+    job.check_sources()
     train(model, job, job.windows, work_dir, report_to=report_to, show=show)
-    report: dict[str, Any] = {}
-    if state.is_main_process:
-        report = ship(
-            model.to("cpu"),
-            job,
-            start_dir,
-            work_dir,
-            out_dir,
-            overwrite,
-            time.monotonic() - started,
-        )
-        shutil.rmtree(work_dir)
-    state.wait_for_everyone()
-    return report
+    if not state.is_main_process:
+        return {}
+    seconds = time.monotonic() - started
+    return ship(model.to("cpu"), job, start_dir, work_dir, out_dir, overwrite, seconds)
 
 
 def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
-    """The PTQ result, made once."""
+    """The PTQ result, made once, and again where it is not as it was."""
     start_dir = work_dir / "start"
+    if start_dir.exists() and not _is_sound(start_dir):
+        tell(f"{start_dir}: is not as it was when it was finished; it is made again")
+        files.remove(start_dir)
     if not start_dir.exists():
         assert job.windows is not None
         ptq = prepare_ptq(str(job.model_dir), job.recipe, calibration=_calibration(job))
@@ -146,6 +173,13 @@ def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
             shutil.rmtree(start_dir, ignore_errors=True)
             raise
     return start_dir
+
+
+def _is_sound(start_dir: Path) -> bool:
+    try:
+        return check_hashes(start_dir).is_good
+    except LlmqError:
+        return False
 
 
 def _calibration(job: QATJob) -> data.TokenSet:
@@ -239,9 +273,11 @@ def train(
         if settings.loss.kl
         else None
     )
+    job.check_sources()
+    log_path = work_dir / LOG
     student = Student(model, teacher, settings.loss)
     callbacks = [
-        ScheduleCallback(student, settings, job.held_out, work_dir / "log.jsonl"),
+        ScheduleCallback(student, settings, job.held_out, log_path),
         _Progress(show),
     ]
     arguments = training_arguments(
@@ -249,13 +285,19 @@ def train(
     )
     trainer = QATTrainer(
         settings=settings,
+        log_path=log_path,
         model=student,
         args=arguments,
         train_dataset=TokenWindows(windows),
         callbacks=callbacks,
     )
     trainer.telemetry(student)  # the codes that the first row counts flips from
+    if job.processes.is_main_process:
+        drop_unsound(trainer_dir)
+    job.processes.wait_for_everyone()
     last = last_checkpoint(trainer_dir)
+    if job.processes.is_main_process:
+        restore_log(last, log_path)
     if (
         last is not None and step_of(last) >= n_steps
     ):  # interrupted after training; the Trainer would take one more step

@@ -19,7 +19,10 @@ from llmq.models.source import load_config, load_tokenizer
 from llmq.ptq.report import versions
 from llmq.qat.job import QATJob
 from llmq.qat.weights import freeze
-from llmq.storage import files
+from llmq.storage import files, seals
+from llmq.storage.manifest import read_manifest
+
+PUBLISHING = "publishing.json"  # the digest of the manifest that is about to take its place
 
 
 def ship(
@@ -34,7 +37,7 @@ def ship(
     """Freeze, compare with the start on held-out text, and publish the better one."""
     freeze(model, job.recipe.activations)
     staging = work_dir / "out"
-    shutil.rmtree(staging, ignore_errors=True)
+    files.remove(staging)
     save(_in_source_dtype(model, job.model_dir), staging, tokenizer=load_tokenizer(job.model_dir))
     scores: dict[str, Perplexity] = {}
     if (
@@ -53,13 +56,28 @@ def ship(
     report = _report(job, scores, improved, log, seconds)
     if log.exists():
         shutil.copyfile(log, staging / "log.jsonl")
+    # What was read back when it was written has to be what is published.
+    checked = read_manifest(staging)
+    checked.pop("report.json", None)
     files.write_json(staging / "report.json", report)
     if (work_dir / "trainer" / "runs").is_dir():
         shutil.copytree(work_dir / "trainer" / "runs", staging / "runs")  # TensorBoard's
     (staging / files.MANIFEST).unlink()
-    files.write_manifest(staging)
+    files.write_manifest(staging, checked)
+    job.check_sources()
+    seals.write_sealed(work_dir / PUBLISHING, files.digest(staging / files.MANIFEST))
     files.publish(staging, out_dir)
     return report
+
+
+def is_published(work_dir: Path, out_dir: Path) -> bool:
+    """Whether an output is what the run in a work folder was about to put there."""
+    try:
+        return bool(
+            seals.read_sealed(work_dir / PUBLISHING) == files.digest(out_dir / files.MANIFEST)
+        )
+    except (files.DamagedError, OSError):
+        return False
 
 
 def _in_source_dtype(model: PreTrainedModel, model_dir: Path) -> PreTrainedModel:

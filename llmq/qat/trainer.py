@@ -4,6 +4,7 @@ its learning rates, its telemetry and checkpoints of exact float32 masters."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer import TRAINER_STATE_NAME
 
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.perplexity import evaluate
@@ -31,8 +31,12 @@ from llmq.qat.settings import QATSettings
 from llmq.qat.student import Student
 from llmq.qat.telemetry import Telemetry
 from llmq.qat.weights import fake_quant_modules
+from llmq.storage import files, seals
+from llmq.storage.workspace import tell
 
 WEIGHTS = "masters.safetensors"
+LOG = "log.jsonl"
+SEAL = "llmq-seal.json"
 SKIPPED_STEPS = 40  # in a row under fp16: its scaler starts at 2^16 and is below 2^-24 by then
 
 
@@ -69,9 +73,35 @@ def remedy(args: TrainingArguments) -> str:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, which is `trainer_state.json`."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
-    return max(whole, key=step_of, default=None)
+    """The newest checkpoint that was written to its end and is as it was then."""
+    newest_first = sorted(_checkpoints(folder), key=step_of, reverse=True)
+    sound = (path for path in newest_first if seals.folder_is_sound(path, SEAL))
+    return next(sound, None)
+
+
+def drop_unsound(folder: Path) -> None:
+    """Remove the checkpoints that cannot be continued from."""
+    for path in _checkpoints(folder):
+        if not seals.folder_is_sound(path, SEAL):
+            if os.path.lexists(path / SEAL):
+                tell(
+                    f"{path}: is not as it was when it was finished; training goes on from the checkpoint before"
+                )
+            files.remove(path)
+
+
+def restore_log(checkpoint: Path | None, log_path: Path) -> None:
+    """Put the log back as it was at a checkpoint: the steps after it are taken again, and what a
+    crash left of their rows may be torn."""
+    kept = None if checkpoint is None else checkpoint / LOG
+    if kept is not None and kept.is_file():
+        files.write_bytes(log_path, kept.read_bytes())
+    else:
+        files.remove(log_path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -143,22 +173,8 @@ class ScheduleCallback(TrainerCallback):
                 {"step": state.global_step, **{name: float(value) for name, value in logs.items()}}
             )
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A resumed run writes the steps after its checkpoint again: drop what an interrupted one
-        wrote beyond it."""
-        if state.is_world_process_zero and self.log_path.exists():
-            rows = [
-                line
-                for line in self.log_path.read_text().splitlines()
-                if json.loads(line)["step"] <= state.global_step
-            ]
-            self.log_path.write_text("".join(f"{row}\n" for row in rows))
-
     def _write(self, row: dict[str, Any]) -> None:
-        with self.log_path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        files.append(self.log_path, json.dumps(row) + "\n")
 
 
 def held_out_perplexity(student: Student, windows: Windows) -> float:
@@ -177,14 +193,17 @@ def held_out_perplexity(student: Student, windows: Windows) -> float:
 
 
 class QATTrainer(Trainer):
-    """settings: see `QATSettings`. The rest as in `transformers.Trainer`; the model is a
-    `Student`."""
+    """settings: see `QATSettings`. log_path: the log that checkpoints keep a copy of. The rest as in
+    `transformers.Trainer`; the model is a `Student`."""
 
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: LambdaLR | None
 
-    def __init__(self, *, settings: QATSettings, **options: Any) -> None:
+    def __init__(
+        self, *, settings: QATSettings, log_path: Path | None = None, **options: Any
+    ) -> None:
         super().__init__(**options)
+        self.log_path = log_path
         self.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the result
         self.settings = settings
         self.telemetry = Telemetry()
@@ -252,6 +271,19 @@ class QATTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / WEIGHTS))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, make durable, seal: a checkpoint counts from its seal on. The one before is there
+        until then, since two are kept."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its generators
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.log_path is not None and self.log_path.is_file():
+            files.write_bytes(folder / LOG, self.log_path.read_bytes())
+        files.sync_folder(folder.parent.parent)
+        seals.seal_folder(folder, SEAL)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Take the weights of a checkpoint, without training on."""

@@ -136,6 +136,17 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def append(path: Path, text: str) -> None:
+    """Add a line to a file, durably."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    is_new = not os.path.lexists(path)
+    with FileIO(os.open(path, flags, 0o666), "a") as file:
+        file.write(text.encode())
+        os.fsync(file.fileno())
+    if is_new:
+        sync_folder(path.parent)
+
+
 def write_json(path: Path, data: Any) -> None:
     """`write_bytes` of JSON."""
     write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())

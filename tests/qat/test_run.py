@@ -16,7 +16,7 @@ from conftest import make_model
 import llmq
 from llmq.cli import main
 from llmq.commands.qat import budget_line
-from llmq.errors import VerificationError
+from llmq.errors import LlmqWarning, VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.models.source import load_config
 from llmq.qat import run as run_module
@@ -25,6 +25,7 @@ from llmq.qat.job import prepare_job
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.qat.student import Student
 from llmq.qat.trainer import last_checkpoint
+from llmq.storage import seals
 
 _KILLER = """
 import os, signal, sys
@@ -307,13 +308,19 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_weight(
     assert main(at(arguments, tmp_path / "out", "--save-every", "2")) == 0
 
 
-def test_a_checkpoint_that_was_not_finished_is_not_continued_from(tmp_path):
-    for step, is_whole in ((2, True), (10, True), (12, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if is_whole:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+def test_only_a_sealed_checkpoint_that_is_as_it_was_is_continued_from(tmp_path):
+    for step, is_sealed in ((2, True), (10, True), (11, True), (12, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("state")
+        if is_sealed:
+            seals.seal_folder(folder, trainer_module.SEAL)
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("stale")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert last_checkpoint(tmp_path / "nowhere") is None
+    with pytest.warns(LlmqWarning, match="checkpoint-11: is not as it was"):
+        trainer_module.drop_unsound(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
 
 
 def test_what_is_scored_is_what_is_stored(

@@ -96,5 +96,7 @@ def _compare(
     difference = float((alone - own)[finite].double().norm())
     length = float(own[finite].double().norm())
     if difference > TOLERANCE * length:
-        reason = f"block {index} on its own is {difference / length:.1%} off what it gives in the model"
+        reason = (
+            f"block {index} on its own is {difference / length:.1%} off what it gives in the model"
+        )
         raise cannot_run_alone(model, reason)

@@ -99,7 +99,7 @@ def tune_block(
     block: float32, on the device to work on; unchanged except that its parameters no longer require
     gradients. weights: full-precision `[N, K]` by layer, names relative to the block. start: what a
     layer solver made of them, without `g_idx`. inputs: of the block in the quantized model.
-    targets: its outputs in the full-precision model, for the same sequences. 
+    targets: its outputs in the full-precision model, for the same sequences.
     call_of: its other arguments for the sequences that are named."""
     tuner = _Tuner(block, inputs, targets, call_of, options)
     start_error = tuner.error({layer: tensor.dequantize() for layer, tensor in start.items()})

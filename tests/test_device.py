@@ -20,6 +20,7 @@ from llmq.errors import LlmqError
 from llmq.evaluation.perplexity import evaluate
 from llmq.evaluation.windows import cut_windows
 from llmq.models.source import load_config, load_tokenizer, resolve
+from llmq.modules import quantized_modules
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe
 from llmq.spec import ActSpec, QuantSpec
@@ -88,6 +89,41 @@ def test_blocks_are_quantized_there_as_here(
         assert same > total // 3
         errors = [[layer["error"] for layer in each["layers"]] for each in (report, there_report)]
         assert errors[1] == pytest.approx(errors[0], rel=0.25)
+
+
+def quantize_in_memory_there(split: bool) -> tuple[set[str], set[str], float]:
+    """Devices of quantized and of kept tensors, and how far the logits are from those of the same
+    model quantized on the CPU."""
+    recipe = recipe_of("gptq", {})
+    tokens = torch.randint(2, 2048, (6, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), pretend_device.pretend_device() as device:
+        here, there = (llmq.load("tiny", dtype="float32") for _ in range(2))
+        (there.model.layers[0] if split else there).to(device)
+        llmq.quantize(here, recipe, tokens)
+        llmq.quantize(there, recipe, tokens)
+        quantized = quantized_modules(there.model.layers[0])
+        devices = {tensor.device.type for each in quantized.values() for tensor in each.buffers()}
+        others = {tensor.device.type for tensor in there.model.layers[1].state_dict().values()}
+        logits = there.to("cpu")(tokens).logits
+        expected = here(tokens).logits
+        return devices, others, float((logits - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_layers_of_a_model_in_memory_stay_on_their_device(split, elsewhere):
+    """All of it there, or one block there and the rest here."""
+    quantized, others, difference = elsewhere(quantize_in_memory_there, split)
+    assert quantized == {pretend_device.NAME}
+    assert others == {"cpu" if split else pretend_device.NAME}
+    # The same sums where all was computed here; there another attention kernel decides some codes.
+    assert difference == 0 if split else difference < 0.2
+
+
+def test_a_model_without_data_in_memory_is_refused():
+    model = llmq.load("tiny", dtype="float32")
+    model.model.layers[0].mlp.to("meta")
+    with pytest.raises(LlmqError, match=r"layers\.0\.mlp\..* has no data in memory"):
+        llmq.quantize(model, recipe_of("rtn", {}))
 
 
 def perplexity_there(max_windows: int) -> tuple[str, float]:

@@ -55,6 +55,9 @@ _NEED_BOS = {
     "recurrent_gemma",
     "vaultgemma",
 }
+_UNSUPPORTED = {
+    "rwkv": "it divides the weights of its layers in place when it runs, which packed weights do not allow",
+}
 
 
 def check_type(model_type: str) -> None:
@@ -79,6 +82,8 @@ def check_supported(config: PretrainedConfig) -> None:
     )
 
     text_config = config.get_text_config()
+    if reason := _UNSUPPORTED.get(text_config.model_type):
+        raise LlmqError(f"{text_config.model_type}: {reason}; this architecture is not supported")
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         n_experts = getattr(text_config, key, None)
         if isinstance(n_experts, int) and n_experts > 1:
@@ -182,6 +187,7 @@ def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
     full precision."""
     prefix, blocks = find_blocks(model)
     refuse_fused_experts(blocks)
+    refuse_shared_weights(model, prefix)
     return [
         Layer(f"{prefix}.{i}.{name}", _shape(module))
         for i, block in enumerate(blocks)
@@ -190,12 +196,36 @@ def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
 
 
 def refuse_fused_experts(blocks: nn.ModuleList) -> None:
-    """Raise for blocks with three-dimensional weights: experts fused into one tensor, whatever the
-    config calls them."""
+    """Raise for experts fused into one three-dimensional tensor, whatever the config calls them.
+    Other such tensors (convolutions, the block-diagonal gates of RecurrentGemma) are no linear
+    layers and stay as they are."""
     for name, parameter in blocks[0].named_parameters():
-        if parameter.dim() == 3 and "conv" not in name:
+        if parameter.dim() == 3 and any(_is_expert(part) for part in _owners(blocks[0], name)):
             raise LlmqError(
                 f"{name} has shape {list(parameter.shape)}: a mixture of experts with fused weights, which llmq does not quantize yet"
+            )
+
+
+def _owners(block: nn.Module, name: str) -> Iterator[str]:
+    """Names and classes of the modules that a parameter lies in, from the block down."""
+    module = block
+    for part in name.split(".")[:-1]:
+        module = getattr(module, part)
+        yield part
+        yield type(module).__name__
+
+
+def _is_expert(name: str) -> bool:
+    return any(word in name.lower() for word in ("expert", "moe"))
+
+
+def refuse_shared_weights(model: PreTrainedModel, prefix: str) -> None:
+    """Raise for blocks that share weights: each would be quantized for its own inputs, and one
+    result would replace the other."""
+    for name, source in model.all_tied_weights_keys.items():
+        if name.startswith(prefix + "."):
+            raise LlmqError(
+                f"{type(model).__name__}: {name} is the same tensor as {source}, and blocks that share weights cannot be quantized block by block; this architecture is not supported"
             )
 
 

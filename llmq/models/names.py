@@ -33,7 +33,7 @@ def stored_to_model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict
         )
         if converter is not None and renamed[name] in state:
             raise LlmqError(
-                f"tensor {name} is stored in an older layout of {type(model).__name__}; load and save the model with transformers once, then quantize the result"
+                f"tensor {name} is stored in another layout than {type(model).__name__} computes with (transformers converts it while it loads); load the model with transformers, save it with save_pretrained(FOLDER, save_original_format=False), and quantize that"
             )
     return renamed
 

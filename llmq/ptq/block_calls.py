@@ -165,7 +165,9 @@ class BlockCalls:
 
     def forget(self, index: int) -> None:
         """Remove the files that no block after `index` takes."""
-        later = {leaf for leaves in self._leaves[index + 1 :] for leaf in leaves}
+        later: set[int] = set()
+        for leaves in self._leaves[index + 1 :]:
+            later.update(leaf for leaf in leaves if isinstance(leaf, int))
         for number, slot in enumerate(self._slots):
             if slot.file is not None and number not in later:
                 slot.path.unlink(missing_ok=True)
@@ -238,5 +240,4 @@ def _names(tree: TreeSpec) -> Iterator[str]:
     """What the leaves are called: `args[0]`, `kwargs['attention_mask']`."""
     filled = tree_unflatten(list(range(tree.num_leaves)), tree)
     for path, _ in tree_flatten_with_path(filled)[0]:
-        which, rest = ("args", "kwargs")[path[0].idx], path[1:]
-        yield f"{which}{keystr(rest)}"
+        yield keystr(path).replace("[0]", "args", 1).replace("[1]", "kwargs", 1)

@@ -63,16 +63,16 @@ class BlockRecorder:
         for n_returned in (2, 3):
             if self._n_returned or len(calls) == len(self.blocks):
                 break
-            hidden, calls, error = self._attempt(input_ids, n_returned)
+            attempt = self._attempt(input_ids, n_returned)
+            if len(attempt[1]) > len(calls):  # what comes furthest tells most
+                hidden, calls, error = attempt
             self._n_returned = n_returned if len(calls) == len(self.blocks) else 0
         if hidden is None:
             reason = f"it cannot be run with its blocks replaced ({error})"
         elif hidden.shape[:-1] != input_ids.shape:
             reason = f"its blocks pass on hidden states of shape {list(hidden.shape)} for tokens {list(input_ids.shape)} instead of one vector per token"
         elif len(calls) < len(self.blocks):
-            reason = (
-                f"block {len(calls)} does not take the outputs of the block before it as they are"
-            )
+            reason = f"block {len(calls)} does not take the outputs of the block before it as they are{error and f' ({error})'}"
         else:
             return hidden, calls
         raise cannot_run_alone(self.model, reason)

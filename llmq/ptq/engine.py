@@ -295,9 +295,11 @@ class Engine:
         if self.tunes and parts is not None and results:
             parts.discard()  # its layers are about to change
             tuning, layer_reports = self._tune(index, block, name, results)
-        kept = _as_stored(block, kept)
+        kept, has_changed = _as_stored(block, kept)
         first_output = None
         if parts is not None:
+            if has_changed:
+                parts.discard()  # they were measured before the change
             with parts.playing(results):
                 first_output = self._advance(block, index, "quantized")
             parts.discard()
@@ -592,18 +594,19 @@ class Engine:
             )
 
 
-def _as_stored(block: nn.Module, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The kept tensors as they stand in the solved block, in the dtypes of the source. What a
-    method has changed is rounded to them in the block, too."""
+def _as_stored(block: nn.Module, kept: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The kept tensors as they stand in the solved block, in the dtypes of the source, and whether
+    a method has changed any: that is rounded to its dtype in the block, too."""
     state = block.state_dict()
-    result = {}
+    result, has_changed = {}, False
     for key, source in kept.items():
         current = state[key]
-        if not torch.equal(current, source.to(current.device, current.dtype)):
-            source = current.to("cpu", source.dtype, copy=True)
-            current.copy_(source)
         result[key] = source
-    return result
+        if not torch.equal(current, source.to(current.device, current.dtype)):
+            result[key] = current.to("cpu", source.dtype, copy=True)
+            current.copy_(result[key])
+            has_changed = True
+    return result, has_changed
 
 
 def _narrows(block: nn.Module, group: list[str]) -> bool:

@@ -34,7 +34,6 @@ from llmq.ptq.budget import stored_bytes, work_bytes
 from llmq.ptq.engine import BlockReport, BlockResult, Engine, StoredBlock
 from llmq.ptq.precision import Precision
 from llmq.ptq.report import build_report, model_card
-from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import ActSpec
 from llmq.storage import files

@@ -81,6 +81,8 @@ def _told_warnings() -> Iterator[list[str]]:
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, LlmqWarning) and str(message) in told:
+                return  # of a model that is loaded more than once
             if issubclass(category, LlmqWarning):
                 told.append(str(message))
                 print(f"llmq: warning: {message}", file=sys.stderr)

@@ -32,7 +32,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
     windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
-    model = load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
+    model = load(
+        model_dir,
+        dtype=args.dtype,
+        device=args.device,
+        compute=args.compute,
+        strict=args.strict,
+    )
     quantize_head(model, args.head_bits)
     with common.progress("windows") as show:
         result = evaluate(model, windows, show)

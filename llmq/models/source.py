@@ -22,10 +22,22 @@ from transformers import (
 
 from llmq.errors import LlmqError
 from llmq.models.arch import check_supported, check_type
+from llmq.models.shards import ShardReader
 
 BUNDLED = {"tiny": "assets/tiny"}
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
-_HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
+_HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "*.py",
+    "README.md",
+]
+_HUB_FILES += ["*[Ll][Ii][Cc][Ee][NnSs]*", "*[Nn][Oo][Tt][Ii][Cc][Ee]*", "*COPYING*", "*POLICY*"]
+# No folder but additional_chat_templates.
+_HUB_IGNORED = ["consolidated*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -100,7 +112,33 @@ def load_config(model_dir: Path) -> PretrainedConfig:
             f"{model_dir / 'config.json'}: not a model config that transformers can read ({str(error).splitlines()[0]})"
         ) from None
     check_supported(config)
+    _find_quantization(config, model_dir)
     return config
+
+
+def _find_quantization(config: PretrainedConfig, model_dir: Path) -> None:
+    """Put quantization settings where everybody looks for them: those of a text model's own config,
+    and those that AutoGPTQ wrote into a file beside it until 2023."""
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    inner = getattr(config.get_text_config(), "quantization_config", None)
+    if inner is not None:
+        config.quantization_config = inner
+        return
+    path = model_dir / "quantize_config.json"
+    if not path.is_file():
+        return
+    names = ShardReader(model_dir).names
+    if not any(name.endswith(".qweight") for name in names):
+        return  # of another model, or of the way that this one went
+    try:
+        settings = json.loads(path.read_text())
+        bits = settings["bits"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LlmqError(
+            f"{path}: not the settings of a GPTQ folder ({error}), but packed tensors are stored and config.json has none; download it again"
+        ) from None
+    config.quantization_config = {"quant_method": "gptq", **settings, "bits": bits}
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:

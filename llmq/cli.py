@@ -96,6 +96,8 @@ def _told_warnings() -> Iterator[list[str]]:
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, LlmqWarning) and str(message) in told:
+                return  # of a model that is loaded more than once
             if issubclass(category, LlmqWarning):
                 told.append(one_line(message))
                 print(f"llmq: warning: {told[-1]}", file=sys.stderr)

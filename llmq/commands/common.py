@@ -55,6 +55,16 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_compute_argument(parser)
     add_head_argument(parser)
+    add_strict_argument(parser)
+
+
+def add_strict_argument(parser: argparse.ArgumentParser) -> None:
+    """Whether a model may be read although it stores tensors that are not used."""
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a model with stored tensors that would be left out (default: name them)",
+    )
 
 
 def add_compute_argument(parser: argparse.ArgumentParser) -> None:
@@ -331,11 +341,15 @@ def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) ->
 
     from llmq.data import load_documents
     from llmq.evaluation.windows import cut_windows
-    from llmq.models.source import load_tokenizer
+    from llmq.models.tokens import model_tokenizer
 
     length = args.sequence_length or min(2048, max_positions(config))
     windows = cut_windows(
-        load_documents(args.data, "eval"), load_tokenizer(model_dir), config, length, args.bos
+        load_documents(args.data, "eval"),
+        model_tokenizer(model_dir, config),
+        config,
+        length,
+        args.bos,
     )
     return (
         replace(windows, tokens=windows.tokens[: args.max_windows]) if args.max_windows else windows
@@ -379,6 +393,22 @@ def render_conditions(summary: dict[str, Any]) -> str:
     head = "" if summary["head_bits"] is None else f", head at {summary['head_bits']} bits"
     where = f"{summary['tokens']} tokens of {summary['data']}, protocol {summary['protocol']} at {summary['sequence_length']}, BOS {summary['bos']}"
     return f"{where}, {summary['dtype']}, compute {summary['compute']}{head}"
+
+
+def companion_lines(report: dict[str, Any]) -> dict[str, str]:
+    """What of the source is not in the output, for the text of a report."""
+    lines = {}
+    if left := report["left_behind"]:
+        names = [name for name in left if not name.startswith(".")] or list(left)
+        more = ", ..." if len(left) > len(names[:3]) else ""
+        lines["left behind"] = (
+            f"{len(left)} files of the source ({', '.join(names[:3])}{more}); report.json has the reasons"
+        )
+    if dropped := report["dropped_auto_map"]:
+        lines["auto_map"] = (
+            f"{len(dropped)} entries dropped, whose code is not in the source: {', '.join(dropped[:3])}"
+        )
+    return lines
 
 
 def render_interval(bounds: Sequence[float] | None, digits: str) -> str:

@@ -33,10 +33,17 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "quant": common.check_manifest(args, quant_dir),
     }
     windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
+    _check_tokenizers(base_dir, quant_dir)
     length = windows.tokens.shape[1]
     check_length(load_config(quant_dir), length, f"windows of {length} tokens, {args.quant}")
     base, quant = (
-        load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
+        load(
+            model_dir,
+            dtype=args.dtype,
+            device=args.device,
+            compute=args.compute,
+            strict=args.strict,
+        )
         for model_dir in (base_dir, quant_dir)
     )
     quantize_head(quant, args.head_bits)
@@ -58,6 +65,17 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "verified": verified,
     }
     return summary, _text(summary)
+
+
+def _check_tokenizers(base_dir: Path, quant_dir: Path) -> None:
+    """Both models read the same tokens: those of the base's tokenizer. A folder without one is
+    taken to belong to it."""
+    from llmq.models.source import load_config, load_tokenizer
+    from llmq.models.tokens import TOKENIZER_FILES, check_same_tokenizer, model_tokenizer
+
+    if any((quant_dir / name).is_file() for name in TOKENIZER_FILES):
+        quant = model_tokenizer(quant_dir, load_config(quant_dir))
+        check_same_tokenizer(load_tokenizer(base_dir), quant, (str(base_dir), str(quant_dir)))
 
 
 def _weight_bytes(model_dir: Path) -> int:

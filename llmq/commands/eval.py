@@ -34,7 +34,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     model_dir = resolve(args.model, args.revision)
     verified = common.check_manifest(args, model_dir)
     windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
-    model = load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute)
+    model = load(
+        model_dir,
+        dtype=args.dtype,
+        device=args.device,
+        compute=args.compute,
+        strict=args.strict,
+    )
     quantize_head(model, args.head_bits)
     with common.progress("windows") as show, running(args.model):
         result = evaluate(model, windows, show)

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="revision of a Hub model")
     common.add_compute_argument(parser)
     common.add_head_argument(parser)
+    common.add_strict_argument(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -53,18 +54,26 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.formats.load import load
     from llmq.inference.decoding import generate, prepare_decoding
     from llmq.inference.step import report
-    from llmq.models.source import load_config, load_tokenizer, resolve
+    from llmq.models.source import load_config, resolve
+    from llmq.models.tokens import model_tokenizer
     from llmq.modules import backends_in_use
     from llmq.storage.boundary import reading, running
 
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
-    tokenizer = load_tokenizer(model_dir)
+    config = load_config(model_dir)
+    tokenizer = model_tokenizer(model_dir, config)
     with reading(model_dir, "its tokenizer cannot read the prompt", "give another --prompt"):
         prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
-    max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], load_config(model_dir))
+    max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], config)
     model = prepare_decoding(
-        load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute),
+        load(
+            model_dir,
+            dtype=args.dtype,
+            device=args.device,
+            compute=args.compute,
+            strict=args.strict,
+        ),
         head_bits=args.head_bits,
     )
     check_vocabulary(prompt, model.config.get_text_config().vocab_size, "--prompt")

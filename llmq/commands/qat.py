@@ -337,5 +337,6 @@ def _summary(out: str, report: dict[str, Any]) -> str:
         pairs["compared"] = report["verdict"]
     if report["last_loss"] is not None:
         pairs["loss"] = f"{report['first_loss']:.4f} -> {report['last_loss']:.4f}"
+    pairs |= common.companion_lines(report)
     pairs["seconds"] = f"{report['seconds']:.0f}"
     return common.render_pairs(pairs)

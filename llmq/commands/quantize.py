@@ -91,6 +91,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
         "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> {report['stored_bytes'] / 1e6:.1f} MB, {report['bits_per_quantized_weight']:.2f} bits per quantized weight",
         "seconds": f"{report['seconds']:.1f}",
     }
+    pairs |= common.companion_lines(report)
     if errors:
         ours, rounded = (sum(column) / len(errors) for column in zip(*errors, strict=True))
         pairs["output error"] = (

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from llmq.data import token_hash, tokenize
 from llmq.errors import LlmqError
 from llmq.models.arch import check_length, needs_bos
+from llmq.models.tokens import bos_token, fingerprint, first_token
 
 Bos = Literal["auto", "every-window", "start", "none"]
 BOS_POLICIES = ("auto", "every-window", "start", "none")
@@ -50,19 +51,12 @@ class Windows:
         }
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    vocabulary = "\n".join(
-        f"{token}\t{index}" for token, index in sorted(tokenizer.get_vocab().items())
-    )
-    return hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def identified(
     tokens: Tensor, bos: str, documents: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> Windows:
     """Windows with the hashes of the text and the tokenizer that they come from."""
     text_hash = hashlib.sha256("\n\n".join(documents).encode("utf-8", "surrogatepass")).hexdigest()
-    return Windows(tokens, bos, text_hash, _tokenizer_hash(tokenizer))
+    return Windows(tokens, bos, text_hash, fingerprint(tokenizer))
 
 
 def cut_windows(
@@ -86,9 +80,10 @@ def cut_windows(
     row = tokenize(documents, tokenizer)
     begin = tokenizer.bos_token_id
     if policy == "every-window":
+        begin = first_token(tokenizer, config) or bos_token(tokenizer, config)
         if begin is None:
             raise LlmqError(
-                "--bos every-window: this tokenizer has no BOS token; use --bos start or none"
+                "--bos every-window: neither this tokenizer nor config.json has a BOS token; use --bos start or none"
             )
         body = _cut(row, sequence_length - 1)
         tokens = torch.cat([torch.full((len(body), 1), begin), body], dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmq.errors import LlmqError, VerificationError
+from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats import Format, choose_format
 from llmq.formats.gptq import with_act_order
 from llmq.models.arch import quantizable_layers
@@ -131,8 +132,7 @@ def save(
             companions = copy_companions(source_dir, work_dir, tokenizer=tokenizer is None)
         if tokenizer is not None:
             tokenizer.save_pretrained(work_dir)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(work_dir)
+        _save_generation_config(model, work_dir)
         act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
         write_configs(
             work_dir,
@@ -156,6 +156,24 @@ def _source_of(model: PreTrainedModel) -> Path | None:
     if folder is None or not (folder / "config.json").is_file():
         return None
     return folder
+
+
+def _save_generation_config(model: PreTrainedModel, work_dir: Path) -> None:
+    """That of the model in memory; where transformers refuses to write it, the one that came along,
+    if any, stays."""
+    if model.generation_config is None:
+        return
+    try:
+        model.generation_config.save_pretrained(work_dir)
+    except ValueError as error:
+        kept = (
+            "the source's is kept" if (work_dir / "generation_config.json").exists() else "left out"
+        )
+        warnings.warn(
+            f"generation_config.json: transformers does not write that of this model ({str(error).splitlines()[0]}); {kept}",
+            LlmqWarning,
+            stacklevel=3,
+        )
 
 
 def _write_shards(work_dir: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:

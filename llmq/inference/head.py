@@ -47,6 +47,11 @@ class QuantEmbedding(nn.Module):
         values = values if self.scale_factor is None else values * self.scale_factor.to(self.dtype)
         return values.view(*input_ids.shape, self.embedding_dim)
 
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
+        raise LlmqError(
+            f"{prefix.removesuffix('.')}: the head and the embeddings of this model were rounded for this run, which no format holds; load the folder again to save it"
+        )
+
 
 def quantize_head(model: PreTrainedModel, bits: int | None) -> None:
     """Quantize the output head and the embeddings of `model`, in place; a head that is tied to the

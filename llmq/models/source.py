@@ -22,12 +22,25 @@ from transformers import (
 
 from llmq.errors import LlmqError
 from llmq.models.arch import check_supported, check_type
+from llmq.models.shards import ShardReader
 from llmq.models.sizes import check_buffers, check_sizes
 from llmq.storage.boundary import check_folder, reading
 from llmq.storage.json_files import read_object
 
 BUNDLED = {"tiny": "assets/tiny"}
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+_HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "*.py",
+    "README.md",
+]
+_HUB_FILES += ["*[Ll][Ii][Cc][Ee][NnSs]*", "*[Nn][Oo][Tt][Ii][Cc][Ee]*", "*COPYING*", "*POLICY*"]
+# No folder but additional_chat_templates.
+_HUB_IGNORED = ["consolidated*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
 MAX_CONFIG_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 512 << 20
 TOKENIZER_FILES = (
@@ -42,7 +55,6 @@ _TOKENIZER_REMEDY = "copy tokenizer.json and tokenizer_config.json into it"
 _GENERATION_REMEDY = "remove it, or compare it with that of the original model"
 GENERATION_LIMITS = {"num_beams": 1024, "num_beam_groups": 1024, "num_return_sequences": 1024}
 _PROBE = "A test: 12 b\u00e9\u4e2d\U0001f600\n\tx"
-_HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -118,7 +130,32 @@ def load_config(model_dir: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         check_supported(config)
         check_buffers(config, path)
+        _find_quantization(config, model_dir)
     return config
+
+
+def _find_quantization(config: PretrainedConfig, model_dir: Path) -> None:
+    """Put quantization settings where everybody looks for them: those of a text model's own config,
+    and those that AutoGPTQ wrote into a file beside it until 2023."""
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    inner = getattr(config.get_text_config(), "quantization_config", None)
+    if inner is not None:
+        config.quantization_config = inner
+        return
+    path = model_dir / "quantize_config.json"
+    if not path.is_file():
+        return
+    names = ShardReader(model_dir).names
+    if not any(name.endswith(".qweight") for name in names):
+        return  # of another model, or of the way that this one went
+    settings = read_object(path, "the settings of a GPTQ folder", _CONFIG_REMEDY)
+    bits = settings.get("bits")
+    if bits is None:
+        raise LlmqError(
+            f"{path}: has no 'bits', but packed tensors are stored and config.json has no settings; {_CONFIG_REMEDY}"
+        )
+    config.quantization_config = {"quant_method": "gptq", **settings, "bits": bits}
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:

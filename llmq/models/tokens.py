@@ -18,6 +18,8 @@ from llmq.models.source import load_tokenizer
 # to multiples of 64 to 512, and published models leave up to 2.4% of theirs empty.
 PADDING_ROWS = 256
 PADDING_SHARE = 0.1
+# Files of which a folder with a tokenizer has at least one.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 FINGERPRINT = "tokenizer_sha256"  # of the vocabulary, in the report of a quantized folder
 
 

@@ -13,21 +13,20 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmq.errors import LlmqWarning
 from llmq.models.arch import weight_as_stored
-from llmq.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
-    from llmq.ptq.engine import Engine
+    from llmq.ptq.engine import Engine, StoredBlock
 
 
 class FinishedBlocks(Protocol):
-    """What an earlier run stored. read_block: kept tensors and quantized layers of a block by full
-    name, from the stored bytes. forget_after: blocks behind one count as finished no more."""
+    """What an earlier run stored. read_block: a block from the stored bytes. forget_after: blocks
+    behind one count as finished no more."""
 
-    def read_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]: ...
+    def read_block(self, index: int) -> StoredBlock: ...
 
     def forget_after(self, index: int) -> None: ...
 
@@ -96,9 +95,9 @@ def _block(engine: Engine, index: int, stream: str) -> nn.Module:
         dtype = engine.precision.stream
         return block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
     assert engine.finished is not None
-    kept, quantized = engine.finished.read_block(index)
-    parameters = dict(kept)
-    for layer, tensor in quantized.items():
+    stored = engine.finished.read_block(index)
+    parameters = dict(stored.kept)
+    for layer, tensor in stored.quantized.items():
         module = engine.model.get_submodule(layer)
         weight = tensor.to(engine.device).dequantize()
         parameters[f"{layer}.weight"] = weight_as_stored(module, weight).contiguous()

@@ -323,24 +323,25 @@ class _FolderSink:
         }
         return StoredBlock(read_back, kept)
 
-    def read_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]:
-        """The kept tensors and the quantized layers of a finished block, from its shard alone."""
+    def read_block(self, index: int) -> StoredBlock:
+        """What is stored of a finished block, from its shard alone."""
         tensors = self.partial.read_shard(index)
-        kept = {
-            name: tensors[stored] for name, stored in self.reader.names.items() if stored in tensors
-        }
-        packed = tensors.keys() - self.reader.names.values()
         quantized = {}
         for plan in self.plans:
             name = plan.layer.name
-            layer = self.reader.names[f"{name}.weight"].removesuffix("weight")
-            parts = {
-                key.removeprefix(layer): tensors[key] for key in packed if key.startswith(layer)
-            }
-            if parts:
-                quantized[name] = self.fmt.read(name, parts, self.config, plan.layer.shape)
-                quantized[name].validate(name)
-        return kept, quantized
+            weight = self.reader.names[f"{name}.weight"]
+            layer = weight.removesuffix("weight")
+            if plan.spec is None or not any(key.startswith(layer) for key in tensors):
+                continue
+            own = {key for key in tensors if key.startswith(layer)}
+            kept = (own & set(self.reader.names.values())) - {weight}  # its bias
+            parts = {key.removeprefix(layer): tensors.pop(key) for key in own - kept}
+            quantized[name] = self.fmt.read(name, parts, self.config, plan.layer.shape)
+            quantized[name].validate(name)
+        stored_names = self.reader.names.items()
+        return StoredBlock(
+            quantized, {name: tensors[stored] for name, stored in stored_names if stored in tensors}
+        )
 
     def forget_after(self, index: int) -> None:
         self.partial.forget_after(index)

@@ -26,17 +26,25 @@ GREEDY_TOKENS = (3, 4, 5)
 
 @torch.no_grad()
 def generate_batch(
-    teacher: PreTrainedModel, first: Tensor, length: int, generator: torch.Generator
+    teacher: PreTrainedModel,
+    first: Tensor,
+    length: int,
+    generator: torch.Generator,
+    bos: int | None = None,
 ) -> Tensor:
-    """Sequences int64 `[B, length]` that begin with the tokens `first` `[B]`."""
+    """Sequences int64 `[B, length]` that begin with the tokens `first` `[B]`, after a BOS token for
+    teachers that are broken without it."""
     n_greedy = torch.tensor(GREEDY_TOKENS)[
         torch.randint(len(GREEDY_TOKENS), (len(first),), generator=generator)
     ]
     tokens, cache = [first], DynamicCache(config=teacher.config)
-    for step in range(1, length):
+    unseen = first[:, None]
+    if bos is not None:
+        unseen = torch.stack([torch.full_like(first, bos), first], dim=1)
+    for step in range(1, length - unseen.shape[1] + 1):
         logits = (
             teacher(
-                input_ids=tokens[-1][:, None].to(teacher.device),
+                input_ids=unseen.to(teacher.device),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -46,6 +54,9 @@ def generate_batch(
         )
         sampled = torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)[:, 0]
         tokens.append(torch.where(step <= n_greedy, logits.argmax(dim=-1), sampled))
+        unseen = tokens[-1][:, None]
+    if bos is not None:
+        tokens = [torch.full_like(first, bos), *tokens]
     return torch.stack(tokens, dim=1)
 
 
@@ -57,10 +68,11 @@ def generate_windows(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    bos: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """`n_windows` sequences int64 `[n, length]`. First tokens run through the vocabulary in a
-    seeded random order, again and again. work_dir: where batches lie, finished ones are not made
+    seeded random order, again and again. bos: see `generate_batch`. work_dir: where batches lie, finished ones are not made
     again."""
     vocabulary = torch.randperm(
         teacher.config.get_text_config().vocab_size, generator=torch.Generator().manual_seed(seed)
@@ -76,7 +88,11 @@ def generate_windows(
                 torch.arange(start, min(start + batch_size, n_windows)) % len(vocabulary)
             ]
             tokens = generate_batch(
-                teacher, first, length, torch.Generator().manual_seed(seed * 1_000_003 + number)
+                teacher,
+                first,
+                length,
+                torch.Generator().manual_seed(seed * 1_000_003 + number),
+                bos,
             )
             partial = path.with_suffix(".tmp")
             files.write_tensors(partial, {"tokens": tokens})

@@ -4,7 +4,7 @@ check that can be made by then."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from llmq import data
 from llmq.errors import LlmqError
 from llmq.evaluation.windows import Windows, identified
 from llmq.models.arch import quantizable_layers
-from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
+from llmq.models.names import check_dtypes, check_shapes, match_names
+from llmq.models.shards import ShardReader
+from llmq.models.source import load_config, load_tokenizer, resolve
+from llmq.models.stored import source_model, source_remarks
+from llmq.models.tokens import first_token, model_tokenizer
 from llmq.ptq.precision import multiplies_bfloat16
 from llmq.qat.data import split_windows
 from llmq.qat.losses import CHUNK_TOKENS
 from llmq.qat.settings import QATSettings
-from llmq.qat.student import check_same_vocabulary
+from llmq.qat.student import check_same_vocabulary, check_student
 from llmq.qat.weights import check_quantizer
 from llmq.recipe import LayerPlan, Recipe, Rule
 from llmq.spec import ActSpec
@@ -51,6 +55,7 @@ class QATJob:
     plans: list[LayerPlan]
     device: str
     sources: tuple[SourceFiles, ...] = ()
+    remarks: dict[str, str] = field(default_factory=dict)
 
     def check_sources(self) -> None:
         """Raise `LlmqError` when a file of model or teacher is no longer the one it was."""
@@ -59,8 +64,8 @@ class QATJob:
 
     @property
     def notes(self) -> dict[str, str]:
-        """Layers that differ from what was asked."""
-        return {plan.layer.name: plan.note for plan in self.plans if plan.note}
+        """Layers that differ from what was asked, and what is to be known of the model."""
+        return {plan.layer.name: plan.note for plan in self.plans if plan.note} | self.remarks
 
     @property
     def teacher_dtype(self) -> str:
@@ -147,10 +152,16 @@ def prepare_job(
     check_engine()
     model_dir = resolve(model, revision)
     sources = [SourceFiles.of(model_dir)]
-    config = load_config(model_dir)
-    if getattr(config, "quantization_config", None) is not None:
+    stored_config = load_config(model_dir)
+    if getattr(stored_config, "quantization_config", None) is not None:
         raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
-    skeleton = meta_model(config)
+    shards = ShardReader(model_dir)
+    config, skeleton = source_model(stored_config, shards)
+    check_student(skeleton)
+    matched = match_names(skeleton, shards.names)
+    check_shapes(skeleton, shards, matched)
+    check_dtypes(skeleton, shards.dtypes, matched, str(model_dir))
+    remarks = source_remarks(skeleton, stored_config, config, shards, matched)
     n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     activations = ActSpec(
         settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope
@@ -214,6 +225,7 @@ def prepare_job(
         plans,
         device,
         tuple(sources),
+        remarks,
     )
 
 
@@ -236,7 +248,7 @@ def check_engine() -> None:
 def _read_text(
     model_dir: Path, config: Any, settings: QATSettings, train: str, n_processes: int
 ) -> tuple[Tensor, Windows | None]:
-    documents, tokenizer = data.load_documents(train, "train"), load_tokenizer(model_dir)
+    documents, tokenizer = data.load_documents(train, "train"), model_tokenizer(model_dir, config)
     row = data.tokenize(documents, tokenizer)
     data.check_vocabulary(row, config.get_text_config().vocab_size, train)
     windows, held_out = split_windows(
@@ -246,4 +258,7 @@ def _read_text(
         settings.windows_per_step(n_processes),
         train,
     )
-    return windows, identified(held_out, "none", documents, tokenizer) if len(held_out) else None
+    bos, policy = first_token(tokenizer, config), "none"
+    if bos is not None:  # trained and judged as the model will be used
+        windows[:, 0], held_out[:, 0], policy = bos, bos, "every-window"
+    return windows, identified(held_out, policy, documents, tokenizer) if len(held_out) else None

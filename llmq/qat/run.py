@@ -36,8 +36,9 @@ from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.windows import identified
 from llmq.formats.load import load
 from llmq.kv import quantize_kv
-from llmq.models.arch import find_blocks, needs_bos
+from llmq.models.arch import find_blocks
 from llmq.models.source import load_config, load_tokenizer
+from llmq.models.tokens import fingerprint, first_token, model_tokenizer
 from llmq.modules import quantized_modules
 from llmq.ptq.run import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
@@ -189,10 +190,8 @@ def _calibration(job: QATJob) -> data.TokenSet:
     chosen = torch.randperm(
         len(job.windows), generator=torch.Generator().manual_seed(job.recipe.seed)
     )[: job.recipe.samples]
-    windows = job.windows[chosen]
-    if needs_bos(load_config(job.model_dir)):
-        windows[:, 0] = load_tokenizer(job.model_dir).bos_token_id
-    return data.TokenSet(windows, job.train)
+    tokenizer = load_tokenizer(job.model_dir)  # windows begin with BOS where the family needs it
+    return data.TokenSet(job.windows[chosen], job.train, fingerprint(tokenizer))
 
 
 def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
@@ -201,6 +200,9 @@ def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
     if job.windows is not None:
         return job
     teacher = load(job.teacher_dir, dtype="float32").to(device)
+    config = load_config(job.model_dir)
+    tokenizer = model_tokenizer(job.model_dir, config)
+    bos = first_token(tokenizer, config)
     n_held_out = min(job.settings.n_held_out, -(-job.n_windows // 9))
     n = job.n_windows + n_held_out
     tokens = generate_windows(
@@ -209,16 +211,16 @@ def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
         job.settings.sequence_length,
         work_dir,
         seed=job.settings.seed,
+        bos=bos,
         on_batch=lambda done, total: show("generated", done, total, ""),
     )
     windows, held_out = tokens[: job.n_windows], tokens[job.n_windows :]
+    policy = "none" if bos is None else "every-window"
     identity = [data.token_hash(tokens)]  # there is no text beside the tokens
     return replace(
         job,
         windows=windows,
-        held_out=identified(held_out, "none", identity, load_tokenizer(job.model_dir))
-        if len(held_out)
-        else None,
+        held_out=identified(held_out, policy, identity, tokenizer) if len(held_out) else None,
     )
 
 

@@ -15,11 +15,15 @@ from transformers import PreTrainedModel
 from llmq.evaluation.perplexity import Perplexity, evaluate
 from llmq.formats.load import load
 from llmq.formats.save import save
+from llmq.models.identity import model_name, source_name
+from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, load_tokenizer
+from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.report import versions
 from llmq.qat.job import QATJob
 from llmq.qat.weights import freeze
 from llmq.storage import files, seals
+from llmq.storage.companions import find_companions
 from llmq.storage.manifest import read_manifest
 
 PUBLISHING = "publishing.json"  # the digest of the manifest that is about to take its place
@@ -38,7 +42,8 @@ def ship(
     freeze(model, job.recipe.activations)
     staging = work_dir / "out"
     files.remove(staging)
-    save(_in_source_dtype(model, job.model_dir), staging, tokenizer=load_tokenizer(job.model_dir))
+    model.config._name_or_path = str(job.model_dir)  # where its tokenizer and licence come from
+    save(_in_source_dtype(model, job.model_dir), staging)
     scores: dict[str, Perplexity] = {}
     if (
         job.held_out is not None
@@ -88,14 +93,19 @@ def _in_source_dtype(model: PreTrainedModel, model_dir: Path) -> PreTrainedModel
     return model.to(dtype)
 
 
+def _weights(model_dir: Path) -> set[str]:
+    shards = ShardReader(model_dir)
+    return {shards.start, *(path.name for path in set(shards.names.values()))}
+
+
 def _report(
     job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Path, seconds: float
 ) -> dict[str, Any]:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     losses = [row["loss"] for row in rows if "loss" in row]
     return {
-        "model": job.model_dir.name,
-        "teacher": job.teacher_dir.name,
+        "model": model_name(job.model_dir),
+        "teacher": model_name(job.teacher_dir),
         "teacher_dtype": job.teacher_dtype,
         "method": "qat",
         "shipped": "trained" if improved else "start",
@@ -105,7 +115,7 @@ def _report(
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
         "train": {
-            "source": job.train,
+            "source": source_name(job.train),
             "windows": list(job.windows.shape) if job.windows is not None else job.n_windows,
         },
         "budget": job.budget(),
@@ -117,6 +127,8 @@ def _report(
             for plan in job.plans
         ],
         "notes": job.notes,
+        FINGERPRINT: fingerprint(load_tokenizer(job.model_dir)),
+        **find_companions(job.model_dir, _weights(job.model_dir)).to_json(),
         "seconds": round(seconds, 2),
         "versions": versions(),
     }

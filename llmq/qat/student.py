@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmq.errors import LlmqError
 from llmq.qat.activations import ActivationQuantizer
@@ -22,13 +23,45 @@ def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return model.base_model(input_ids=input_ids, use_cache=False)[0]
 
 
+class _Given(BaseModelOutputWithPast):  # type: ignore[misc]  # of transformers, untyped
+    """Hidden states in the place of what a base model returns; whatever else it may return is
+    absent."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
 def head_of(model: PreTrainedModel) -> Head:
-    """Hidden states to logits, with the soft cap of the families that have one."""
-    linear, cap = (
-        model.get_output_embeddings(),
-        getattr(model.config.get_text_config(), "final_logit_softcapping", None),
-    )
-    return linear if cap is None else lambda hidden: torch.tanh(linear(hidden) / cap) * cap
+    """Hidden states `[C, D]` or `[B, T, D]` to logits, as the model itself goes on from them: its
+    own forward pass runs on a base model that only hands them over. Families differ in what lies
+    there: soft caps, scales of the logits (Granite, Cohere) or of the hidden states."""
+    base = model.base_model
+
+    def head(hidden: Tensor) -> Tensor:
+        rows = hidden[None] if hidden.dim() == 2 else hidden
+
+        def handed_over(*args: Any, **kwargs: Any) -> _Given:
+            return _Given(last_hidden_state=rows)
+
+        base.forward = handed_over
+        try:
+            logits: Tensor = model(input_ids=None, use_cache=False).logits
+        finally:
+            del base.forward
+        return logits[0] if hidden.dim() == 2 else logits
+
+    return head
+
+
+def check_student(model: PreTrainedModel) -> None:
+    """Raise `LlmqError`, before anything is computed, for a model on the meta device whose forward
+    pass cannot be taken apart into hidden states and head."""
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise LlmqError(
+            f"{type(model).__name__}: has no base model and output head of its own, which the loss in chunks needs; llmq quantize works for it"
+        )
 
 
 @torch.no_grad()
@@ -45,7 +78,7 @@ def check_head(model: PreTrainedModel) -> None:
     model.train(training)
     if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
         raise LlmqError(
-            f"{type(model).__name__}: its logits are not its output head applied to its last hidden states, so the loss in chunks does not fit it; please report the model"
+            f"{type(model).__name__}: its logits do not follow from its last hidden states alone, so the loss in chunks does not fit it; llmq quantize works for it"
         )
 
 

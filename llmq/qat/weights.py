@@ -28,11 +28,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmq import quantizer
 from llmq.errors import LlmqError
 from llmq.fakequant import fake_quantize_ste, lsq_factor, straight_through
+from llmq.formats.hf_quantizer import state_quantization
 from llmq.models.arch import linear_weight
+from llmq.models.stored import state_ties
 from llmq.modules import QuantLinear
 from llmq.qat.activations import ActivationQuantizer
 from llmq.qtensor import QuantizedTensor
@@ -233,4 +236,7 @@ def freeze(model: nn.Module, activations: ActSpec = ActSpec()) -> dict[str, Quan
             )
         bias = None if module.bias is None else module.bias.detach()
         model.set_submodule(name, QuantLinear(qtensor, bias, activations))
+    if frozen and isinstance(model, PreTrainedModel):
+        state_ties(model)
+        state_quantization(model)
     return frozen

@@ -1,0 +1,99 @@
+"""A quantized model in memory is written as what it is, or not at all."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import AutoModelForCausalLM
+
+import llmq
+from llmq.errors import LlmqError, LlmqWarning
+from llmq.formats.bitnet import BITNET
+from llmq.inference.head import quantize_head
+from llmq.qat.weights import prepare
+from llmq.qtensor import QuantizedTensor
+from llmq.recipe import Recipe, Rule
+from llmq.spec import ActSpec, QuantSpec
+
+TOKENS = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
+W4 = Recipe.uniform("w4g32", method="rtn")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2"])
+def test_save_pretrained_after_quantizing_in_memory_loads_as_it_was(model_type, tmp_path):
+    model = make_model(model_type)
+    rules = (Rule("*.1.*", QuantSpec("int8", -1)), Rule("*", QuantSpec("int4", 32)))
+    recipe = Recipe(rules=rules, method="rtn", activations=ActSpec("int8-token", 8))
+    llmq.quantize(model, recipe)
+    expected = model(TOKENS).logits
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(make_pristine(model))))
+    for name, each in (("first", model), ("copy", copied)):
+        each.save_pretrained(tmp_path / name)
+        for load in (llmq.load, AutoModelForCausalLM.from_pretrained):
+            assert torch.equal(load(tmp_path / name)(TOKENS).logits, expected)
+
+
+def make_pristine(model):
+    """Back to the canonical words: what has run may not be picklable."""
+    model.state_dict()
+    return model
+
+
+@torch.no_grad()
+def test_save_pretrained_after_training_loads_as_it_was(tmp_path):
+    model, start = make_model(), make_model()
+    llmq.quantize(start, W4)
+    found = {name: m.qtensor() for name, m in llmq.modules.quantized_modules(start).items()}
+    prepare(model, found)
+    llmq.freeze(model)
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(llmq.load(tmp_path / "out")(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("fmt", ["gptq", "gptq_v2", "bitnet"])
+def test_save_pretrained_does_not_change_the_format_of_a_folder(fmt, tmp_path):
+    spec, activations = QuantSpec("int4", 32), ActSpec()
+    if fmt == "bitnet":
+        spec, activations = QuantSpec("ternary", 0), ActSpec("int8-token")
+    model = make_model()
+    rules = (Rule("*", spec),)
+    llmq.quantize(model, Recipe(rules=rules, method="rtn", activations=activations))
+    llmq.save(model, tmp_path / "first", format=fmt)
+    loaded = llmq.load(tmp_path / "first")
+    with pytest.raises(LlmqError, match=rf"llmq\.save\(model, OUT, format='{fmt}'\)"):
+        loaded.save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+    llmq.save(loaded, tmp_path / "second", format=fmt)
+    with torch.no_grad():
+        assert torch.equal(llmq.load(tmp_path / "second")(TOKENS).logits, loaded(TOKENS).logits)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_head_that_was_rounded_for_a_run_is_not_written(is_quantized, tmp_path):
+    model = make_model()
+    if is_quantized:
+        llmq.quantize(model, W4)
+    quantize_head(model, 8)
+    with pytest.raises(LlmqError, match="rounded for this run"):
+        model.save_pretrained(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_generation_config_that_cannot_be_written_costs_no_model(tmp_path):
+    model = make_model()
+    llmq.quantize(model, W4)
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.5
+    with pytest.warns(LlmqWarning, match="left out"):
+        llmq.save(model, tmp_path / "out")
+    llmq.load(tmp_path / "out")
+
+
+def test_the_bias_of_a_bitnet_layer_is_scaled_where_its_class_scales_it():
+    qtensor = QuantizedTensor.quantize(torch.randn(8, 32), QuantSpec("ternary", 0))
+    tensors, bias = BITNET.write(qtensor), torch.randn(8)
+    assert torch.equal(BITNET.bias(bias, tensors, {}), bias)
+    scaled = BITNET.bias(bias, tensors, {"linear_class": "autobitlinear"})
+    torch.testing.assert_close(scaled, bias * tensors["weight_scale"])

@@ -1,0 +1,112 @@
+"""Quantization settings are understood or refused, never replaced by usual ones."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model
+
+import llmq
+from llmq.errors import LlmqError
+from llmq.formats.gptq import settings_of
+from llmq.formats.settings import quantization_settings
+from llmq.recipe import Recipe, Rule
+from llmq.spec import QuantSpec
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+AUTO_ROUND = {**GPTQ, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+BITNET = {"quant_method": "bitnet", "linear_class": "bitlinear"}
+
+
+def read(settings):
+    return quantization_settings(SimpleNamespace(quantization_config=settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({**GPTQ, "bits": True}, "bits is 'True', expected one of 2, 3, 4, 8"),
+        ({**GPTQ, "bits": 4.0}, "bits is"),
+        ({**GPTQ, "bits": "4"}, "bits is"),
+        ({**GPTQ, "bits": 5}, "bits is"),
+        ({**GPTQ, "group_size": 32.0}, "group_size is"),
+        ({**GPTQ, "group_size": 0}, "group_size is"),
+        ({**GPTQ, "sym": 1}, "sym is '1', expected true or false"),
+        ({**GPTQ, "desc_act": "no"}, "desc_act is"),
+        ({**GPTQ, "dynamic": [1]}, "dynamic is"),
+        ({**GPTQ, "dynamic": {"+:a": 4}}, "dynamic.* is '4', expected an object"),
+        ({**GPTQ, "dynamic": {"+:a": {"bits": 7}}}, "dynamic.*bits is '7'"),
+        ({**GPTQ, "dynamic": {"+:(": {}}}, "not a regular expression"),
+        ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        ({**GPTQ, "checkpoint_format": ""}, "checkpoint_format ''"),
+        ({**GPTQ, "checkpoint_format": "gptq", "format": "gptq_v2"}, "and format 'gptq_v2'"),
+        ({**GPTQ, "pack_dtype": "int8"}, "pack_dtype 'int8'"),
+        ({**GPTQ, "is_marlin_format": True}, "Marlin"),
+        ({**AUTO_ROUND, "packing_format": "auto_round:gptqmodel"}, "auto_round:gptqmodel"),
+        ({**AUTO_ROUND, "data_type": "mx_fp"}, "data_type 'mx_fp'"),
+        ({**AUTO_ROUND, "act_bits": 8}, "act_bits 8"),
+        ({**AUTO_ROUND, "extra_config": {"a.b": {"bits": 5}}}, "bits is '5'"),
+        ({**BITNET, "linear_class": "foo"}, "linear_class is 'foo'"),
+        ({**BITNET, "linear_class": None}, "linear_class is"),
+        ({**BITNET, "quantization_mode": "online"}, "online quantization"),
+        ({**BITNET, "quantization_mode": "x"}, "quantization_mode is 'x'"),
+        ({**BITNET, "use_rms_norm": True}, "use_rms_norm"),
+        ({"quant_method": "llmq", "format": "foo"}, "format 'foo': expected one of gptq"),
+        ({"quant_method": "llmq", "format": ["llmq"]}, "format"),
+        ({"quant_method": ["gptq"]}, "quantization method"),
+        ({}, "quantization method None"),
+    ],
+)
+def test_values_that_are_not_understood_are_refused(settings, message):
+    with pytest.raises(LlmqError, match=message):
+        read(settings)
+
+
+@pytest.mark.parametrize("settings", [GPTQ, AUTO_ROUND, BITNET, {"quant_method": "llmq"}])
+def test_values_that_are_understood_pass(settings):
+    read(settings)
+
+
+def test_layers_of_their_own_in_an_autoround_folder():
+    extra = {"model.layers.1.mlp.up_proj": {"bits": 8}, ".*k_proj": {"bits": 2, "group_size": 64}}
+    extra["lm_head"] = {"bits": 16}
+    settings = read({**AUTO_ROUND, "extra_config": extra})
+    found = {
+        name: settings_of(name, settings)["bits"]
+        for name in ("model.layers.1.mlp.up_proj", "model.layers.11.mlp.up_proj", "a.k_proj")
+    }
+    assert list(found.values()) == [8, 4, 2]
+
+
+@torch.no_grad()
+def test_an_autoround_folder_of_mixed_bits_is_the_gptq_folder_that_it_is(tmp_path):
+    model = make_model()
+    rules = (Rule("*.down_proj", QuantSpec("int8", 32)), Rule("*", QuantSpec("int4", 32)))
+    llmq.quantize(model, Recipe(rules=rules, method="rtn"))
+    llmq.save(model, tmp_path / "out", format="gptq")
+    path = tmp_path / "out" / "config.json"
+    extra = {
+        f"model.layers.{i}.mlp.down_proj": {"bits": 8, "group_size": 32, "sym": True}
+        for i in range(2)
+    }
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {**AUTO_ROUND, "extra_config": extra}
+    path.write_text(json.dumps(config))
+    tokens = torch.arange(1, 17)[None]
+    assert torch.equal(llmq.load(tmp_path / "out")(tokens).logits, model(tokens).logits)
+
+
+def test_an_unknown_format_is_refused_by_transformers_own_loading_too(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model()
+    llmq.quantize(model, Recipe.uniform("w4g32", method="rtn"))
+    llmq.save(model, tmp_path / "out", format="llmq")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format"] = "foo"
+    path.write_text(json.dumps(config))
+    for load in (llmq.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(LlmqError, match="format 'foo'"):
+            load(tmp_path / "out")

@@ -1,0 +1,81 @@
+"""The loss is taken on the model's own logits, whatever lies between them and its hidden states."""
+
+import pytest
+import torch
+from conftest import FAMILY_CONFIGS, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmq.errors import LlmqError
+from llmq.models.source import meta_model
+from llmq.qat.losses import LossWeights
+from llmq.qat.student import Student, check_head, check_student, head_of, last_hidden
+
+TOKENS = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
+SMALL = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+SCALED = {
+    "granite": {"logits_scaling": 8.0},
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+def scaled(model_type):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SMALL, **SCALED[model_type])
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(std=0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", [*SCALED, "gemma2", "gpt2", "opt"])
+def test_logits_of_hidden_states_are_those_of_the_model(model_type):
+    model = scaled(model_type) if model_type in SCALED else make_model(model_type)
+    check_student(meta_model(model.config))
+    check_head(model)
+    hidden, expected = last_hidden(model, TOKENS), model(TOKENS).logits
+    head = head_of(model)
+    assert torch.equal(head(hidden), expected)
+    torch.testing.assert_close(head(hidden.flatten(0, 1)), expected.flatten(0, 1))
+    assert torch.equal(model(TOKENS).logits, expected)  # nothing of it stays behind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_logits_of_every_tested_family(model_type):
+    check_head(make_model(model_type))
+
+
+def test_the_loss_of_a_model_that_scales_its_logits_is_that_of_its_logits():
+    model, teacher = scaled("granite"), scaled("granite")
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(1.5)
+    found = Student(model, teacher, LossWeights(kl=1.0, ce=1.0))(TOKENS)
+    log_p, log_q = (
+        each(TOKENS).logits[:, :-1].log_softmax(-1).flatten(0, 1) for each in (teacher, model)
+    )
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    expected = expected + torch.nn.functional.nll_loss(log_q, TOKENS[:, 1:].flatten())
+    torch.testing.assert_close(found["loss"], expected)
+    found["loss"].backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(gradient, model.lm_head.weight.grad)
+
+
+def test_a_model_that_cannot_be_taken_apart_is_refused_before_anything_is_computed():
+    model = make_model()
+    model.base_model_prefix = "nothing"
+    with pytest.raises(LlmqError, match="no base model and output head of its own"):
+        check_student(model)

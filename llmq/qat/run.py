@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def fine_tune(
         files.check_output(out_dir, overwrite)
         check_identity(work_dir, job.identity())
     state.wait_for_everyone()
-    with state.main_process_first():
+    with state.main_process_first(), _nothing_kept_of_bad_input(work_dir):
         job = _with_text(job, work_dir, device, show)
         start_dir = _start(job, work_dir, device, show)
     model = student_model(job, start_dir)
@@ -125,6 +126,18 @@ def fine_tune(
         shutil.rmtree(work_dir)
     state.wait_for_everyone()
     return report
+
+
+@contextmanager
+def _nothing_kept_of_bad_input(work_dir: Path) -> Iterator[None]:
+    """Remove the work folder when the input is refused before there is anything to continue from:
+    the settings alone, and what the start never got."""
+    try:
+        yield
+    except LlmqError:
+        if work_dir.is_dir() and {path.name for path in work_dir.iterdir()} <= {"settings.json"}:
+            shutil.rmtree(work_dir, ignore_errors=True)
+        raise
 
 
 def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:

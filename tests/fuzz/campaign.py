@@ -29,7 +29,10 @@ class Findings:
 
     def table(self) -> str:
         """Inputs by command and outcome, and each finding in two lines."""
-        lines = [f"{command:10} {outcome:10} {n}" for (command, outcome), n in sorted(self.counts.items())]
+        lines = [
+            f"{command:10} {outcome:10} {n}"
+            for (command, outcome), n in sorted(self.counts.items())
+        ]
         for result in self.bad:
             trace = str(result.get("trace", "")).strip().splitlines()[-9:]
             said = [*map(str, result.get("faults", [])), *trace] or [result["stderr"][-300:]]
@@ -51,10 +54,17 @@ def run(seed: str, n_inputs: int, bases: Path, scratch: Path) -> Findings:
         environment = {**os.environ, "PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*command, str(journal), seed, str(index), str(last)],
-            env=environment | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=environment
+            | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            # torch makes this folder in the temporary one, which is watched
+            | {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")},
             capture_output=True,
         )
-        rows = [json.loads(row) for row in journal.read_text().splitlines()] if journal.exists() else []
+        rows = (
+            [json.loads(row) for row in journal.read_text().splitlines()]
+            if journal.exists()
+            else []
+        )
         for row in rows:
             if "outcome" in row:
                 findings.add(row)

@@ -71,7 +71,14 @@ def make_input(random: Random, bases: Path, root: Path) -> list[str]:
         name = random.choice(list(folders.FOLDERS))
     model = root / "model"
     shutil.copytree(bases / name, model)
-    evaluation = ["--data", str(bases / "text.txt"), "--sequence-length", "16", "--max-windows", "2"]
+    evaluation = [
+        "--data",
+        str(bases / "text.txt"),
+        "--sequence-length",
+        "16",
+        "--max-windows",
+        "2",
+    ]
     recipe = ["--method", "rtn", "--bits", "4", "--group-size", "32"]
     if kind == "folder":
         mutate.mutate_folder(random, model)

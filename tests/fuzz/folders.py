@@ -108,7 +108,9 @@ def _write_parquet(path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.table({"text": TEXT.splitlines(), "n": [1] * len(TEXT.splitlines())}), path)
+    parquet.write_table(
+        pyarrow.table({"text": TEXT.splitlines(), "n": [1] * len(TEXT.splitlines())}), path
+    )
 
 
 REPORT = {

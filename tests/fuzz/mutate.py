@@ -32,7 +32,16 @@ LlamaTokenizer GPT2Tokenizer PreTrainedTokenizerFast BertTokenizer LlamaForCausa
 LlamaForSequenceClassification silu gelu relu2 sdpa eager flash_attention_2 default linear dynamic
 yarn longrope llama3 full_attention sliding_attention static quantized offloaded BPE WordPiece
 Unigram WordLevel ByteLevel Metaspace Split Sequence Replace TemplateProcessing Isolated""".split()
-PATTERNS = ["(a+)+$", "(a|aa)+$", "(((a{1000}){1000}){1000})", "(", "[", "\\", "(?<=a+)b", ".*" * 50]
+PATTERNS = [
+    "(a+)+$",
+    "(a|aa)+$",
+    "(((a{1000}){1000}){1000})",
+    "(",
+    "[",
+    "\\",
+    "(?<=a+)b",
+    ".*" * 50,
+]
 NUMBERS = [0, 1, 2, 3, 7, 32, 64, -1, -5, 1000, 10**6, 2**31, 2**40, 2**63, 10**18, 10**400]
 FLOATS = [0.5, -0.5, 32.0, 1e-30, 1e30, 1e308, float("nan"), float("inf"), float("-inf")]
 
@@ -54,7 +63,9 @@ def any_value(random: Random) -> Any:
         lambda: random.choice(FLOATS),
         lambda: random.choice(WORDS),
         lambda: random.choice(PATTERNS),
-        lambda: random.choice(["", "x", HOSTILE_TEXT, "../../x", "/etc/passwd", "\ud800", "y" * 5000]),
+        lambda: random.choice(
+            ["", "x", HOSTILE_TEXT, "../../x", "/etc/passwd", "\ud800", "y" * 5000]
+        ),
         lambda: random.choice([[], [1], ["a"], [None], [[]], [0] * 1000]),
         lambda: random.choice([{}, {"a": 1}, {"0": {}}, {"rope_type": "yarn", "factor": -1}]),
         lambda: {random.choice(KEYS): random.choice([*NUMBERS, *WORDS, None, [], {}])},
@@ -236,7 +247,9 @@ def mutate_entry(random: Random, folder: Path, path: Path) -> None:
     elif step == 4:
         os.mkfifo(path)
     elif step == 5:
-        path.symlink_to(random.choice(["/dev/zero", "/dev/null", "/etc/passwd", "nowhere", path.name]))
+        path.symlink_to(
+            random.choice(["/dev/zero", "/dev/null", "/etc/passwd", "nowhere", path.name])
+        )
 
 
 def mutate_folder(random: Random, folder: Path) -> None:

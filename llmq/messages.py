@@ -16,7 +16,7 @@ def one_line(text: object, limit: int = LIMIT) -> str:
     """`text` as one line of at most `limit` characters, with everything that is not printable
     written as an escape (`\\x1b`). What is too long is cut in its middle: the end of a message says
     what to do next."""
-    shown = escaped(_SPACE.sub(" ", _cut(str(text), _SCANNED)).strip())
+    shown = escaped(_SPACE.sub(" ", _cut(str(text), _SCANNED)).strip(" "))
     if len(shown) > limit:
         shown = " ".join(_cut(word, _LONGEST_WORD) for word in shown.split(" "))
     return _cut(shown, limit)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _fine_tune(
     started = time.monotonic()
     work_dir = work_dir_of(out_dir)
     state.wait_for_everyone()
-    with state.main_process_first():
+    with state.main_process_first(), _nothing_kept_of_bad_input(work_dir):
         job = _with_text(job, work_dir, device, show)
         start_dir = _start(job, work_dir, device, show)
     model = student_model(job, start_dir)
@@ -150,6 +151,18 @@ def _fine_tune(
         return {}
     seconds = time.monotonic() - started
     return ship(model.to("cpu"), job, start_dir, work_dir, out_dir, overwrite, seconds)
+
+
+@contextmanager
+def _nothing_kept_of_bad_input(work_dir: Path) -> Iterator[None]:
+    """Remove the work folder when the input is refused before there is anything to continue from:
+    the settings alone, and what the start never got."""
+    try:
+        yield
+    except LlmqError:
+        if work_dir.is_dir() and {path.name for path in work_dir.iterdir()} <= {"settings.json"}:
+            shutil.rmtree(work_dir, ignore_errors=True)
+        raise
 
 
 def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:

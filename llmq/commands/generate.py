@@ -1,4 +1,7 @@
-"""`llmq generate MODEL --prompt TEXT`."""
+"""`llmq generate MODEL --prompt TEXT`.
+
+The model's generation config applies as in transformers, but for two things: `--temperature`
+decides whether tokens are sampled, and only tokens are asked for, since nothing else is shown."""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import common
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
 
 HELP = "Generate text; streams tokens to stdout, prints tokens/s and weight GB/s to stderr."
 DEFAULT_NEW_TOKENS = 64
+# Closer to 0 a score over the temperature leaves float32, and only the likeliest token is left
+# anyway.
+NO_TEMPERATURE = 1e-6
+_USUAL = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=whole(1),
         metavar="N",
-        help=f"(default: {DEFAULT_NEW_TOKENS}, or what the model has positions for)",
+        help=f"(default: max_new_tokens of the model's generation config, else {DEFAULT_NEW_TOKENS}; at most what it has positions for)",
     )
     parser.add_argument(
-        "--temperature", type=real(), default=0.0, help="0: the likeliest token each time (default)"
+        "--temperature",
+        type=real(),
+        default=0.0,
+        help="0: the likeliest token each time, or the likeliest beam (default, whatever the generation config says of sampling); above, samples with its top_k, top_p and so on",
     )
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument(
@@ -52,7 +63,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from llmq.data import check_vocabulary
     from llmq.formats.load import load
-    from llmq.inference.decoding import generate, prepare_decoding
+    from llmq.inference.decoding import prepare_decoding
+    from llmq.inference.settings import check, effective, read_settings
     from llmq.inference.step import report
     from llmq.models.source import load_config, resolve
     from llmq.models.tokens import model_tokenizer
@@ -61,11 +73,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
-    config = load_config(model_dir)
+    config, stored = load_config(model_dir), read_settings(model_dir)
     tokenizer = model_tokenizer(model_dir, config)
     with reading(model_dir, "its tokenizer cannot read the prompt", "give another --prompt"):
         prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
-    max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], config)
+    is_sampled = args.temperature > NO_TEMPERATURE
+    check({**stored, "do_sample": is_sampled}, args.device.partition(":")[0])  # before any weight
+    max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], config, stored)
     model = prepare_decoding(
         load(
             model_dir,
@@ -78,39 +92,50 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     check_vocabulary(prompt, model.config.get_text_config().vocab_size, "--prompt")
     torch.manual_seed(args.seed)
-    streamer = None if args.json else TextStreamer(tokenizer)  # type: ignore[no-untyped-call]
+    first_look = _FirstLook(args.model, model.dtype)
+    options = _options(args.temperature, model, tokenizer)
+    settings = effective(model, options)
+    n_sequences = settings["num_return_sequences"] or 1
+    is_streamed = not args.json and n_sequences == 1 and (settings["num_beams"] or 1) == 1
+    streamer = TextStreamer(tokenizer) if is_streamed else None  # type: ignore[no-untyped-call]
     started = time.perf_counter()
-    output = running(args.model)(generate)(
+    sequences = running(args.model)(_generated)(
         model,
         prompt.to(model.device),
         max_new_tokens,
-        streamer=streamer,
-        pad_token_id=tokenizer.eos_token_id,
-        **_sampling(args, model.dtype),
-    )[0]
-    speed = _speed(model, len(output) - prompt.shape[1], time.perf_counter() - started)
+        {**options, "streamer": streamer, "logits_processor": first_look.as_processors()},
+    )
+    seconds = time.perf_counter() - started
+    n_prompt = prompt.shape[1] if first_look.n_prompt is None else first_look.n_prompt
+    ends = [_end(row, n_prompt, settings) for row in sequences]
+    texts = [
+        tokenizer.decode(row[:end], skip_special_tokens=True)
+        for row, end in zip(sequences, ends, strict=True)
+    ]
+    speed = _speed(model, ends[0] - n_prompt, seconds)
     print(
         f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: {speed['tokens_per_second']:.1f} tokens/s, {speed['weight_gb_per_second']:.2f} GB/s of weights",
         file=sys.stderr,
     )
     return {
-        "text": tokenizer.decode(output, skip_special_tokens=True),
+        "text": texts[0],
+        "texts": texts,
         **speed,
         "backends": backends_in_use(model),
         "recorded_steps": report(model),
-    }, ""
+    }, "" if is_streamed else "\n".join(texts)
 
 
-def _new_tokens(asked: int | None, n_prompt: int, config: Any) -> int:
-    """How many tokens at most. Raises `LlmqError` for an empty prompt and for more than the model
-    has positions for."""
+def _new_tokens(asked: int | None, n_prompt: int, config: Any, stored: Mapping[str, Any]) -> int:
+    """How many tokens at most: those asked for, else those that the generation config says. Raises
+    `LlmqError` for an empty prompt and for more than the model has positions for."""
     from llmq.errors import LlmqError
     from llmq.models.arch import check_length, position_limit
 
     if n_prompt == 0:
         raise LlmqError("--prompt: no tokens; give some text to go on from")
     left = (position_limit(config) or n_prompt + DEFAULT_NEW_TOKENS) - n_prompt
-    n_new = asked or max(1, min(DEFAULT_NEW_TOKENS, left))
+    n_new = asked or max(1, min(_stored_new_tokens(n_prompt, stored), left))
     remedy = f"give --max-new-tokens {left} or less" if left > 0 else "give a shorter --prompt"
     check_length(
         config, n_prompt + n_new, f"--prompt of {n_prompt} tokens and {n_new} new ones", remedy
@@ -118,34 +143,115 @@ def _new_tokens(asked: int | None, n_prompt: int, config: Any) -> int:
     return n_new
 
 
-def _sampling(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
-    """How `generate` picks a token, and a check of the first one's logits: the likeliest of NaNs is
-    the first token of the vocabulary, and looks like an answer."""
-    from transformers import LogitsProcessorList
+def _stored_new_tokens(n_prompt: int, stored: Mapping[str, Any]) -> int:
+    """By the generation config: its `max_new_tokens`, else the default within its `max_length`."""
+    from llmq.errors import LlmqError
 
-    from llmq.errors import VerificationError
-    from llmq.evaluation.perplexity import not_finite
+    n_new, most = stored["max_new_tokens"], stored["max_length"]
+    if n_new is not None:
+        return int(n_new)
+    if most is not None and most <= n_prompt:
+        raise LlmqError(
+            f"--prompt of {n_prompt} tokens: the generation config has max_length {most}, with the prompt; give --max-new-tokens, which goes before it"
+        )
+    return DEFAULT_NEW_TOKENS if most is None else min(DEFAULT_NEW_TOKENS, most - n_prompt)
 
-    is_first = True
 
-    def check(input_ids: Tensor, scores: Tensor) -> Tensor:
-        nonlocal is_first
-        # Minus infinity is how a generation config suppresses tokens.
-        if is_first and not bool((scores < math.inf).all()):
+def _options(temperature: float, model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
+    """What goes before the generation config of `model`."""
+    stored = model.generation_config
+    assert stored is not None
+    options: dict[str, Any] = {
+        "do_sample": temperature > NO_TEMPERATURE,
+        "return_dict_in_generate": False,
+        "output_scores": False,
+        "output_logits": False,
+        "output_attentions": False,
+        "output_hidden_states": False,
+    }
+    if temperature > NO_TEMPERATURE:
+        options["temperature"] = temperature
+    if stored.stop_strings or stored.token_healing:
+        options["tokenizer"] = tokenizer
+    if stored.pad_token_id is None and stored.eos_token_id is None:
+        # Rows of several texts end with something.
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        options["pad_token_id"] = next(token for token in pads if token is not None)
+    return options
+
+
+def _generated(
+    model: PreTrainedModel, prompt: Tensor, max_new_tokens: int, options: dict[str, Any]
+) -> list[list[int]]:
+    """Token ids of every text, the prompt's among them. All of the prompt counts, whatever its ids
+    are: transformers would guess padding where one is that of the padding. Raises `LlmqError` with
+    the keys that it can be about when transformers cannot do what the generation config says."""
+    import torch
+
+    from llmq.errors import LlmqError
+    from llmq.inference.decoding import generate
+    from llmq.inference.settings import explain
+    from llmq_kernels.errors import SettingError
+
+    stored = model.generation_config
+    assert stored is not None
+    try:
+        output = generate(
+            model, prompt, max_new_tokens, attention_mask=torch.ones_like(prompt), **options
+        )
+    except (LlmqError, SettingError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        says = stored.to_diff_dict()
+        if not set(says) - _USUAL:  # nothing to blame: a defect
+            raise
+        raise LlmqError(f"generation config of the model: {explain(error, says)}") from error
+    sequences: list[list[int]] = output.tolist()
+    return sequences
+
+
+class _FirstLook:
+    """A logits processor that changes nothing: it notes how long the prompt is, which healing its
+    last token changes, and refuses logits that are no numbers: the likeliest of NaNs is the first
+    token of the vocabulary, and looks like an answer. Minus infinity is how a generation config
+    suppresses tokens."""
+
+    def __init__(self, model: str, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        self.n_prompt: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        from llmq.errors import VerificationError
+        from llmq.evaluation.perplexity import not_finite
+
+        if self.n_prompt is None and not bool((scores < math.inf).all()):
             raise VerificationError(
-                f"{args.model}: the logits after the prompt are {not_finite(dtype)}"
+                f"{self._model}: the logits after the prompt are {not_finite(self._dtype)}"
             )
-        is_first = False
+        n_tokens = input_ids.shape[1]
+        # Speculative decoding tries later tokens first.
+        self.n_prompt = n_tokens if self.n_prompt is None else min(self.n_prompt, n_tokens)
         return scores
 
-    # Closer to 0 a score over the temperature leaves float32, and only the likeliest token is left
-    # anyway.
-    how = (
-        {"do_sample": True, "temperature": args.temperature}
-        if args.temperature > 1e-6
-        else {"do_sample": False}
-    )
-    return {**how, "logits_processor": LogitsProcessorList([check])}
+    def as_processors(self) -> Any:
+        from transformers import LogitsProcessorList
+
+        return LogitsProcessorList([self])
+
+
+def _end(row: Sequence[int], n_prompt: int, settings: Mapping[str, Any]) -> int:
+    """Where a text ends: behind its first end of sequence, else before what fills its row up."""
+    eos = settings["eos_token_id"]
+    ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    end = next((i + 1 for i in range(n_prompt, len(row)) if row[i] in ids), None)
+    if end is not None:
+        return end
+    end, is_alone = len(row), (settings["num_return_sequences"] or 1) == 1
+    while end > n_prompt and (
+        row[end - 1] < 0 or (row[end - 1] == settings["pad_token_id"] and not is_alone)
+    ):
+        end -= 1
+    return end
 
 
 def _speed(model: PreTrainedModel, n_new: int, seconds: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from llmq.inference.attention import use_decode_attention
 from llmq.inference.cache import in_place_cache
 from llmq.inference.fuse import fuse_shared_inputs
 from llmq.inference.head import quantize_head
+from llmq.inference.settings import check, effective, takes_in_place_cache
 from llmq.inference.step import use_recorded_steps
 
 
@@ -29,13 +30,16 @@ def prepare_decoding(model: PreTrainedModel, *, head_bits: int | None = None) ->
 
 
 @torch.inference_mode()
-def generate(
-    model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, **options: Any
-) -> Tensor:
-    """transformers' own `generate` for `input_ids` `[B, T]` with a cache that is written in place;
-    returns `[B, T + new]`. options: anything that `generate` takes."""
-    cache = in_place_cache(model.config, input_ids.shape[1] + max_new_tokens)
-    output: Any = model.generate(
-        input_ids, max_new_tokens=max_new_tokens, past_key_values=cache, **options
-    )  # type: ignore[operator]
-    return output
+def generate(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Any:
+    """transformers' own `generate` for `input_ids` `[B, T]`: the same tokens, `[B, T + new]`, or
+    the object it returns where the settings ask for one. Where it would make its default cache, it
+    gets one that is written in place. options: anything that `generate` takes; they go before the
+    model's generation config. Raises `LlmqError` for settings that cannot work here."""
+    settings = effective(model, options)
+    check(settings, model.device.type, remote_code=options.get("custom_generate") is not None)
+    if takes_in_place_cache(model, settings, options):
+        n_tokens = input_ids.shape[1] + max_new_tokens
+        options["past_key_values"] = in_place_cache(model.config, n_tokens)
+        if settings["cache_implementation"] == "dynamic":
+            options["cache_implementation"] = None  # it is what this cache is, beside which it errs
+    return model.generate(input_ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]

@@ -38,6 +38,7 @@ _HARMLESS = {
     "use_cache",
     "cache_position",
     "return_dict",
+    "tokenizer",  # `generate` passes it on where strings stop it
 }  # arguments that change nothing for one token with a cache
 
 

@@ -12,26 +12,8 @@ from random import Random
 from typing import Any
 
 HOSTILE_TEXT = "\x1b[31mred\x1b[0m\u202egnp\r\n\x00\x07"
-KEYS = """_attn_implementation activations architectures attention_bias attention_dropout auto_map
-bos_token_id cache_implementation chat_template chunk_size_feed_forward dtype do_sample
-eos_token_id final_logit_softcapping forced_bos_token_id head_dim hidden_act hidden_size id2label
-initializer_range intermediate_size is_decoder kv_bits layer_types max_length
-max_position_embeddings max_time min_length model_type n_embd n_head n_inner n_layer n_positions
-num_attention_heads num_beams num_experts num_hidden_layers num_key_value_heads num_labels
-num_return_sequences pad_token_id penalty_alpha problem_type pruned_heads quantization_config
-query_pre_attn_scalar repetition_penalty rms_norm_eps rope_parameters rope_scaling rope_theta
-sliding_window sub_configs suppress_tokens temperature text_config tie_word_embeddings
-tokenizer_class top_k top_p torch_dtype transformers_version use_cache vocab_size bits group_size
-sym desc_act format checkpoint_format dynamic exceptions spec version modules_to_not_convert
-linear_class quantization_mode model normalizer pre_tokenizer post_processor decoder added_tokens
-truncation padding vocab merges unk_token byte_fallback extra_special_tokens bos_token eos_token
-model_max_length model_input_names rules method samples damping weight_map metadata""".split()
-WORDS = """llama gpt2 gemma3_text qwen2 mamba t5 mixtral bert llava gptq gptq_v2 llmq bitnet awq
-compressed-tensors int4 int8 ternary float16 bfloat16 int8-static int8-token offline online
-LlamaTokenizer GPT2Tokenizer PreTrainedTokenizerFast BertTokenizer LlamaForCausalLM
-LlamaForSequenceClassification silu gelu relu2 sdpa eager flash_attention_2 default linear dynamic
-yarn longrope llama3 full_attention sliding_attention static quantized offloaded BPE WordPiece
-Unigram WordLevel ByteLevel Metaspace Split Sequence Replace TemplateProcessing Isolated""".split()
+KEYS = ["_attn_implementation", "activations", "architectures", "attention_bias", "attention_dropout", "auto_map", "bos_token_id", "cache_implementation", "chat_template", "chunk_size_feed_forward", "dtype", "do_sample", "eos_token_id", "final_logit_softcapping", "forced_bos_token_id", "head_dim", "hidden_act", "hidden_size", "id2label", "initializer_range", "intermediate_size", "is_decoder", "kv_bits", "layer_types", "max_length", "max_position_embeddings", "max_time", "min_length", "model_type", "n_embd", "n_head", "n_inner", "n_layer", "n_positions", "num_attention_heads", "num_beams", "num_experts", "num_hidden_layers", "num_key_value_heads", "num_labels", "num_return_sequences", "pad_token_id", "penalty_alpha", "problem_type", "pruned_heads", "quantization_config", "query_pre_attn_scalar", "repetition_penalty", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "sub_configs", "suppress_tokens", "temperature", "text_config", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers_version", "use_cache", "vocab_size", "bits", "group_size", "sym", "desc_act", "format", "checkpoint_format", "dynamic", "exceptions", "spec", "version", "modules_to_not_convert", "linear_class", "quantization_mode", "model", "normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens", "truncation", "padding", "vocab", "merges", "unk_token", "byte_fallback", "extra_special_tokens", "bos_token", "eos_token", "model_max_length", "model_input_names", "rules", "method", "samples", "damping", "weight_map", "metadata"]
+WORDS = ["llama", "gpt2", "gemma3_text", "qwen2", "mamba", "t5", "mixtral", "bert", "llava", "gptq", "gptq_v2", "llmq", "bitnet", "awq", "compressed-tensors", "int4", "int8", "ternary", "float16", "bfloat16", "int8-static", "int8-token", "offline", "online", "LlamaTokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast", "BertTokenizer", "LlamaForCausalLM", "LlamaForSequenceClassification", "silu", "gelu", "relu2", "sdpa", "eager", "flash_attention_2", "default", "linear", "dynamic", "yarn", "longrope", "llama3", "full_attention", "sliding_attention", "static", "quantized", "offloaded", "BPE", "WordPiece", "Unigram", "WordLevel", "ByteLevel", "Metaspace", "Split", "Sequence", "Replace", "TemplateProcessing", "Isolated"]
 PATTERNS = [
     "(a+)+$",
     "(a|aa)+$",

@@ -81,7 +81,8 @@ def _told_warnings() -> Iterator[list[str]]:
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, LlmqWarning):
+            is_own = issubclass(category, LlmqWarning)
+            if is_own or category.__module__ == "llmq_kernels.errors":  # which imports torch
                 told.append(str(message))
                 print(f"llmq: warning: {message}", file=sys.stderr)
             else:

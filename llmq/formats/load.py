@@ -15,6 +15,7 @@ from llmq.formats import hf_quantizer
 from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, resolve
 from llmq.modules import quantized_modules
+from llmq_kernels import restricted
 from llmq_kernels.compute import MODES, default_mode, refusal
 
 _DTYPES = {
@@ -82,6 +83,7 @@ def load(
     Raises `LlmqError` when anything is missing, left over or damaged."""
     if dtype not in _DTYPES:
         raise LlmqError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    restricted.adapt()
     compute = _checked_compute(compute, device)
     model_dir = resolve(model, revision)
     config = load_config(model_dir)

@@ -96,11 +96,13 @@ def _told_warnings() -> Iterator[list[str]]:
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, LlmqWarning) and str(message) in told:
-                return  # of a model that is loaded more than once
-            if issubclass(category, LlmqWarning):
-                told.append(one_line(message))
-                print(f"llmq: warning: {told[-1]}", file=sys.stderr)
+            # A warning of the kernels is known by its module, which imports torch.
+            is_own = issubclass(category, LlmqWarning)
+            if is_own or category.__module__ == "llmq_kernels.errors":
+                line = one_line(message)
+                if line not in told:  # else of a model that is loaded more than once
+                    told.append(line)
+                    print(f"llmq: warning: {line}", file=sys.stderr)
             else:
                 others(message, category, *where, **more)
 

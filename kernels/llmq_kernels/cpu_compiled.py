@@ -10,7 +10,6 @@ token, and up to twice the speed of int4pack for one token."""
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from llmq_kernels import capability, cpu, jit
 from llmq_kernels.capability import FLOATS, Takes
 from llmq_kernels.codes import CODES
 from llmq_kernels.cpu_layout import BAND, Layout, arrange, arrange_scale, restore_codes
+from llmq_kernels.errors import KernelDied
 from llmq_kernels.packing import pack, unpack
 from llmq_kernels.reference import activation_group, quantize_static
 from llmq_kernels.weight import PackedWeight
@@ -93,7 +93,6 @@ def int8_machine_refusal() -> str | None:
     return jit.missing() or (None if int8_form() else "this CPU has no AVX2")
 
 
-@cache
 def int8_form() -> str | None:
     """The widest form of the integer kernels that this CPU runs."""
     return next((form for form in INT8_FORMS if jit.supports(form)), None)
@@ -236,7 +235,8 @@ def int8_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     """`x @ W.T` for x `[M, K]`, quantized on the way; sums are exact within groups and float32
     between them."""
     form = int8_form()
-    assert form is not None
+    if form is None:
+        raise KernelDied(f"no form of the integer kernels runs here: {int8_machine_refusal()}")
     if "shift" in state:
         return int8_product(x, weight, state, form).add_(state["shift"]).to(x.dtype)
     return int8_product(x, weight, state, form, dtype=x.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import jit
+from llmq_kernels.errors import KernelDied
 from llmq_kernels.recording import NotRecordable
 
 LANES = 16
@@ -47,7 +48,13 @@ def attention_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"it takes one query token and heads of a multiple of 32 columns only, not {list(query.shape)}"
     if key.stride(3) != 1 or value.stride(3) != 1:
         return "it takes keys and values whose columns lie side by side only"
-    return missing()
+    if reason := missing():
+        return reason
+    try:
+        _kernel("cpu_attention", "decode_kernel", query.shape[3])
+    except NotRecordable as error:
+        return str(error)
+    return None
 
 
 def score_buffer(key: Tensor) -> Tensor:
@@ -177,4 +184,7 @@ def _kernel(module: str, function: str, *parameters: object) -> jit.Kernel:
     chosen = form()
     if chosen is None:
         raise NotRecordable(str(missing()))
-    return jit.kernel(chosen, module, function, *parameters)
+    try:
+        return jit.kernel(chosen, module, function, *parameters)
+    except KernelDied as error:
+        raise NotRecordable(str(error)) from None

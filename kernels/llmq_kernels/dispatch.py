@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq_kernels import capability, cpu, cpu_compiled, reference, triton_backend
+from llmq_kernels import capability, cpu, cpu_compiled, reference, restricted, triton_backend
 from llmq_kernels.capability import Takes
 from llmq_kernels.codes import Code
 from llmq_kernels.decoding import add_bias
-from llmq_kernels.errors import SettingError
+from llmq_kernels.errors import KernelDied, SettingError
 from llmq_kernels.weight import PackedWeight
 
 State = dict[str, Tensor]
@@ -68,7 +68,8 @@ class Backend:
         )
 
 
-def _reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
+def reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
+    """`x @ W.T` in x's dtype, by the specification."""
     if weight.activations == "int8-token":
         return reference.matmul(reference.fake_quantize_tokens(x), weight.dequantize()).to(x.dtype)
     if weight.activations == "int8-static":
@@ -163,7 +164,7 @@ BACKENDS: tuple[Backend, ...] = (
         (capability.EVERYTHING,),
         _no_obstacle,
         lambda weight, dtype: {},
-        _reference_linear,
+        reference_linear,
         lambda weight, state: weight.packed,
     ),
 )
@@ -182,6 +183,7 @@ def backend_named(name: str) -> Backend:
 def select_backend(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Backend:
     """The backend for activations of `dtype` on `device`. Raises `SettingError` when `LLMQ_BACKEND`
     names one that is unknown or refuses the weight, or no backend takes it."""
+    restricted.adapt()
     asked = os.environ.get("LLMQ_BACKEND")
     if not asked:
         reason: str | None = None
@@ -205,6 +207,9 @@ class PreparedWeight:
     arguments of `llmq::linear`."""
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> None:
+        self._bind(weight, dtype, device)
+
+    def _bind(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> None:
         self.backend = select_backend(weight, dtype, device)
         self.dtype, self.device = dtype, device
         self.state = self.backend.prepare(weight, dtype)
@@ -237,15 +242,20 @@ class PreparedWeight:
         returns `[..., N]` in x's dtype."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return torch.ops.llmq.linear(x, self.tensors, self.layout, bias)
-        return _product(self.backend, x, self.weight, self.state, bias)
+        try:
+            return _product(self.backend, x, self.weight, self.state, bias)
+        except KernelDied:  # its form is not offered any more
+            self._bind(_canonical(self.backend, self.weight, self.state), self.dtype, self.device)
+            return self.linear(x, bias)
 
     def canonical_packed(self) -> Tensor:
         """The canonical words, whatever the backend made of them."""
-        return (
-            self.backend.restore(self.weight, self.state)
-            if "packed" in self.state
-            else self.weight.packed
-        )
+        return _canonical(self.backend, self.weight, self.state).packed
+
+
+def _canonical(backend: Backend, weight: PackedWeight, state: State) -> PackedWeight:
+    """The weight with the canonical words."""
+    return replace(weight, packed=backend.restore(weight, state)) if "packed" in state else weight
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -298,7 +308,10 @@ def _rebuild(tensors: list[Tensor], layout: str) -> tuple[Backend, PackedWeight,
 @torch.library.custom_op("llmq::linear", mutates_args=())
 def _linear_op(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
     backend, weight, state = _rebuild(tensors, layout)
-    return _product(backend, x, weight, state, bias)
+    try:
+        return _product(backend, x, weight, state, bias)
+    except KernelDied:
+        return linear(x.detach(), _canonical(backend, weight, state), bias)
 
 
 @_linear_op.register_fake
@@ -312,15 +325,7 @@ def _gradient_op(gradient: Tensor, tensors: list[Tensor], layout: str) -> Tensor
     if backend.dequantize is not None:
         values = backend.dequantize(weight, state, gradient.dtype)
     else:
-        values = (
-            (
-                replace(weight, packed=backend.restore(weight, state))
-                if "packed" in state
-                else weight
-            )
-            .dequantize()
-            .to(gradient.dtype)
-        )
+        values = _canonical(backend, weight, state).dequantize().to(gradient.dtype)
     return gradient @ values
 
 

@@ -171,6 +171,7 @@ class Emitter:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = ("counter", *arguments)
+        self.addresses: set[str] = set()  # those of them that are
         self.module = ir.Module("llmq")
         function = ir.Function(self.module, ir.FunctionType(VOID, [POINTER]), "kernel")
         self.builder = ir.IRBuilder(function.append_basic_block("entry"))
@@ -195,6 +196,7 @@ class Emitter:
 
     def pointer(self, name: str) -> Value:
         """An argument as an address."""
+        self.addresses.add(name)
         return Value(self, self.builder.inttoptr(self.argument(name).raw, POINTER))
 
     def at(self, base: Value, offset: Value | int) -> Value:
@@ -317,9 +319,10 @@ class Emitter:
             yield
 
     def finish(self) -> str:
-        """The kernel as LLVM's text."""
+        """The kernel as LLVM's text, its arguments in a comment in front: addresses with a star."""
         self.builder.ret_void()
-        return str(self.module)
+        names = [f"{name}*" if name in self.addresses else name for name in self.arguments[1:]]
+        return f"; arguments: {' '.join(names)}\n{self.module}"
 
     def _int(self, value: Value | int) -> Value:
         return value if isinstance(value, Value) else self.constant(I64, value)

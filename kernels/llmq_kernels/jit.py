@@ -1,9 +1,10 @@
 """From LLVM's text to code that runs on torch's own threads.
 
 llvmlite, a pip package, compiles; nobody needs a C compiler. The machine code is kept in the user's
-cache folder (`LLMQ_CACHE_DIR`, else `$XDG_CACHE_HOME/llmq`, else `~/.cache/llmq`) under a hash of
-the kernel's text, the target and LLVM's version, so a warm start loads a file; a folder that cannot
-be written costs a compilation per process and nothing else.
+cache folder (`cache`) under a hash of the kernel's text, the target and LLVM's version, so a warm
+start loads a file; without a folder that is safe each process compiles for itself. What was just
+compiled runs in a child process first (`object_check`). Where memory may not be made executable
+(`execution`), or a probe died, the forms concerned are not offered and their callers take others.
 
 Threads: kernels run in the OpenMP pool that torch itself uses, started through libgomp's
 `GOMP_parallel` (LLVM's and Intel's OpenMP have it too) as found from libtorch_cpu. So one thread
@@ -13,13 +14,12 @@ lock."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import importlib
-import os
 import platform
 import struct
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -29,7 +29,9 @@ from pathlib import Path
 
 import torch
 
-from llmq_kernels.cache import cache_dir
+from llmq_kernels import execution, object_check
+from llmq_kernels.cache import Unsafe, cache_dir, private_folder, seal, unseal, write_private
+from llmq_kernels.errors import KernelDied, tell
 
 # x86 levels that kernels are written for. The features are what LLVM may use in the compiled code.
 AVX2 = "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt"
@@ -48,11 +50,9 @@ def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"its kernels are written for x86-64, not {platform.machine()}"
-    return (
-        None
-        if find_spec("llvmlite")
-        else "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)"
-    )
+    if not find_spec("llvmlite"):
+        return "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)"
+    return execution.forbidden()
 
 
 @cache
@@ -65,16 +65,47 @@ def cpu_flags() -> frozenset[str]:
 
 @cache
 def supports(form: str) -> bool:
-    """Whether this CPU can run a form."""
+    """Whether this process can run a form: the CPU says so, and its smallest kernel does."""
     if missing() is not None or not cpu_flags().issuperset(FORMS[form].replace("+", "").split(",")):
         return False
-    return form != "amx" or _tiles_allowed()
+    if form == "amx" and not _tiles_allowed():
+        return False
+    try:
+        _object_code(form, *_SMALLEST)
+    except KernelDied:
+        return False
+    return form not in _dead
+
+
+# The kernel that stands for its form, and why forms whose probe died are not offered.
+_SMALLEST = ("cpu_decode", "add_kernel", ())
+_dead: dict[str, str] = {}
+
+
+def deaths() -> dict[str, str]:
+    """Form -> why it is not offered although the CPU has it."""
+    return dict(_dead)
+
+
+def look_again() -> str | None:
+    """Why nothing can be compiled here, or None, asked of the system anew."""
+    if missing() is None and execution.forbidden():
+        missing.cache_clear()
+        supports.cache_clear()
+    return missing()
+
+
+def _bury(form: str, reason: str) -> KernelDied:
+    _dead[form] = reason
+    supports.cache_clear()
+    tell(f"llmq's compiled kernels for {form} are not used: {reason}")
+    return KernelDied(f"kernels for {form} cannot run here: {reason}")
 
 
 def obstacle(form: str, otherwise: str) -> str | None:
     """Why kernels of a form cannot run here, or None. otherwise: what is said where only the CPU
     is in the way."""
-    return missing() or (None if supports(form) else otherwise)
+    return missing() or (None if supports(form) else _dead.get(form, otherwise))
 
 
 def _tiles_allowed() -> bool:
@@ -134,26 +165,77 @@ def _sources() -> bytes:
 
 
 def _object_code(form: str, module: str, function: str, parameters: tuple[object, ...]) -> bytes:
-    """Machine code from the cache, or written, compiled and put there. A warm start does not even
-    write the kernel's text."""
-    key = hashlib.sha256(
-        _sources() + repr((form, platform.system(), module, function, parameters)).encode()
-    ).hexdigest()[:32]
-    path = cache_dir() / "kernels" / f"{key}.o"
-    try:
-        return path.read_bytes()
-    except OSError:
-        machine = _machine(form)
-        optimized = _optimized(kernel_text(module, function, *parameters), machine)
-        code: bytes = machine.emit_object(optimized)  # type: ignore[attr-defined]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)  # whole or not at all, whoever else writes it
-    except OSError:
-        pass  # a cache that cannot be written is no error
+    """Machine code from the cache, or written, compiled, tried and put there. A warm start does not
+    even write the kernel's text. Raises `KernelDied`."""
+    what = repr((form, platform.system(), module, function, parameters))
+    key = hashlib.sha256(_sources() + what.encode()).digest()
+    folder = _folder()
+    path = None if folder is None else folder / f"{key.hex()[:32]}.o"
+    if path is not None:
+        try:
+            return unseal(path, key)
+        except FileNotFoundError:
+            pass
+        except Unsafe as error:
+            tell(f"{error}; kernel {module}.{function} is compiled again")
+    machine = _machine(form)
+    text = kernel_text(module, function, *parameters)
+    code: bytes = machine.emit_object(_optimized(text, machine))  # type: ignore[attr-defined]
+    _try(form, code, text)
+    if path is not None:
+        try:
+            write_private(path, seal(key, code))
+        except OSError as error:
+            tell(f"{path} cannot be written ({error.strerror}); every process compiles for itself")
     return code
+
+
+_untried = False
+
+
+def use_untried() -> None:
+    """Load what is compiled without a probe, and keep none of it: for processes that are
+    probes."""
+    global _untried
+    _untried = True
+
+
+def _folder() -> Path | None:
+    """Where compiled kernels are kept, or None where that is not safe or not possible."""
+    if _untried:
+        return None
+    try:
+        return private_folder(cache_dir() / "kernels", create=True)
+    except Unsafe as error:
+        told = str(error)
+    except OSError as error:
+        told = f"{error.filename or cache_dir()} cannot be used ({error.strerror})"
+    tell(f"{told}; compiled kernels are not kept, every process compiles for itself")
+    return None
+
+
+def cache_obstacle() -> str | None:
+    """Why compiled kernels are not kept, or None."""
+    try:
+        private_folder(cache_dir() / "kernels")
+    except FileNotFoundError:
+        return None  # it will be made
+    except (Unsafe, OSError) as error:
+        return str(error)
+    return None
+
+
+def _try(form: str, code: bytes, text: str) -> None:
+    """Run a fresh object in a child process. Raises `KernelDied`."""
+    if _untried:
+        return
+    try:
+        reason = object_check.refusal(code, text)
+    except OSError as error:
+        tell(f"fresh kernels are used untried: no process can be started ({error.strerror})")
+        return
+    if reason:
+        raise _bury(form, reason)
 
 
 def kernel_text(module: str, function: str, *parameters: object) -> str:
@@ -163,13 +245,17 @@ def kernel_text(module: str, function: str, *parameters: object) -> str:
     return text
 
 
+atexit.register(object_check.close)
 _ENGINES: list[object] = []  # keeps the code alive
 
 
-def _load(code: bytes, symbol: str) -> int:
-    """The address of a function of an object file."""
+def _load(form: str, code: bytes, symbol: str) -> int:
+    """The address of a function of an object file. Raises `KernelDied` where loading would end the
+    process."""
     from llvmlite import binding
 
+    if reason := look_again():
+        raise KernelDied(f"kernels for {form} cannot be loaded: {reason}")
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine("avx2"))
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -255,9 +341,8 @@ class Kernel:
 
 @cache
 def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
-    """The kernel whose text `llmq_kernels.module.function(*parameters)` writes."""
-    if not supports(form):
-        raise RuntimeError(
-            f"kernel {module}.{function}: this CPU or system cannot run its {form} form; ask jit.supports first"
-        )
-    return Kernel(_load(_object_code(form, module, function, parameters), "kernel"))
+    """The kernel whose text `llmq_kernels.module.function(*parameters)` writes. Raises `KernelDied`
+    where this process cannot run it."""
+    if reason := obstacle(form, "this CPU or system has no such instructions"):
+        raise KernelDied(f"kernel {module}.{function} cannot run in its {form} form: {reason}")
+    return Kernel(_load(form, _object_code(form, module, function, parameters), "kernel"))

@@ -15,7 +15,6 @@ out by arithmetic."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -24,7 +23,8 @@ from typing import Any
 
 import torch
 
-from llmq_kernels.cache import cache_dir
+from llmq_kernels.cache import Unsafe, cache_dir, private_folder, read_private, write_private
+from llmq_kernels.errors import tell
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ CHIPS: dict[str, Chip] = {
 # loses most where its multiplications are weakest. Tuning replaces them.
 FUSED_MAX_ROWS = {"sm_80": 256, "sm_89": 128, "sm_90": 512, "sm_100": 512, "gfx942": 128}
 GEMV_MAX_ROWS = 4
+METHODS = ("gemv", "gemm", "dequantize")
 
 
 @dataclass(frozen=True)
@@ -243,17 +244,38 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name.lower())
 
 
-def _read(path: Path) -> dict[str, Choice]:
-    if not path.is_file():
-        return {}
+_MOST = 1 << 16  # of any size in a choice
+
+
+def _choice(value: Any) -> Choice:
+    """Raises `ValueError` or `TypeError` for what is no choice."""
+    choice = Choice(**value)
+    sizes = {**asdict(choice)}
+    if sizes.pop("method") not in METHODS:
+        raise ValueError(f"method {str(choice.method)[:40]!r}")
+    for name, size in sizes.items():
+        is_size = type(size) is int and 0 < size <= _MOST
+        if not is_size or (name not in ("split_k", "stages") and size & (size - 1)):
+            raise ValueError(f"{name} {str(size)[:40]}")
+    return choice
+
+
+def _read(path: Path, *, of_user: bool) -> dict[str, Choice]:
+    """The choices in a file; none, and a warning, where it is damaged, or, in the user's cache,
+    not to be trusted."""
     try:
-        return {
-            key: Choice(**value) for key, value in json.loads(path.read_text())["choices"].items()
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a file of tuned choices ({error}); delete it and tune again with scripts/benchmark_kernels.py --tune"
-        ) from None
+        content = json.loads(
+            read_private(private_folder(path.parent) / path.name) if of_user else path.read_bytes()
+        )
+        return {str(key): _choice(value) for key, value in content["choices"].items()}
+    except FileNotFoundError:
+        return {}
+    except (Unsafe, OSError) as error:
+        told = str(error)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        told = f"{path} is not a file of tuned choices ({type(error).__name__}: {error})"
+    tell(f"{told[:300]}; it is ignored, scripts/benchmark_kernels.py --tune writes a new one")
+    return {}
 
 
 def tuned(chip: Chip) -> dict[str, Choice]:
@@ -261,7 +283,10 @@ def tuned(chip: Chip) -> dict[str, Choice]:
     if chip.name not in _tuned:
         file = f"{slug(chip.name)}.json"
         _tuned[chip.name] = (
-            {**_read(Path(__file__).parent / "tuned" / file), **_read(tuned_dir() / file)}
+            {
+                **_read(Path(__file__).parent / "tuned" / file, of_user=False),
+                **_read(tuned_dir() / file, of_user=True),
+            }
             if chip.name
             else {}
         )
@@ -287,15 +312,19 @@ def forget() -> None:
 def save(chip: Chip, path: Path, details: dict[str, Any]) -> None:
     """Write every measured choice of a GPU, atomically. details: versions and conditions of the
     measurement."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "gpu": chip.name,
         **details,
         "choices": {key: asdict(choice) for key, choice in sorted(tuned(chip).items())},
     }
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        folder = private_folder(path.parent, create=True)
+    except Unsafe as error:
+        if path.parent == tuned_dir():
+            tell(f"{error}; what was measured is not kept there")
+            return
+        folder = path.parent  # a folder of the caller's, which is never read from
+    write_private(folder / path.name, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def tune(

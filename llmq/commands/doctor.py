@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
 
     from llmq import __version__
-    from llmq_kernels import CODES, PackedWeight, pack
-    from llmq_kernels.dispatch import BACKENDS
+    from llmq_kernels import BACKENDS, restricted, trials
 
     devices = [
         f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
@@ -56,27 +55,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     devices += [
         f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
     ]
-    codes, scale = torch.zeros(64, 128, dtype=torch.uint8), torch.ones(64, 1, dtype=torch.float16)
-    backends = {}
+    restricted.adapt()  # warns, where this process cannot run what others can
     places = [torch.device("cpu")] + [
         torch.device("cuda", i) for i in range(torch.cuda.device_count())
     ]
-    for backend in BACKENDS:
-        # Grouped by what a user can change last: the first reason shown is that of 4-bit weights.
-        reasons = [
-            backend.refusal(
-                PackedWeight(
-                    pack(codes, code.bits), scale, None, None, code, 128, (64, 128), activations
-                ),
-                dtype,
-                place,
-            )
-            for place in places
-            for activations in ("none", "int8-token")
-            for code in sorted(CODES.values(), key=lambda code: code.name != "int4")
-            for dtype in (torch.bfloat16, torch.float32)
-        ]
-        backends[backend.name] = None if None in reasons else reasons[0]
+    backends = {backend.name: trials.obstacle(backend, places) for backend in BACKENDS}
     packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
     result: dict[str, Any] = {
         "llmq": __version__,
@@ -85,6 +68,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "packages": packages,
         "devices": devices,
         "backends": {name: reason or "works here" for name, reason in backends.items()},
+        "executable_memory": restricted.reason() or "allowed",
+        "onednn": _onednn(),
         "backend_override": os.environ.get("LLMQ_BACKEND"),
         "compute": os.environ.get("LLMQ_COMPUTE") or "exact",
         "compiled_kernels": _compiled_kernels(),
@@ -96,17 +81,33 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, _text(result)
 
 
+def _onednn() -> str:
+    """Whether torch multiplies with oneDNN in this process."""
+    import torch
+
+    from llmq_kernels import restricted
+
+    if not torch.backends.mkldnn.is_available():
+        return "not in this torch"
+    if torch.backends.mkldnn.enabled:
+        return "works here"
+    return f"off: {restricted.verdict(restricted.ONEDNN) or 'it generates code'}"
+
+
 def _compiled_kernels() -> dict[str, Any]:
     """What the kernels that llmq compiles for the CPU have here."""
     from llmq_kernels import jit
     from llmq_kernels.cache import cache_dir
 
-    reason = jit.missing()
     forms = {
-        form: "works here" if jit.supports(form) else reason or "not on this CPU or system"
-        for form in jit.FORMS
+        form: jit.obstacle(form, "not on this CPU or system") or "works here" for form in jit.FORMS
     }
-    return {"forms": forms, "threads": jit.threads_of(), "cache": str(cache_dir())}
+    return {
+        "forms": forms,
+        "threads": jit.threads_of(),
+        "cache": str(cache_dir()),
+        "cache_state": jit.cache_obstacle() or "used",
+    }
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -122,7 +123,12 @@ def _text(result: dict[str, Any]) -> str:
     )
     compiled = result["compiled_kernels"]
     pairs |= {f"kernels for {form}": state for form, state in compiled["forms"].items()}
-    pairs["compiled kernels"] = f"in {compiled['threads']}, kept in {compiled['cache']}"
+    kept = f"kept in {compiled['cache']}"
+    if compiled["cache_state"] != "used":
+        kept = f"not kept: {compiled['cache_state']}"
+    pairs["compiled kernels"] = f"in {compiled['threads']}, {kept}"
+    pairs["executable memory"] = result["executable_memory"]
+    pairs["oneDNN"] = result["onednn"]
     if result["missing"]:
         pairs["missing"] = (
             f"{', '.join(result['missing'])}: pip install . in a clone of llmq brings them"

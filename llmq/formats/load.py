@@ -21,6 +21,7 @@ from llmq.models.stored import state_ties
 from llmq.modules import quantized_modules
 from llmq.storage.boundary import reading
 from llmq.storage.manifest import check_folder, check_sizes
+from llmq_kernels import restricted
 from llmq_kernels.compute import MODES, default_mode, refusal
 
 _DTYPES = {
@@ -52,6 +53,7 @@ def load(
     `LlmqWarning` otherwise. Raises `LlmqError` when anything is missing or damaged."""
     if dtype not in _DTYPES:
         raise LlmqError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    restricted.adapt()
     compute = _checked_compute(compute, device)
     model_dir = resolve(model, revision)
     (check_folder if verify else check_sizes)(model_dir)

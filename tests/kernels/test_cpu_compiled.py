@@ -350,23 +350,6 @@ def test_every_form_compiles_whatever_this_cpu_is(form, module, parameters, pres
     }  # all that would have to be linked
 
 
-def test_machine_code_is_kept_and_found(tmp_path, monkeypatch):
-    need("avx2")
-    monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path / "cache"))
-    arguments = ("avx2", "cpu_int8", "quantize_kernel", (False,))
-    code = jit._object_code(*arguments)
-    assert [path.read_bytes() for path in (tmp_path / "cache" / "kernels").iterdir()] == [code]
-    monkeypatch.setattr(jit, "kernel_text", lambda *_: pytest.fail("compiled again"))
-    assert jit._object_code(*arguments) == code
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
-    need("avx2")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path / "file"))
-    assert len(jit._object_code("avx2", "cpu_int8", "quantize_kernel", (True,))) > 0
-
-
 def test_any_number_and_kind_of_threads(monkeypatch):
     need("avx2")
     weight = make_weight("int4", 128, 300, 512, activations="int8-group")

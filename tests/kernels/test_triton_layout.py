@@ -7,9 +7,9 @@ import pytest
 import torch
 from packed_weights import make_weight
 
+from llmq_kernels import errors, unpack
 from llmq_kernels import triton_layout as layout
 from llmq_kernels import triton_tuning as tuning
-from llmq_kernels import unpack
 from llmq_kernels.packing import packed_width
 from llmq_kernels.triton_tuning import CHIPS, Choice, Problem
 
@@ -127,12 +127,43 @@ def test_the_fastest_candidate_is_kept_on_disk(gpu):
     assert json.loads(path.read_text())["gpu"] == gpu.name
 
 
-def test_a_damaged_file_names_itself(gpu):
+DAMAGED = {
+    "an unknown field": '{"choices": {"a": {"method": "gemm", "block_q": 3}}}',
+    "an unknown method": '{"choices": {"a": {"method": "guess"}}}',
+    "a size that is none": '{"choices": {"a": {"method": "gemm", "block_n": 48}}}',
+    "a size that is no integer": '{"choices": {"a": {"method": "gemm", "warps": 4.0}}}',
+    "no object": "[]",
+    "cut off": '{"choices": {"a"',
+    "empty": "",
+    "deep": "[" * 200_000,
+    "no text": "\udcff\udcfe",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named_and_ignored(gpu, content):
     path = tuning.tuned_dir() / "some_gpu_3000.json"
     path.parent.mkdir()
-    path.write_text('{"choices": {"a": {"method": "gemm", "block_q": 3}}}')
-    with pytest.raises(ValueError, match=r"some_gpu_3000\.json: not a file of tuned choices"):
-        tuning.choose(Problem("float", 4, 128, "bfloat16", 64, 64, 1), gpu)
+    path.write_text(content, errors="surrogateescape")
+    problem = Problem("float", 4, 128, "bfloat16", 64, 64, 1)
+    errors._told.clear()
+    with pytest.warns(errors.KernelWarning, match=r"some_gpu_3000\.json is not a file of tuned"):
+        assert tuning.choose(problem, gpu) == tuning.default_choice(problem, gpu)
+
+
+def test_a_file_that_others_can_write_is_named_and_ignored(gpu):
+    path, problem = (
+        tuning.tuned_dir() / "some_gpu_3000.json",
+        Problem("float", 4, 128, "bfloat16", 64, 64, 1),
+    )
+    path.parent.mkdir()
+    path.write_text(json.dumps({"choices": {problem.key: {"method": "dequantize"}}}))
+    assert tuning.choose(problem, gpu) == Choice("dequantize")
+    path.chmod(0o666)
+    tuning.forget()
+    errors._told.clear()
+    with pytest.warns(errors.KernelWarning, match=r"can be written by others \(mode 0666"):
+        assert tuning.choose(problem, gpu) == tuning.default_choice(problem, gpu)
 
 
 def test_no_candidate_runs(gpu):

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 import llmq
 from llmq import data
 from llmq.errors import LlmqError, VerificationError
+from llmq.evaluation.position_classes import special_ids
 from llmq.formats import Format, choose_format, format_note
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.kv import quantize_kv
@@ -235,6 +236,9 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             on_block,
             device,
             job.precision(device),
+            special_ids(job.config, load_tokenizer(job.model_dir))
+            if job.recipe.method == "blockwise"
+            else frozenset(),
         ).run(first_block)
         report = _finish(
             job, partial, reader, prefix, first_block, time.monotonic() - started, device
@@ -434,6 +438,7 @@ def quantize(
             on_block,
             device,
             precision,
+            special_ids(model.config),
         ).run()
     quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
     return sink.reports

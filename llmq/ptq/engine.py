@@ -32,13 +32,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError, VerificationError
+from llmq.evaluation.position_classes import is_special
 from llmq.models.arch import find_blocks, linear_weight, weight_as_stored
 from llmq.ptq import rebuild
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.block_check import check_blocks
-from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, tune_block
+from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, ClassErrors, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
-from llmq.ptq.layers import LayerReport, by_spec, n_rows, report_layer, solve, split
+from llmq.ptq.layers import (
+    LayerReport,
+    better_of,
+    by_spec,
+    n_rows,
+    report_layer,
+    solve,
+    split,
+)
 from llmq.ptq.memory import LARGE_BLOCK, map_large_tensors, release_freed_memory
 from llmq.ptq.precision import Precision
 from llmq.ptq.ranges import RangeObserver
@@ -67,7 +76,8 @@ class BlockReport:
     """index, layers, seconds for the block; output_error: squared distance of the quantized block's
     outputs from the full-precision model's on the first batch, relative. start_error, tuned_error:
     mean over tokens of such a distance before and after block-wise tuning; n_skipped_steps: its
-    steps without a finite loss or gradient."""
+    steps without a finite loss or gradient; tuning_by_class: its errors by class of positions;
+    tuning_worse_in: classes that it made worse, so that its start was kept."""
 
     index: int
     layers: list[LayerReport]
@@ -76,6 +86,8 @@ class BlockReport:
     start_error: float | None = None
     tuned_error: float | None = None
     n_skipped_steps: int = 0
+    tuning_by_class: dict[str, ClassErrors] = field(default_factory=dict)
+    tuning_worse_in: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,7 +127,9 @@ class Engine:
     tokens: int64 `[n_sequences, length]`, or None for methods without data. store: stores a block's
     result and returns all of it as read back from there. seal: makes a stored and verified block
     count. on_block: told after each block. precision: what the full-precision stream and block-wise
-    tuning are computed in. finished: blocks of an earlier run, where there can be any."""
+    tuning are computed in. finished: blocks of an earlier run, where there can be any.
+    special_ids: tokens whose positions block-wise tuning must not make worse, whatever it gains
+    elsewhere."""
 
     model: PreTrainedModel
     reader: WeightReader
@@ -129,6 +143,7 @@ class Engine:
     device: str = "cpu"
     precision: Precision = field(default_factory=Precision)
     finished: FinishedBlocks | None = None
+    special_ids: frozenset[int] = frozenset()
     _calls: BlockCalls | None = None
     _untuned: dict[str, tuple[Tensor, LayerStats]] = field(
         default_factory=dict
@@ -316,6 +331,8 @@ class Engine:
                 start_error=tuning.start_error,
                 tuned_error=tuning.error,
                 n_skipped_steps=tuning.n_skipped,
+                tuning_by_class=tuning.by_class,
+                tuning_worse_in=tuning.worse,
             )
         return _Solved(
             report,
@@ -431,6 +448,7 @@ class Engine:
                     layers, split(solved, [n_rows(block, layer) for layer in layers]), strict=True
                 ):
                     original = linear_weight(block.get_submodule(layer))
+                    result = better_of(result, original)
                     if self.tunes and stats is not None:
                         self._untuned[layer] = original.clone(), stats
                     if stats is not None and stats.ranges is not None:
@@ -456,6 +474,7 @@ class Engine:
         """Tune the solved block as a whole: its results, its weights and the reports of its layers
         become those of the tuned ones."""
         assert self._calls is not None
+        assert self.tokens is not None
         recipe, (untuned, self._untuned) = self.recipe, (self._untuned, {})
         seed = (recipe.seed * len(self.blocks) + index) % (1 << 63)
         options = BlockwiseOptions(
@@ -477,12 +496,15 @@ class Engine:
             self.inputs_of(index + 1, "full-precision"),
             self._calls.of(index),
             options,
+            is_special(self.tokens, self.special_ids),
         )
         reports = []
         for layer, tensor in tuning.tensors.items():
             results[layer] = replace(
                 results[layer],
                 tensor=replace(tensor, input_range=results[layer].tensor.input_range),
+                errors=None,  # of the weights that tuning started from
+                is_rounding=results[layer].is_rounding and tensor is start[layer],
             )
             linear_weight(block.get_submodule(layer)).copy_(tensor.dequantize())
             reports.append(

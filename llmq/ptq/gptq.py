@@ -24,6 +24,8 @@ statistics and spec in, codes out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,8 +35,8 @@ from torch import Tensor
 from llmq import quantizer
 from llmq.errors import LlmqError
 from llmq.ptq.refine import refine
-from llmq.ptq.solver import SolverResult
-from llmq.ptq.stats import LayerStats
+from llmq.ptq.solver import RowErrors, SolverResult, stack_errors
+from llmq.ptq.stats import LayerStats, row_errors
 from llmq.qtensor import QuantizedTensor, stack_rows
 from llmq.spec import PER_ROW, PER_TENSOR, QuantSpec
 
@@ -143,6 +145,9 @@ def gptq(
             "Hessian not positive definite",
         )
 
+    errors: list[RowErrors] = []
+    ridge = _ridge(stats.hessian, dead, damping)
+
     def solve_rows(rows: slice) -> QuantizedTensor:
         part = weight[rows]
         if stats.cross is not None and options.alpha:
@@ -153,14 +158,30 @@ def gptq(
         solve.run(factor)
         tensor = solve.result()
         del solve
-        return refine(part, tensor, stats.hessian, options.sweeps) if options.sweeps else tensor
+        with _damped(stats.hessian, ridge):
+            if options.sweeps:
+                tensor = refine(part, tensor, stats.hessian, options.sweeps)
+        rounded = QuantizedTensor.quantize(weight[rows], spec).dequantize().sub_(part)
+        errors.append(
+            RowErrors(
+                row_errors(tensor.dequantize().sub_(part), stats.hessian),
+                row_errors(rounded, stats.hessian),
+            )
+        )
+        return tensor
 
-    # Damped in place and put back exactly: a copy of H would be the largest thing in memory here.
-    damped = stats.hessian.diagonal()
-    damped.add_(_ridge(stats.hessian, dead, damping))
     tensor = stack_rows([solve_rows(rows) for rows in row_blocks(weight, spec)])
-    damped.copy_(diagonal)
-    return SolverResult(tensor, damping, n_dead)
+    return SolverResult(tensor, damping, n_dead, errors=stack_errors(errors))
+
+
+@contextmanager
+def _damped(hessian: Tensor, ridge: Tensor) -> Iterator[None]:
+    """Damp in place and put back exactly: a copy of H would be the largest thing in memory here."""
+    diagonal = hessian.diagonal()
+    before = diagonal.clone()
+    diagonal.add_(ridge)
+    yield
+    diagonal.copy_(before)
 
 
 def row_blocks(weight: Tensor, spec: QuantSpec) -> list[slice]:

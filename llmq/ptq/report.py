@@ -62,7 +62,17 @@ def build_report(
         "seconds": round(seconds, 2),
         "seconds_per_block": [round(block["seconds"], 3) for block in blocks],
         "tuned_blocks": [
-            {key: block[key] for key in ("index", "start_error", "tuned_error", "n_skipped_steps")}
+            {
+                key: block[key]
+                for key in (
+                    "index",
+                    "start_error",
+                    "tuned_error",
+                    "n_skipped_steps",
+                    "tuning_by_class",
+                    "tuning_worse_in",
+                )
+            }
             for block in blocks
             if block["tuned_error"] is not None
         ],

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 import llmq
 from llmq import data
 from llmq.errors import LlmqError, VerificationError
+from llmq.evaluation.position_classes import special_ids
 from llmq.formats import Format, choose_format, format_note
 from llmq.formats.hf_quantizer import state_quantization
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
@@ -26,7 +27,7 @@ from llmq.models.arch import check_length, find_blocks, quantizable_layers
 from llmq.models.identity import hub_id
 from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.shards import ShardReader, check_finite
-from llmq.models.source import load_config, meta_model, resolve
+from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
 from llmq.models.stored import is_text_part, source_model, source_remarks, state_ties
 from llmq.models.tokens import fingerprint, first_token, model_tokenizer
 from llmq.modules import quantized_modules, swap
@@ -253,6 +254,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             device,
             job.precision(device),
             sink,
+            _special_ids(job),
         )
         running(job.model_dir)(engine.run)(first_block, damaged)
         resumed_at = min(first_block, *damaged) if damaged else first_block
@@ -282,6 +284,13 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             f"{out_dir}: written, but {n_fallbacks} of {n_layers} layers fell back to plain rounding, the first being {report['fallbacks'][0]}; use more or other calibration text"
         )
     return report
+
+
+def _special_ids(job: Job) -> frozenset[int]:
+    """Tokens that block-wise tuning watches on their own."""
+    if job.recipe.method != "blockwise":
+        return frozenset()
+    return special_ids(job.config, load_tokenizer(job.model_dir))
 
 
 class _FolderSink:
@@ -494,6 +503,7 @@ def quantize(
             on_block,
             device,
             precision,
+            special_ids=special_ids(model.config),
         ).run()
     quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
     state_ties(model)

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from llmq.qtensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class RowErrors:
+    """Mean squared output errors per token of each row, float64 `[N]`, of the result and of plain
+    rounding, from one and the same target: the weight's own outputs, or these corrected for what
+    the layers before lost."""
+
+    result: Tensor
+    rounding: Tensor
+
+    def rows(self, start: int, stop: int) -> RowErrors:
+        """Those of some rows."""
+        return RowErrors(self.result[start:stop], self.rounding[start:stop])
+
+
+def stack_errors(parts: Sequence[RowErrors]) -> RowErrors:
+    """Those of several parts, one below the other."""
+    return RowErrors(
+        torch.cat([part.result for part in parts]), torch.cat([part.rounding for part in parts])
+    )
 
 
 @dataclass(frozen=True)
 class SolverResult:
     """tensor: the quantized weight. damping: the share of the mean diagonal that the Hessian
     needed. n_dead: columns whose input was always zero. fallback: None, or why plain rounding was
-    used instead."""
+    used instead. is_rounding: plain rounding replaced the result, since it was better. errors: how far from what the solver aimed at, or None if it aimed at nothing but
+    the weight."""
 
     tensor: QuantizedTensor
     damping: float = 0.0
     n_dead: int = 0
     fallback: str | None = None
+    is_rounding: bool = False
+    errors: RowErrors | None = None

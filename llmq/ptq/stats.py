@@ -22,7 +22,7 @@ class LayerStats:
     hessian: float32 `[K, K]`; H is symmetric, so only blocks on and below the diagonal are
     accumulated, and `finish` mirrors them. cross: None, or what the layer's inputs x lack of the
     inputs y that it has in the full-precision model: `C = 2 / n * sum_t (y_t - x_t) x_t^T`, float32
-    `[K, K]`. ranges: extremes and samples of the inputs, for static activation ranges, or None.
+    `[K, K]`. exact_energy: with `projection`, the mean squared length of W y. ranges: extremes and samples of the inputs, for static activation ranges, or None.
     n_tokens: rows counted. n_dropped: rows left out because they held NaN or infinity.
 
     All that a solver wants of C is W C. With `projection`, the layer's weight W `[N, K]`, the
@@ -50,6 +50,7 @@ class LayerStats:
             else None
         )
         self.ranges = ranges
+        self.exact_energy = 0.0
         self.n_tokens = 0
         self.n_dropped = 0
 
@@ -81,6 +82,9 @@ class LayerStats:
             self.hessian[start:, block].addmm_(rows[:, start:].T, rows[:, block], **share)
         if self.cross is not None:
             self.cross.addmm_(exact.T, rows, **share)
+            if self.projection is not None:
+                energy = float(exact.square().sum(dtype=torch.float64)) / n_total
+                self.exact_energy = self.exact_energy * self.n_tokens / n_total + energy
         self.n_tokens = n_total
 
     def finish(self) -> LayerStats:
@@ -95,6 +99,19 @@ class LayerStats:
             )
         return self
 
+    def exact_error(self, weight: Tensor, quantized: Tensor) -> float | None:
+        """Mean squared distance of a quantized layer's outputs Q x from those that its weight W `[N,
+        K]` has in the full-precision model, W y, over the squared length of these; None without
+        `projection`. With R = Q - W it is the mean of |R x|^2 - 2 R x . W (y - x) + |W (y - x)|^2,
+        all of which H, W C and |W y|^2 hold."""
+        if self.cross is None or self.projection is None or not self.exact_energy:
+            return None
+        moved = quantized - weight
+        correlated = float((quantized * self.cross).sum(dtype=torch.float64))
+        own = output_error(weight, self.hessian)
+        distance = output_error(moved, self.hessian) - correlated + self.exact_energy - own
+        return max(0.0, distance) / self.exact_energy
+
     def pull(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """`W C` `[N, K]`: the correlation of a layer's missing output with its input. Weight `[N,
         K]`: these rows of the layer's."""
@@ -102,7 +119,12 @@ class LayerStats:
         return weight @ self.cross if self.projection is None else self.cross[rows]
 
 
+def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """`diag(D H D^T) / 2`, float64 `[N]`: the mean squared output error per token of each row of a
+    weight difference D `[N, K]`."""
+    return ((difference @ hessian) * difference).sum(1, dtype=torch.float64) / 2
+
+
 def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """`tr(D H D^T) / 2`: the mean squared output error per token, summed over rows, of a weight
-    difference D `[N, K]`."""
-    return float(((difference @ hessian) * difference).sum(dtype=torch.float64)) / 2
+    """The same summed over rows."""
+    return float(row_errors(difference, hessian).sum())

@@ -1,0 +1,98 @@
+"""Positions that a mean over tokens does not see: the first of a window, special tokens, and tokens
+whose hidden states are many times longer than others.
+
+Many models park attention on such a position (Xiao et al., 2023: attention sinks; Sun et al., 2024:
+massive activations). It is one of 256, so a mean hardly moves when it breaks, and every later token
+attends to it. Whoever decides between two sets of weights therefore compares them class by class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+CLASSES = ("first", "special", "outlier", "other")
+# Of the median length of hidden states. Lengths of usual tokens lie within a factor of 3 of each
+# other; where there are massive activations they are 50 to 200 times as long.
+OUTLIER_LENGTH = 10.0
+
+
+@dataclass(frozen=True)
+class ClassMean:
+    """Mean of some figure over the positions of a class, and how many there are."""
+
+    n: int
+    mean: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"n_positions": self.n, "mean": self.mean}
+
+
+def special_ids(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> frozenset[int]:
+    """Ids of special tokens: the tokenizer's, and those that the config names."""
+    text_config = config.get_text_config()
+    ids: set[int] = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(text_config, name, None)
+        ids.update(
+            each
+            for each in (value if isinstance(value, list | tuple) else [value])
+            if isinstance(each, int)
+        )
+    return frozenset(ids)
+
+
+def is_special(tokens: Tensor, ids: Collection[int]) -> Tensor:
+    """Where int64 tokens `[...]` are special ones, bool of the same shape."""
+    return torch.isin(tokens, torch.tensor(sorted(ids), dtype=tokens.dtype, device=tokens.device))
+
+
+def classify(special: Tensor, lengths: Tensor | None = None, median: float = 0.0) -> Tensor:
+    """The class of each position, int64 `[B, T]`, as an index into `CLASSES`. Each has one: the
+    first of these that holds.
+
+    special: bool `[B, T]`. lengths: of hidden states, `[B, T]`, whose usual one is `median`; without
+    them no position is an outlier."""
+    classes = torch.full(special.shape, CLASSES.index("other"), device=special.device)
+    if lengths is not None:
+        classes[lengths > OUTLIER_LENGTH * median] = CLASSES.index("outlier")
+    classes[special] = CLASSES.index("special")
+    classes[:, 0] = CLASSES.index("first")
+    return classes
+
+
+def class_means(values: Tensor, classes: Tensor) -> dict[str, ClassMean]:
+    """Mean of float values by class, for those that have positions. Both of one shape."""
+    means = {}
+    for index, name in enumerate(CLASSES):
+        chosen = values[classes == index].double()
+        if len(chosen):
+            means[name] = ClassMean(len(chosen), float(chosen.mean()))
+    return means
+
+
+def worse_classes(before: Mapping[str, ClassMean], after: Mapping[str, ClassMean]) -> list[str]:
+    """Classes with a higher mean after than before, of the same positions."""
+    return [name for name in before if not after[name].mean <= before[name].mean]
+
+
+def clearly_worse(before: Tensor, after: Tensor, classes: Tensor) -> list[str]:
+    """Classes whose mean is higher after than before by more than the standard error of the paired
+    difference: for losses on a sample of text, which scatter even between equal models. All of one
+    shape."""
+    found = []
+    for index, name in enumerate(CLASSES):
+        difference = (after - before)[classes == index].double()
+        if len(difference) < 2:
+            continue
+        error = float(difference.std()) / len(difference) ** 0.5
+        if float(difference.mean()) > error:
+            found.append(name)
+    return found

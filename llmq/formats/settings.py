@@ -28,8 +28,10 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    if not isinstance(settings, dict):
+    if hasattr(settings, "to_dict"):
         settings = settings.to_dict()
+    if not isinstance(settings, dict):
+        raise _wrong("quantization_config", settings, "an object")
     settings = dict(settings)
     method = settings.get("quant_method")
     if method == "auto-round":

@@ -200,6 +200,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default=None, help="cpu or cuda (default: cuda where there is one)"
     )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse layers that would differ from what was asked, and stored tensors that would be left out",
+    )
     parser.add_argument("--revision", help="revision of a Hub model")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output that llmq wrote earlier"
@@ -290,6 +295,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
         teacher=args.teacher,
         rules=tuple(Rule.parse(text) for text in args.rule),
         device=device,
+        strict=args.strict,
     )
     if job.processes.is_main_process:
         for name, note in job.notes.items():

@@ -82,8 +82,9 @@ def save(
     folder appears complete and read back, or not at all. What belongs to the checkpoint comes along
     from the folder that the model was loaded from (see `llmq.storage.companions`).
 
-    tokenizer: in place of that folder's. format: "auto", "gptq", "gptq_v2" or "llmq". Raises `LlmqError` when the model is not quantized,
-    the format cannot hold it, or the output exists."""
+    tokenizer: in place of that folder's. format: "auto", "gptq", "gptq_v2" or "llmq". Raises
+    `LlmqError` when the model is not quantized, the format cannot hold it, or the output
+    exists."""
     quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
     if not quantized:
         raise LlmqError(
@@ -152,10 +153,18 @@ def save(
 def _source_of(model: PreTrainedModel) -> Path | None:
     """The folder that a model was loaded from, or None."""
     name = getattr(model.config, "_name_or_path", None) or getattr(model, "name_or_path", None)
-    folder = Path(name) if name else None
-    if folder is None or not (folder / "config.json").is_file():
+    if not name:
         return None
-    return folder
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:  # of a Hub id, which transformers has read from its cache
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _save_generation_config(model: PreTrainedModel, work_dir: Path) -> None:

@@ -130,8 +130,21 @@ def load_config(model_dir: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         check_supported(config)
         check_buffers(config, path)
+        _refuse_adapter(model_dir)
         _find_quantization(config, model_dir)
     return config
+
+
+def _refuse_adapter(model_dir: Path) -> None:
+    """An adapter beside the weights belongs to the model, and transformers applies it where peft is
+    installed; llmq reads the weights alone."""
+    if not (model_dir / "adapter_config.json").is_file():
+        return
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (model_dir / name).is_file():
+            raise LlmqError(
+                f"{model_dir / name}: an adapter that is not merged into the weights beside it; merge it (peft: merge_and_unload) and save the result, or move it away"
+            )
 
 
 def _find_quantization(config: PretrainedConfig, model_dir: Path) -> None:

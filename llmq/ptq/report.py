@@ -11,7 +11,6 @@ import transformers
 
 import llmq
 from llmq.models.identity import model_name, source_name
-from llmq.models.tokens import FINGERPRINT
 
 if TYPE_CHECKING:
     from llmq.ptq.run import Job
@@ -45,7 +44,6 @@ def build_report(
             "windows": list(job.tokens.tokens.shape),
             "sha256": job.tokens.sha256,
         },
-        FINGERPRINT: None if job.tokens is None else job.tokens.tokenizer_sha256,
         "source_bytes": source_bytes,
         "stored_bytes": stored_bytes,
         "n_quantized_layers": len(layers),

@@ -29,7 +29,7 @@ from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.shards import ShardReader, check_finite
 from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
 from llmq.models.stored import is_text_part, source_model, source_remarks, state_ties
-from llmq.models.tokens import fingerprint, first_token, model_tokenizer
+from llmq.models.tokens import FINGERPRINT, fingerprint, first_token, model_tokenizer
 from llmq.modules import quantized_modules, swap
 from llmq.ptq.budget import stored_bytes, work_bytes
 from llmq.ptq.engine import BlockReport, BlockResult, Engine, StoredBlock
@@ -44,6 +44,7 @@ from llmq.storage.stamps import SourceFiles
 from llmq.storage.workspace import PartialCheckpoint, check_output
 
 MAX_FALLBACK_SHARE = 0.05
+REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class CheckpointReader:
@@ -174,9 +175,9 @@ def prepare(
 
 def _method(config: Any) -> str:
     settings = config.quantization_config
-    return str(
-        settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-    )
+    if isinstance(settings, dict):
+        return str(settings.get("quant_method"))
+    return str(getattr(settings, "quant_method", settings))
 
 
 def calibration_tokens(model_dir: Path, config: Any, recipe: Recipe, source: str) -> data.TokenSet:
@@ -400,7 +401,7 @@ def _finish(
     )  # fmt: skip
     if partial.damaged:
         report["redone_blocks"] = partial.damaged
-    report |= companions.to_json()
+    report |= {**companions.to_json(), FINGERPRINT: _tokenizer_hash(job)}
     files.write_json(target / "report.json", report)
     (target / "README.md").write_text(model_card(report))
     write_configs(
@@ -417,6 +418,16 @@ def _finish(
     )
     partial.publish()
     return report
+
+
+def _tokenizer_hash(job: Job) -> str | None:
+    """The vocabulary that the output comes with, None where the source has no tokenizer."""
+    if job.tokens is not None and job.tokens.tokenizer_sha256 is not None:
+        return job.tokens.tokenizer_sha256
+    try:
+        return fingerprint(load_tokenizer(job.model_dir))
+    except LlmqError:
+        return None
 
 
 class _ModelSink:
@@ -482,6 +493,11 @@ def quantize(
     plans = recipe.plan(quantizable_layers(skeleton))
     if tokens is not None:
         data.check_windows(tokens, model.config.get_text_config().vocab_size)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in REAL:
+            raise LlmqError(
+                f"tensor {name} is {parameter.dtype}, expected {', '.join(map(str, REAL))}: start from the full-precision model"
+            )
     for name, tensor in model.state_dict().items():
         check_finite(f"tensor {name}", tensor)
     activations = recipe.activations

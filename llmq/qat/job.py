@@ -147,8 +147,10 @@ def prepare_job(
     rules: tuple[Rule, ...] = (),
     revision: str | None = None,
     device: str = "cpu",
+    strict: bool = False,
 ) -> QATJob:
-    """Resolve and check everything that can be checked before computing. Raises `LlmqError`."""
+    """Resolve and check everything that can be checked before computing. strict: refuse layers that
+    differ from what was asked and stored tensors that are left out. Raises `LlmqError`."""
     check_engine()
     model_dir = resolve(model, revision)
     sources = [SourceFiles.of(model_dir)]
@@ -161,7 +163,7 @@ def prepare_job(
     matched = match_names(skeleton, shards.names)
     check_shapes(skeleton, shards, matched)
     check_dtypes(skeleton, shards.dtypes, matched, str(model_dir))
-    remarks = source_remarks(skeleton, stored_config, config, shards, matched)
+    remarks = source_remarks(skeleton, stored_config, config, shards, matched, strict)
     n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     activations = ActSpec(
         settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope
@@ -174,6 +176,10 @@ def prepare_job(
         activations=activations,
     )
     plans = recipe.plan(quantizable_layers(skeleton))
+    if strict and (notes := [f"{each.layer.name}: {each.note}" for each in plans if each.note]):
+        raise LlmqError(
+            f"--strict: {len(notes)} layers would differ from what was asked, the first being {notes[0]}"
+        )
     for plan in plans:
         if plan.spec is not None:
             check_quantizer(settings.quantizer, plan.spec, f"{plan.layer.name}: ")

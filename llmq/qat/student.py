@@ -37,7 +37,9 @@ def head_of(model: PreTrainedModel) -> Head:
     """Hidden states `[C, D]` or `[B, T, D]` to logits, as the model itself goes on from them: its
     own forward pass runs on a base model that only hands them over. Families differ in what lies
     there: soft caps, scales of the logits (Granite, Cohere) or of the hidden states."""
-    base = model.base_model
+    # OPT calls the decoder inside its base model.
+    candidates = dict.fromkeys([model.base_model, model.get_decoder()])
+    bases = [base for base in candidates if base is not None and base is not model]
 
     def head(hidden: Tensor) -> Tensor:
         rows = hidden[None] if hidden.dim() == 2 else hidden
@@ -45,11 +47,13 @@ def head_of(model: PreTrainedModel) -> Head:
         def handed_over(*args: Any, **kwargs: Any) -> _Given:
             return _Given(last_hidden_state=rows)
 
-        base.forward = handed_over
+        for base in bases:
+            base.forward = handed_over
         try:
             logits: Tensor = model(input_ids=None, use_cache=False).logits
         finally:
-            del base.forward
+            for base in bases:
+                del base.forward
         return logits[0] if hidden.dim() == 2 else logits
 
     return head

@@ -71,21 +71,19 @@ def test_transformers_loads_an_llmq_folder_in_a_new_process(quantized):
 
 @torch.no_grad()
 def test_save_pretrained_of_a_loaded_model_round_trips(quantized, tmp_path):
-    model, folder = quantized(fmt="gptq")
+    model, folder = quantized(fmt="llmq")
     llmq.load(folder).save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
 
 
-@pytest.mark.parametrize("fmt", ["gptq", "llmq"])
-def test_kept_layers_are_named_when_a_loaded_model_is_saved_again(fmt, tmp_path, tokenizer):
-    """A GPTQ folder has no list of them; what transformers writes must have one."""
+def test_kept_layers_are_named_when_a_loaded_model_is_saved_again(tmp_path, tokenizer):
     model = make_model()
     llmq.quantize(
         model,
         Recipe(rules=(Rule("*.o_proj", None), Rule("*", QuantSpec("int4", 32))), method="rtn"),
     )
-    llmq.save(model, tmp_path / "first", tokenizer=tokenizer, format=fmt)
+    llmq.save(model, tmp_path / "first", tokenizer=tokenizer, format="llmq")
     llmq.load(tmp_path / "first").save_pretrained(tmp_path / "second")
     settings = json.loads((tmp_path / "second" / "config.json").read_text())["quantization_config"]
     assert sorted(settings["modules_to_not_convert"]) == [

@@ -254,3 +254,13 @@ def test_a_tie_that_is_stored_in_part_is_refused(separate_head, monkeypatch):
     monkeypatch.setattr("llmq.models.stored.meta_model", lambda config: model)
     with pytest.raises(LlmqError, match=r"lm_head\.bias is not stored at all"):
         source_model(load_config(separate_head), ShardReader(separate_head))
+
+
+def test_an_adapter_beside_the_weights_is_not_passed_over(model_folder):
+    folder = model_folder()
+    (folder / "adapter_config.json").write_text("{}")
+    llmq.load(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    for read in (llmq.load, lambda folder: prepare(str(folder), RTN)):
+        with pytest.raises(LlmqError, match="an adapter that is not merged"):
+            read(folder)

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 HOSTILE_TEXT = "\x1b[31mred\x1b[0m\u202egnp\r\n\x00\x07"
-KEYS = """_attn_implementation activations architectures attention_bias attention_dropout auto_map
+_KEYS = """_attn_implementation activations architectures attention_bias attention_dropout auto_map
 bos_token_id cache_implementation chat_template chunk_size_feed_forward dtype do_sample
 eos_token_id final_logit_softcapping forced_bos_token_id head_dim hidden_act hidden_size id2label
 initializer_range intermediate_size is_decoder kv_bits layer_types max_length
@@ -25,13 +25,15 @@ tokenizer_class top_k top_p torch_dtype transformers_version use_cache vocab_siz
 sym desc_act format checkpoint_format dynamic exceptions spec version modules_to_not_convert
 linear_class quantization_mode model normalizer pre_tokenizer post_processor decoder added_tokens
 truncation padding vocab merges unk_token byte_fallback extra_special_tokens bos_token eos_token
-model_max_length model_input_names rules method samples damping weight_map metadata""".split()
-WORDS = """llama gpt2 gemma3_text qwen2 mamba t5 mixtral bert llava gptq gptq_v2 llmq bitnet awq
+model_max_length model_input_names added_tokens_decoder special_tokens add_prefix_space
+continuing_subword_prefix clean_up_tokenization_spaces processor_class backend rules method samples damping weight_map metadata"""
+_WORDS = """llama gpt2 gemma3_text qwen2 mamba t5 mixtral bert llava gptq gptq_v2 llmq bitnet awq
 compressed-tensors int4 int8 ternary float16 bfloat16 int8-static int8-token offline online
 LlamaTokenizer GPT2Tokenizer PreTrainedTokenizerFast BertTokenizer LlamaForCausalLM
 LlamaForSequenceClassification silu gelu relu2 sdpa eager flash_attention_2 default linear dynamic
 yarn longrope llama3 full_attention sliding_attention static quantized offloaded BPE WordPiece
-Unigram WordLevel ByteLevel Metaspace Split Sequence Replace TemplateProcessing Isolated""".split()
+Unigram WordLevel ByteLevel Metaspace Split Sequence Replace TemplateProcessing Isolated"""
+KEYS, WORDS = _KEYS.split(), _WORDS.split()
 PATTERNS = [
     "(a+)+$",
     "(a|aa)+$",

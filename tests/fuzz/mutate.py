@@ -3,6 +3,7 @@ or somebody hostile makes of them. All from one seeded generator."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -106,7 +107,7 @@ def mutate_value(random: Random, data: Any) -> Any:
     elif step == 2 and isinstance(container, dict):
         container[random.choice(KEYS)] = any_value(random)
     elif step == 3 and type(value) in (int, float):
-        container[key] = random.choice([-value, value * 10, value + 1, str(value), float(value)])
+        container[key] = random.choice([-value, value * 10, value + 1, str(value), value / 2])
     elif step == 4:
         container[key] = random.choice([[value], {"a": value}, str(value)])
     elif step == 5 and isinstance(value, list):
@@ -256,6 +257,12 @@ def mutate_entry(random: Random, folder: Path, path: Path) -> None:
 
 def mutate_folder(random: Random, folder: Path) -> None:
     """Change a model folder in one to three places."""
+    # An earlier mutation may have left nothing to change in the way of the next.
+    with contextlib.suppress(ArithmeticError, LookupError, AttributeError, TypeError, ValueError):
+        _mutate_places(random, folder)
+
+
+def _mutate_places(random: Random, folder: Path) -> None:
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.is_symlink()]
         if not files:

@@ -59,10 +59,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
+    config = load_config(model_dir)
     tokenizer = load_tokenizer(model_dir)
     with reading(model_dir, "its tokenizer cannot read the prompt", "give another --prompt"):
         prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
-    max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], load_config(model_dir))
+    max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], config)
     model = prepare_decoding(
         load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute),
         head_bits=args.head_bits,

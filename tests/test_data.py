@@ -1,6 +1,7 @@
 """Texts and tokens: every source, seeds and hashes, and what cannot be used."""
 
 import json
+import os
 
 import pandas
 import pytest
@@ -122,3 +123,38 @@ def test_bundled_text_has_disjoint_splits():
         assert not (splits[split] & splits["train"]) - {""}
     with pytest.raises(ValueError, match="unknown split"):
         corpus.standard_library_documents("test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("deep.jsonl", b"[" * 100_000, "nested too deep"),
+        ("closed.jsonl", b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested"),
+        ("deep.json", b"[" * 100_000, "not readable as .json"),
+        ("empty.jsonl", b"", "holds no text"),
+        ("blank.jsonl", b"\n\n", "holds no text"),
+        ("list.jsonl", b"[1]\n", "line 1: expected an object, got list"),
+        ("half.jsonl", b'{"text": "\\ud800"}\n', "half of a surrogate pair"),
+        ("bytes.jsonl", b'{"text": "\xff"}\n', "not readable as .jsonl"),
+        ("missing.jsonl", b'{"text": "a"}\n{"other": 1}\n', "found columns other in row 1"),
+        ("cut.parquet", b"PAR1" + bytes(50) + b"PAR1", "not readable as .parquet"),
+    ],
+)
+def test_hostile_rows_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LlmqError, match=message):
+        data.load_documents(str(tmp_path / name), "calibration")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for source in (str(tmp_path / "pipe.txt"), str(tmp_path), "/dev/zero"):
+        with pytest.raises(LlmqError, match="expected a regular file"):
+            data.load_documents(source, "calibration")
+
+
+def test_rows_of_json_may_be_lines_or_a_list_with_or_without_a_mark(tmp_path):
+    (tmp_path / "lines.json").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b", "n": [1]}')
+    (tmp_path / "list.json").write_text('\n [{"text": "a"}, {"text": "b"}]')
+    for name in ("lines.json", "list.json"):
+        assert data.load_documents(str(tmp_path / name), "calibration") == ["a", "b"]

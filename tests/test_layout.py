@@ -23,16 +23,17 @@ LAYERS = [
     "ptq",
     "evaluation",
     "formats",
-    "storage",
     "kv",
     "data",
+    "text_files",
     "models",
     "inference",
     "modules",
     "recipe",
     "qtensor",
 ]
-LAYERS += ["fakequant", "quantizer", "spec", "corpus", "errors"]
+LAYERS += ["fakequant", "quantizer", "spec", "corpus", "fields", "patterns", "storage"]
+LAYERS += ["errors", "messages"]
 
 
 def imports_of(path: Path):

@@ -126,3 +126,25 @@ def test_impossible_settings(options, message):
 def test_json_that_is_no_recipe(data):
     with pytest.raises(LlmqError, match="recipe: "):
         Recipe.from_json(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"rules": [["*", {"group_size": value}]]}
+        for value in (32.0, True, "32", None, [], 10**20, -2)
+    ]
+    + [{"rules": [["*", {"code": value}]]} for value in (4, None, [], "int5")]
+    + [{"rules": [["*", {"symmetric": value}]]} for value in (1, 0.0, "true", None)]
+    + [{"rules": [["*", {"scale_dtype": value}]]} for value in (16, "float64", {})]
+    + [{"damping": value} for value in (10**400, "0.01", None, [0.01], True)]
+    + [{"samples": value} for value in (2.0, "2", None, 10**30)]
+    + [{"activations": {"kv_bits": value}} for value in (8.0, "8", True, [])]
+    + [{"activations": {"kind": value}} for value in (None, 8, "int4", [])]
+    + [{"method": []}, {"method": {}}, {"rules": {}}, {"rules": [[None, None]]}],
+    ids=str,
+)
+def test_values_of_other_types_are_refused_in_a_line(data):
+    with pytest.raises(LlmqError) as caught:
+        Recipe.from_json(data)
+    assert len(str(caught.value)) <= 400

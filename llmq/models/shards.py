@@ -91,11 +91,12 @@ class ShardReader:
         data = read_object(
             index, "a safetensors index", max_bytes=MAX_INDEX_BYTES, unique_keys=True
         )
-        weight_map = data.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise LlmqError(
-                f"{index}: not a safetensors index: expected an object 'weight_map'; download it again"
-            )
+        for key in ("weight_map", "metadata"):  # transformers asks for both
+            if not isinstance(data.get(key), dict):
+                raise LlmqError(
+                    f"{index}: not a safetensors index: expected an object '{key}'; download it again"
+                )
+        weight_map = data["weight_map"]
         file_names = sorted(set(map(_text, weight_map.values())))
         for file_name in file_names:
             if not _is_plain(file_name):

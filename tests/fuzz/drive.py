@@ -101,6 +101,8 @@ def make_input(random: Random, bases: Path, root: Path) -> list[str]:
     if command in ("plan", "quantize") and kind in ("recipe", "text"):
         shutil.rmtree(model)
         shutil.copytree(bases / random.choice(folders.UNQUANTIZED), model)
+    training = ["--train", str(bases / "text.txt"), "--sequence-length", "16", "--held-out", "0"]
+    training += ["--max-steps", "1", "--batch-size", "1", "--init", "rtn", "--precision", "fp32"]
     argv = {
         "plan": ["plan", str(model), *recipe],
         "inspect": ["inspect", str(model)],
@@ -108,9 +110,7 @@ def make_input(random: Random, bases: Path, root: Path) -> list[str]:
         "generate": ["generate", str(model), "--prompt", "the fox", "--max-new-tokens", "2"],
         "compare": ["compare", str(bases / "plain"), str(model), *evaluation],
         "quantize": ["quantize", str(model), str(root / OUT), *recipe],
-        "qat": ["qat", str(model), str(root / OUT), "--train", str(bases / "text.txt")]
-        + ["--max-steps", "1", "--batch-size", "1", "--sequence-length", "16", "--device", "cpu"]
-        + ["--init", "rtn", "--precision", "fp32", "--held-out", "0"],
+        "qat": ["qat", str(model), str(root / OUT), *training, "--device", "cpu"],
     }[command]
     if kind == "values":
         _mutate_values(random, argv)

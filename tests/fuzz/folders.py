@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import llmq
@@ -53,8 +61,8 @@ QUANTIZED = [name for name, (_, spec, _) in FOLDERS.items() if spec]
 UNQUANTIZED = [name for name in FOLDERS if name not in QUANTIZED]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, a few merges and two special tokens."""
+def _byte_level() -> Tokenizer:
+    """Bytes and a few merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     merges = [("t", "h"), ("th", "e"), ("a", "n"), ("r", "e")]
@@ -63,15 +71,44 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _unigram() -> Tokenizer:
+    """Characters with scores, as SentencePiece has them."""
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = ["<s>", "</s>", "<unk>", "\u2581", "\u2581the", *characters]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2))
+    tokenizer.normalizer = normalizers.Replace("\n", " ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def _split() -> Tokenizer:
+    """As newer models have it: a regular expression, then bytes."""
+    tokenizer = _byte_level()
+    pattern = Regex(r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+")
+    split = pre_tokenizers.Split(pattern, "isolated")
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
+    template = [("<s>", 0), ("</s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=template)
+    return tokenizer
+
+
+def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder."""
+    made = {"gemma": _unigram, "sharded": _split, "gptq": _split}.get(name, _byte_level)()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=64
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", model_max_length=64
     )
 
 
 def make_folders(root: Path) -> None:
     """Every folder of `FOLDERS` below `root`, and texts and a recipe to give to commands."""
-    tokenizer = make_tokenizer()
     for name, (family, spec, fmt) in FOLDERS.items():
+        tokenizer = make_tokenizer(name)
         torch.manual_seed(len(name))
         config = AutoConfig.for_model(family, **{**_COMMON, **_FAMILIES[family]})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -3,6 +3,7 @@ or somebody hostile makes of them. All from one seeded generator."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,169 +13,28 @@ from random import Random
 from typing import Any
 
 HOSTILE_TEXT = "\x1b[31mred\x1b[0m\u202egnp\r\n\x00\x07"
-KEYS = [
-    "_attn_implementation",
-    "activations",
-    "architectures",
-    "attention_bias",
-    "attention_dropout",
-    "auto_map",
-    "bos_token_id",
-    "cache_implementation",
-    "chat_template",
-    "chunk_size_feed_forward",
-    "dtype",
-    "do_sample",
-    "eos_token_id",
-    "final_logit_softcapping",
-    "forced_bos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "id2label",
-    "initializer_range",
-    "intermediate_size",
-    "is_decoder",
-    "kv_bits",
-    "layer_types",
-    "max_length",
-    "max_position_embeddings",
-    "max_time",
-    "min_length",
-    "model_type",
-    "n_embd",
-    "n_head",
-    "n_inner",
-    "n_layer",
-    "n_positions",
-    "num_attention_heads",
-    "num_beams",
-    "num_experts",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "num_labels",
-    "num_return_sequences",
-    "pad_token_id",
-    "penalty_alpha",
-    "problem_type",
-    "pruned_heads",
-    "quantization_config",
-    "query_pre_attn_scalar",
-    "repetition_penalty",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "sliding_window",
-    "sub_configs",
-    "suppress_tokens",
-    "temperature",
-    "text_config",
-    "tie_word_embeddings",
-    "tokenizer_class",
-    "top_k",
-    "top_p",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "vocab_size",
-    "bits",
-    "group_size",
-    "sym",
-    "desc_act",
-    "format",
-    "checkpoint_format",
-    "dynamic",
-    "exceptions",
-    "spec",
-    "version",
-    "modules_to_not_convert",
-    "linear_class",
-    "quantization_mode",
-    "model",
-    "normalizer",
-    "pre_tokenizer",
-    "post_processor",
-    "decoder",
-    "added_tokens",
-    "truncation",
-    "padding",
-    "vocab",
-    "merges",
-    "unk_token",
-    "byte_fallback",
-    "extra_special_tokens",
-    "bos_token",
-    "eos_token",
-    "model_max_length",
-    "model_input_names",
-    "rules",
-    "method",
-    "samples",
-    "damping",
-    "weight_map",
-    "metadata",
-]
-WORDS = [
-    "llama",
-    "gpt2",
-    "gemma3_text",
-    "qwen2",
-    "mamba",
-    "t5",
-    "mixtral",
-    "bert",
-    "llava",
-    "gptq",
-    "gptq_v2",
-    "llmq",
-    "bitnet",
-    "awq",
-    "compressed-tensors",
-    "int4",
-    "int8",
-    "ternary",
-    "float16",
-    "bfloat16",
-    "int8-static",
-    "int8-token",
-    "offline",
-    "online",
-    "LlamaTokenizer",
-    "GPT2Tokenizer",
-    "PreTrainedTokenizerFast",
-    "BertTokenizer",
-    "LlamaForCausalLM",
-    "LlamaForSequenceClassification",
-    "silu",
-    "gelu",
-    "relu2",
-    "sdpa",
-    "eager",
-    "flash_attention_2",
-    "default",
-    "linear",
-    "dynamic",
-    "yarn",
-    "longrope",
-    "llama3",
-    "full_attention",
-    "sliding_attention",
-    "static",
-    "quantized",
-    "offloaded",
-    "BPE",
-    "WordPiece",
-    "Unigram",
-    "WordLevel",
-    "ByteLevel",
-    "Metaspace",
-    "Split",
-    "Sequence",
-    "Replace",
-    "TemplateProcessing",
-    "Isolated",
-]
+_KEYS = """_attn_implementation activations architectures attention_bias attention_dropout auto_map
+bos_token_id cache_implementation chat_template chunk_size_feed_forward dtype do_sample
+eos_token_id final_logit_softcapping forced_bos_token_id head_dim hidden_act hidden_size id2label
+initializer_range intermediate_size is_decoder kv_bits layer_types max_length
+max_position_embeddings max_time min_length model_type n_embd n_head n_inner n_layer n_positions
+num_attention_heads num_beams num_experts num_hidden_layers num_key_value_heads num_labels
+num_return_sequences pad_token_id penalty_alpha problem_type pruned_heads quantization_config
+query_pre_attn_scalar repetition_penalty rms_norm_eps rope_parameters rope_scaling rope_theta
+sliding_window sub_configs suppress_tokens temperature text_config tie_word_embeddings
+tokenizer_class top_k top_p torch_dtype transformers_version use_cache vocab_size bits group_size
+sym desc_act format checkpoint_format dynamic exceptions spec version modules_to_not_convert
+linear_class quantization_mode model normalizer pre_tokenizer post_processor decoder added_tokens
+truncation padding vocab merges unk_token byte_fallback extra_special_tokens bos_token eos_token
+model_max_length model_input_names added_tokens_decoder special_tokens add_prefix_space
+continuing_subword_prefix clean_up_tokenization_spaces processor_class backend rules method samples damping weight_map metadata"""
+_WORDS = """llama gpt2 gemma3_text qwen2 mamba t5 mixtral bert llava gptq gptq_v2 llmq bitnet awq
+compressed-tensors int4 int8 ternary float16 bfloat16 int8-static int8-token offline online
+LlamaTokenizer GPT2Tokenizer PreTrainedTokenizerFast BertTokenizer LlamaForCausalLM
+LlamaForSequenceClassification silu gelu relu2 sdpa eager flash_attention_2 default linear dynamic
+yarn longrope llama3 full_attention sliding_attention static quantized offloaded BPE WordPiece
+Unigram WordLevel ByteLevel Metaspace Split Sequence Replace TemplateProcessing Isolated"""
+KEYS, WORDS = _KEYS.split(), _WORDS.split()
 PATTERNS = [
     "(a+)+$",
     "(a|aa)+$",
@@ -247,7 +107,7 @@ def mutate_value(random: Random, data: Any) -> Any:
     elif step == 2 and isinstance(container, dict):
         container[random.choice(KEYS)] = any_value(random)
     elif step == 3 and type(value) in (int, float):
-        container[key] = random.choice([-value, value * 10, value + 1, str(value), float(value)])
+        container[key] = random.choice([-value, value * 10, value + 1, str(value), value / 2])
     elif step == 4:
         container[key] = random.choice([[value], {"a": value}, str(value)])
     elif step == 5 and isinstance(value, list):
@@ -397,6 +257,12 @@ def mutate_entry(random: Random, folder: Path, path: Path) -> None:
 
 def mutate_folder(random: Random, folder: Path) -> None:
     """Change a model folder in one to three places."""
+    # An earlier mutation may have left nothing to change in the way of the next.
+    with contextlib.suppress(ArithmeticError, LookupError, AttributeError, TypeError, ValueError):
+        _mutate_places(random, folder)
+
+
+def _mutate_places(random: Random, folder: Path) -> None:
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.is_symlink()]
         if not files:

@@ -21,8 +21,7 @@ from llmq.qat.job import QATJob
 from llmq.qat.weights import freeze
 from llmq.storage import files, seals
 from llmq.storage.manifest import read_manifest
-
-PUBLISHING = "publishing.json"  # the digest of the manifest that is about to take its place
+from llmq.storage.workspace import PUBLISHING
 
 
 def ship(

@@ -175,11 +175,13 @@ class PartialCheckpoint(Workspace):
         return files.is_plain_folder(self.checkpoint_dir)
 
     def _check_finished(self) -> None:
-        """Find out which blocks are finished, and which of them are as they were then."""
+        """Find out which blocks are finished, and which of them are as they were then. damaged:
+        those before the last one that is; redone: all that were finished and have to be again."""
         n_blocks = self.n_shards - 1
         sound = [self._is_sound(index) for index in range(n_blocks)]
         self.n_finished = max((index + 1 for index in range(n_blocks) if sound[index]), default=0)
         self.damaged = [index for index in range(self.n_finished) if not sound[index]]
+        self.redone = []
         for index in range(n_blocks):
             if not sound[index] and os.path.lexists(self.shard_path(index)):
                 kept = f", the other {sum(sound)} finished ones are kept" if any(sound) else ""
@@ -187,7 +189,9 @@ class PartialCheckpoint(Workspace):
                     f"{self.shard_path(index)}: it or its record is not as it was when block {index} was finished; that block is done again{kept}"
                 )
                 files.remove(self.shard_path(index))
+                self.redone.append(index)
             elif index in self.damaged:
+                self.redone.append(index)
                 tell(f"{self.shard_path(index)}: is missing; block {index} is done again")
 
     def _is_sound(self, index: int) -> bool:

@@ -39,7 +39,8 @@ class Lab:
     """A model, a recipe, what an undisturbed run gives, and runs stopped after some blocks."""
 
     def __init__(self, folder: Path, calibration: Path, tmp_path: Path, recipe: Recipe) -> None:
-        self.folder, self.calibration, self.recipe = folder, calibration, recipe
+        self.folder, self.recipe = folder, recipe
+        self.tokens = prepare(str(folder), recipe, calibration=str(calibration)).tokens
         self.tmp_path, self.out = tmp_path, tmp_path / "out"
         self.work_dir = tmp_path / ".out.llmq-partial"
         self.reference = tmp_path / "reference"
@@ -47,7 +48,7 @@ class Lab:
         quantize_folder(self.job(), self.reference)
 
     def job(self):
-        return prepare(str(self.folder), self.recipe, calibration=str(self.calibration))
+        return prepare(str(self.folder), self.recipe, calibration=self.tokens)
 
     def stop_after(self, n_blocks: int) -> None:
         def stop(report):
@@ -82,7 +83,7 @@ def lab(model_folder, calibration_file, tmp_path, monkeypatch):
 SHARD = "checkpoint/model-0000{}-of-00005.safetensors"
 DAMAGES = {
     SHARD.format(1): [0, 3],
-    SHARD.format(3): [2, 3],
+    SHARD.format(3): [2, 3],  # the inputs of block 3 are there
     "blocks/00001.json": [1, 3],
     "inputs-quantized-00003.bin": [3],
     "inputs-full-precision-00003.bin.seal": [3],
@@ -90,7 +91,11 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"inputs": "full-precision"}], ids=["both", "exact"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"inputs": "full-precision"}, marks=pytest.mark.slow)],
+    ids=["both", "exact"],
+)
 def test_a_flipped_bit_costs_the_block_it_is_in(lab, options):
     lab = lab(**options)
     lab.stop_after(3)
@@ -104,7 +109,7 @@ def test_a_flipped_bit_costs_the_block_it_is_in(lab, options):
         assert digests(lab.out) == digests(lab.reference), name
         assert lab.solved == solved, name
         assert told, name
-        assert report.get("redone_blocks", []) == [i for i in solved if i < 3 and len(solved) < 4]
+        assert report["redone_blocks"] == ([] if name == "state.json" else solved[:-1])
         assert [layer["name"] for layer in report["layers"]] == [
             layer["name"]
             for layer in json.loads((lab.reference / "report.json").read_text())["layers"]

@@ -123,7 +123,7 @@ def save(
         tensors.update(layer_tensors(name, qtensor, fmt))
 
     work_dir = target.with_name(f".{target.name}.llmq-saving")
-    shutil.rmtree(work_dir, ignore_errors=True)
+    files.remove(work_dir)
     made = files.make_folder(work_dir)
     try:
         _write_shards(work_dir, tensors, max_shard_bytes)

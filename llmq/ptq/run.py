@@ -254,8 +254,8 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             on_block,
             device,
             job.precision(device),
-            sink,
-            _special_ids(job),
+            finished=sink,
+            special_ids=_special_ids(job),
         )
         running(job.model_dir)(engine.run)(first_block, damaged)
         resumed_at = min(first_block, *damaged) if damaged else first_block
@@ -399,8 +399,7 @@ def _finish(
         job, partial.block_reports(), source_bytes=sum(path.stat().st_size for path in set(job.shards.names.values())), stored_bytes=sum((target / name).stat().st_size for name in shards),
         unused=unused, resumed_at=resumed_at, seconds=seconds, device=device,
     )  # fmt: skip
-    if partial.damaged:
-        report["redone_blocks"] = partial.damaged
+    report["redone_blocks"] = partial.redone
     report |= {**companions.to_json(), FINGERPRINT: _tokenizer_hash(job)}
     files.write_json(target / "report.json", report)
     (target / "README.md").write_text(model_card(report))

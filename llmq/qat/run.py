@@ -62,7 +62,7 @@ from llmq.qat.trainer import (
 from llmq.qat.weights import prepare
 from llmq.storage import files
 from llmq.storage.manifest import check_hashes
-from llmq.storage.workspace import Workspace, remove_own, tell
+from llmq.storage.workspace import Workspace, remove_leftover, tell
 
 STATE = "settings.json"
 Show = Callable[[str, int, int, str], None]
@@ -97,8 +97,8 @@ def check_output(out_dir: Path, overwrite: bool) -> None:
     was in place already."""
     resolved = out_dir.resolve()
     if (resolved / files.MANIFEST).is_file():
-        if is_published(work_dir_of(out_dir), resolved):
-            remove_own(work_dir_of(out_dir), STATE)
+        work_dir = work_dir_of(out_dir)
+        remove_leftover(work_dir, STATE, lambda: is_published(work_dir, resolved))
         files.remove_aside(resolved)
     files.check_output(out_dir, overwrite)
 

@@ -25,8 +25,7 @@ from llmq.qat.weights import freeze
 from llmq.storage import files, seals
 from llmq.storage.companions import find_companions
 from llmq.storage.manifest import read_manifest
-
-PUBLISHING = "publishing.json"  # the digest of the manifest that is about to take its place
+from llmq.storage.workspace import PUBLISHING
 
 
 def ship(

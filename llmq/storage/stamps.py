@@ -7,6 +7,7 @@ unlike that of the contents it cannot be set back."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +15,14 @@ from pathlib import Path
 from llmq.errors import LlmqError
 from llmq.storage import files
 
-# What may decide a result or be copied beside it. An edit of a README or of a log is nobody's
+# What may decide a result or be copied beside it: an edit of a README or of a log is nobody's
 # business.
-_USED = (
-    "*.safetensors",
-    "config.json",
-    "generation_config.json",
-    "*.index.json",
-    "tokenizer*",
-    "*token*.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*processor*.json",
-    "*.py",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
+_SUFFIXES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".py", ".bpe", ".codes")
+_NAMES = re.compile(
+    r"tokenizer.*|vocab.*|merges.*|.*(licen[sc]e|copying|copyright|notice|use[-_ ]policy).*",
+    re.IGNORECASE,
 )
+_FOLDERS = ("additional_chat_templates",)
 _LARGE = 256_000_000  # bytes: a companion file above is told by its stamp alone
 
 
@@ -63,11 +51,12 @@ class SourceFiles:
     @classmethod
     def of(cls, folder: Path) -> SourceFiles:
         """Take the stamps. This comes before anything is read."""
-        paths = {path for pattern in _USED for path in folder.glob(pattern) if path.is_file()}
-        return cls(
-            folder,
-            {path.relative_to(folder).as_posix(): Stamp.of(path) for path in sorted(paths)},
-        )
+        stamps = {}
+        for directory in (folder, *(folder / name for name in _FOLDERS)):
+            for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+                if path.is_file() and _is_used(path.name):
+                    stamps[path.relative_to(folder).as_posix()] = Stamp.of(path)
+        return cls(folder, stamps)
 
     def check(self, paths: Iterable[Path] | None = None) -> None:
         """Raise `LlmqError` that names a file which is no longer the one it was. paths: of this
@@ -86,6 +75,10 @@ class SourceFiles:
             for name, stamp in self.stamps.items()
             if not name.endswith(".safetensors") and stamp.size <= _LARGE
         }
+
+
+def _is_used(name: str) -> bool:
+    return name.endswith(_SUFFIXES) or _NAMES.fullmatch(name) is not None
 
 
 def _check(path: Path, before: Stamp) -> None:

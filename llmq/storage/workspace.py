@@ -23,7 +23,7 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.storage import files, seals
 
 LOCK = "lock"
+PUBLISHING = "publishing.json"  # written when an output is about to take its place
 
 
 class Workspace:
@@ -127,7 +128,7 @@ class Workspace:
 
     def remove(self) -> None:
         """Remove the folder: the run is over."""
-        remove_own(self.work_dir, self._state_path.name)
+        _remove_all(self.work_dir)
         self.close()
 
     def discard(self) -> None:
@@ -174,11 +175,13 @@ class PartialCheckpoint(Workspace):
         return files.is_plain_folder(self.checkpoint_dir)
 
     def _check_finished(self) -> None:
-        """Find out which blocks are finished, and which of them are as they were then."""
+        """Find out which blocks are finished, and which of them are as they were then. damaged:
+        those before the last one that is; redone: all that were finished and have to be again."""
         n_blocks = self.n_shards - 1
         sound = [self._is_sound(index) for index in range(n_blocks)]
         self.n_finished = max((index + 1 for index in range(n_blocks) if sound[index]), default=0)
         self.damaged = [index for index in range(self.n_finished) if not sound[index]]
+        self.redone = []
         for index in range(n_blocks):
             if not sound[index] and os.path.lexists(self.shard_path(index)):
                 kept = f", the other {sum(sound)} finished ones are kept" if any(sound) else ""
@@ -186,7 +189,9 @@ class PartialCheckpoint(Workspace):
                     f"{self.shard_path(index)}: it or its record is not as it was when block {index} was finished; that block is done again{kept}"
                 )
                 files.remove(self.shard_path(index))
+                self.redone.append(index)
             elif index in self.damaged:
+                self.redone.append(index)
                 tell(f"{self.shard_path(index)}: is missing; block {index} is done again")
 
     def _is_sound(self, index: int) -> bool:
@@ -304,11 +309,22 @@ def _is_own(work_dir: Path, state: str) -> bool:
     return not names or bool(names & {state, state + ".tmp", LOCK})
 
 
-def remove_own(work_dir: Path, state: str) -> None:
-    """Remove a work folder that llmq made, what makes it known as such last."""
+def remove_leftover(work_dir: Path, state: str, is_over: Callable[[], bool]) -> None:
+    """Remove a work folder that llmq made, if nothing in it is needed any more and no run has
+    it. is_over: what tells that, beside an empty folder."""
     if not files.is_plain_folder(work_dir) or not _is_own(work_dir, state):
         return
-    for path in work_dir.iterdir():
+    is_needed = bool(set(os.listdir(work_dir)) - {LOCK}) and not is_over()
+    with contextlib.suppress(OSError), _open_lock(work_dir / LOCK) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not is_needed:
+            _remove_all(work_dir)
+
+
+def _remove_all(work_dir: Path) -> None:
+    """Remove a work folder that is locked: what tells that a run is over goes last, then the lock,
+    which makes the folder known as llmq's."""
+    for path in sorted(work_dir.iterdir(), key=lambda path: path.name == PUBLISHING):
         if path.name != LOCK:
             files.remove(path)
     files.remove(work_dir / LOCK)
@@ -321,8 +337,8 @@ def check_output(out_dir: Path, overwrite: bool) -> None:
     resolved = out_dir.resolve()
     if (resolved / files.MANIFEST).is_file():
         with contextlib.suppress(OSError):
-            if not os.path.lexists(work_dir_of(resolved) / "checkpoint"):
-                remove_own(work_dir_of(resolved), _STATE)
+            work_dir = work_dir_of(resolved)
+            remove_leftover(work_dir, _STATE, lambda: not os.path.lexists(work_dir / "checkpoint"))
             files.remove_aside(resolved)
     files.check_output(out_dir, overwrite)
 

@@ -66,7 +66,7 @@ def range_scale(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]
             if spec.group_size != PER_TENSOR
             else weight.numel()
         )
-        return (groups.abs().sum(-1) / counts).clamp_min(1e-5), None
+        return groups.abs().sum(-1) / counts, None
     if spec.symmetric:
         return 2 * groups.abs().amax(-1) / levels.max, None
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from llmq.ptq.run import Job
 
 
-def prepare_job(args: argparse.Namespace) -> Job:
-    """The checked job of the options. Raises `LlmqError` also when the planned memory is above
+def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
+    """The checked job of the options. check_scales: see `llmq.ptq.run.prepare`. Raises `LlmqError` also when the planned memory is above
     `--max-ram` or `--max-gpu-memory`."""
     from llmq.errors import LlmqError
     from llmq.models.source import load_config, resolve
@@ -24,7 +24,12 @@ def prepare_job(args: argparse.Namespace) -> Job:
     model_dir = resolve(args.model, args.revision)
     recipe = common.read_recipe(args, common.max_positions(load_config(model_dir)))
     job = prepare(
-        str(model_dir), recipe, calibration=args.calibration, format=args.format, strict=args.strict
+        str(model_dir),
+        recipe,
+        calibration=args.calibration,
+        format=args.format,
+        strict=args.strict,
+        check_scales=check_scales,
     )
     if args.max_gpu_memory is not None and args.device == "cpu":
         raise LlmqError(

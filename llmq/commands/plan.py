@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.ptq.budget import flops, peak_bytes, stored_bytes, work_bytes
 
-    job = jobs.prepare_job(args)
+    job = jobs.prepare_job(args, check_scales=False)  # which would read all weights
     source = sum(path.stat().st_size for path in set(job.shards.names.values()))
     rate = jobs.measured_rate()
     result = {

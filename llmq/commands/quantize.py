@@ -106,9 +106,22 @@ def _summary(out: str, report: dict[str, Any]) -> str:
         pairs["block error"] = (
             f"{before:.2e} -> {after:.2e} of the blocks' output; tuning helped in {n_lower} of {len(tuned)} blocks"
         )
+        if rejected := [block for block in tuned if block["tuning_worse_in"]]:
+            classes = sorted({name for block in rejected for name in block["tuning_worse_in"]})
+            pairs["tuning not kept"] = (
+                f"in {len(rejected)} blocks, where positions of some kind became worse: {', '.join(classes)}"
+            )
     if report["fallbacks"]:
         pairs["fallbacks"] = (
             f"{len(report['fallbacks'])} layers fell back to plain rounding: {', '.join(report['fallbacks'][:3])}"
+        )
+    if large := report["layers_with_large_error"]:
+        pairs["large errors"] = (
+            f"{len(large)} layers lost more than half of their output: {', '.join(large[:3])}{', ...' if len(large) > 3 else ''}; keep them (--rule '{large[0]}=keep') or give them more bits"
+        )
+    if report["n_worse_than_rounding"] or report["n_kept_rounding"]:
+        pairs["plain rounding"] = (
+            f"was better in {report['n_kept_rounding'] + report['n_worse_than_rounding']} layers, and is kept in {report['n_kept_rounding']} of them"
         )
     if report["n_dead_columns"] or report["n_dropped_rows"]:
         pairs["calibration"] = (

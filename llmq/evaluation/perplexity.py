@@ -65,9 +65,10 @@ def evaluate(
     model: PreTrainedModel,
     windows: Windows,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_losses: Callable[[Tensor], object] = lambda losses: None,
 ) -> Perplexity:
-    """Score the windows. on_batch: told how many windows are done, of how many. Raises `LlmqError`
-    for token ids beyond the vocabulary and for NaN logits."""
+    """Score the windows. on_batch: told how many windows are done, of how many. on_losses: gets the
+    negative log-likelihoods of each batch, `[B, T - 1]`. Raises `LlmqError` for token ids beyond the vocabulary and for NaN logits."""
     check_vocabulary(windows.tokens, model.config.get_text_config().vocab_size, "evaluation text")
     losses: list[Tensor] = []
     batch_size = max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
@@ -79,6 +80,7 @@ def evaluate(
                 f"window {len(losses) * batch_size}: the model's logits are {not_finite(model.dtype)}"
             )
         losses.append(loss.double().mean(dim=1).cpu())
+        on_losses(loss.cpu())
         on_batch(min(len(losses) * batch_size, len(windows.tokens)), len(windows.tokens))
     nll = torch.cat(losses)
     low, high = mean_interval(nll)

@@ -8,13 +8,16 @@ attends to it. Whoever decides between two sets of weights therefore compares th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmq.models.arch import find_blocks
 
 CLASSES = ("first", "special", "outlier", "other")
 # Of the median length of hidden states. Lengths of usual tokens lie within a factor of 3 of each
@@ -68,6 +71,33 @@ def classify(special: Tensor, lengths: Tensor | None = None, median: float = 0.0
     return classes
 
 
+@contextmanager
+def watching_lengths(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """While the model runs: a list that gets, for each batch, the lengths of hidden states `[B, T]`
+    over the median of the block that they leave, the largest of all blocks."""
+    _, blocks = find_blocks(model)
+    found: list[Tensor] = []
+
+    def watch(index: int, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        lengths = hidden.float().norm(dim=-1).cpu()
+        ratio = lengths / lengths.median().clamp_min(1e-30)
+        if index == 0:
+            found.append(ratio)
+        else:
+            found[-1] = torch.maximum(found[-1], ratio)
+
+    handles = [
+        block.register_forward_hook(lambda _, __, output, index=index: watch(index, output))
+        for index, block in enumerate(blocks)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def class_means(values: Tensor, classes: Tensor) -> dict[str, ClassMean]:
     """Mean of float values by class, for those that have positions. Both of one shape."""
     means = {}
@@ -96,3 +126,25 @@ def clearly_worse(before: Tensor, after: Tensor, classes: Tensor) -> list[str]:
         if float(difference.mean()) > error:
             found.append(name)
     return found
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """Negative log-likelihoods of held-out windows under several models by name, float `[n, T - 1]`,
+    and the class of the position that each was predicted at, int64 of the same shape."""
+
+    losses: Mapping[str, Tensor]
+    classes: Tensor
+
+    def by_class(self) -> dict[str, dict[str, Any]]:
+        """Mean losses in nats by model and class."""
+        return {
+            model: {
+                name: mean.to_json() for name, mean in class_means(losses, self.classes).items()
+            }
+            for model, losses in self.losses.items()
+        }
+
+    def worse(self, before: str, after: str) -> list[str]:
+        """Classes that one model is clearly worse in than another."""
+        return clearly_worse(self.losses[before], self.losses[after], self.classes)

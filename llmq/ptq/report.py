@@ -51,6 +51,11 @@ def build_report(
         "notes": job.notes,
         "bits_per_quantized_weight": round(bits, 4),
         "fallbacks": [layer["name"] for layer in layers if layer["fallback"]],
+        "layers_with_large_error": [layer["name"] for layer in layers if _is_large(layer)],
+        "n_worse_than_rounding": sum(
+            layer["error"] is not None and layer["error"] > layer["rtn_error"] for layer in layers
+        ),
+        "n_kept_rounding": sum(layer["kept_rounding"] for layer in layers),
         "n_extra_damping": sum(layer["damping"] > job.recipe.damping for layer in layers),
         "n_dead_columns": sum(layer["n_dead_columns"] for layer in layers),
         "n_dropped_rows": sum(layer["n_dropped_rows"] for layer in layers),
@@ -86,6 +91,16 @@ def build_report(
     }
 
 
+LARGE_ERROR = 0.5
+
+
+def _is_large(layer: dict[str, Any]) -> bool:
+    """Whether a layer lost more than half of its output, or of its weights where nothing else was
+    measured."""
+    measured = layer["weight_error"] if layer["error"] is None else layer["error"]
+    return measured is not None and not measured <= LARGE_ERROR
+
+
 def versions() -> dict[str, str]:
     """What a result was made with."""
     return {
@@ -111,6 +126,9 @@ def model_card(report: dict[str, Any]) -> str:
         "mean relative output error of the layers": f"{sum(errors) / len(errors):.2e}"
         if errors
         else "not measured (no calibration data)",
+        "layers that lost more than half of their output": str(
+            len(report["layers_with_large_error"])
+        ),
         "calibration": f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}"
         if calibration
         else "none",

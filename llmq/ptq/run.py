@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import llmq
 from llmq import data
-from llmq.errors import LlmqError, VerificationError
+from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.evaluation.position_classes import special_ids
 from llmq.formats import Format, choose_format, format_note
 from llmq.formats.hf_quantizer import state_quantization
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.kv import quantize_kv
-from llmq.models.arch import check_length, find_blocks, quantizable_layers
+from llmq.models.arch import check_length, find_blocks, quantizable_layers, weight_as_stored
 from llmq.models.identity import hub_id
 from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.shards import ShardReader, check_finite
@@ -35,6 +36,7 @@ from llmq.ptq.budget import stored_bytes, work_bytes
 from llmq.ptq.engine import BlockReport, BlockResult, Engine, StoredBlock
 from llmq.ptq.precision import Precision
 from llmq.ptq.report import build_report, model_card
+from llmq.ptq.scales import fitting_plans
 from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import ActSpec
 from llmq.storage import files
@@ -132,11 +134,14 @@ def prepare(
     format: str = "auto",
     revision: str | None = None,
     strict: bool = False,
+    check_scales: bool = True,
 ) -> Job:
     """Resolve and check everything that can be checked before computing: model, names of all
     tensors, rules, format, calibration text. Raises `LlmqError`.
 
-    calibration: where the text is, or windows of tokens that are there already.
+    calibration: where the text is, or windows of tokens that are there already. check_scales: read
+    the weights of all layers once, to give each a scale dtype that holds its scales; without, what
+    is planned is float16 as it was asked for.
     """
     model_dir = resolve(model, revision)
     source = SourceFiles.of(model_dir)
@@ -152,15 +157,21 @@ def prepare(
         raise LlmqError(
             f"none of the {len(plans)} linear layers would be quantized; see 'llmq plan' with the same options"
         )
+    matched = match_names(skeleton, shards.names)
+    check_shapes(skeleton, shards, matched)
+    check_dtypes(skeleton, shards.dtypes, matched, str(model_dir))
+    choose_format(format, plans, recipe.activations)  # or it is refused before weights are read
+    if check_scales:
+        plans, changed = fitting_plans(
+            plans, _weight_of(skeleton, CheckpointReader(skeleton, shards))
+        )
+        _check_scale_format(format, plans, changed)
     fmt = choose_format(format, plans, recipe.activations)
     notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.note]
     if strict and notes:
         raise LlmqError(
             f"--strict: {len(notes)} layers would differ from what was asked, the first being {notes[0]}"
         )
-    matched = match_names(skeleton, shards.names)
-    check_shapes(skeleton, shards, matched)
-    check_dtypes(skeleton, shards.dtypes, matched, str(model_dir))
     remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
     remarks |= source_remarks(skeleton, stored_config, config, shards, matched, strict)
     tokens = None
@@ -171,6 +182,28 @@ def prepare(
             else calibration
         )
     return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens, remarks, source)
+
+
+def _weight_of(
+    skeleton: PreTrainedModel, reader: CheckpointReader | ModelReader
+) -> Callable[[str], Tensor]:
+    """The weight `[N, K]` of a linear layer by name."""
+
+    def weight_of(name: str) -> Tensor:
+        (tensor,) = reader.read_parameters([f"{name}.weight"]).values()
+        return weight_as_stored(skeleton.get_submodule(name), tensor)
+
+    return weight_of
+
+
+def _check_scale_format(format: str, plans: list[LayerPlan], changed: list[str]) -> None:
+    """Refuse a format that was asked for and whose scales are float16, for layers that need
+    others."""
+    if changed and format not in ("auto", "llmq"):
+        note = next(plan.note for plan in plans if plan.layer.name == changed[0])
+        raise LlmqError(
+            f"format {format} cannot hold {changed[0]} ({note}), nor {len(changed) - 1} other layers: its scales are float16. Use --format llmq, which holds everything, or keep them with --rule '{changed[0]}=keep'"
+        )
 
 
 def _method(config: Any) -> str:
@@ -490,6 +523,7 @@ def quantize(
     device = device_of(model)
     skeleton = meta_model(model.config)
     plans = recipe.plan(quantizable_layers(skeleton))
+    reader = ModelReader(model)
     if tokens is not None:
         data.check_windows(tokens, model.config.get_text_config().vocab_size)
     for name, parameter in model.named_parameters():
@@ -499,6 +533,14 @@ def quantize(
             )
     for name, tensor in model.state_dict().items():
         check_finite(f"tensor {name}", tensor)
+    plans, changed = fitting_plans(plans, _weight_of(skeleton, reader))
+    if changed:
+        note = next(plan.note for plan in plans if plan.layer.name == changed[0])
+        warnings.warn(
+            f"{len(changed)} layers differ from what was asked, the first being {changed[0]}: {note}",
+            LlmqWarning,
+            stacklevel=2,
+        )
     activations = recipe.activations
     quantize_kv(
         meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope
@@ -508,7 +550,7 @@ def quantize(
         precision = Precision.of(model.config, recipe, device)
         Engine(
             skeleton,
-            ModelReader(model),
+            reader,
             recipe,
             plans,
             tokens if recipe.needs_calibration else None,

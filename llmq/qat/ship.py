@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmq.evaluation.perplexity import Perplexity, evaluate
+from llmq.evaluation.position_classes import (
+    HeldOutLosses,
+    classify,
+    is_special,
+    special_ids,
+    watching_lengths,
+)
+from llmq.evaluation.windows import Windows
 from llmq.formats.load import load
 from llmq.formats.save import save
 from llmq.models.identity import model_name, source_name
@@ -44,20 +53,21 @@ def ship(
     model.config._name_or_path = str(job.model_dir)  # where its tokenizer and licence come from
     save(_in_source_dtype(model, job.model_dir), staging)
     scores: dict[str, Perplexity] = {}
+    by_class: HeldOutLosses | None = None
     if (
         job.held_out is not None
     ):  # of what is on the disk: embeddings and norms are rounded to the source's dtype there
         folders = {"full_precision": job.model_dir, "start": start_dir, "trained": staging}
-        scores = {
-            name: evaluate(load(folder, dtype="float32"), job.held_out)
-            for name, folder in folders.items()
-        }
-    improved = not scores or scores["trained"].value < scores["start"].value
+        scores, by_class = _score(job, job.held_out, folders)
+    worse = [] if by_class is None else by_class.worse("start", "trained")
+    improved = not scores or (scores["trained"].value < scores["start"].value and not worse)
     if not improved:
         shutil.rmtree(staging)
         shutil.copytree(start_dir, staging)
     log = work_dir / "log.jsonl"
     report = _report(job, scores, improved, log, seconds)
+    report["held_out_by_class"] = {} if by_class is None else by_class.by_class()
+    report["trained_worse_in"] = worse
     if log.exists():
         shutil.copyfile(log, staging / "log.jsonl")
     # What was read back when it was written has to be what is published.
@@ -82,6 +92,26 @@ def is_published(work_dir: Path, out_dir: Path) -> bool:
         )
     except (files.DamagedError, OSError):
         return False
+
+
+def _score(
+    job: QATJob, held_out: Windows, folders: dict[str, Path]
+) -> tuple[dict[str, Perplexity], HeldOutLosses]:
+    """Perplexities of the models in some folders, and their losses by class of positions. What is
+    an outlier is seen in the full-precision model."""
+    scores: dict[str, Perplexity] = {}
+    losses: dict[str, Tensor] = {}
+    lengths = torch.empty(0)
+    for name, folder in folders.items():
+        model, parts = load(folder, dtype="float32"), list[Tensor]()
+        with watching_lengths(model) as ratios:
+            scores[name] = evaluate(model, held_out, on_losses=parts.append)
+        losses[name] = torch.cat(parts)
+        if name == "full_precision":
+            lengths = torch.cat(ratios)
+    ids = special_ids(load_config(job.model_dir), load_tokenizer(job.model_dir))
+    classes = classify(is_special(held_out.tokens, ids), lengths, 1.0)
+    return scores, HeldOutLosses(losses, classes[:, :-1])
 
 
 def _in_source_dtype(model: PreTrainedModel, model_dir: Path) -> PreTrainedModel:

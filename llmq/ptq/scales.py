@@ -1,0 +1,70 @@
+"""Which dtype holds the scales of a layer.
+
+Float16 ends at 6e-8 below and 65504 above, and from 6e-5 down it loses digits: a 4-bit layer with
+weights around 1e-7 would have scales of 1e-8, which round to nothing, and all its output would be
+lost. What other engines read has float16 scales, so float16 is what a layer gets as long as little
+is lost; otherwise the next dtype that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmq import quantizer
+from llmq.recipe import LayerPlan
+from llmq.spec import QuantSpec
+
+_DTYPES = ("float16", "bfloat16", "float32")
+# How far rounding a scale may move the outermost code, in steps. Half a step is what rounding the
+# weights moves them by; float16 moves that of 8 bits by a sixteenth, bfloat16 by a quarter.
+_MOST_MOVED = 0.125
+_MOST_LOST = 1e-3  # share of a layer's squared weights whose scales may move further
+
+
+def lost_share(weight: Tensor, spec: QuantSpec) -> float:
+    """The share of a layer's squared weights, float32 `[N, K]`, that lies in groups whose scale its
+    dtype does not hold well; infinite if one is too large for it."""
+    scale, _ = quantizer.range_scale(weight, spec)
+    stored = scale.to(getattr(torch, spec.scale_dtype)).float()
+    if not bool(torch.isfinite(stored).all()):
+        return float("inf")
+    outermost = spec.levels.max / 2
+    is_lost = (stored - scale).abs() * outermost > _MOST_MOVED * scale
+    if not bool(is_lost.any()):
+        return 0.0
+    largest = weight.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    energy = quantizer.grouped(weight / largest, spec).square().sum(-1)
+    return float(energy[is_lost].sum() / energy.sum())
+
+
+def fitting_spec(weight: Tensor, spec: QuantSpec) -> QuantSpec:
+    """The spec with the first scale dtype, from its own on, that holds the scales of a float32
+    weight `[N, K]`."""
+    allowed = min(_MOST_LOST, 4.0**-spec.bits)  # no more than rounding the weights loses anyway
+    for name in _DTYPES[_DTYPES.index(spec.scale_dtype) :]:
+        spec = replace(spec, scale_dtype=name)  # type: ignore[arg-type]
+        if lost_share(weight, spec) <= allowed:
+            break
+    return spec
+
+
+def fitting_plans(
+    plans: list[LayerPlan], weight_of: Callable[[str], Tensor]
+) -> tuple[list[LayerPlan], list[str]]:
+    """Plans whose specs hold the scales of their layers, each with a note where it differs from
+    what was asked, and the names of these layers. weight_of: a layer's weight `[N, K]` by name, one
+    at a time."""
+    fitting, changed = [], []
+    for plan in plans:
+        if plan.spec is not None:
+            weight = weight_of(plan.layer.name).float()
+            spec = fitting_spec(weight, plan.spec)
+            if spec != plan.spec:
+                changed.append(plan.layer.name)
+                note = f"scales in {spec.scale_dtype}: {plan.spec.scale_dtype} does not hold those of weights of up to {float(weight.abs().max()):.2g}"
+                plan = replace(plan, spec=spec, note=f"{plan.note}; {note}" if plan.note else note)
+        fitting.append(plan)
+    return fitting, changed

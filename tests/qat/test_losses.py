@@ -10,7 +10,7 @@ from llmq.errors import LlmqError
 from llmq.qat.losses import LossWeights, distillation_loss
 from llmq.qat.schedule import Phases
 from llmq.qat.settings import QATSettings, Scheme
-from llmq.qat.student import Student, check_head, next_tokens
+from llmq.qat.student import Student, next_tokens
 from llmq.spec import QuantSpec
 
 

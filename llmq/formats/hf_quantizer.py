@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "llmq"
@@ -158,6 +159,12 @@ class LlmqQuantizer(HfQuantizer):
                 model.set_submodule(name, QuantLinear(qtensor, bias, activations))
         quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
         self.left_out = tuple(sorted(left_out))
+        if left_out:  # llmq.load, which silences transformers, says the same in its own way
+            logging.get_logger(__name__).warning(
+                "%d stored tensors of packed layers are not used, the first being %s",
+                len(left_out),
+                self.left_out[0],
+            )
         state_quantization(model, self)
         return model
 

@@ -51,11 +51,10 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
         # Of two tied tensors either may be the one that is stored, as transformers has it.
         if source not in matched and target in matched:
             matched[source] = matched.pop(target)
-    missing = [
-        name
-        for name, _ in model.named_parameters()
-        if name not in matched and name not in model.all_tied_weights_keys
-    ]
+    # Of tied parameters named_parameters gives the first alone, which need not be the source.
+    ties = model.all_tied_weights_keys
+    needed = dict.fromkeys([*(name for name, _ in model.named_parameters()), *ties.values()])
+    missing = [name for name in needed if name not in matched and name not in ties]
     if missing:
         raise LlmqError(
             f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} needs, the first being {missing[0]}{_hint(model, missing)}"

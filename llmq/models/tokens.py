@@ -47,10 +47,15 @@ def check_size(tokenizer: PreTrainedTokenizerBase, config: Any, where: object) -
     embeddings: it is that of another model, even if a text happens to use small ids only."""
     n_tokens, n_rows = len(tokenizer), config.get_text_config().vocab_size
     room = max(PADDING_ROWS, int(PADDING_SHARE * n_rows))
-    if abs(n_rows - n_tokens) > room:
-        raise LlmqError(
-            f"{where}: the tokenizer has {n_tokens} tokens and the model embeddings for {n_rows}; it does not belong to this model: put its own into the folder"
-        )
+    if n_tokens > n_rows + room:
+        reason = f"ids beyond the model's vocabulary of {n_rows}"
+    elif n_tokens < n_rows - room:
+        reason = f"the model embeddings for {n_rows}"
+    else:
+        return
+    raise LlmqError(
+        f"{where}: the tokenizer has {n_tokens} tokens and {reason}; it does not belong to this model: put its own into the folder"
+    )
 
 
 def _check_report(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> None:

@@ -10,7 +10,7 @@ from llmq.errors import LlmqError
 from llmq.qat.losses import LossWeights, distillation_loss
 from llmq.qat.schedule import Phases
 from llmq.qat.settings import QATSettings, Scheme
-from llmq.qat.student import Student, check_head, next_tokens
+from llmq.qat.student import Student, next_tokens
 from llmq.spec import QuantSpec
 
 
@@ -70,15 +70,17 @@ def test_the_head_on_the_hidden_states_gives_the_models_logits(model_type):
     assert not [name for name in student.state_dict() if not name.startswith("model.")]
 
 
-def test_a_model_with_more_than_a_head_is_refused():
+def test_a_model_whose_logits_need_more_than_hidden_states_is_refused():
     model = make_model()
-    model.lm_head.register_forward_hook(lambda module, args, output: None)
     forward = model.forward
-    model.forward = lambda *args, **kwargs: type(
-        "Out", (), {"logits": 2 * forward(*args, **kwargs).logits}
-    )()
-    with pytest.raises(LlmqError, match="output head"):
-        check_head(model)
+
+    def with_tokens(input_ids=None, **kwargs):
+        output = forward(input_ids=input_ids, **kwargs)
+        return output if input_ids is None else type("Out", (), {"logits": output.logits + 1})()
+
+    model.forward = with_tokens
+    with pytest.raises(LlmqError, match="do not follow from its last hidden states"):
+        Student(model, None, LossWeights(kl=0, ce=1))
 
 
 def test_a_teacher_of_another_vocabulary_is_refused():

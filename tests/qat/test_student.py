@@ -7,8 +7,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmq.errors import LlmqError
 from llmq.models.source import meta_model
+from llmq.qat.job import prepare_job
 from llmq.qat.losses import LossWeights
+from llmq.qat.settings import QATSettings, Scheme
 from llmq.qat.student import Student, check_head, check_student, head_of, last_hidden
+from llmq.recipe import Rule
 
 TOKENS = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
 SMALL = {
@@ -79,3 +82,26 @@ def test_a_model_that_cannot_be_taken_apart_is_refused_before_anything_is_comput
     model.base_model_prefix = "nothing"
     with pytest.raises(LlmqError, match="no base model and output head of its own"):
         check_student(model)
+
+
+def test_windows_that_are_trained_on_begin_with_bos_where_it_is_needed(
+    model_folder, calibration_file
+):
+    folder = model_folder("gemma", bos_token_id=7)
+    settings = QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=2, max_steps=1)
+    job = prepare_job(str(folder), settings, train=str(calibration_file))
+    assert job.held_out.bos == "every-window"
+    for windows in (job.windows, job.held_out.tokens):
+        assert set(windows[:, 0].tolist()) == {0}  # the tokenizer's
+
+
+def test_strict_refuses_what_would_be_left_out_or_differ(model_folder, calibration_file):
+    folder = model_folder(num_hidden_layers=3)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
+    settings = QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=2, max_steps=1)
+    arguments = {"train": str(calibration_file), "rules": (Rule.parse("*=w4g32"),)}
+    job = prepare_job(str(folder), settings, **arguments)
+    assert "are not used by LlamaForCausalLM" in job.notes["source tensors"]
+    with pytest.raises(LlmqError, match=r"--strict: .* are not used"):
+        prepare_job(str(folder), settings, strict=True, **arguments)

@@ -20,6 +20,7 @@ import os
 import platform
 import struct
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -247,6 +248,10 @@ class Kernel:
         return call
 
 
+# One kernel at a time, whoever asks: LLVM and its engine are not made for several threads.
+_COMPILING = threading.Lock()
+
+
 @cache
 def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
     """The kernel whose text `llmq_kernels.module.function(*parameters)` writes."""
@@ -254,4 +259,5 @@ def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel
         raise RuntimeError(
             f"kernel {module}.{function}: this CPU or system cannot run its {form} form; ask jit.supports first"
         )
-    return Kernel(_load(_object_code(form, module, function, parameters), "kernel"))
+    with _COMPILING:
+        return Kernel(_load(_object_code(form, module, function, parameters), "kernel"))

@@ -12,6 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from llmq.errors import LlmqError
 from llmq.formats import hf_quantizer
+from llmq.inference.rotary import take_turns
+from llmq.models.building import one_at_a_time
 from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, resolve
 from llmq.modules import quantized_modules
@@ -65,6 +67,7 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
     return settings
 
 
+@one_at_a_time
 def load(
     model: str | os.PathLike[str],
     *,
@@ -114,6 +117,7 @@ def load(
     quantized: PreTrainedModel = loaded.to(device).eval()
     for module in quantized_modules(quantized).values():
         module.set_compute(compute)
+    take_turns(quantized)
     return quantized
 
 

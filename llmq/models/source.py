@@ -22,6 +22,7 @@ from transformers import (
 
 from llmq.errors import LlmqError
 from llmq.models.arch import check_supported, check_type
+from llmq.models.building import one_at_a_time
 
 BUNDLED = {"tiny": "assets/tiny"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
@@ -89,6 +90,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         ) from None
 
 
+@one_at_a_time
 def load_config(model_dir: Path) -> PretrainedConfig:
     """The config of a causal LM. Raises `LlmqError` for what is damaged, not a causal LM or not
     supported. Remote code is never run."""
@@ -103,6 +105,7 @@ def load_config(model_dir: Path) -> PretrainedConfig:
     return config
 
 
+@one_at_a_time
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises `LlmqError` when it has none."""
     try:
@@ -116,6 +119,7 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@one_at_a_time
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers (rotary tables) real, in
     float32."""

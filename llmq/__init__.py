@@ -13,6 +13,7 @@ registered when transformers itself is loaded."""
 from __future__ import annotations
 
 import importlib
+import threading
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -65,10 +66,15 @@ __all__ = [
 ]
 
 
+# Threads that import modules of one circle from different ends get half-made ones.
+_IMPORTING = threading.RLock()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'llmq' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    with _IMPORTING:
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 @wrapt.when_imported("transformers.quantizers")

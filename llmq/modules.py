@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,10 @@ _KEYS = itertools.count()
 _MODULES: WeakValueDictionary[str, QuantLinear] = (
     WeakValueDictionary()
 )  # those alive, for `_prepare_in_trace`
+# Held while a module changes the form of its weight, which is seldom: for the first of several
+# threads that call it, for another dtype or device, for saving. Products need none: they keep to the
+# form they found, which is never changed, only replaced.
+_CHANGING = threading.RLock()
 
 
 class QuantLinear(nn.Module):
@@ -74,7 +79,8 @@ class QuantLinear(nn.Module):
 
     def qtensor(self) -> QuantizedTensor:
         """The weight in canonical form."""
-        packed = self.packed if self._prepared is None else self._prepared.canonical_packed()
+        with _CHANGING:
+            packed = self.packed if self._prepared is None else self._prepared.canonical_packed()
         assert packed is not None
         return QuantizedTensor(
             packed,
@@ -93,26 +99,28 @@ class QuantLinear(nn.Module):
 
     def set_compute(self, mode: str) -> None:
         """Whether activations may be rounded at run time: see `llmq_kernels.compute`."""
-        self._release()
-        self.compute = mode
+        with _CHANGING:
+            self._release()
+            self.compute = mode
 
     def prepare(self, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
         """Lay the weight out for activations of `dtype` on `device` (default: where the weight is).
         The first forward pass does this by itself."""
-        device = self.scale.device if device is None else torch.device(device)
-        if (
-            self._prepared is not None
-            and self._prepared.dtype == dtype
-            and self._prepared.device == device
-        ):
-            return
-        self._release()
-        self._prepared = prepared = PreparedWeight(self._as_packed(dtype, device), dtype, device)
-        self.packed = None
-        self._ready_dtype, self._ready_device, self._layout = dtype, device, prepared.layout
-        self._prepared_names = tuple(f"prepared_{i}" for i in range(len(prepared.tensors)))
-        for name, tensor in zip(self._prepared_names, prepared.tensors, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
+        self._prepare(dtype, self.scale.device if device is None else torch.device(device))
+
+    def _prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedWeight:
+        with _CHANGING:
+            prepared = self._prepared
+            if prepared is not None and prepared.dtype == dtype and prepared.device == device:
+                return prepared
+            self._release()
+            prepared = PreparedWeight(self._as_packed(dtype, device), dtype, device)
+            self._prepared, self.packed = prepared, None
+            self._ready_dtype, self._ready_device, self._layout = dtype, device, prepared.layout
+            self._prepared_names = tuple(f"prepared_{i}" for i in range(len(prepared.tensors)))
+            for name, tensor in zip(self._prepared_names, prepared.tensors, strict=True):
+                self.register_buffer(name, tensor, persistent=False)
+            return prepared
 
     def _forget(self) -> None:
         for name in getattr(self, "_prepared_names", ()):
@@ -137,9 +145,7 @@ class QuantLinear(nn.Module):
             )
         prepared = self._prepared
         if prepared is None or prepared.dtype != x.dtype or prepared.device != x.device:
-            self.prepare(x.dtype, x.device)
-            prepared = self._prepared
-            assert prepared is not None
+            prepared = self._prepare(x.dtype, x.device)
         return prepared.linear(x, self.bias)
 
     @property
@@ -154,19 +160,21 @@ class QuantLinear(nn.Module):
         return None if self._prepared is None else self._prepared.backend.name
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
-        self._release()
-        scale_dtype = self.scale.dtype
-        before, input_range = self.scale, self.input_range
-        super()._apply(fn, recurse)
-        if self.scale.dtype != scale_dtype:
-            self.scale = before.to(self.scale.device)
-        if input_range is not None:
-            self.input_range = input_range.to(self.scale.device)
+        with _CHANGING:
+            self._release()
+            scale_dtype = self.scale.dtype
+            before, input_range = self.scale, self.input_range
+            super()._apply(fn, recurse)
+            if self.scale.dtype != scale_dtype:
+                self.scale = before.to(self.scale.device)
+            if input_range is not None:
+                self.input_range = input_range.to(self.scale.device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._release()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with _CHANGING:
+            self._release()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, backend={self.backend}"

@@ -336,7 +336,10 @@ def _tile_product(
         _by_token_tile(values)
         for values in (x_scale, (x_sum * -weight.code.offset).int(), x_scale * x_sum)
     )
-    tiles, out = torch.empty(-(-m // 16) * 16, k, dtype=torch.int8), torch.empty(m, weight.shape[0])
+    tiles, out = (
+        torch.empty(-(-m // 16) * 16, k, dtype=torch.int8),
+        torch.empty(m, weight.shape[0], dtype=torch.float32),
+    )
     jit.kernel("avx512vnni", "cpu_tokens", "int8_pack_kernel")(
         x_codes.data_ptr(), tiles.data_ptr(), m, k // 64
     )
@@ -373,8 +376,8 @@ def quantize(x: Tensor, group: int, span: int, form: str) -> tuple[Tensor, Tenso
     x = x if x.dtype == torch.bfloat16 else x.float()
     codes, scale, total = (
         torch.empty(m, k, dtype=torch.int8),
-        torch.empty(m, k // group),
-        torch.empty(m, k // group),
+        torch.empty(m, k // group, dtype=torch.float32),
+        torch.empty(m, k // group, dtype=torch.float32),
     )
     kernel = jit.kernel(form, "cpu_int8", "quantize_kernel", x.dtype == torch.bfloat16)
     kernel(

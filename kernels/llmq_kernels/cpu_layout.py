@@ -104,6 +104,6 @@ def restore_codes(stored: Tensor, bits: int, n: int, k: int) -> Tensor:
 def arrange_scale(values: Tensor, n: int, n_bands: int) -> Tensor:
     """Values per row and group `[n or 1, groups]` as float32 `[bands, groups, 16]`, zero in the
     rows that pad."""
-    padded = torch.zeros(n_bands * BAND, values.shape[1])
+    padded = torch.zeros(n_bands * BAND, values.shape[1], dtype=torch.float32)
     padded[:n] = values.float().expand(n, -1)
     return padded.view(n_bands, BAND, -1).transpose(1, 2).contiguous()

@@ -59,7 +59,9 @@ def attention_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 
 def score_buffer(key: Tensor) -> Tensor:
     """Scratch for the attention over keys `[B, H_kv, T, D]`, at most T of them."""
-    return torch.empty(key.shape[0] * key.shape[1], -(-key.shape[2] // LANES) * LANES)
+    return torch.empty(
+        key.shape[0] * key.shape[1], -(-key.shape[2] // LANES) * LANES, dtype=torch.float32
+    )
 
 
 def attention(

@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import platform
 import struct
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -339,10 +340,15 @@ class Kernel:
         return call
 
 
+# One kernel at a time, whoever asks: LLVM and its engine are not made for several threads.
+_COMPILING = threading.Lock()
+
+
 @cache
 def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
     """The kernel whose text `llmq_kernels.module.function(*parameters)` writes. Raises `KernelDied`
     where this process cannot run it."""
     if reason := obstacle(form, "this CPU or system has no such instructions"):
         raise KernelDied(f"kernel {module}.{function} cannot run in its {form} form: {reason}")
-    return Kernel(_load(form, _object_code(form, module, function, parameters), "kernel"))
+    with _COMPILING:
+        return Kernel(_load(form, _object_code(form, module, function, parameters), "kernel"))

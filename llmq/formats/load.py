@@ -14,6 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.settings import quantization_settings
+from llmq.inference.rotary import take_turns
+from llmq.models.building import one_at_a_time
 from llmq.models.names import check_dtypes, left_out, stored_to_model_names
 from llmq.models.shards import ShardReader
 from llmq.models.source import check_generation_config, load_config, resolve
@@ -32,6 +34,7 @@ _DTYPES = {
 }
 
 
+@one_at_a_time
 def load(
     model: str | os.PathLike[str],
     *,
@@ -108,6 +111,7 @@ def load(
     quantized: PreTrainedModel = loaded.to(device).eval()
     for module in quantized_modules(quantized).values():
         module.set_compute(compute)
+    take_turns(quantized)
     return quantized
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -12,20 +13,27 @@ from llmq.inference.attention import use_decode_attention
 from llmq.inference.cache import in_place_cache
 from llmq.inference.fuse import fuse_shared_inputs
 from llmq.inference.head import quantize_head
+from llmq.inference.rotary import take_turns
 from llmq.inference.settings import check, effective, takes_in_place_cache
-from llmq.inference.step import use_recorded_steps
+from llmq.inference.step import step_of, use_recorded_steps
+
+_PREPARING = threading.Lock()
 
 
 def prepare_decoding(model: PreTrainedModel, *, head_bits: int | None = None) -> PreTrainedModel:
     """Make `model` decode faster, in place: on a CPU quantized layers that read the same input are
     fused, attention has a kernel for the one new token, and where the family allows it a whole step
-    is a recorded list of kernel calls. head_bits: 8 or 4 to quantize the output head and the
+    is a recorded list of kernel calls. A model that is prepared stays as it is; from then on any
+    number of threads can generate with it. head_bits: 8 or 4 to quantize the output head and the
     embeddings, too."""
-    quantize_head(model, head_bits)
-    if model.device.type == "cpu":
-        fuse_shared_inputs(model)
-        use_decode_attention(model)
-        use_recorded_steps(model)
+    with _PREPARING:
+        quantize_head(model, head_bits)
+        take_turns(model)
+        # Fusing runs the model with stand-ins for its layers, which no other thread may meet.
+        if model.device.type == "cpu" and step_of(model) is None:
+            fuse_shared_inputs(model)
+            use_decode_attention(model)
+            use_recorded_steps(model)
     return model
 
 

@@ -7,10 +7,11 @@ once with every quantized layer replaced by a stand-in that notes its input and 
 costs next to nothing and works for every family.
 
 The modules keep their places. The first that is called with an input computes the product for all,
-the others hand out their rows of it."""
+the others hand out their rows of it; in every thread for itself."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -24,23 +25,27 @@ from llmq.qtensor import stack_rows
 
 
 class SharedProduct(nn.Module):
-    """One product for several layers. sizes: rows of each."""
+    """One product for several layers. sizes: rows of each. What is not fetched yet is kept by
+    thread: several can be in the same layer at once, each with an input of its own."""
 
     def __init__(self, linear: QuantLinear, sizes: Sequence[int]) -> None:
         super().__init__()
         self.linear, self.sizes = linear, tuple(sizes)
-        self._input: Tensor | None = None
-        self._outputs: list[Tensor | None] = []
+        self._waiting: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
 
     def part(self, x: Tensor, index: int) -> Tensor:
         """`x @ W_index.T + bias_index`. Outputs live until they are fetched or another input
         comes."""
-        if self._input is not x or self._outputs[index] is None:
-            self._input, self._outputs = x, list(self.linear(x).split(self.sizes, dim=-1))
-        output, self._outputs[index] = self._outputs[index], None
+        # A compiled graph keeps what waits in variables of its own.
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        read, outputs = self._waiting.get(thread, (None, []))
+        if read is not x or outputs[index] is None:
+            outputs = list(self.linear(x).split(self.sizes, dim=-1))
+            self._waiting[thread] = (x, outputs)
+        output, outputs[index] = outputs[index], None
         assert output is not None
-        if not any(waiting is not None for waiting in self._outputs):
-            self._input = None
+        if all(waiting is None for waiting in outputs):
+            del self._waiting[thread]
         return output
 
 

@@ -9,14 +9,16 @@ not like Llama, what the kernels cannot do and what does not agree goes on as be
 `DecodeStep.reason` says why.
 
 The recording reads weights where they are and keys and values where `cache.InPlaceLayer` holds
-them; it is made anew for another cache, when cache or weights move, and for another number of
-threads."""
+them. Every cache has its own, made anew when cache or weights move and for another number of
+threads: its buffers are written at every token, and threads that decode at once have a cache
+each."""
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -50,9 +52,25 @@ class DecodeStep:
 
     def __init__(self, decoder: PreTrainedModel) -> None:
         self._decoder, self._forward = decoder, decoder.forward
-        self._recorded: _RecordedStep | None = None
         self.reason = _unsuitable(decoder)
         self.replayed = 0
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self._recorded: WeakKeyDictionary[Cache, _RecordedStep] = WeakKeyDictionary()
+        self._counting = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("_recorded", "_counting")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy makes its own recordings: these hold addresses."""
+        vars(self).update(state)
+        self._start_empty()
 
     def __call__(
         self,
@@ -78,7 +96,7 @@ class DecodeStep:
             return self._forward(**arguments)
         for layer in past_key_values.layers:
             layer.reserve(1)
-        recorded = self._recorded
+        recorded = self._recorded.get(past_key_values)
         if recorded is None or not recorded.is_for(past_key_values):
             output = self._forward(**arguments)
             self._record(input_ids, n_before, past_key_values, output.last_hidden_state)
@@ -86,7 +104,8 @@ class DecodeStep:
         output = recorded(input_ids, n_before)
         for layer in past_key_values.layers:
             layer.advance(1)
-        self.replayed += 1
+        with self._counting:
+            self.replayed += 1
         return BaseModelOutputWithPast(
             last_hidden_state=output.clone(), past_key_values=past_key_values
         )
@@ -95,29 +114,28 @@ class DecodeStep:
         """Record for this cache and compute the token that was just computed, over the keys and
         values it left, again. What the model wrote into the cache stays."""
         try:
-            self._recorded = _RecordedStep(self._decoder, cache)
+            recorded = _RecordedStep(self._decoder, cache)
         except NotRecordable as error:
             self.reason = str(error)
             return
         places = [buffer[:, :, n_before] for layer in cache.layers for buffer in layer.buffers]
         written = [place.clone() for place in places]
         difference = float(
-            (self._recorded(input_ids, n_before).float() - expected.float()).norm()
+            (recorded(input_ids, n_before).float() - expected.float()).norm()
             / expected.float().norm()
         )
         for place, values in zip(places, written, strict=True):
             place.copy_(values)
-        if not difference <= TOLERANCE:
-            self._recorded, self.reason = (
-                None,
-                f"the recorded step is off by {difference:.2g} of what the model computes, more than {TOLERANCE}",
-            )
+        if difference <= TOLERANCE:
+            self._recorded[cache] = recorded
+        else:
+            self.reason = f"the recorded step is off by {difference:.2g} of what the model computes, more than {TOLERANCE}"
 
 
 class _RecordedStep:
     def __init__(self, decoder: Any, cache: Cache) -> None:
         self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
-        self._cache, self._state = weakref.ref(cache), _state(cache)
+        self._state = _state(cache)
         attention = decoder.layers[0].self_attn
         with (
             torch.inference_mode(False),
@@ -137,8 +155,8 @@ class _RecordedStep:
         self._parameters = [(parameter, parameter.detach()) for parameter in decoder.parameters()]
 
     def is_for(self, cache: Cache) -> bool:
-        """Whether the cache, the weights and the number of threads are those that were recorded."""
-        if self._cache() is not cache or self._state != _state(cache):
+        """Whether the cache, the weights and the number of threads are as they were recorded."""
+        if self._state != _state(cache):
             return False
         is_same = all(module.prepared is prepared for module, prepared in self._products)
         return is_same and all(

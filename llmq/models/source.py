@@ -22,6 +22,7 @@ from transformers import (
 
 from llmq.errors import LlmqError
 from llmq.models.arch import check_supported, check_type
+from llmq.models.building import one_at_a_time
 from llmq.models.shards import ShardReader
 from llmq.models.sizes import check_buffers, check_sizes
 from llmq.storage.boundary import check_folder, reading
@@ -118,6 +119,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         ) from None
 
 
+@one_at_a_time
 def load_config(model_dir: Path) -> PretrainedConfig:
     """The config of a causal LM. Raises `LlmqError` for what is damaged, not a causal LM or not
     supported. Remote code is never run."""
@@ -171,6 +173,7 @@ def _find_quantization(config: PretrainedConfig, model_dir: Path) -> None:
     config.quantization_config = {"quant_method": "gptq", **settings, "bits": bits}
 
 
+@one_at_a_time
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises `LlmqError` when it has none."""
     check_folder(model_dir)
@@ -219,6 +222,7 @@ def check_generation_config(model_dir: Path) -> None:
             )
 
 
+@one_at_a_time
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers (rotary tables) real, in
     float32."""

@@ -238,7 +238,7 @@ class _Solve:
         self.weight_t = weight.T[order].contiguous()  # [K, N]
         self.codes_t = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
         n_groups = spec.n_groups(k)
-        self.scale_t = torch.empty(n_groups, n, device=weight.device)
+        self.scale_t = torch.empty(n_groups, n, dtype=torch.float32, device=weight.device)
         self.zero_t = torch.full_like(self.scale_t, spec.levels.offset)
         self.low_t, self.high_t = -self.zero_t, spec.levels.max - self.zero_t
         if self.static:

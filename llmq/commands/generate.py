@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     with reading(model_dir, "its tokenizer cannot read the prompt", "give another --prompt"):
         prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
     max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], config)
-    model = prepare_decoding(
+    model = running(args.model)(prepare_decoding)(
         load(model_dir, dtype=args.dtype, device=args.device, compute=args.compute),
         head_bits=args.head_bits,
     )
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         file=sys.stderr,
     )
     return {
-        "text": tokenizer.decode(output, skip_special_tokens=True),
+        "text": running(args.model)(tokenizer.decode)(output, skip_special_tokens=True),
         **speed,
         "backends": backends_in_use(model),
         "recorded_steps": report(model),

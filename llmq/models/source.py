@@ -4,6 +4,7 @@ the model on the meta device."""
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from llmq.errors import LlmqError
+from llmq.messages import escaped
 from llmq.models.arch import check_supported, check_type
 from llmq.models.sizes import check_buffers, check_sizes
 from llmq.storage.boundary import check_folder, reading
@@ -43,6 +45,19 @@ _GENERATION_REMEDY = "remove it, or compare it with that of the original model"
 GENERATION_LIMITS = {"num_beams": 1024, "num_beam_groups": 1024, "num_return_sequences": 1024}
 _PROBE = "A test: 12 b\u00e9\u4e2d\U0001f600\n\tx"
 _HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
+
+
+class _Printable(logging.Filter):
+    """Shows control characters that a message of transformers has from a file, and drops
+    nothing."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = escaped(record.getMessage(), keep="\n\t"), None
+        return True
+
+
+for _handler in logging.getLogger("transformers").handlers:
+    _handler.addFilter(_Printable())
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -131,6 +131,9 @@ def load_config(model_dir: Path) -> PretrainedConfig:
         check_type(settings.get("model_type"))  # type: ignore[arg-type]
         check_sizes(settings, model_dir)
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        text = config.get_text_config()
+        if not isinstance(text, PretrainedConfig):
+            raise TypeError(f"the config of its text model is no object but {text!r}")
         check_supported(config)
         check_buffers(config, path)
     return config

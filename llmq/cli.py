@@ -116,10 +116,12 @@ class _Stderr(io.TextIOBase):
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._is_terminal = bool(stream.isatty())  # where bars are drawn with escape sequences
 
     def write(self, text: str) -> int:
+        shown = text if self._is_terminal else escaped(text, keep="\n\r\t")
         try:
-            self._stream.write(text)
+            self._stream.write(shown)
             self._stream.flush()
         except (OSError, ValueError):  # ValueError: closed
             _discard(self._stream)
@@ -130,7 +132,7 @@ class _Stderr(io.TextIOBase):
             self._stream.flush()
 
     def isatty(self) -> bool:
-        return bool(self._stream.isatty())
+        return self._is_terminal
 
     def fileno(self) -> int:
         return int(self._stream.fileno())

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     is_sampled = args.temperature > NO_TEMPERATURE
     check({**stored, "do_sample": is_sampled}, args.device.partition(":")[0])  # before any weight
     max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], config, stored)
-    model = prepare_decoding(
+    model = running(args.model)(prepare_decoding)(
         load(
             model_dir,
             dtype=args.dtype,
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     n_prompt = prompt.shape[1] if first_look.n_prompt is None else first_look.n_prompt
     ends = [_end(row, n_prompt, settings) for row in sequences]
     texts = [
-        tokenizer.decode(row[:end], skip_special_tokens=True)
+        running(args.model)(tokenizer.decode)(row[:end], skip_special_tokens=True)
         for row, end in zip(sequences, ends, strict=True)
     ]
     speed = _speed(model, ends[0] - n_prompt, seconds)

@@ -275,6 +275,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     import torch
 
     from llmq.benchmark.plot import check_plot
+    from llmq.messages import one_line
     from llmq.models.source import load_config, resolve
     from llmq.qat.job import prepare_job
     from llmq.qat.run import check_output, fine_tune
@@ -299,7 +300,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     )
     if job.processes.is_main_process:
         for name, note in job.notes.items():
-            print(f"note: {name}: {note}", file=sys.stderr)
+            print(one_line(f"note: {name}: {note}"), file=sys.stderr)
         print(budget_line(job), file=sys.stderr, flush=True)
     with common.progress("qat") as bar:
 

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.errors import VerificationError
+    from llmq.messages import one_line
     from llmq.ptq.run import quantize_folder
     from llmq.storage.workspace import check_output
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     common.check_device(args.device)
     job = jobs.prepare_job(args)
     for name, note in job.notes.items():
-        print(f"note: {name}: {note}", file=sys.stderr)
+        print(one_line(f"note: {name}: {note}"), file=sys.stderr)
     with common.progress("blocks") as show:
         done = total = 0
 

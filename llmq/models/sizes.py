@@ -50,7 +50,6 @@ MANY_EMBEDDINGS = 1 << 33
 MANY_POSITIONS = 1 << 14
 MAX_BUFFER_ELEMENTS = 1 << 28
 _LEAST_BYTES = 1 / 8  # that a parameter takes on disk: a bit
-_LEAST_HEADER = 40  # bytes in the header of a tensor
 
 
 def check_sizes(settings: dict[str, Any], model_dir: Path) -> None:

@@ -4,6 +4,7 @@ the model on the meta device."""
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from llmq.errors import LlmqError
+from llmq.messages import escaped
 from llmq.models.arch import check_supported, check_type
 from llmq.models.building import one_at_a_time
 from llmq.models.shards import ShardReader
@@ -56,6 +58,19 @@ _TOKENIZER_REMEDY = "copy tokenizer.json and tokenizer_config.json into it"
 _GENERATION_REMEDY = "remove it, or compare it with that of the original model"
 GENERATION_LIMITS = {"num_beams": 1024, "num_beam_groups": 1024, "num_return_sequences": 1024}
 _PROBE = "A test: 12 b\u00e9\u4e2d\U0001f600\n\tx"
+
+
+class _Printable(logging.Filter):
+    """Shows control characters that a message of transformers has from a file, and drops
+    nothing."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = escaped(record.getMessage(), keep="\n\t"), None
+        return True
+
+
+for _handler in logging.getLogger("transformers").handlers:
+    _handler.addFilter(_Printable())
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -130,6 +145,9 @@ def load_config(model_dir: Path) -> PretrainedConfig:
         check_type(settings.get("model_type"))  # type: ignore[arg-type]
         check_sizes(settings, model_dir)
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        text = config.get_text_config()
+        if not isinstance(text, PretrainedConfig):
+            raise TypeError(f"the config of its text model is no object but {text!r}")
         check_supported(config)
         check_buffers(config, path)
         _refuse_adapter(model_dir)

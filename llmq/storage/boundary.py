@@ -14,7 +14,13 @@ from llmq.errors import LlmqError
 from llmq.messages import brief
 
 _PASSED_ON = (KeyboardInterrupt, SystemExit, GeneratorExit, LlmqError)
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "can't start new thread",
+)
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -63,12 +69,9 @@ def is_defect_of_settings(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> str | None:
     """What to tell of an error that means that memory ran out; None for any other."""
     text = str(error)
-    known = isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY)
-    if not (
-        known
-        or isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    ):
+    told = any(part in text.lower() for part in _OUT_OF_MEMORY)  # by torch, safetensors or CUDA
+    is_errno = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (told or is_errno or isinstance(error, MemoryError)):
         return None
     said = f" ({brief(error)})" if text else ""
     return f"out of memory{said}; free some, or give less to do at a time: fewer --samples, a shorter --sequence-length, a smaller model"

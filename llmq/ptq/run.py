@@ -3,6 +3,7 @@ from and go to."""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 import warnings
@@ -42,7 +43,7 @@ from llmq.spec import ActSpec
 from llmq.storage import files
 from llmq.storage.boundary import running
 from llmq.storage.companions import copy_companions
-from llmq.storage.stamps import SourceFiles
+from llmq.storage.stamps import SourceChangedError, SourceFiles
 from llmq.storage.workspace import PartialCheckpoint, check_output
 
 MAX_FALLBACK_SHARE = 0.05
@@ -57,6 +58,7 @@ class CheckpointReader:
         self, model: PreTrainedModel, shards: ShardReader, source: SourceFiles | None = None
     ) -> None:
         self.shards, self.source = shards, source
+        self._read: dict[str, str] = {}  # hash by stored name, since the last block was finished
         self.names = match_names(model, shards.names)
 
     def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -67,7 +69,24 @@ class CheckpointReader:
         finally:  # a file that is another by now is the reason of whatever went wrong
             if self.source is not None:
                 self.source.check(paths)
+        if self.source is not None:
+            self._read |= {name: _hash(tensor) for name, tensor in tensors.items()}
         return {stored[name]: tensor for name, tensor in tensors.items()}
+
+    def take_read(self) -> dict[str, Any]:
+        """What was read since the last call: hashes of the tensors, inodes of their files."""
+        read, self._read = self._read, {}
+        paths = {self.shards.names[name] for name in read}
+        return {"inodes": self.source.inodes(paths) if self.source else {}, "tensors": read}
+
+    def is_still(self, before: dict[str, Any]) -> bool:
+        """Whether what was read for a finished block is what is there now. Where inodes are the
+        same, so are the contents."""
+        paths = {self.shards.names[name] for name in before["tensors"]}
+        if self.source is None or self.source.inodes(paths) == before["inodes"]:
+            return True
+        now = self.shards.read(before["tensors"])
+        return all(_hash(now[name]) == before["tensors"][name] for name in now)
 
     def stored_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors under the names that the source uses, which other engines know: packed
@@ -87,6 +106,11 @@ class CheckpointReader:
         """Stored tensors that belong to no parameter of the model: old buffers, heads for other
         tasks."""
         return sorted(set(self.shards.names) - set(self.names.values()))
+
+
+def _hash(tensor: Tensor) -> str:
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content.data).hexdigest()
 
 
 class ModelReader:
@@ -270,6 +294,10 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
     partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks) + 1)
     try:
         sink = _FolderSink(partial, reader, job.fmt, job.plans, job.recipe)
+        if not all(map(reader.is_still, partial.sources())):
+            partial.forget_all(
+                "the weights of the source are not those that the finished blocks were made of, though size and time of its files are the same"
+            )
         first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
             files.check_space(partial.work_dir, stored_bytes(job) + work_bytes(job))
@@ -297,6 +325,10 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
         )
     except files.DamagedError:
         partial.close()
+        raise
+    except SourceChangedError as error:
+        is_same = error.may_be_same and all(map(reader.is_still, partial.sources()))
+        (partial.close if is_same else partial.discard)()
         raise
     except (files.WriteError, OSError) as error:  # OSError: of activations, reports or the manifest
         partial.close()
@@ -390,7 +422,7 @@ class _FolderSink:
         self.partial.forget_after(index)
 
     def seal(self, report: BlockReport) -> None:
-        self.partial.finish_shard(report.index, report.to_json())
+        self.partial.finish_shard(report.index, report.to_json(), self.reader.take_read())
 
 
 def _finish(

@@ -2,7 +2,8 @@
 deleted under way without being noticed.
 
 A look at a stamp is one `stat`. The time of the last change of the inode (ctime) is part of it:
-unlike that of the contents it cannot be set back."""
+unlike that of the contents it cannot be set back. Where nothing else has changed, the contents may
+be the same (a link was made, a mode set); what was read decides then, by its hash."""
 
 from __future__ import annotations
 
@@ -24,6 +25,15 @@ _NAMES = re.compile(
 )
 _FOLDERS = ("additional_chat_templates",)
 _LARGE = 256_000_000  # bytes: a companion file above is told by its stamp alone
+
+
+class SourceChangedError(LlmqError):
+    """A file of the source is not the one it was. may_be_same: of weights of which only the inode
+    says so."""
+
+    def __init__(self, message: str, may_be_same: bool) -> None:
+        super().__init__(message)
+        self.may_be_same = may_be_same
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,13 @@ class SourceFiles:
                     stamps[path.relative_to(folder).as_posix()] = Stamp.of(path)
         return cls(folder, stamps)
 
+    def inodes(self, paths: Iterable[Path]) -> dict[str, list[int]]:
+        """Inode and its time of change by name, for files of this folder."""
+        found = {path.name: self.stamps[path.name] for path in paths if path.name in self.stamps}
+        return {name: [stamp.inode, stamp.ctime_ns] for name, stamp in sorted(found.items())}
+
     def check(self, paths: Iterable[Path] | None = None) -> None:
-        """Raise `LlmqError` that names a file which is no longer the one it was. paths: of this
+        """Raise `SourceChangedError` that names a file which is no longer the one it was. paths: of this
         folder; all by default."""
         names = self.stamps if paths is None else {path.name for path in paths}
         for name in sorted(names):
@@ -85,6 +100,7 @@ def _check(path: Path, before: Stamp) -> None:
     try:
         now = Stamp.of(path)
     except OSError as error:
+        names = []
         changed = f"is gone ({os.strerror(error.errno or 0)})"
     else:
         if now == before:
@@ -92,6 +108,9 @@ def _check(path: Path, before: Stamp) -> None:
         parts = ("size", "mtime_ns", "ctime_ns", "inode")
         names = [part for part in parts if getattr(now, part) != getattr(before, part)]
         changed = f"is not the file that it was when the run began ({', '.join(names)} changed)"
-    raise LlmqError(
-        f"{path}: {changed}; the result would mix two models, so none was written: see that nothing changes the source, then repeat the command"
+    raise SourceChangedError(
+        f"{path}: {changed}; the result would mix two models, so none was written: see that nothing changes the source, then repeat the command",
+        may_be_same=bool(names)
+        and set(names) <= {"ctime_ns", "inode"}
+        and path.suffix == ".safetensors",
     )

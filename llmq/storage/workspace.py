@@ -234,17 +234,31 @@ class PartialCheckpoint(Workspace):
                 )
             yield name, tensor
 
-    def finish_shard(self, index: int, report: dict[str, Any] | None = None) -> None:
+    def finish_shard(
+        self, index: int, report: dict[str, Any] | None = None, source: dict[str, Any] | None = None
+    ) -> None:
         """Record the hash of a shard that was written, and give it its name: from here on it is
-        part of the result."""
+        part of the result. source: what tells the weights that it was made of."""
         path = self.shard_path(index)
         partial = path.with_suffix(".tmp")
         seals.write_sealed(
             self.blocks_dir / f"{index:05d}.json",
-            {"report": report, "shard": files.digest(partial)},
+            {"report": report, "source": source, "shard": files.digest(partial)},
         )
         partial.replace(path)
         files.sync_folder(self.checkpoint_dir)
+
+    def sources(self) -> list[dict[str, Any]]:
+        """What the finished blocks were made of."""
+        indices = range(self.n_shards - 1)
+        finished = [index for index in indices if files.is_plain_file(self.shard_path(index))]
+        return [source for index in finished if (source := self._record(index)["source"])]
+
+    def forget_all(self, reason: str) -> None:
+        """No block is finished any more."""
+        tell(f"{self.work_dir}: {reason}; starting over")
+        self.forget_after(-1)
+        self.n_finished, self.damaged, self.redone = 0, [], []
 
     def read_shard(self, index: int) -> dict[str, Tensor]:
         """The tensors of a finished block."""

@@ -3,21 +3,29 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 
 from llmq.cli import main
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, LlmqWarning
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.qat import run as qat_run
 from llmq.recipe import Recipe
 
 
 def edit(path: Path) -> None:
-    """In place, at the same size and time."""
+    """In place, at the same size and time: in weights, of a layer of block 0 where there is one."""
     content, status = bytearray(path.read_bytes()), path.stat()
-    content[-3] ^= 1
+    at = len(content) - 3
+    if path.suffix == ".safetensors":
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        starts = {name: entry["data_offsets"][0] for name, entry in header.items() if "." in name}
+        name = min(starts, key=lambda name: (".layers.0.mlp." not in name, name))
+        at = 8 + length + starts[name] + 1
+    content[at] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -32,6 +40,7 @@ def replace(path: Path) -> None:
 
 CHANGES = [edit, replace, Path.unlink]
 NAMES = ["config.json", "tokenizer.json", "model-00001-of-00003.safetensors"]
+LAYER = "model.layers.0.mlp.down_proj.weight"
 NAMES += ["model.safetensors.index.json", "generation_config.json", "LICENSE"]
 
 
@@ -46,7 +55,7 @@ def source(model_folder):
 
 def run_with(source, out, change, at):
     """Quantize, with a change after block `at`."""
-    quantize_folder(
+    return quantize_folder(
         prepare(str(source), Recipe.uniform("w4g32", method="rtn")),
         out,
         on_block=lambda report: change() if report.index == at else None,
@@ -54,16 +63,49 @@ def run_with(source, out, change, at):
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("at", [0, 1])
-def test_a_source_that_changes_during_a_run(source, tmp_path, change, at):
+def test_a_source_that_changes_during_a_run(source, tmp_path, change):
     kept = tmp_path / "kept"
     shutil.copytree(source, kept)
-    for name in NAMES:
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    for at, name in enumerate([*NAMES, index[LAYER]]):
         with pytest.raises(LlmqError, match=rf"{name}: is (gone|not the file that it was)"):
-            run_with(source, tmp_path / "out", lambda name=name: change(source / name), at)
-        assert sorted(os.listdir(tmp_path)) == ["kept", "model"], name
+            run_with(source, tmp_path / "out", lambda name=name: change(source / name), at % 2)
+        left = set(os.listdir(tmp_path)) - {"kept", "model"}
+        # What the finished blocks were made of may still be there: then they are kept.
+        assert left <= ({".out.llmq-partial"} if name.endswith(".safetensors") else set()), name
+        shutil.rmtree(tmp_path / ".out.llmq-partial", ignore_errors=True)
         shutil.rmtree(source)
         shutil.copytree(kept, source)
+
+
+def touch_inode(path: Path) -> None:
+    path.chmod(0o600)
+
+
+@pytest.mark.parametrize(("change", "n_kept"), [(edit, 0), (replace, 0), (touch_inode, 1)])
+def test_contents_decide_where_size_and_time_are_the_same(source, tmp_path, change, n_kept):
+    """Between two attempts, too: what was read is told by its hash."""
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    shard, out = source / index[LAYER], tmp_path / "out"
+
+    def stop():
+        raise KeyboardInterrupt
+
+    for on_block, error in ((stop, KeyboardInterrupt), (lambda: change(shard), LlmqError)):
+        with pytest.raises(error):
+            run_with(source, out, on_block, 0)
+        if on_block is stop:
+            change(shard)
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", LlmqWarning)
+            report = run_with(source, out, lambda: None, 0)
+        assert report["resumed_at_block"] == n_kept
+        assert n_kept == 1 or on_block is not stop or "starting over" in str(told[0].message)
+        run_with(source, tmp_path / "again", lambda: None, 0)
+        for path in out.glob("*.safetensors"):
+            assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+        shutil.rmtree(out)
 
 
 def test_what_is_not_used_may_change(source, tmp_path):

@@ -333,9 +333,14 @@ def budget_line(job: QATJob) -> str:
 
 def _summary(out: str, report: dict[str, Any]) -> str:
     held_out = {name: score["perplexity"] for name, score in report["held_out"].items()}
-    pairs: dict[str, object] = {
-        "written": f"{out}: {'the trained model' if report['shipped'] == 'trained' else 'the PTQ start, because training did not beat it on held-out text'}"
-    }
+    shipped = "the trained model"
+    if report["shipped"] != "trained":
+        worse = report["trained_worse_in"]
+        reason = (
+            f"made it worse at some positions ({', '.join(worse)})" if worse else "did not beat it"
+        )
+        shipped = f"the PTQ start, because training {reason} on held-out text"
+    pairs: dict[str, object] = {"written": f"{out}: {shipped}"}
     pairs |= {
         f"held-out perplexity, {name.replace('_', ' ')}": f"{value:.3f}"
         for name, value in held_out.items()

@@ -33,15 +33,32 @@ def recipe(spec="w2g32-asym", **options):
     )
 
 
+@torch.no_grad()
+def add_sink(model, strength):
+    """Token 0, first in every window, switches one neuron of block 0 on, whose output is many times
+    as long as that of any other token."""
+    model.model.embed_tokens.weight[0] = torch.eye(64)[0] * 4
+    mlp = model.model.layers[0].mlp
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.weight[0] = torch.eye(64)[0] * strength
+    model.model.layers[0].self_attn.o_proj.weight.mul_(0.5)
+
+
 class Problem:
     """Block 0 of a small model, its inputs and outputs in files, and plain rounding as the
     start."""
 
-    def __init__(self, folder, model_type="llama", spec="w2g32-asym", n_sequences=N_SEQUENCES):
+    def __init__(
+        self, folder, model_type="llama", spec="w2g32-asym", n_sequences=N_SEQUENCES, sink=0.0
+    ):
         model = make_model(model_type)
+        tokens = torch.randint(2, 2048, (n_sequences, LENGTH))
+        if sink:
+            add_sink(model, sink)
+            tokens[:, 0] = 0
         blocks = model.get_submodule("transformer.h" if model_type == "gpt2" else "model.layers")
         batch = sequences_per_step(n_sequences, LENGTH)
-        hidden, _ = BlockRecorder(model, blocks).run(torch.randint(2, 2048, (n_sequences, LENGTH)))
+        hidden, _ = BlockRecorder(model, blocks).run(tokens)
         _, calls = BlockRecorder(model, blocks).run(torch.randint(2, 2048, (batch, LENGTH)))
         self.block, self.call = blocks[0], calls[0]
         self.inputs, self.targets = (
@@ -64,7 +81,7 @@ class Problem:
             for name, weight in self.weights.items()
         }
 
-    def tune(self, **options):
+    def tune(self, special=None, **options):
         return tune_block(
             self.block,
             self.weights,
@@ -73,6 +90,7 @@ class Problem:
             self.targets,
             lambda sequences: self.call,
             BlockwiseOptions(**{"iterations": 30, "learning_rate": 0.05, **options}),
+            special,
         )
 
 
@@ -129,6 +147,41 @@ def test_a_start_that_cannot_be_beaten_is_kept(tmp_path):
         torch.equal(tensor.packed, problem.start[name].packed)
         for name, tensor in tuning.tensors.items()
     )
+
+
+def test_a_result_that_breaks_the_first_position_is_not_kept(tmp_path):
+    """On average tuning makes the block ten times better here, and its attention sink worse."""
+    problem = Problem(tmp_path, n_sequences=64, sink=4.0)
+    target = torch.cat(list(problem.targets.batches(64)))
+    lengths = target.norm(dim=-1)
+    assert float(lengths[:, 0].mean() / lengths.median()) > 100
+    tuning = problem.tune(learning_rate=0.02)
+    first, other = tuning.by_class["first"], tuning.by_class["other"]
+    assert first.tuned > first.start
+    assert other.tuned < 0.3 * other.start
+    assert (first.n_positions, other.n_positions) == (
+        64,
+        64 * (LENGTH - 1) - tuning.by_class["outlier"].n_positions,
+    )
+    assert "first" in tuning.worse
+    assert tuning.error == tuning.start_error
+    assert all(tensor is problem.start[name] for name, tensor in tuning.tensors.items())
+
+
+def test_a_result_that_holds_the_first_position_is_kept(tmp_path):
+    tuning = Problem(tmp_path, spec="w3g32", n_sequences=64, sink=4.0).tune(learning_rate=0.02)
+    assert tuning.worse == []
+    assert tuning.error < tuning.start_error
+    assert all(errors.tuned <= errors.start for errors in tuning.by_class.values())
+
+
+def test_special_tokens_are_judged_on_their_own(tmp_path):
+    problem = Problem(tmp_path, n_sequences=64)
+    special = torch.zeros(64, LENGTH, dtype=torch.bool)
+    special[3, 7] = special[9, 0] = True
+    tuning = problem.tune(special=special)
+    assert tuning.by_class["special"].n_positions == 1
+    assert tuning.by_class["first"].n_positions == 64
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -200,6 +253,9 @@ def test_quantize_save_reload(model_type, model_folder, calibration_file, tmp_pa
     assert len(report["tuned_blocks"]) == 2
     assert all(block["tuned_error"] <= block["start_error"] for block in report["tuned_blocks"])
     assert any(block["tuned_error"] < block["start_error"] for block in report["tuned_blocks"])
+    assert all(
+        {"first", "other"} <= block["tuning_by_class"].keys() for block in report["tuned_blocks"]
+    )
     assert all(0 < layer["error"] < 1 for layer in report["layers"])
     loaded, in_memory = llmq.load(out, dtype="float32"), make_model(model_type)
     llmq.quantize(in_memory, recipe(), job.tokens.tokens)

@@ -127,18 +127,15 @@ def test_in_memory_the_change_is_warned_of(tmp_path):
         llmq.quantize(make_model(), Recipe.uniform("w4g32", method="rtn"))
 
 
-def test_layers_that_lost_their_output_are_named(model_folder, calibration_file, tmp_path, capsys):
+def test_layers_that_lost_their_output_are_named(model_folder, tmp_path, capsys):
     """One scale per tensor, where one weight is so far beyond all others that these become zero."""
     folder = model_folder()
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{LAYER}.weight"][0, 0] = 3.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for method in ("rtn", "gptq"):
-        out = tmp_path / method
-        rules = ["--rule", f"{LAYER}=w4-tensor", "--rule", "*=w8"]
-        arguments = ["--samples", "4", "--sequence-length", "32", "--method", method, *rules]
-        text = ["--calibration", str(calibration_file)]
-        assert main(["quantize", str(folder), str(out), *arguments, *text]) == 0
-        report = json.loads((out / "report.json").read_text())
-        assert report["layers_with_large_error"] == [LAYER]
-        assert f"1 layers lost more than half of their output: {LAYER}" in capsys.readouterr().out
+    out = tmp_path / "out"
+    rules = ["--rule", f"{LAYER}=w4-tensor", "--rule", "*=w8"]
+    assert main(["quantize", str(folder), str(out), "--method", "rtn", *rules]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["layers_with_large_error"] == [LAYER]
+    assert f"1 layers lost more than half of their output: {LAYER}" in capsys.readouterr().out

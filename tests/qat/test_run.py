@@ -20,6 +20,7 @@ from llmq.errors import LlmqWarning, VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.models.source import load_config
 from llmq.qat import run as run_module
+from llmq.qat import ship as ship_module
 from llmq.qat import trainer as trainer_module
 from llmq.qat.job import prepare_job
 from llmq.qat.settings import QATSettings, Scheme
@@ -118,7 +119,12 @@ def test_from_a_folder_to_a_folder(scheme, options, fmt, arguments, tmp_path, ca
     assert report["shipped"] == (
         "trained"
         if report["held_out"]["trained"]["perplexity"] < report["held_out"]["start"]["perplexity"]
+        and not report["trained_worse_in"]
         else "start"
+    )
+    assert all(
+        losses["first"]["n_positions"] == report["held_out"]["start"]["windows"]
+        for losses in report["held_out_by_class"].values()
     )
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     training = [row for row in rows if "loss" in row]
@@ -160,9 +166,31 @@ def test_the_start_is_shipped_when_training_made_it_worse(arguments, tmp_path, c
     )
     out = tmp_path / "out"
     assert main(at(arguments, out, "--lr-weights", "0.05")) == 0
-    assert "training did not beat it" in capsys.readouterr().out
+    assert "the PTQ start, because training" in capsys.readouterr().out
     assert json.loads((out / "report.json").read_text())["shipped"] == "start"
     llmq.load(out)
+
+
+def test_the_start_is_shipped_when_one_kind_of_position_became_worse(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    """All but the first position gain, by a measurement that is made up here."""
+    score = ship_module._score
+
+    def favourable(*args):
+        scores, by_class = score(*args)
+        trained = by_class.losses["start"] - 0.1
+        trained[:, 0] += 0.2
+        scores["trained"] = replace(scores["trained"], value=scores["start"].value - 1)
+        losses = {**by_class.losses, "trained": trained}
+        return scores, replace(by_class, losses=losses)
+
+    monkeypatch.setattr(ship_module, "_score", favourable)
+    out = tmp_path / "out"
+    assert main(at(arguments, out)) == 0
+    assert "worse at some positions (first)" in capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert (report["shipped"], report["trained_worse_in"]) == ("start", ["first"])
 
 
 @pytest.mark.slow

@@ -66,6 +66,14 @@ FAMILY_CONFIGS: dict[str, dict[str, object]] = {
 }
 
 
+def families(*fast: str) -> list[object]:
+    """Every family as a parameter of a test; all but the fast ones in the slow run."""
+    return [
+        name if name in fast else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILY_CONFIGS
+    ]
+
+
 def make_model(
     model_type: str = "llama",
     *,

@@ -77,6 +77,28 @@ def any_value(random: Random) -> Any:
     return random.choice(make)()
 
 
+def alike(random: Random, value: Any) -> Any:
+    """Another value of the same type, which passes where types are all that is checked."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return random.choice(
+            [value + 1, value - 1, value * 2, value // 2, 0, 1, 2, 3, 64, 1000, -1]
+        )
+    if isinstance(value, float):
+        return random.choice([value * 2, -value, 0.0, 1.0, 1e-30, *FLOATS])
+    if isinstance(value, str):
+        return random.choice([*WORDS, value + "x", value.upper(), value[:-1], ""])
+    if isinstance(value, list):
+        return [alike(random, item) if random.random() < 0.3 else item for item in value]
+    if isinstance(value, dict):
+        return {
+            key: alike(random, part) if random.random() < 0.3 else part
+            for key, part in value.items()
+        }
+    return random.choice([0, 1, 16, "llama", True, 1.5, [0], {}])
+
+
 def places(value: Any) -> list[tuple[Any, Any]]:
     """(container, key) of every value inside, the outermost excepted."""
     found: list[tuple[Any, Any]] = []
@@ -99,8 +121,10 @@ def mutate_value(random: Random, data: Any) -> Any:
     shallow = [place for place in found if place[0] is data]
     container, key = random.choice(shallow if random.random() < 0.5 and shallow else found)
     value = container[key]
-    step = random.randrange(8)
-    if step == 0:
+    step = random.randrange(16)
+    if step >= 8:
+        container[key] = alike(random, value)
+    elif step == 0:
         del container[key]
     elif step == 1 and isinstance(container, dict):
         container[random.choice([HOSTILE_TEXT, "", "x", *KEYS])] = container.pop(key)

@@ -242,7 +242,7 @@ def test_sequences_with_nan_are_skipped_and_counted(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_quantize_save_reload(model_type, model_folder, calibration_file, tmp_path):
     """The engine's promises hold: what is loaded computes what was trained, in a folder and in
     memory."""

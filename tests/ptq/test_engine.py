@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_model
+from conftest import FAMILY_CONFIGS, families, make_model
 from safetensors.torch import load_file
 
 import llmq
@@ -29,8 +29,19 @@ def recipe(spec="w4g32", **options):
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
-@pytest.mark.parametrize("fmt", ["gptq", "llmq"])
-def test_quantize_save_reload(model_type, fmt, model_folder, calibration_file, tmp_path):
+def test_quantize_save_reload(model_type, model_folder, calibration_file, tmp_path):
+    _quantize_save_reload(model_type, "gptq", model_folder, calibration_file, tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", families("llama"))
+def test_quantize_save_reload_in_the_native_format(
+    model_type, model_folder, calibration_file, tmp_path
+):
+    _quantize_save_reload(model_type, "llmq", model_folder, calibration_file, tmp_path)
+
+
+def _quantize_save_reload(model_type, fmt, model_folder, calibration_file, tmp_path):
     folder = model_folder(model_type)
     out = tmp_path / "out"
     report = quantize_folder(
@@ -284,7 +295,7 @@ def test_playing_back_solved_parts_changes_nothing(model_type, inputs, monkeypat
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@pytest.mark.parametrize("model_type", families("llama", "gpt2", "gemma3_text", "falcon"))
 def test_a_full_precision_stream_in_bfloat16_leads_to_the_same_place(model_type, monkeypatch):
     """Its roundings are noise of 2^-9 per number; what is taken from it are means over 960 tokens.
     Masks and rotary tables of every family have to follow its dtype."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -17,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmq.errors import LlmqError
 from llmq.recipe import Layer
+
+MOST_STRETCHED = 1e6  # factors of rotary positions beyond are no factors
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,43 @@ def check_supported(config: PretrainedConfig) -> None:
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """Tokens that a model has positions for, or None where there is no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Tokens that a model has positions for, or None where there is no limit. With scaled rotary
+    positions these are more than `max_position_embeddings` says where that is what the model was
+    trained with; they are never fewer."""
+    text_config = config.get_text_config()
+    limit: int | None = getattr(text_config, "max_position_embeddings", None)
+    if not limit or not hasattr(type(text_config), "rope_parameters"):  # learned ones just end
+        return limit
+    scaled = [_scaled_limit(limit, *rope) for rope in _rotary_positions(text_config)]
+    return max(limit, min(scaled, default=limit))
+
+
+def _rotary_positions(config: PretrainedConfig) -> list[tuple[dict[str, Any], bool]]:
+    """What each kind of layer rotates by, and whether it is the same for all layers. Of several
+    kinds only those that see the whole text: no token is far away in a sliding window."""
+    stored = getattr(config, "rope_parameters", None)
+    if not isinstance(stored, dict):
+        return []
+    kinds = {name: rope for name, rope in stored.items() if isinstance(rope, dict)}
+    if not kinds:
+        return [(stored, True)]
+    return [(rope, False) for name, rope in kinds.items() if "sliding" not in name]
+
+
+def _scaled_limit(limit: int, rope: dict[str, Any], is_for_all: bool) -> int:
+    """The positions of one kind of layer by transformers' `modeling_rope_utils`. YaRN and LongRoPE
+    stretch those of `original_max_position_embeddings`, whether or not the config counts the
+    result; linear and dynamic scaling those of a `max_position_embeddings` that stays as it was.
+    Where only some layers are scaled (Gemma 3), and for Llama 3, the config has the result."""
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    if not isinstance(factor, int | float) or not 1 <= factor < MOST_STRETCHED:
+        return limit
+    if kind in ("yarn", "longrope"):
+        original = rope.get("original_max_position_embeddings") or limit
+        return max(limit, int(original * factor)) if isinstance(original, int) else limit
+    if kind in ("linear", "dynamic") and is_for_all:
+        return int(limit * factor)
+    return limit
 
 
 def check_length(

@@ -214,7 +214,10 @@ def test_reference_is_the_definition():
 @pytest.mark.skipif(INTERPRETED, reason="this is the run in the interpreter")
 @pytest.mark.parametrize(
     "tests",
-    ["is_right", pytest.param("matrix and 17 and not group and not 2h", marks=pytest.mark.slow)],
+    [
+        "is_right and 32",
+        pytest.param("matrix and 17 and not group and not 2h", marks=pytest.mark.slow),
+    ],
 )
 def test_in_tritons_interpreter(tests):
     """Triton's kernels among the others: CPU tensors are theirs there."""

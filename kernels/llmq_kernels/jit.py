@@ -72,12 +72,14 @@ def supports(form: str) -> bool:
     if form == "amx" and not _tiles_allowed():
         return False
     try:
-        _object_code(form, *_SMALLEST)
+        with _building:
+            _object_code(form, *_SMALLEST)
     except KernelDied:
         return False
     return form not in _dead
 
 
+_building = threading.Lock()  # one thread at a time compiles and loads
 # The kernel that stands for its form, and why forms whose probe died are not offered.
 _SMALLEST = ("cpu_decode", "add_kernel", ())
 _dead: dict[str, str] = {}
@@ -340,15 +342,11 @@ class Kernel:
         return call
 
 
-# One kernel at a time, whoever asks: LLVM and its engine are not made for several threads.
-_COMPILING = threading.Lock()
-
-
 @cache
 def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
     """The kernel whose text `llmq_kernels.module.function(*parameters)` writes. Raises `KernelDied`
     where this process cannot run it."""
     if reason := obstacle(form, "this CPU or system has no such instructions"):
         raise KernelDied(f"kernel {module}.{function} cannot run in its {form} form: {reason}")
-    with _COMPILING:
+    with _building:
         return Kernel(_load(form, _object_code(form, module, function, parameters), "kernel"))

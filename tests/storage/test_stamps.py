@@ -32,7 +32,7 @@ def edit(path: Path) -> None:
 
 def replace(path: Path) -> None:
     """By a file that looks the same."""
-    copy = path.with_name("copy")
+    copy = path.with_name("copy" + path.suffix)
     shutil.copy2(path, copy)
     edit(copy)
     copy.replace(path)

@@ -197,6 +197,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
+        and len(module) > 0
         and any(block_layers(module[0]))
     ]
     if len(found) > 1:  # towers of a multimodal model may be as deep as its text model

@@ -29,7 +29,13 @@ from llmq.models.arch import check_length, find_blocks, quantizable_layers, weig
 from llmq.models.identity import hub_id
 from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.shards import ShardReader, check_finite
-from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
+from llmq.models.source import (
+    check_generation_config,
+    load_config,
+    load_tokenizer,
+    meta_model,
+    resolve,
+)
 from llmq.models.stored import is_text_part, source_model, source_remarks, state_ties
 from llmq.models.tokens import FINGERPRINT, fingerprint, first_token, model_tokenizer
 from llmq.modules import quantized_modules, swap
@@ -170,6 +176,7 @@ def prepare(
     model_dir = resolve(model, revision)
     source = SourceFiles.of(model_dir)
     stored_config = load_config(model_dir)
+    check_generation_config(model_dir)  # it comes along, and the result has to load
     if getattr(stored_config, "quantization_config", None) is not None:
         raise LlmqError(
             f"{model_dir}: is quantized already ({_method(stored_config)}); start from the full-precision model"

@@ -9,6 +9,7 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.formats.setting_types import as_settings
 from llmq.formats.settings import quantization_settings
+from llmq.ptq.run import prepare
 from llmq.recipe import Recipe
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "dynamic": {}}
@@ -63,6 +64,8 @@ def test_generation_configs_are_checked_before_the_model_is_loaded(content, mess
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(LlmqError, match=message):
         llmq.load(folder)
+    with pytest.raises(LlmqError, match=message):  # or the result could not be loaded
+        prepare(str(folder), Recipe.uniform("w4g32", method="rtn"))
 
 
 def test_a_damaged_report_is_left_out_with_a_warning(tmp_path, tokenizer, capsys):

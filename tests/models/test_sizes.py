@@ -10,6 +10,8 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.models.sizes import check_sizes
 from llmq.models.source import load_config
+from llmq.ptq.run import prepare
+from llmq.recipe import Recipe
 
 
 def edited(folder, **settings):
@@ -50,6 +52,14 @@ def test_tables_of_positions_are_known_before_they_are_filled(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(LlmqError, match="need a table of 1000000000000 elements in 2 layers"):
         load_config(tmp_path)
+
+
+def test_a_model_without_blocks_is_refused(model_folder):
+    with pytest.raises(LlmqError, match="expected one list of 0 blocks"):
+        prepare(
+            str(edited(model_folder(), num_hidden_layers=0, layer_types=None)),
+            Recipe.uniform("w4g32", method="rtn"),
+        )
 
 
 def test_sizes_of_nested_configs_count(tmp_path):

@@ -15,10 +15,11 @@ from transformers.utils import logging as transformers_logging
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.settings import quantization_settings
 from llmq.inference.rotary import take_turns
+from llmq.inference.settings import read_settings
 from llmq.models.building import one_at_a_time
 from llmq.models.names import check_dtypes, left_out, stored_to_model_names
 from llmq.models.shards import ShardReader
-from llmq.models.source import check_generation_config, load_config, resolve
+from llmq.models.source import load_config, resolve
 from llmq.models.stored import state_ties
 from llmq.modules import quantized_modules
 from llmq.storage.boundary import reading
@@ -63,7 +64,7 @@ def load(
     config = load_config(model_dir)
     settings = quantization_settings(config)
     shards = ShardReader(model_dir)  # every shard is there and readable
-    check_generation_config(model_dir)
+    read_settings(model_dir)
     for part in (config, config.get_text_config()):
         part.transformers_weights = shards.start  # so that transformers opens the same file
     if settings is not None:

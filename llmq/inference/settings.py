@@ -7,7 +7,6 @@ handed over only where transformers would have made its default one."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +15,11 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
+from llmq.storage.boundary import reading
+from llmq.storage.json_files import read_object
 
 FILE = "generation_config.json"
+REMEDY = "compare it with that of the original model"
 MOST_SEQUENCES = 4096  # beams or texts at once: a slip of the pen beyond would fill the memory
 
 _BOOLS = (
@@ -303,20 +305,13 @@ def read_settings(model_dir: Path) -> dict[str, Any]:
     path = model_dir / FILE
     if not path.is_file():
         path = model_dir / "config.json"  # what transformers goes by then
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LlmqError(f"{path}: not JSON that can be read ({_first_line(error)})") from None
-    if not isinstance(stored, dict):
-        raise LlmqError(f"{path}: expected an object, not {type(stored).__name__}")
+    stored = read_object(path, "a generation config", REMEDY)
     check_values(stored, str(path))
-    try:
+    with reading(path, "not a generation config that transformers can read", REMEDY):
         if path.name == FILE:
-            config = GenerationConfig.from_dict(stored)
+            config = GenerationConfig.from_pretrained(model_dir)
         else:
             config = GenerationConfig.from_model_config(stored)
-    except Exception as error:  # whatever transformers makes of a value it does not expect
-        raise LlmqError(f"{path}: {explain(error, stored)}") from None
     return vars(config)
 
 

@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -55,8 +54,6 @@ TOKENIZER_FILES = (
 )
 _CONFIG_REMEDY = "compare it with that of the original model, or download it again"
 _TOKENIZER_REMEDY = "copy tokenizer.json and tokenizer_config.json into it"
-_GENERATION_REMEDY = "remove it, or compare it with that of the original model"
-GENERATION_LIMITS = {"num_beams": 1024, "num_beam_groups": 1024, "num_return_sequences": 1024}
 _PROBE = "A test: 12 b\u00e9\u4e2d\U0001f600\n\tx"
 
 
@@ -221,23 +218,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         value = getattr(tokenizer, name)
         if not (value is None or type(value) is int):
             raise ValueError(f"{name} {value!r}: expected a whole number")
-
-
-def check_generation_config(model_dir: Path) -> None:
-    """Raise `LlmqError` for a generation config that transformers cannot read, or that asks for
-    more than any machine has. A folder without one is fine."""
-    path = model_dir / "generation_config.json"
-    if not path.exists():
-        return
-    settings = read_object(path, "a generation config", _GENERATION_REMEDY)
-    with reading(path, "not a generation config that transformers can read", _GENERATION_REMEDY):
-        GenerationConfig.from_pretrained(model_dir)
-    for name, limit in GENERATION_LIMITS.items():
-        value = settings.get(name)
-        if value is not None and not (type(value) is int and 0 <= value <= limit):
-            raise LlmqError(
-                f"{path}: {name} {value!r}: expected a whole number up to {limit}; {_GENERATION_REMEDY}"
-            )
 
 
 @one_at_a_time

@@ -24,13 +24,13 @@ from llmq.evaluation.position_classes import special_ids
 from llmq.formats import Format, choose_format, format_note
 from llmq.formats.hf_quantizer import state_quantization
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
+from llmq.inference.settings import read_settings
 from llmq.kv import quantize_kv
 from llmq.models.arch import check_length, find_blocks, quantizable_layers, weight_as_stored
 from llmq.models.identity import hub_id
 from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.shards import ShardReader, check_finite
 from llmq.models.source import (
-    check_generation_config,
     load_config,
     load_tokenizer,
     meta_model,
@@ -176,7 +176,7 @@ def prepare(
     model_dir = resolve(model, revision)
     source = SourceFiles.of(model_dir)
     stored_config = load_config(model_dir)
-    check_generation_config(model_dir)  # it comes along, and the result has to load
+    read_settings(model_dir)  # it comes along, and the result has to load
     if getattr(stored_config, "quantization_config", None) is not None:
         raise LlmqError(
             f"{model_dir}: is quantized already ({_method(stored_config)}); start from the full-precision model"

@@ -18,10 +18,11 @@ import llmq
 from llmq import data
 from llmq.errors import LlmqError
 from llmq.evaluation.windows import Windows, identified
+from llmq.inference.settings import read_settings
 from llmq.models.arch import quantizable_layers
 from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.shards import ShardReader
-from llmq.models.source import check_generation_config, load_config, load_tokenizer, resolve
+from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.models.stored import source_model, source_remarks
 from llmq.models.tokens import first_token, model_tokenizer
 from llmq.ptq.precision import multiplies_bfloat16
@@ -155,7 +156,7 @@ def prepare_job(
     model_dir = resolve(model, revision)
     sources = [SourceFiles.of(model_dir)]
     stored_config = load_config(model_dir)
-    check_generation_config(model_dir)  # it comes along, and the result has to load
+    read_settings(model_dir)  # it comes along, and the result has to load
     if getattr(stored_config, "quantization_config", None) is not None:
         raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
     shards = ShardReader(model_dir)

@@ -54,7 +54,7 @@ def test_settings_that_are_no_object_are_refused(stored):
     ("content", "message"),
     [
         ("[]", "not a generation config"),
-        ('{"num_beams": 1000000}', "num_beams 1000000: expected a whole number up to 1024"),
+        ('{"num_beams": 1000000}', "num_beams is 1000000; expected a whole number from 1 to 4096"),
         ('{"num_return_sequences": "2"}', "generation_config"),
         ("{", "generation_config"),
     ],

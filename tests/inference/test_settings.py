@@ -300,9 +300,9 @@ def test_damaged_values_are_named(name, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "not JSON"),
-        ("[1]", "expected an object, not list"),
-        ("[" * 100_000, "not JSON"),
+        ("{", "no JSON"),
+        ("[1]", "expected a JSON object, got a list"),
+        ("[" * 100_000, "no JSON"),
         ('{"num_return_sequences": 2}', "num_return_sequences"),
         ('{"cache_implementation": "paper"}', "cache_implementation"),
         ('{"compile_config": {"mode": "x"}}', "compile_config"),

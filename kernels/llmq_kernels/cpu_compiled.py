@@ -338,7 +338,10 @@ def _tile_product(
         _by_token_tile(values)
         for values in (x_scale, (x_sum * -weight.code.offset).int(), x_scale * x_sum)
     )
-    tiles, out = torch.empty(-(-m // 16) * 16, k, dtype=torch.int8), torch.empty(m, weight.shape[0], dtype=torch.float32)
+    tiles, out = (
+        torch.empty(-(-m // 16) * 16, k, dtype=torch.int8),
+        torch.empty(m, weight.shape[0], dtype=torch.float32),
+    )
     jit.kernel("avx512vnni", "cpu_tokens", "int8_pack_kernel")(
         x_codes.data_ptr(), tiles.data_ptr(), m, k // 64
     )

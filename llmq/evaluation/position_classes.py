@@ -72,11 +72,10 @@ def classify(special: Tensor, lengths: Tensor | None = None, median: float = 0.0
 
 
 @contextmanager
-def watching_lengths(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """While the model runs: a list that gets, for each batch, the lengths of hidden states `[B, T]`
-    over the median of the block that they leave, the largest of all blocks."""
+def watching_lengths(model: PreTrainedModel, found: list[Tensor]) -> Iterator[None]:
+    """While a full-precision model runs: `found` gets, for each batch, the lengths of hidden states
+    `[B, T]` over the median of the block that they leave, the largest of all blocks."""
     _, blocks = find_blocks(model)
-    found: list[Tensor] = []
 
     def watch(index: int, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -92,7 +91,7 @@ def watching_lengths(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         for index, block in enumerate(blocks)
     ]
     try:
-        yield found
+        yield
     finally:
         for handle in handles:
             handle.remove()

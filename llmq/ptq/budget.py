@@ -48,14 +48,17 @@ def stored_bytes(job: Job) -> int:
 
 def work_bytes(job: Job) -> int:
     """Bytes of the files beside the output while the job runs: both streams' inputs of two blocks,
-    what each layer reads (or, where that is less, gives) in the full-precision model, and inputs
-    and outputs of solved parts."""
+    what each layer reads (or, where that is less, gives) in the full-precision model, inputs and
+    outputs of solved parts, and the per-layer embeddings of models that have them."""
     if job.tokens is None:
         return 0
     hidden = job.model.config.get_text_config().hidden_size
+    text_config = job.model.config.get_text_config()
+    per_layer = getattr(text_config, "hidden_size_per_layer_input", None) or 0
     first = _first_block(job)
     return job.tokens.n_tokens * (
-        2 * 2 * 4 * hidden
+        4 * per_layer * text_config.num_hidden_layers
+        + 2 * 2 * 4 * hidden
         + sum(2 * min(shape) for shape in first)
         + 4 * (max(max(shape) for shape in first) + 2 * hidden)
     )

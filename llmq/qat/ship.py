@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def ship(
         shutil.copytree(start_dir, staging)
     log = work_dir / "log.jsonl"
     report = _report(job, scores, improved, log, seconds)
+    report["notes"] = json.loads((start_dir / "report.json").read_text())["notes"] | report["notes"]
     report["held_out_by_class"] = {} if by_class is None else by_class.by_class()
     report["trained_worse_in"] = worse
     if log.exists():
@@ -101,16 +103,15 @@ def _score(
     an outlier is seen in the full-precision model."""
     scores: dict[str, Perplexity] = {}
     losses: dict[str, Tensor] = {}
-    lengths = torch.empty(0)
+    ratios: list[Tensor] = []
     for name, folder in folders.items():
         model, parts = load(folder, dtype="float32"), list[Tensor]()
-        with watching_lengths(model) as ratios:
+        is_full = name == "full_precision"
+        with watching_lengths(model, ratios) if is_full else nullcontext():
             scores[name] = evaluate(model, held_out, on_losses=parts.append)
         losses[name] = torch.cat(parts)
-        if name == "full_precision":
-            lengths = torch.cat(ratios)
     ids = special_ids(load_config(job.model_dir), load_tokenizer(job.model_dir))
-    classes = classify(is_special(held_out.tokens, ids), lengths, 1.0)
+    classes = classify(is_special(held_out.tokens, ids), torch.cat(ratios), 1.0)
     return scores, HeldOutLosses(losses, classes[:, :-1])
 
 

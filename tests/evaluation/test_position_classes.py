@@ -83,7 +83,8 @@ def test_lengths_are_relative_to_their_block():
     model.model.embed_tokens.weight[7] *= 100
     tokens = torch.randint(8, 2048, (3, 16))
     tokens[1, 5] = 7
-    with watching_lengths(model) as found:
+    found = []
+    with watching_lengths(model, found):
         model(tokens)
         model(tokens[:1])
     assert [tuple(ratios.shape) for ratios in found] == [(3, 16), (1, 16)]

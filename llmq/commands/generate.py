@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     import torch
-    from transformers import TextStreamer
 
     from llmq.data import check_vocabulary
     from llmq.formats.load import load
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     settings = effective(model, options)
     n_sequences = settings["num_return_sequences"] or 1
     is_streamed = not args.json and n_sequences == 1 and (settings["num_beams"] or 1) == 1
-    streamer = TextStreamer(tokenizer) if is_streamed else None  # type: ignore[no-untyped-call]
+    streamer = _streamer(tokenizer) if is_streamed else None
     started = time.perf_counter()
     sequences = running(args.model)(_generated)(
         model,
@@ -117,13 +116,33 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: {speed['tokens_per_second']:.1f} tokens/s, {speed['weight_gb_per_second']:.2f} GB/s of weights",
         file=sys.stderr,
     )
+    if not args.json and not is_streamed:
+        print(_shown("\n".join(texts)), flush=True)
     return {
         "text": texts[0],
         "texts": texts,
         **speed,
         "backends": backends_in_use(model),
         "recorded_steps": report(model),
-    }, "" if is_streamed else "\n".join(texts)
+    }, ""
+
+
+def _shown(text: str) -> str:
+    """Text as it is for a file or a pipe; a terminal must not obey what a model writes."""
+    from llmq.messages import escaped
+
+    return escaped(text, keep="\n\t") if sys.stdout.isatty() else text
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints tokens as they come."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(_shown(text), stream_end)
+
+    return Streamer(tokenizer)
 
 
 def _new_tokens(asked: int | None, n_prompt: int, config: Any, stored: Mapping[str, Any]) -> int:

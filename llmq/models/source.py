@@ -183,7 +183,7 @@ def _find_quantization(config: PretrainedConfig, model_dir: Path) -> None:
     bits = settings.get("bits")
     if bits is None:
         raise LlmqError(
-            f"{path}: has no 'bits', but packed tensors are stored and config.json has no settings; {_CONFIG_REMEDY}"
+            f"{path}: not the settings of a GPTQ folder: has no 'bits', but packed tensors are stored and config.json has no settings; {_CONFIG_REMEDY}"
         )
     config.quantization_config = {"quant_method": "gptq", **settings, "bits": bits}
 

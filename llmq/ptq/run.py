@@ -51,6 +51,7 @@ from llmq.storage.boundary import running
 from llmq.storage.companions import copy_companions
 from llmq.storage.stamps import SourceChangedError, SourceFiles
 from llmq.storage.workspace import PartialCheckpoint, check_output
+from llmq_kernels import restricted
 
 MAX_FALLBACK_SHARE = 0.05
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -173,6 +174,7 @@ def prepare(
     the weights of all layers once, to give each a scale dtype that holds its scales; without, what
     is planned is float16 as it was asked for.
     """
+    restricted.adapt()
     model_dir = resolve(model, revision)
     source = SourceFiles.of(model_dir)
     stored_config = load_config(model_dir)

@@ -35,6 +35,7 @@ from llmq.recipe import LayerPlan, Recipe, Rule
 from llmq.spec import ActSpec
 from llmq.storage import files
 from llmq.storage.stamps import SourceFiles
+from llmq_kernels import restricted
 
 GENERATED = "generated"
 
@@ -152,6 +153,7 @@ def prepare_job(
 ) -> QATJob:
     """Resolve and check everything that can be checked before computing. strict: refuse layers that
     differ from what was asked and stored tensors that are left out. Raises `LlmqError`."""
+    restricted.adapt()
     check_engine()
     model_dir = resolve(model, revision)
     sources = [SourceFiles.of(model_dir)]

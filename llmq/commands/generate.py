@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         file=sys.stderr,
     )
     if not args.json and not is_streamed:
-        print(_shown("\n".join(texts)), flush=True)
+        print(_shown("\n".join(texts)), end="", flush=True)  # the command line ends it
     return {
         "text": texts[0],
         "texts": texts,

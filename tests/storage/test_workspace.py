@@ -273,7 +273,7 @@ def test_an_output_of_that_name_that_was_moved_aside_by_somebody_else(lab, tmp_p
 
 def test_state_that_cannot_be_read_heals_by_starting_over_with_a_line(lab):
     lab = lab()
-    for content in (b"", b"{", b"[]", b'{"content": {}, "sha256": 0}'):
+    for content in (b"{", b'{"content": {}, "sha256": 0}'):
         lab.stop_after(1)
         (lab.work_dir / "state.json").write_bytes(content)
         _, told = lab.resume()

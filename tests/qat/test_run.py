@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model
+from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq.cli import main
@@ -19,6 +21,7 @@ from llmq.commands.qat import budget_line
 from llmq.errors import LlmqWarning, VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.models.source import load_config
+from llmq.modules import quantized_modules
 from llmq.qat import run as run_module
 from llmq.qat import ship as ship_module
 from llmq.qat import trainer as trainer_module
@@ -549,3 +552,20 @@ def test_another_vocabulary(arguments, model_folder, tmp_path, capsys):
     assert main(at(arguments, tmp_path / "out", "--teacher", str(teacher))) == 2
     assert "vocabulary of 1024" in capsys.readouterr().err
     assert not list(tmp_path.glob("*out*")), "nothing is left behind"
+
+
+def test_scales_of_tiny_weights_are_held_through_training(arguments, tmp_path, capsys):
+    """Float16 would make them zero, in the start and in what is trained from it."""
+    path, name = Path(arguments[1]) / "model.safetensors", "model.layers.0.mlp.gate_proj"
+    tensors = load_file(path)
+    tensors[f"{name}.weight"] *= 1e-6
+    save_file(tensors, path, metadata={"format": "pt"})
+    out = tmp_path / "out"
+    assert main(at(arguments, out, "--lr-weights", "1e-9")) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert "scales in bfloat16" in report["notes"][name]
+    module = quantized_modules(llmq.load(out, dtype="float32"))[name]
+    original = tensors[f"{name}.weight"].float()
+    difference = module.qtensor().dequantize() - original
+    assert module.spec.scale_dtype == "bfloat16"
+    assert float(difference.norm() / original.norm()) < 0.3

@@ -17,6 +17,7 @@ from llmq.modules import QuantLinear, quantized_modules
 from llmq.recipe import Recipe, Rule
 from llmq.spec import QuantSpec
 from llmq.storage import files
+from llmq.storage.files import MANIFEST
 
 TOKENS = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -213,6 +214,7 @@ LAYER = "model.layers.1.mlp.down_proj"
 def test_damaged_tensors_are_refused(quantized, spec, change, message):
     _, folder = quantized(spec, fmt="llmq")
     edit_tensors(folder, change)
+    (folder / MANIFEST).unlink()  # which knows what was written
     with pytest.raises(LlmqError, match=message):
         llmq.load(folder)
 
@@ -239,6 +241,7 @@ def test_damaged_configs_are_refused(quantized, change, message):
 
 def test_a_damaged_index_cannot_leave_the_folder(quantized, tmp_path):
     _, folder = quantized(fmt="llmq")
+    (folder / MANIFEST).unlink()
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x": "../outside.safetensors"}})

@@ -224,7 +224,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return reason, 2
     if isinstance(error, OSError):
         return (
-            f"{error.filename or 'input or output'}: {error.strerror or error}; check that it exists, may be used and has space left",
+            f"{error.filename or 'input or output'}: {error.strerror or error}; check that it "
+            "exists, may be used and has space left",
             2,
         )
     from llmq_kernels.errors import SettingError  # here, because it imports torch

@@ -54,7 +54,8 @@ def load_documents(
         documents = read_documents(path)
     elif path.suffix in {".txt", *READERS} or path.is_absolute() or source.startswith("."):
         raise LlmqError(
-            f"{source}: no such file; give a .txt, .jsonl or .parquet file, a folder of them, a Hub data set (name:config:split) or '{BUNDLED}'"
+            f"{source}: no such file; give a .txt, .jsonl or .parquet file, a folder of them, a "
+            f"Hub data set (name:config:split) or '{BUNDLED}'"
         )
     else:
         documents = _read_hub(source, revision)
@@ -76,7 +77,8 @@ def _read_hub(source: str, revision: str | None) -> list[str]:
         raise
     except Exception as error:  # datasets raises whatever its file systems raise; every one of them means that the data cannot be had.
         raise LlmqError(
-            f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: {brief(error)}); expected name:config:split"
+            f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: "
+            f"{brief(error)}); expected name:config:split"
         ) from None
     if len(documents) > MAX_HUB_DOCUMENTS:
         warnings.warn(
@@ -133,11 +135,13 @@ def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
     smallest, largest = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
     if smallest < 0:
         raise LlmqError(
-            f"{source}: token id {smallest} is negative; expected ids of the model's vocabulary of {vocab_size}, padding left out"
+            f"{source}: token id {smallest} is negative; expected ids of the model's vocabulary of "
+            f"{vocab_size}, padding left out"
         )
     if largest >= vocab_size:
         raise LlmqError(
-            f"{source}: token id {largest} is beyond the model's vocabulary of {vocab_size}; the tokenizer does not belong to this model: put its own into the folder"
+            f"{source}: token id {largest} is beyond the model's vocabulary of {vocab_size}; the "
+            "tokenizer does not belong to this model: put its own into the folder"
         )
 
 
@@ -146,7 +150,8 @@ def check_windows(tokens: Tensor, vocab_size: int) -> None:
     `vocab_size`."""
     if tokens.dim() != 2 or not tokens.numel() or tokens.dtype not in (torch.int64, torch.int32):
         raise LlmqError(
-            f"tokens: expected int64 of shape [n, length], got {tokens.dtype} of shape {list(tokens.shape)}; llmq.data.calibration_windows makes such"
+            f"tokens: expected int64 of shape [n, length], got {tokens.dtype} of shape "
+            f"{list(tokens.shape)}; llmq.data.calibration_windows makes such"
         )
     check_vocabulary(tokens, vocab_size, "tokens")
 
@@ -161,7 +166,8 @@ def calibration_windows(
     """
     if len(tokens) < length:
         raise LlmqError(
-            f"calibration text {source}: {len(tokens)} tokens, but one sequence needs {length}; give more text or a smaller --sequence-length"
+            f"calibration text {source}: {len(tokens)} tokens, but one sequence needs {length}; "
+            "give more text or a smaller --sequence-length"
         )
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randint(len(tokens) - length + 1, (n_samples,), generator=generator)

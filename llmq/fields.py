@@ -39,7 +39,8 @@ def _check(value: Any, hint: Any, name: str, or_null: bool) -> None:
         choices = get_args(hint)
         if not isinstance(value, str | int) or value not in choices:
             raise LlmqError(
-                f"unknown {name} {value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}{null}"
+                f"unknown {name} {value!r}: expected {', '.join(choices[:-1])} or "
+                f"{choices[-1]}{null}"
             )
         return
     if hint not in _EXPECTED:

@@ -67,7 +67,9 @@ def quantize_kv(model: PreTrainedModel, bits: int | None, *, before_rope: bool =
         return
     if not replace_sdpa(model, f"llmq_kv{bits}", _attention(bits)):
         raise LlmqError(
-            f"{type(model).__name__} does not use transformers' SDPA attention, so its keys and values cannot be reached; leave out the kv part of the scheme, or quantize before RoPE"
+            f"{type(model).__name__} does not use transformers' SDPA attention, so its keys and "
+            "values cannot be reached; leave out the kv part of the scheme, or quantize before "
+            "RoPE"
         )
 
 
@@ -79,7 +81,8 @@ def _quantize_projections(model: PreTrainedModel, bits: int) -> None:
     ]
     if not found:
         raise LlmqError(
-            f"{type(model).__name__} has no k_proj and v_proj; quantize keys and values after RoPE instead"
+            f"{type(model).__name__} has no k_proj and v_proj; quantize keys and values after RoPE "
+            "instead"
         )
     for module in found:
         module.register_forward_hook(

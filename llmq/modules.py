@@ -24,8 +24,8 @@ _MODULES: WeakValueDictionary[str, QuantLinear] = (
     WeakValueDictionary()
 )  # those alive, for `_prepare_in_trace`
 # Held while a module changes the form of its weight, which is seldom: for the first of several
-# threads that call it, for another dtype or device, for saving. Products need none: they keep to the
-# form they found, which is never changed, only replaced.
+# threads that call it, for another dtype or device, for saving. Products need none: they keep to
+# the form they found, which is never changed, only replaced.
 _CHANGING = threading.RLock()
 
 
@@ -189,7 +189,8 @@ def _prepare_in_trace(key: str, dtype: torch.dtype, device: torch.device) -> Non
     restart = getattr(torch._dynamo.exc, "UnspecializeRestartAnalysis", None)
     if restart is None:
         raise LlmqError(
-            "this version of torch cannot prepare a quantized weight while it traces; call llmq.modules.prepare(model, dtype) before torch.compile"
+            "this version of torch cannot prepare a quantized weight while it traces; call "
+            "llmq.modules.prepare(model, dtype) before torch.compile"
         )
     raise restart(restart_reason="a quantized weight was laid out for its backend")
 

@@ -60,7 +60,8 @@ def check_length(pattern: str, where: str) -> None:
         raise LlmqError(f"{where}: expected a pattern, got {type(pattern).__name__}")
     if len(pattern) > MAX_LENGTH:
         raise LlmqError(
-            f"{where}: a pattern of {len(pattern)} characters, expected at most {MAX_LENGTH}; give several shorter ones"
+            f"{where}: a pattern of {len(pattern)} characters, expected at most {MAX_LENGTH}; give "
+            "several shorter ones"
         )
 
 
@@ -99,7 +100,8 @@ def _compiled(pattern: str, where: str) -> regex.Pattern[str]:
     check_length(pattern, where)
     if (size := repetitions(pattern)) > MAX_REPETITIONS:
         raise LlmqError(
-            f"{where}: the pattern {pattern!r} stands for {size} characters, expected at most {MAX_REPETITIONS}; {_REMEDY}"
+            f"{where}: the pattern {pattern!r} stands for {size} characters, expected at most "
+            f"{MAX_REPETITIONS}; {_REMEDY}"
         )
     try:
         if _VERBOSE.search(pattern):
@@ -107,7 +109,8 @@ def _compiled(pattern: str, where: str) -> regex.Pattern[str]:
         return _compile(pattern)
     except Exception as error:  # re.error, but also OverflowError or RecursionError
         raise LlmqError(
-            f"{where}: not a regular expression ({error or type(error).__name__}); quote the characters that have a meaning, or use a shell pattern without 're:'"
+            f"{where}: not a regular expression ({error or type(error).__name__}); quote the "
+            "characters that have a meaning, or use a shell pattern without 're:'"
         ) from None
 
 
@@ -130,6 +133,7 @@ def _bounded(match: object, pattern: str, name: str, where: str) -> bool:
     if _spent.get(pattern, 0.0) > MAX_TOTAL_SECONDS:
         _spent.pop(pattern)
         raise LlmqError(
-            f"{where}: the pattern {pattern!r} takes more than {MAX_SECONDS:g} s on {name!r}, or {MAX_TOTAL_SECONDS:g} s on all names; {_REMEDY}"
+            f"{where}: the pattern {pattern!r} takes more than {MAX_SECONDS:g} s on {name!r}, or "
+            f"{MAX_TOTAL_SECONDS:g} s on all names; {_REMEDY}"
         )
     return found

@@ -105,7 +105,8 @@ class QuantizedTensor:
         per-tensor scales, which have no rows."""
         if self.spec.group_size == PER_TENSOR:
             raise LlmqError(
-                "a tensor with one scale for the whole cannot be split by rows; quantize its parts one by one"
+                "a tensor with one scale for the whole cannot be split by rows; quantize its parts "
+                "one by one"
             )
         zero = None if self.zero is None else self.zero[start:stop].contiguous()
         g_idx = (
@@ -151,25 +152,30 @@ class QuantizedTensor:
         for part, (tensor, shape, dtype) in expected.items():
             if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
                 raise LlmqError(
-                    f"{name}.{part}: expected {dtype} of shape {list(shape)} for {self.spec}, got {tensor.dtype} of shape {list(tensor.shape)}"
+                    f"{name}.{part}: expected {dtype} of shape {list(shape)} for {self.spec}, got "
+                    f"{tensor.dtype} of shape {list(tensor.shape)}"
                 )
         if (self.zero is None) != self.spec.symmetric:
             raise LlmqError(
-                f"{name}: {self.spec} {'has no' if self.spec.symmetric else 'needs a'} zero point, but the tensor has {'none' if self.zero is None else 'one'}"
+                f"{name}: {self.spec} {'has no' if self.spec.symmetric else 'needs a'} zero point, "
+                f"but the tensor has {'none' if self.zero is None else 'one'}"
             )
         if not torch.isfinite(self.scale).all():
             raise LlmqError(
-                f"{name}.scale: {int((~torch.isfinite(self.scale)).sum())} values are NaN or infinite; the checkpoint is damaged"
+                f"{name}.scale: {int((~torch.isfinite(self.scale)).sum())} values are NaN or "
+                "infinite; the checkpoint is damaged"
             )
         if self.g_idx is not None and not (
             int(self.g_idx.min()) >= 0 and int(self.g_idx.max()) < n_groups
         ):
             raise LlmqError(
-                f"{name}.g_idx: values from {int(self.g_idx.min())} to {int(self.g_idx.max())}, expected 0 to {n_groups - 1}"
+                f"{name}.g_idx: values from {int(self.g_idx.min())} to {int(self.g_idx.max())}, "
+                f"expected 0 to {n_groups - 1}"
             )
         if self.spec.code == "ternary" and bool((self.codes() == 3).any()):
             raise LlmqError(
-                f"{name}.packed: holds the code 3, which ternary does not have; the checkpoint is damaged"
+                f"{name}.packed: holds the code 3, which ternary does not have; the checkpoint is "
+                "damaged"
             )
 
 
@@ -187,7 +193,8 @@ def stack_rows(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
         for each in tensors
     ):
         raise LlmqError(
-            f"weights can be stacked only if they are quantized alike: {', '.join(f'{each.spec} of {list(each.shape)}' for each in tensors)}"
+            "weights can be stacked only if they are quantized alike: "
+            f"{', '.join(f'{each.spec} of {list(each.shape)}' for each in tensors)}"
         )
     is_whole = first.spec.group_size == PER_TENSOR
 

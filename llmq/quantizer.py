@@ -45,7 +45,8 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     if not torch.isfinite(stored).all():
         remedy = 'quantize with scales in bfloat16 ("scale_dtype": "bfloat16" in the rules of a recipe), or keep this layer'
         raise LlmqError(
-            f"a scale of {scale.abs().max().item():.3g} does not fit into {spec.scale_dtype}: {remedy}"
+            f"a scale of {scale.abs().max().item():.3g} does not fit into {spec.scale_dtype}: "
+            f"{remedy}"
         )
     return torch.where(stored == 0, torch.ones_like(stored), stored).float()
 

@@ -34,7 +34,8 @@ class Rule:
             patterns.check(self.pattern[3:], f"rule {self.pattern!r}")
         if not isinstance(self.spec, QuantSpec | None):
             raise LlmqError(
-                f"rule {self.pattern!r}: expected a QuantSpec, or None to keep, got {type(self.spec).__name__}"
+                f"rule {self.pattern!r}: expected a QuantSpec, or None to keep, got "
+                f"{type(self.spec).__name__}"
             )
 
     def matches(self, name: str) -> bool:
@@ -51,7 +52,8 @@ class Rule:
         pattern, separator, spec = text.rpartition("=")
         if not separator or not pattern:
             raise LlmqError(
-                f"rule {text!r}: expected PATTERN=SPEC, such as '*.down_proj=w8' or 'model.layers.0.*=keep'"
+                f"rule {text!r}: expected PATTERN=SPEC, such as '*.down_proj=w8' or "
+                "'model.layers.0.*=keep'"
             )
         return cls(pattern, None if spec == KEEP else QuantSpec.parse(spec))
 
@@ -117,7 +119,8 @@ class Recipe:
             raise LlmqError(f"seed {self.seed}: expected a whole number from 0 to 2^63 - 1")
         if not 0 <= self.alpha <= 1:
             raise LlmqError(
-                f"alpha {self.alpha}: expected a share of the correction, from 0 to 1 (0.5 is usual)"
+                f"alpha {self.alpha}: expected a share of the correction, from 0 to 1 (0.5 is "
+                "usual)"
             )
         if self.method == "rtn" and self.order == "act":
             raise LlmqError(
@@ -125,33 +128,41 @@ class Recipe:
             )
         if self.samples < 1 or self.sequence_length < 2:
             raise LlmqError(
-                f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at least 1 sample of 2 tokens"
+                f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected "
+                "at least 1 sample of 2 tokens"
             )
         if self.samples * self.sequence_length > MAX_TOKENS:
             raise LlmqError(
-                f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected at most {MAX_TOKENS} tokens together"
+                f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected "
+                f"at most {MAX_TOKENS} tokens together"
             )
         if self.sweeps < 0:
             raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:
             raise LlmqError(
-                f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at most 1 (0.01 is usual)"
+                f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at "
+                "most 1 (0.01 is usual)"
             )
         if self.iterations < 1:
             raise LlmqError(
-                f"iterations {self.iterations}: expected 1 or more steps per block; use --method gptq for none"
+                f"iterations {self.iterations}: expected 1 or more steps per block; use --method "
+                "gptq for none"
             )
         if not 0 < self.learning_rate <= 1:
             raise LlmqError(
-                f"learning rate {self.learning_rate}: expected a share of a step between two codes, above 0 and at most 1 (0.02 is usual)"
+                f"learning rate {self.learning_rate}: expected a share of a step between two "
+                "codes, above 0 and at most 1 (0.02 is usual)"
             )
         if self.init == "rtn" and self.method != "blockwise":
             raise LlmqError(
-                f"init rtn is what method blockwise starts from, and the method is {self.method}; give --method blockwise, or --init gptq to leave it out"
+                f"init rtn is what method blockwise starts from, and the method is {self.method}; "
+                "give --method blockwise, or --init gptq to leave it out"
             )
         if self.method == "blockwise" and self.order == "act":
             raise LlmqError(
-                "block-wise tuning needs groups of consecutive columns, and true act-order stores other ones: leave out --act-order (--order group sorts columns too), or use --method gptq"
+                "block-wise tuning needs groups of consecutive columns, and true act-order stores "
+                "other ones: leave out --act-order (--order group sorts columns too), or use "
+                "--method gptq"
             )
 
     def _check_types(self) -> None:
@@ -165,7 +176,8 @@ class Recipe:
             raise LlmqError(f"activations {self.activations!r}: expected an ActSpec")
         if len(self.rules) > MAX_RULES:
             raise LlmqError(
-                f"{len(self.rules)} rules: expected at most {MAX_RULES}; patterns with * cover many layers"
+                f"{len(self.rules)} rules: expected at most {MAX_RULES}; patterns with * cover "
+                "many layers"
             )
 
     @property
@@ -192,7 +204,8 @@ class Recipe:
             if not any(rule.matches(layer.name) for layer in layers):
                 examples = ", ".join(layer.name for layer in layers[:3])
                 raise LlmqError(
-                    f"rule {rule.pattern!r} matches none of the {len(layers)} linear layers; their names look like {examples}"
+                    f"rule {rule.pattern!r} matches none of the {len(layers)} linear layers; their "
+                    f"names look like {examples}"
                 )
         return [self._plan_layer(layer) for layer in layers]
 
@@ -205,13 +218,15 @@ class Recipe:
             return LayerPlan(
                 layer,
                 None,
-                f"kept in full precision: no group size of 128, 64 or 32 at or below {asked.group_size} divides K = {layer.shape[1]}",
+                "kept in full precision: no group size of 128, 64 or 32 at or below "
+                f"{asked.group_size} divides K = {layer.shape[1]}",
             )
         if fitting != asked:
             return LayerPlan(
                 layer,
                 fitting,
-                f"group size {fitting.group_size} instead of {asked.group_size}, which does not divide K = {layer.shape[1]}",
+                f"group size {fitting.group_size} instead of {asked.group_size}, which does not "
+                f"divide K = {layer.shape[1]}",
             )
         return LayerPlan(layer, fitting)
 
@@ -230,12 +245,14 @@ class Recipe:
         make no recipe."""
         if not isinstance(data, dict):
             raise LlmqError(
-                f"recipe: expected an object with some of the keys {', '.join(cls.__dataclass_fields__)}, got {type(data).__name__}"
+                "recipe: expected an object with some of the keys "
+                f"{', '.join(cls.__dataclass_fields__)}, got {type(data).__name__}"
             )
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
             raise LlmqError(
-                f"recipe: unknown keys {', '.join(sorted(map(str, unknown)))}; known are {', '.join(cls.__dataclass_fields__)}"
+                f"recipe: unknown keys {', '.join(sorted(map(str, unknown)))}; known are "
+                f"{', '.join(cls.__dataclass_fields__)}"
             )
         values = dict(data)
         try:

@@ -49,11 +49,13 @@ class QuantSpec:
             raise LlmqError(f"unknown code {self.code!r}: expected one of {', '.join(CODES)}")
         if not PER_ROW <= self.group_size <= LARGEST_GROUP or self.group_size == 1:
             raise LlmqError(
-                f"group size {self.group_size}: expected a number of columns from 2 up, -1 (one scale per row) or 0 (one per tensor)"
+                f"group size {self.group_size}: expected a number of columns from 2 up, -1 (one "
+                "scale per row) or 0 (one per tensor)"
             )
         if self.code in ("ternary", "int2h") and not self.symmetric:
             raise LlmqError(
-                f"{self.code} codes are symmetric: they have no zero point to move; leave out --asymmetric"
+                f"{self.code} codes are symmetric: they have no zero point to move; leave out "
+                "--asymmetric"
             )
 
     @property
@@ -100,7 +102,8 @@ class QuantSpec:
         code = match and ("ternary" if match["ternary"] else f"int{match['bits']}")
         if not match or code not in CODES:
             raise LlmqError(
-                f"cannot read the quantization {text!r}: expected forms are w4g128, w3g64-asym, w8, w4-tensor, ternary-g128 (bits 2, 3, 4, 8), or keep"
+                f"cannot read the quantization {text!r}: expected forms are w4g128, w3g64-asym, "
+                "w8, w4-tensor, ternary-g128 (bits 2, 3, 4, 8), or keep"
             )
         group_size = (
             int(match["group"])

@@ -36,13 +36,15 @@ def texts(rows: Iterable[dict[str, Any]], where: str) -> list[str]:
         if not isinstance(text, str):
             columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
             raise LlmqError(
-                f"{where}: expected a column 'text' with strings, found columns {columns} in row {number}"
+                f"{where}: expected a column 'text' with strings, found columns {columns} in row "
+                f"{number}"
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise LlmqError(
-                f"{where}: row {number} holds half of a surrogate pair at character {error.start}, which is no text; repair or leave out this row"
+                f"{where}: row {number} holds half of a surrogate pair at character {error.start}, "
+                "which is no text; repair or leave out this row"
             ) from None
         found.append(text)
     return found
@@ -55,7 +57,8 @@ def _whole(path: Path) -> str:
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise LlmqError(
-            f"{path}: not UTF-8 text (byte {error.start}); convert it, or give a .jsonl or .parquet file"
+            f"{path}: not UTF-8 text (byte {error.start}); convert it, or give a .jsonl or "
+            ".parquet file"
         ) from None
 
 

@@ -148,7 +148,8 @@ def main() -> None:
         )
         return
     print(
-        f"{args.n} x {args.k}, {torch.get_num_threads()} threads, torch {torch.__version__}; speed-up over bfloat16{' in processor time' if args.cpu_time else ''}\n"
+        f"{args.n} x {args.k}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"speed-up over bfloat16{' in processor time' if args.cpu_time else ''}\n"
     )
     print("| M | " + " | ".join(map(str, results)) + " |\n|" + "---|" * (len(results) + 1))
     print(

@@ -310,12 +310,15 @@ def main() -> None:
         )
         return
     print(
-        f"{args.threads} threads, prompt {PROMPT}, {args.new_tokens} new tokens, medians of {args.rounds} rounds\n\n| engine | decode, tokens/s | prefill, tokens/s | resident MB | weights MB |"
+        f"{args.threads} threads, prompt {PROMPT}, {args.new_tokens} new tokens, medians of "
+        f"{args.rounds} rounds\n\n| engine | decode, tokens/s | prefill, tokens/s | resident MB | "
+        "weights MB |"
     )
     print("|---|---|---|---|---|")
     for name, row in results.items():
         print(
-            f"| {name} | {row['decode']:.1f} | {row['prefill']:.0f} | {row['resident'] / 1e6:.0f} | {row['weights'] / 1e6:.0f} |"
+            f"| {name} | {row['decode']:.1f} | {row['prefill']:.0f} | {row['resident'] / 1e6:.0f} "
+            f"| {row['weights'] / 1e6:.0f} |"
         )
 
 

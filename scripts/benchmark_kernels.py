@@ -90,7 +90,8 @@ def table(device: torch.device, out: Path, deadline: float) -> dict[str, Any]:
             if "seconds" in other
         )
         print(
-            f"{row['n']:6}x{row['k']:<6}{row['weights']:11}M={row['m']:<5}{row['ratio']:6.2f} x bfloat16, {row['share_of_copy_bandwidth']:4.0%} of copy; {others}",
+            f"{row['n']:6}x{row['k']:<6}{row['weights']:11}M={row['m']:<5}{row['ratio']:6.2f} x "
+            f"bfloat16, {row['share_of_copy_bandwidth']:4.0%} of copy; {others}",
             flush=True,
         )
         if time.monotonic() > deadline:

@@ -64,7 +64,9 @@ def main() -> None:
     args = parser.parse_args()
 
     print(
-        f"{args.batch_size} x {args.sequence_length} tokens, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n| | seconds per step | times plain |\n|---|---|---|"
+        f"{args.batch_size} x {args.sequence_length} tokens, {args.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}\n\n| | seconds per step | "
+        "times plain |\n|---|---|---|"
     )
     for precision, dtype in PRECISIONS.items():
         steps = {}
@@ -86,7 +88,8 @@ def main() -> None:
         plain = statistics.median(times["plain"])
         for name, values in times.items():
             print(
-                f"| {precision}, {name} | {statistics.median(values):.3f} | {statistics.median(values) / plain:.2f} |",
+                f"| {precision}, {name} | {statistics.median(values):.3f} | "
+                f"{statistics.median(values) / plain:.2f} |",
                 flush=True,
             )
 

@@ -26,7 +26,8 @@ def main() -> None:
         model, load_tokenizer(resolve(args.model)), text, sequence_length=args.sequence_length
     )
     print(
-        f"perplexity {result.value:.4f}, 95% interval {result.ci95[0]:.4f} to {result.ci95[1]:.4f}, {result.windows.n_targets} tokens"
+        f"perplexity {result.value:.4f}, 95% interval {result.ci95[0]:.4f} to "
+        f"{result.ci95[1]:.4f}, {result.windows.n_targets} tokens"
     )
 
 

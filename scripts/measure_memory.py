@@ -141,7 +141,9 @@ def main() -> None:
                 if n & (n - 1) == 0
             )
             print(
-                f"{depth} blocks, {total / 1e9:.2f} GB: peak {run.peak:.0f} MB, {run.peak - baseline:.0f} MB above ({after}); seconds per block {' '.join(run.seconds)}",
+                f"{depth} blocks, {total / 1e9:.2f} GB: peak {run.peak:.0f} MB, "
+                f"{run.peak - baseline:.0f} MB above ({after}); seconds per block "
+                f"{' '.join(run.seconds)}",
                 flush=True,
             )
 

@@ -54,7 +54,8 @@ def main() -> None:
     # A checkpoint like any other.
     model = llmq.load(args.out)
     print(
-        f"{type(model).__name__} with {sum(buffer.nbytes for buffer in model.buffers()) / 1e6:.1f} MB of packed weights"
+        f"{type(model).__name__} with {sum(buffer.nbytes for buffer in model.buffers()) / 1e6:.1f} "
+        "MB of packed weights"
     )
 
 

@@ -156,7 +156,8 @@ def main() -> None:
         low, high = score.ci95
         remark = "(the start: training lost)" if more.get("shipped") == "start" else ""
         print(
-            f"{weights:12} {method:16} {score.value:8.3f} [{low:.2f}, {high:.2f}] {against:>8} {row['bytes'] / 1e6:6.1f} MB {row['seconds']:7.1f} s {remark}",
+            f"{weights:12} {method:16} {score.value:8.3f} [{low:.2f}, {high:.2f}] {against:>8} "
+            f"{row['bytes'] / 1e6:6.1f} MB {row['seconds']:7.1f} s {remark}",
             flush=True,
         )
         if args.out:

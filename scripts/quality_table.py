@@ -131,7 +131,8 @@ def main() -> None:
     text = replace(text, tokens=text.tokens[: args.max_windows])
     full = evaluate(llmq.load(args.model, dtype="float32"), text)
     print(
-        f"full precision: {full.value:.3f} ({full.ci95[0]:.3f} to {full.ci95[1]:.3f}); {text.n_targets} tokens\n",
+        f"full precision: {full.value:.3f} ({full.ci95[0]:.3f} to {full.ci95[1]:.3f}); "
+        f"{text.n_targets} tokens\n",
         flush=True,
     )
     titles = [

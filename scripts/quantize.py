@@ -37,7 +37,8 @@ def main() -> None:
     for block in llmq.quantize(model, recipe, windows.tokens):
         for layer in block.layers:
             print(
-                f"{layer.name}: {layer.error:.2e} of the output (plain rounding: {layer.rtn_error:.2e})"
+                f"{layer.name}: {layer.error:.2e} of the output (plain rounding: "
+                f"{layer.rtn_error:.2e})"
             )
     print("saved to", llmq.save(model, args.out, tokenizer=tokenizer))
 

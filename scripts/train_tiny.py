@@ -86,7 +86,8 @@ def main() -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     print(
-        f"{len(tokens):,} tokens of text, {model.num_parameters():,} parameters, {args.steps * args.batch_size * CONTEXT:,} training tokens",
+        f"{len(tokens):,} tokens of text, {model.num_parameters():,} parameters, "
+        f"{args.steps * args.batch_size * CONTEXT:,} training tokens",
         flush=True,
     )
 
@@ -100,7 +101,8 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(args.out_dir)
     tokenizer.save_pretrained(args.out_dir)
     print(
-        f"mean training loss {result.training_loss:.3f} (perplexity {math.exp(result.training_loss):.2f}), saved to {args.out_dir}"
+        f"mean training loss {result.training_loss:.3f} (perplexity "
+        f"{math.exp(result.training_loss):.2f}), saved to {args.out_dir}"
     )
 
 

@@ -7,7 +7,8 @@ counts the points: every open for writing, rename, removal, new folder, fsync an
 Others are killed at one of them with SIGKILL and repeated. For a loss of power what was not synced
 is taken away in between, in one of two ways:
 
-    lost   a folder has the entries that it had when it was last synced, a file its contents of then;
+    lost   a folder has the entries that it had when it was last synced, a file its contents of
+           then;
            a file that never was is empty
     torn   names are as they were last, contents that were not synced end in the middle
 

@@ -129,7 +129,8 @@ def _check(name: str, given: list[torch.Tensor]) -> None:
         ]
     if strangers:
         raise RuntimeError(
-            f"{name}: expected all tensors on {NAME}:0, found one of shape {list(strangers[0].shape)} on {strangers[0].device}"
+            f"{name}: expected all tensors on {NAME}:0, found one of shape "
+            f"{list(strangers[0].shape)} on {strangers[0].device}"
         )
 
 

@@ -168,7 +168,8 @@ def test_help_answers_at_once():
     """0.3 s is the promise on an idle machine; imports are what could break it, so these are
     checked exactly and the clock is given room."""
     program = (
-        "import sys; sys.argv = ['llmq', '--help']\nfrom llmq.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        "import sys; sys.argv = ['llmq', '--help']\nfrom llmq.cli import main\ntry:\n    "
+        "main()\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'rich', 'datasets'} & set(sys.modules)))"
     )
     started = time.perf_counter()

@@ -140,7 +140,8 @@ def test_without_triton_everything_imports_and_says_why():
         "import torch, llmq_kernels\nfrom llmq_kernels import triton_backend\n"
         "from llmq_kernels.dispatch import BACKENDS\nimport importlib.util\n"
         "codes = torch.zeros(64, 128, dtype=torch.uint8)\n"
-        "weight = llmq_kernels.PackedWeight(llmq_kernels.pack(codes, 4), torch.ones(64, 1), None, None, llmq_kernels.CODES['int4'], 128, (64, 128))\n"
+        "weight = llmq_kernels.PackedWeight(llmq_kernels.pack(codes, 4), torch.ones(64, 1), None, "
+        "None, llmq_kernels.CODES['int4'], 128, (64, 128))\n"
         "print(BACKENDS[0].refusal(weight, torch.bfloat16, torch.device('cuda')))\n"
         "print(llmq_kernels.linear(torch.ones(2, 128), weight).shape)"
     )

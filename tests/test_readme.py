@@ -113,10 +113,13 @@ def test_commands_of_the_quickstart(tmp_path):
         "generate.py tiny --max-new-tokens 4",
         "benchmark_cpu.py --n 256 --k 256 --copies 1 --repeats 1 --rows 1 40",
         "quality_table.py tiny --seeds 1 --samples 8 --specs w4g128 --max-windows 8 --methods gptq",
-        "qat_finetune.py tiny example --train {readme} --steps 2 --batch-size 2 --sequence-length 32",
-        "qat_table.py tiny --train {readme} --steps 2 --batch-size 2 --sequence-length 32 --schemes w4a8kv8 ternary --ptq rtn --init rtn --max-windows 4",
+        "qat_finetune.py tiny example --train {readme} --steps 2 --batch-size 2 --sequence-length "
+        "32",
+        "qat_table.py tiny --train {readme} --steps 2 --batch-size 2 --sequence-length 32 "
+        "--schemes w4a8kv8 ternary --ptq rtn --init rtn --max-windows 4",
         "benchmark_qat.py tiny --batch-size 1 --sequence-length 16 --repeats 1",
-        "measure_memory.py --depths 1 --width 128 --intermediate 256 --vocabulary 2048 --samples 2 --sequence-length 32",
+        "measure_memory.py --depths 1 --width 128 --intermediate 256 --vocabulary 2048 --samples "
+        "2 --sequence-length 32",
     ],
 )
 def test_scripts(command, tmp_path):

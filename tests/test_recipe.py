@@ -99,7 +99,8 @@ def test_json_round_trip():
         ({"autocast": 1}, "autocast 1: expected true, false or null"),
         (
             {"init": "rtn"},
-            "what method blockwise starts from, and the method is gptq; give --method blockwise, or --init gptq",
+            "what method blockwise starts from, and the method is gptq; give --method blockwise, "
+            "or --init gptq",
         ),
         ({"method": "rtn", "order": "act"}, "rtn has no order of columns: leave out --act-order"),
     ],

@@ -102,8 +102,8 @@ def private_folder(path: Path, *, create: bool = False) -> Path:
 
 
 def read_private(path: Path) -> bytes:
-    """The bytes of a file in a folder that `private_folder` gave. Raises `Unsafe` for what this user
-    or root did not write or others can write, for links, and for what is no plain file;
+    """The bytes of a file in a folder that `private_folder` gave. Raises `Unsafe` for what this
+    user or root did not write or others can write, for links, and for what is no plain file;
     `FileNotFoundError`."""
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # never waits for a pipe

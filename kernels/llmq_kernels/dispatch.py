@@ -3,8 +3,8 @@
 A backend is one frozen record: what it was built for (`capability.Takes`), why it may not run here,
 how it prepares a weight once, how it multiplies. It is refused whatever it does not declare, and
 checked against `reference`, which takes everything. The first record in `BACKENDS` that accepts a
-weight is used; `LLMQ_BACKEND=name` asks for one by name, and then its refusal is an error, never a silent
-fallback.
+weight is used; `LLMQ_BACKEND=name` asks for one by name, and then its refusal is an error, never a
+silent fallback.
 
 A backend may keep a weight in a layout of its own. That layout then replaces the canonical words
 (one copy is resident) and `restore` gives the canonical words back, for saving.
@@ -44,12 +44,12 @@ _TENSORS = tuple(
 @dataclass(frozen=True)
 class Backend:
     """takes: what it was built for. obstacle(weight, dtype, device): why it cannot take a weight of
-    these on this machine, or None. prepare(weight, dtype): tensors in the backend's own layout; when it returns a tensor named
-    `packed`, that replaces the canonical words. linear(x, weight, state): `x @ W.T` in x's dtype
-    for x `[M, K]`. restore(weight, state): canonical words. bias_linear(x, weight, state, bias):
-    the same with the bias added, for backends that do so on the way. dequantize(weight, state,
-    dtype): `[N, K]` from the backend's own layout, for gradients; by default from the restored
-    words."""
+    these on this machine, or None. prepare(weight, dtype): tensors in the backend's own layout;
+    when it returns a tensor named `packed`, that replaces the canonical words. linear(x, weight,
+    state): `x @ W.T` in x's dtype for x `[M, K]`. restore(weight, state): canonical words.
+    bias_linear(x, weight, state, bias): the same with the bias added, for backends that do so on
+    the way. dequantize(weight, state, dtype): `[N, K]` from the backend's own layout, for
+    gradients; by default from the restored words."""
 
     name: str
     takes: tuple[Takes, ...]
@@ -175,7 +175,8 @@ def backend_named(name: str) -> Backend:
     chosen = next((backend for backend in BACKENDS if backend.name == name), None)
     if chosen is None:
         raise SettingError(
-            f"LLMQ_BACKEND={name}: no such backend; choose one of {', '.join(backend.name for backend in BACKENDS)}"
+            f"LLMQ_BACKEND={name}: no such backend; choose one of "
+            f"{', '.join(backend.name for backend in BACKENDS)}"
         )
     return chosen
 
@@ -195,7 +196,8 @@ def select_backend(weight: PackedWeight, dtype: torch.dtype, device: torch.devic
     chosen = backend_named(asked)
     if reason := chosen.refusal(weight, dtype, device):
         raise SettingError(
-            f"LLMQ_BACKEND={asked} cannot take this weight: {reason}. Unset LLMQ_BACKEND to let llmq choose"
+            f"LLMQ_BACKEND={asked} cannot take this weight: {reason}. Unset LLMQ_BACKEND to let "
+            "llmq choose"
         )
     return chosen
 

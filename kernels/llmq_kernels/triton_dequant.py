@@ -44,11 +44,14 @@ def _assembly(is_bf16, low_bits, high_bits):
     lines = [f"{{ .reg .b32 a, b, one, weight; mov.b32 one, {one:#x}; mov.b32 weight, {weight:#x};"]
     for t in range(4):
         lines.append(
-            f"shr.u32 a, $8, {low_bits * t}; lop3.b32 a, a, {0x10001 * ((1 << low_bits) - 1):#x}, {magic:#x}, 0xEA; fma.rn.{kind} a, a, one, $9;"
+            f"shr.u32 a, $8, {low_bits * t}; lop3.b32 a, a, {0x10001 * ((1 << low_bits) - 1):#x}, "
+            f"{magic:#x}, 0xEA; fma.rn.{kind} a, a, one, $9;"
         )
         if high_bits:
             lines.append(
-                f"shr.u32 b, $10, {high_bits * t}; lop3.b32 b, b, {0x10001 * ((1 << high_bits) - 1):#x}, {magic:#x}, 0xEA; fma.rn.{kind} b, b, weight, $11;"
+                f"shr.u32 b, $10, {high_bits * t}; lop3.b32 b, b, "
+                f"{0x10001 * ((1 << high_bits) - 1):#x}, {magic:#x}, 0xEA; fma.rn.{kind} b, b, "
+                "weight, $11;"
             )
             lines.append(f"fma.rn.{kind} a, b, one, a;")
         lines.append(f"mov.b32 {{${2 * t}, ${2 * t + 1}}}, a;")

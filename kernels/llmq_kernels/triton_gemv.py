@@ -78,8 +78,8 @@ def gemv_kernel(
     index = tl.arange(
         0,
         32,
-        # 8 * unit + 2 * pair + half: the order in which a block is stored, and the column that stands
-        # there
+        # 8 * unit + 2 * pair + half: the order in which a block is stored, and the column that
+        # stands there
     )
     columns = (blocks * 32)[:, None] + (index % 8 // 2 * 8 + index // 8 * 2 + index % 2)[None, :]
 

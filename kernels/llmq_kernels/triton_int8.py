@@ -147,7 +147,9 @@ def byte_codes(packed, BITS: tl.constexpr, USE_ASM: tl.constexpr):
     else:
         if USE_ASM:
             a, b, c, d = tl.inline_asm_elementwise(
-                "and.b32 $0, $4, 0x03030303; shr.u32 $1, $4, 2; and.b32 $1, $1, 0x03030303; shr.u32 $2, $4, 4; and.b32 $2, $2, 0x03030303; shr.u32 $3, $4, 6; and.b32 $3, $3, 0x03030303;",
+                "and.b32 $0, $4, 0x03030303; shr.u32 $1, $4, 2; and.b32 $1, $1, 0x03030303; "
+                "shr.u32 $2, $4, 4; and.b32 $2, $2, 0x03030303; shr.u32 $3, $4, 6; and.b32 $3, "
+                "$3, 0x03030303;",
                 "=&r,=&r,=&r,=&r,r",
                 [packed],
                 dtype=(tl.int8, tl.int8, tl.int8, tl.int8),

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for option in ("decode", "tune"):
         if getattr(args, option) and device.type != "cuda":
             raise LlmqError(
-                f"--{option} needs a CUDA device, and none is here; 'llmq bench --kernels' times this machine's CPU kernels"
+                f"--{option} needs a CUDA device, and none is here; 'llmq bench --kernels' times "
+                "this machine's CPU kernels"
             )
     environment = {
         "device": torch.cuda.get_device_name(device)

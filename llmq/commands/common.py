@@ -367,7 +367,8 @@ def check_manifest(args: argparse.Namespace, model_dir: Path) -> dict[str, Any] 
     verdict = check_folder(model_dir)
     if verdict.seconds > 5:
         print(
-            f"{model_dir}: {verdict.n_files} files checked against their hashes in {verdict.seconds:.1f} s (--no-verify leaves it out)",
+            f"{model_dir}: {verdict.n_files} files checked against their hashes in "
+            f"{verdict.seconds:.1f} s (--no-verify leaves it out)",
             file=sys.stderr,
         )
     return {"files": verdict.n_files, "seconds": verdict.seconds}
@@ -402,11 +403,13 @@ def companion_lines(report: dict[str, Any]) -> dict[str, str]:
         names = [name for name in left if not name.startswith(".")] or list(left)
         more = ", ..." if len(left) > len(names[:3]) else ""
         lines["left behind"] = (
-            f"{len(left)} files of the source ({', '.join(names[:3])}{more}); report.json has the reasons"
+            f"{len(left)} files of the source ({', '.join(names[:3])}{more}); report.json has the "
+            "reasons"
         )
     if dropped := report["dropped_auto_map"]:
         lines["auto_map"] = (
-            f"{len(dropped)} entries dropped, whose code is not in the source: {', '.join(dropped[:3])}"
+            f"{len(dropped)} entries dropped, whose code is not in the source: "
+            f"{', '.join(dropped[:3])}"
         )
     return lines
 
@@ -430,7 +433,8 @@ def check_device(device: str) -> None:
 
     if not (device.startswith("cuda") and torch.cuda.is_available()):
         raise LlmqError(
-            f"--device {device}: not available here; use --device cpu ('llmq doctor' lists the devices)"
+            f"--device {device}: not available here; use --device cpu ('llmq doctor' lists the "
+            "devices)"
         )
 
 

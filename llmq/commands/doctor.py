@@ -119,7 +119,8 @@ def _text(result: dict[str, Any]) -> str:
     pairs |= {"devices": ", ".join(result["devices"])}
     pairs |= {f"backend {name}": state for name, state in result["backends"].items()}
     pairs["compute"] = (
-        f"{result['compute']} (--compute int8 or LLMQ_COMPUTE=int8 rounds activations to INT8, for speed)"
+        f"{result['compute']} (--compute int8 or LLMQ_COMPUTE=int8 rounds activations to INT8, for "
+        "speed)"
     )
     compiled = result["compiled_kernels"]
     pairs |= {f"kernels for {form}": state for form, state in compiled["forms"].items()}

@@ -54,5 +54,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }
     return (
         summary,
-        f"perplexity {result.value:.4f}  ({common.render_interval(summary['ci95'], '.4f')}; {common.render_conditions(summary)})",
+        f"perplexity {result.value:.4f}  ({common.render_interval(summary['ci95'], '.4f')}; "
+        f"{common.render_conditions(summary)})",
     )

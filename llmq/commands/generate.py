@@ -113,7 +113,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     ]
     speed = _speed(model, ends[0] - n_prompt, seconds)
     print(
-        f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: {speed['tokens_per_second']:.1f} tokens/s, {speed['weight_gb_per_second']:.2f} GB/s of weights",
+        f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: "
+        f"{speed['tokens_per_second']:.1f} tokens/s, {speed['weight_gb_per_second']:.2f} GB/s of "
+        "weights",
         file=sys.stderr,
     )
     if not args.json and not is_streamed:
@@ -171,7 +173,8 @@ def _stored_new_tokens(n_prompt: int, stored: Mapping[str, Any]) -> int:
         return int(n_new)
     if most is not None and most <= n_prompt:
         raise LlmqError(
-            f"--prompt of {n_prompt} tokens: the generation config has max_length {most}, with the prompt; give --max-new-tokens, which goes before it"
+            f"--prompt of {n_prompt} tokens: the generation config has max_length {most}, with the "
+            "prompt; give --max-new-tokens, which goes before it"
         )
     return DEFAULT_NEW_TOKENS if most is None else min(DEFAULT_NEW_TOKENS, most - n_prompt)
 

@@ -104,12 +104,14 @@ def _origin(report: dict[str, Any]) -> dict[str, object]:
     }
     if report["method"] == "qat":
         pairs["training"] = (
-            f"{report['budget']['tokens']} tokens of {report['train']['source']}, teacher {report['teacher']}; shipped: {report['shipped']}"
+            f"{report['budget']['tokens']} tokens of {report['train']['source']}, teacher "
+            f"{report['teacher']}; shipped: {report['shipped']}"
         )
     else:
         calibration = report["calibration"]
         pairs["calibration"] = (
-            f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}"
+            f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of "
+            f"{calibration['source']}, sha256 {calibration['sha256'][:16]}"
             if calibration
             else "none"
         )

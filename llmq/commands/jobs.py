@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
-    """The checked job of the options. check_scales: see `llmq.ptq.run.prepare`. Raises `LlmqError` also when the planned memory is above
-    `--max-ram` or `--max-gpu-memory`."""
+    """The checked job of the options. check_scales: see `llmq.ptq.run.prepare`. Raises `LlmqError`
+    also when the planned memory is above `--max-ram` or `--max-gpu-memory`."""
     from llmq.errors import LlmqError
     from llmq.models.source import load_config, resolve
     from llmq.ptq.budget import peak_bytes
@@ -33,14 +33,16 @@ def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
     )
     if args.max_gpu_memory is not None and args.device == "cpu":
         raise LlmqError(
-            f"--max-gpu-memory {args.max_gpu_memory}: the run is on the CPU; add --device cuda or use --max-ram"
+            f"--max-gpu-memory {args.max_gpu_memory}: the run is on the CPU; add --device cuda or "
+            "use --max-ram"
         )
     # Whatever is computed with lies on the device, so the plan is the same for both; beside a GPU
     # the RAM holds a stored block and a batch of activations at most.
     for option, limit in (("--max-ram", args.max_ram), ("--max-gpu-memory", args.max_gpu_memory)):
         if limit is not None and peak_bytes(job) > limit * 1e9:
             raise LlmqError(
-                f"{option} {limit}: the run is planned to need {peak_bytes(job) / 1e9:.2f} GB above the libraries; raise it, or use --method rtn, which needs no calibration"
+                f"{option} {limit}: the run is planned to need {peak_bytes(job) / 1e9:.2f} GB "
+                "above the libraries; raise it, or use --method rtn, which needs no calibration"
             )
     return job
 

@@ -231,12 +231,14 @@ def read_settings(args: argparse.Namespace, max_length: int) -> QATSettings:
     if args.quantizer == "seq" and grid.code == "int2":
         if args.asymmetric:
             raise LlmqError(
-                "--asymmetric: the levels of --quantizer seq lie at half-integers around zero and have no zero point; leave it out, or use --quantizer lsq"
+                "--asymmetric: the levels of --quantizer seq lie at half-integers around zero and "
+                "have no zero point; leave it out, or use --quantizer lsq"
             )
         grid = replace(grid, code="int2h", symmetric=True)
     if args.activations and scheme.activations == "none":
         raise LlmqError(
-            f"--activations {args.activations}: the scheme {args.scheme} does not quantize activations; write {args.scheme}a8"
+            f"--activations {args.activations}: the scheme {args.scheme} does not quantize "
+            f"activations; write {args.scheme}a8"
         )
     scheme = replace(scheme, weights=grid, activations=args.activations or scheme.activations)
     activations_from = (

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         )
     if args.strict and report["fallbacks"]:
         raise VerificationError(
-            f"--strict: {args.out} was written, but {len(report['fallbacks'])} layers fell back to plain rounding, the first being {report['fallbacks'][0]}"
+            f"--strict: {args.out} was written, but {len(report['fallbacks'])} layers fell back to "
+            f"plain rounding, the first being {report['fallbacks'][0]}"
         )
     return {"out": args.out, **report}, _summary(args.out, report)
 
@@ -105,27 +106,34 @@ def _summary(out: str, report: dict[str, Any]) -> str:
             for key in ("start_error", "tuned_error")
         )
         pairs["block error"] = (
-            f"{before:.2e} -> {after:.2e} of the blocks' output; tuning helped in {n_lower} of {len(tuned)} blocks"
+            f"{before:.2e} -> {after:.2e} of the blocks' output; tuning helped in {n_lower} of "
+            f"{len(tuned)} blocks"
         )
         if rejected := [block for block in tuned if block["tuning_worse_in"]]:
             classes = sorted({name for block in rejected for name in block["tuning_worse_in"]})
             pairs["tuning not kept"] = (
-                f"in {len(rejected)} blocks, where positions of some kind became worse: {', '.join(classes)}"
+                f"in {len(rejected)} blocks, where positions of some kind became worse: "
+                f"{', '.join(classes)}"
             )
     if report["fallbacks"]:
         pairs["fallbacks"] = (
-            f"{len(report['fallbacks'])} layers fell back to plain rounding: {', '.join(report['fallbacks'][:3])}"
+            f"{len(report['fallbacks'])} layers fell back to plain rounding: "
+            f"{', '.join(report['fallbacks'][:3])}"
         )
     if large := report["layers_with_large_error"]:
         pairs["large errors"] = (
-            f"{len(large)} layers lost more than half of their output: {', '.join(large[:3])}{', ...' if len(large) > 3 else ''}; keep them (--rule '{large[0]}=keep') or give them more bits"
+            f"{len(large)} layers lost more than half of their output: "
+            f"{', '.join(large[:3])}{', ...' if len(large) > 3 else ''}; keep them (--rule "
+            f"'{large[0]}=keep') or give them more bits"
         )
     if report["n_worse_than_rounding"] or report["n_kept_rounding"]:
         pairs["plain rounding"] = (
-            f"was better in {report['n_kept_rounding'] + report['n_worse_than_rounding']} layers, and is kept in {report['n_kept_rounding']} of them"
+            f"was better in {report['n_kept_rounding'] + report['n_worse_than_rounding']} layers, "
+            f"and is kept in {report['n_kept_rounding']} of them"
         )
     if report["n_dead_columns"] or report["n_dropped_rows"]:
         pairs["calibration"] = (
-            f"{report['n_dead_columns']} input channels were always zero, {report['n_dropped_rows']} rows with NaN or infinity were left out"
+            f"{report['n_dead_columns']} input channels were always zero, "
+            f"{report['n_dropped_rows']} rows with NaN or infinity were left out"
         )
     return common.render_pairs(pairs)

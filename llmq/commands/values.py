@@ -20,7 +20,8 @@ def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
             value = low - 1
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(
-                f"expected a whole number, {f'at least {low}' if value < low else f'at most {high}'}, got {text!r}"
+                "expected a whole number, "
+                f"{f'at least {low}' if value < low else f'at most {high}'}, got {text!r}"
             )
         return value
 
@@ -49,6 +50,7 @@ def source(text: str) -> str:
     directory."""
     if not text.strip():
         raise argparse.ArgumentTypeError(
-            "expected a text file, .jsonl, .parquet, folder, Hub data set (name:config:split) or 'bundled', got ''"
+            "expected a text file, .jsonl, .parquet, folder, Hub data set (name:config:split) or "
+            "'bundled', got ''"
         )
     return text

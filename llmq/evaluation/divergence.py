@@ -58,7 +58,8 @@ def compare(
     sizes = [model.config.get_text_config().vocab_size for model in (base, quant)]
     if sizes[0] != sizes[1]:
         raise LlmqError(
-            f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; compare a quantized model with the model it was made from"
+            f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; compare a "
+            "quantized model with the model it was made from"
         )
     check_vocabulary(windows.tokens, sizes[0], "evaluation text")
     rows: dict[str, list[Tensor]] = {}

@@ -53,7 +53,8 @@ def not_finite(dtype: torch.dtype) -> str:
     """What logits that are no numbers are, and what to do: a wider dtype helps an overflow, nothing
     helps bad weights."""
     remedy = (
-        "the checkpoint itself is at fault: see how it was made ('llmq inspect'), then make or download it again"
+        "the checkpoint itself is at fault: see how it was made ('llmq inspect'), then make or "
+        "download it again"
         if dtype == torch.float32
         else "try --dtype float32"
     )
@@ -68,7 +69,8 @@ def evaluate(
     on_losses: Callable[[Tensor], object] = lambda losses: None,
 ) -> Perplexity:
     """Score the windows. on_batch: told how many windows are done, of how many. on_losses: gets the
-    negative log-likelihoods of each batch, `[B, T - 1]`. Raises `LlmqError` for token ids beyond the vocabulary and for NaN logits."""
+    negative log-likelihoods of each batch, `[B, T - 1]`. Raises `LlmqError` for token ids beyond
+    the vocabulary and for NaN logits."""
     check_vocabulary(windows.tokens, model.config.get_text_config().vocab_size, "evaluation text")
     losses: list[Tensor] = []
     batch_size = max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
@@ -77,7 +79,8 @@ def evaluate(
         loss = token_nll(model(input_ids=batch, use_cache=False).logits, batch)
         if not bool(torch.isfinite(loss).all()):
             raise LlmqError(
-                f"window {len(losses) * batch_size}: the model's logits are {not_finite(model.dtype)}"
+                f"window {len(losses) * batch_size}: the model's logits are "
+                f"{not_finite(model.dtype)}"
             )
         losses.append(loss.double().mean(dim=1).cpu())
         on_losses(loss.cpu())

@@ -61,8 +61,8 @@ def classify(special: Tensor, lengths: Tensor | None = None, median: float = 0.0
     """The class of each position, int64 `[B, T]`, as an index into `CLASSES`. Each has one: the
     first of these that holds.
 
-    special: bool `[B, T]`. lengths: of hidden states, `[B, T]`, whose usual one is `median`; without
-    them no position is an outlier."""
+    special: bool `[B, T]`. lengths: of hidden states, `[B, T]`, whose usual one is `median`;
+    without them no position is an outlier."""
     classes = torch.full(special.shape, CLASSES.index("other"), device=special.device)
     if lengths is not None:
         classes[lengths > OUTLIER_LENGTH * median] = CLASSES.index("outlier")
@@ -129,8 +129,8 @@ def clearly_worse(before: Tensor, after: Tensor, classes: Tensor) -> list[str]:
 
 @dataclass(frozen=True)
 class HeldOutLosses:
-    """Negative log-likelihoods of held-out windows under several models by name, float `[n, T - 1]`,
-    and the class of the position that each was predicted at, int64 of the same shape."""
+    """Negative log-likelihoods of held-out windows under several models by name, float `[n, T -
+    1]`, and the class of the position that each was predicted at, int64 of the same shape."""
 
     losses: Mapping[str, Tensor]
     classes: Tensor

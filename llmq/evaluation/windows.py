@@ -83,7 +83,8 @@ def cut_windows(
         begin = first_token(tokenizer, config) or bos_token(tokenizer, config)
         if begin is None:
             raise LlmqError(
-                "--bos every-window: neither this tokenizer nor config.json has a BOS token; use --bos start or none"
+                "--bos every-window: neither this tokenizer nor config.json has a BOS token; use "
+                "--bos start or none"
             )
         body = _cut(row, sequence_length - 1)
         tokens = torch.cat([torch.full((len(body), 1), begin), body], dim=1)
@@ -104,6 +105,7 @@ def _cut(row: Tensor, length: int) -> Tensor:
     n = len(row) // length
     if n == 0:
         raise LlmqError(
-            f"evaluation text: {len(row)} tokens, but one window needs {length}; give more text or a smaller --sequence-length"
+            f"evaluation text: {len(row)} tokens, but one window needs {length}; give more text or "
+            "a smaller --sequence-length"
         )
     return row[: n * length].view(n, length)

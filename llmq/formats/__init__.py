@@ -24,11 +24,13 @@ def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec = ActS
     quantized = [(plan.layer, plan.spec) for plan in plans if plan.spec is not None]
     if name == "bitnet" and activations != _TOKENS:
         raise LlmqError(
-            f"format bitnet implies activations of 8 bits per token (--activations int8-token), not {activations}. Use --format llmq, which holds everything"
+            "format bitnet implies activations of 8 bits per token (--activations int8-token), "
+            f"not {activations}. Use --format llmq, which holds everything"
         )
     if not activations.is_none and name not in ("auto", "llmq", "bitnet"):
         raise LlmqError(
-            f"format {name} cannot say that activations are quantized ({activations}). Use --format llmq, which holds everything"
+            f"format {name} cannot say that activations are quantized ({activations}). Use "
+            "--format llmq, which holds everything"
         )
     if name == "auto":
         fits = (
@@ -49,7 +51,8 @@ def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec = ActS
     for layer, spec in quantized:
         if reason := fmt.refusal(spec, layer.shape):
             raise LlmqError(
-                f"format {name} cannot hold {layer.name} ({spec}): {reason}. Use --format llmq, which holds everything"
+                f"format {name} cannot hold {layer.name} ({spec}): {reason}. Use --format llmq, "
+                "which holds everything"
             )
     return fmt
 

@@ -47,12 +47,14 @@ def _read(
     packed, stored = tensors["weight"], tensors["weight_scale"]
     if stored.numel() != 1 or not stored.is_floating_point():
         raise LlmqError(
-            f"{name}.weight_scale: expected one real number, got {stored.dtype} of shape {list(stored.shape)}; the checkpoint is damaged"
+            f"{name}.weight_scale: expected one real number, got {stored.dtype} of shape "
+            f"{list(stored.shape)}; the checkpoint is damaged"
         )
     stored = stored.float().view(1, 1)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (shape[0] // 4, shape[1]):
         raise LlmqError(
-            f"{name}.weight: expected uint8 of shape {[shape[0] // 4, shape[1]]}, got {packed.dtype} of shape {list(packed.shape)}; the checkpoint is damaged"
+            f"{name}.weight: expected uint8 of shape {[shape[0] // 4, shape[1]]}, got "
+            f"{packed.dtype} of shape {list(packed.shape)}; the checkpoint is damaged"
         )
     codes = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
     scale = 1 / stored if config.get("linear_class", "bitlinear") == "bitlinear" else stored

@@ -64,7 +64,8 @@ def _write(qtensor: QuantizedTensor, *, v2: bool) -> dict[str, Tensor]:
     )
     if not v2 and bool((zero == 0).any()):
         raise LlmqError(
-            "GPTQ version 1 stores zero points minus one and cannot hold a zero point of 0; write --format gptq_v2 or llmq"
+            "GPTQ version 1 stores zero points minus one and cannot hold a zero point of 0; write "
+            "--format gptq_v2 or llmq"
         )
     g_idx = (
         qtensor.g_idx
@@ -99,7 +100,8 @@ def _read(
     for suffix in ("qweight", "qzeros", "g_idx"):
         if suffix in tensors and tensors[suffix].dtype != torch.int32:
             raise LlmqError(
-                f"{name}.{suffix}: expected torch.int32, got {tensors[suffix].dtype}; the checkpoint is damaged"
+                f"{name}.{suffix}: expected torch.int32, got {tensors[suffix].dtype}; the "
+                "checkpoint is damaged"
             )
     n, k = shape
     settings = settings_of(name, config)
@@ -112,11 +114,13 @@ def _read(
         or scales.dtype not in _DTYPE_NAMES
     ):
         raise LlmqError(
-            f"{name}: {bits}-bit GPTQ tensors for a weight of {n} x {k} expected, got qweight {list(qweight.shape)} and scales {list(scales.shape)} {scales.dtype}"
+            f"{name}: {bits}-bit GPTQ tensors for a weight of {n} x {k} expected, got qweight "
+            f"{list(qweight.shape)} and scales {list(scales.shape)} {scales.dtype}"
         )
     if tuple(tensors["qzeros"].shape) != (n_groups, n * bits // 32):
         raise LlmqError(
-            f"{name}.qzeros: expected shape {[n_groups, n * bits // 32]}, got {list(tensors['qzeros'].shape)}"
+            f"{name}.qzeros: expected shape {[n_groups, n * bits // 32]}, got "
+            f"{list(tensors['qzeros'].shape)}"
         )
     group_size = _group_size(name, int(settings.get("group_size", -1)), k, n_groups)
     is_v2 = config.get("checkpoint_format") == "gptq_v2"
@@ -147,7 +151,8 @@ def _group_size(name: str, asked: int, k: int, n_groups: int) -> int:
         return PER_ROW
     if asked < 2 or -(-k // asked) != n_groups:
         raise LlmqError(
-            f"{name}: group size {asked} of the config does not give the {n_groups} groups of the stored scales for K = {k}"
+            f"{name}: group size {asked} of the config does not give the {n_groups} groups of the "
+            f"stored scales for K = {k}"
         )
     return asked
 

@@ -44,8 +44,8 @@ class StoredLinear(nn.Module):
         self.shape = shape
         if (
             "weight" not in headers
-            # some models reach into their layers while they are initialised (GPT-2 into c_proj); this
-            # takes what they write
+            # some models reach into their layers while they are initialised (GPT-2 into c_proj);
+            # this takes what they write
         ):
             self.weight = torch.empty(0)
         for suffix, (dtype, tensor_shape) in headers.items():
@@ -94,7 +94,8 @@ class LlmqQuantizer(HfQuantizer):
 
         if not checkpoint_files:
             raise LlmqError(
-                "a quantized checkpoint can only be loaded from safetensors files; use llmq.load(folder)"
+                "a quantized checkpoint can only be loaded from safetensors files; use "
+                "llmq.load(folder)"
             )
         self.stored_format = check_format(self.quantization_config.settings().get("format", METHOD))
         fmt = FORMATS[self.stored_format]
@@ -109,7 +110,8 @@ class LlmqQuantizer(HfQuantizer):
             if f"{layer}.{fmt.marker}" in headers:
                 if entry["dtype"] not in _DTYPES:
                     raise LlmqError(
-                        f"{name}: dtype {entry['dtype']} is not used by any quantized format; the checkpoint is damaged"
+                        f"{name}: dtype {entry['dtype']} is not used by any quantized format; the "
+                        "checkpoint is damaged"
                     )
                 layers.setdefault(layer, {})[suffix] = (_DTYPES[entry["dtype"]], entry["shape"])
         names = stored_to_model_names(model, [f"{layer}.weight" for layer in layers])
@@ -122,7 +124,8 @@ class LlmqQuantizer(HfQuantizer):
             )
             if shape is None:
                 raise LlmqError(
-                    f"{layer}: packed tensors are stored for it, but {type(model).__name__} has no such linear layer; config.json does not belong to these weights"
+                    f"{layer}: packed tensors are stored for it, but {type(model).__name__} has no "
+                    "such linear layer; config.json does not belong to these weights"
                 )
             model.set_submodule(name, StoredLinear(tensors, shape))
         matched = match_names(model, headers)
@@ -146,7 +149,8 @@ class LlmqQuantizer(HfQuantizer):
                 bias = tensors.pop("bias", None)
                 if bias is not None and not bias.is_floating_point():
                     raise LlmqError(
-                        f"{name}.bias is stored as {bias.dtype}, expected real numbers; the checkpoint is damaged"
+                        f"{name}.bias is stored as {bias.dtype}, expected real numbers; the "
+                        "checkpoint is damaged"
                     )
                 qtensor = fmt.read(name, tensors, settings, module.shape)
                 qtensor.validate(name)
@@ -177,7 +181,9 @@ class LlmqQuantizer(HfQuantizer):
             raise LlmqError(self.unsavable)
         if self.stored_format not in (METHOD, None):
             raise LlmqError(
-                f"save_pretrained would turn this model, which was loaded from a {self.stored_format} folder, into the llmq format; llmq.save(model, OUT, format={self.stored_format!r}) keeps the format, and format='llmq' changes it"
+                "save_pretrained would turn this model, which was loaded from a "
+                f"{self.stored_format} folder, into the llmq format; llmq.save(model, OUT, "
+                f"format={self.stored_format!r}) keeps the format, and format='llmq' changes it"
             )
         return True
 

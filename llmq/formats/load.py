@@ -93,12 +93,14 @@ def load(
             else "the checkpoint is incomplete"
         )
         raise LlmqError(
-            f"{model_dir}: {len(missing)} missing keys, the first being {sorted(missing)[0]}; {reason}"
+            f"{model_dir}: {len(missing)} missing keys, the first being {sorted(missing)[0]}; "
+            f"{reason}"
         )
     if mismatched := info.get("mismatched_keys"):
         name, found, expected = min(mismatched)
         raise LlmqError(
-            f"{model_dir}: tensor {name} has shape {list(found)}, expected {list(expected)}; config.json does not belong to these weights"
+            f"{model_dir}: tensor {name} has shape {list(found)}, expected {list(expected)}; "
+            "config.json does not belong to these weights"
         )
     if settings is None:
         names = stored_to_model_names(loaded, shards.names)

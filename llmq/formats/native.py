@@ -35,7 +35,8 @@ def _read(
 ) -> QuantizedTensor:
     if config.get("version") != VERSION:
         raise LlmqError(
-            f"quantization_config: version {config.get('version')!r} of the llmq format, expected {VERSION}; install the llmq that wrote it"
+            f"quantization_config: version {config.get('version')!r} of the llmq format, expected "
+            f"{VERSION}; install the llmq that wrote it"
         )
     if missing := {"packed", "scale"} - tensors.keys():
         raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")

@@ -88,7 +88,8 @@ def save(
     quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
     if not quantized:
         raise LlmqError(
-            "this model has no quantized layer; use model.save_pretrained for a full-precision model"
+            "this model has no quantized layer; use model.save_pretrained for a full-precision "
+            "model"
         )
     target = Path(out_dir)
     files.check_output(target, overwrite)
@@ -105,7 +106,8 @@ def save(
     activations = {module.activations for module in quantized_modules(model).values()}
     if len(activations) != 1:
         raise LlmqError(
-            "the layers of this model quantize their inputs in different ways, which no format holds; give all the same ActSpec"
+            "the layers of this model quantize their inputs in different ways, which no format "
+            "holds; give all the same ActSpec"
         )
     act_spec = activations.pop()
     fmt = choose_format(format, plans, act_spec)
@@ -179,7 +181,8 @@ def _save_generation_config(model: PreTrainedModel, work_dir: Path) -> None:
             "the source's is kept" if (work_dir / "generation_config.json").exists() else "left out"
         )
         warnings.warn(
-            f"generation_config.json: transformers does not write that of this model ({str(error).splitlines()[0]}); {kept}",
+            "generation_config.json: transformers does not write that of this model "
+            f"({str(error).splitlines()[0]}); {kept}",
             LlmqWarning,
             stacklevel=3,
         )
@@ -220,5 +223,6 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
                 tensor.reshape(-1).view(torch.uint8),
             ):
                 raise VerificationError(
-                    f"{path.name}: tensor {name} reads back otherwise than it was written; the disk or the memory is faulty"
+                    f"{path.name}: tensor {name} reads back otherwise than it was written; the "
+                    "disk or the memory is faulty"
                 )

@@ -46,18 +46,21 @@ def as_settings(stored: object) -> dict[str, Any]:
         for entry in settings.get(name) or ():
             if not isinstance(entry, str):
                 raise LlmqError(
-                    f"quantization_config: {name} holds {entry!r}, expected names of modules; {REMEDY}"
+                    f"quantization_config: {name} holds {entry!r}, expected names of modules; "
+                    f"{REMEDY}"
                 )
     for name in ("exceptions", "dynamic"):
         entries = settings.get(name) or {}
         if len(entries) > MAX_PATTERNS:
             raise LlmqError(
-                f"quantization_config: {name} has {len(entries)} entries, expected at most {MAX_PATTERNS}; {REMEDY}"
+                f"quantization_config: {name} has {len(entries)} entries, expected at most "
+                f"{MAX_PATTERNS}; {REMEDY}"
             )
         for key, value in entries.items():
             if not isinstance(value, dict):
                 raise LlmqError(
-                    f"quantization_config: {name}: {key}: expected an object, got {value!r}; {REMEDY}"
+                    f"quantization_config: {name}: {key}: expected an object, got {value!r}; "
+                    f"{REMEDY}"
                 )
             for part in ("bits", "group_size"):
                 if part in value:

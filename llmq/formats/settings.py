@@ -40,7 +40,8 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
         return _bitnet(settings)
     if method != METHOD:
         raise LlmqError(
-            f"quantization method {method!r}: llmq loads llmq, gptq and bitnet folders; quantize the original model with llmq instead"
+            f"quantization method {method!r}: llmq loads llmq, gptq and bitnet folders; quantize "
+            "the original model with llmq instead"
         )
     check_format(settings.get("format", METHOD))
     return settings
@@ -50,7 +51,8 @@ def check_format(name: object) -> str:
     """A format that llmq reads, or `LlmqError`."""
     if not isinstance(name, str) or name not in FORMATS:
         raise LlmqError(
-            f"quantization_config: format {name!r}: expected one of {', '.join(FORMATS)}; install the llmq that wrote it, or quantize the original model"
+            f"quantization_config: format {name!r}: expected one of {', '.join(FORMATS)}; install "
+            "the llmq that wrote it, or quantize the original model"
         )
     return name
 
@@ -65,15 +67,18 @@ def _gptq(settings: dict[str, Any]) -> dict[str, Any]:
     if fmt not in _GPTQ_FORMATS or any(value != fmt for value in given.values()):
         told = " and ".join(f"{key} {value!r}" for key, value in given.items())
         raise LlmqError(
-            f"GPTQ checkpoint format: {told}: expected gptq or gptq_v2; quantize the original model with llmq instead"
+            f"GPTQ checkpoint format: {told}: expected gptq or gptq_v2; quantize the original "
+            "model with llmq instead"
         )
     if settings.get("is_marlin_format"):
         raise LlmqError(
-            "GPTQ folder repacked for Marlin (is_marlin_format): expected the layout of gptq or gptq_v2; quantize the original model with llmq instead"
+            "GPTQ folder repacked for Marlin (is_marlin_format): expected the layout of gptq or "
+            "gptq_v2; quantize the original model with llmq instead"
         )
     if (pack_dtype := settings.get("pack_dtype", "int32")) != "int32":
         raise LlmqError(
-            f"quantization_config: pack_dtype {pack_dtype!r}: expected 'int32'; quantize the original model with llmq instead"
+            f"quantization_config: pack_dtype {pack_dtype!r}: expected 'int32'; quantize the "
+            "original model with llmq instead"
         )
     _check_numbers("quantization_config", settings)
     dynamic = settings.get("dynamic") or {}
@@ -96,7 +101,8 @@ def _auto_round(settings: dict[str, Any]) -> dict[str, Any]:
     packing = settings.get("packing_format")
     if packing not in _AUTO_ROUND_GPTQ:
         raise LlmqError(
-            f"AutoRound folder with packing_format {packing!r}: llmq reads {_AUTO_ROUND_GPTQ[0]} (export with --format auto_gptq); quantize the original model with llmq instead"
+            f"AutoRound folder with packing_format {packing!r}: llmq reads {_AUTO_ROUND_GPTQ[0]} "
+            "(export with --format auto_gptq); quantize the original model with llmq instead"
         )
     extra = settings.get("extra_config") or {}
     if not isinstance(extra, dict):
@@ -129,12 +135,14 @@ def _check_integers(where: str, settings: dict[str, Any]) -> None:
     data_type = settings.get("data_type", "int")
     if data_type not in ("int", None):
         raise LlmqError(
-            f"{where}: data_type {data_type!r}: llmq reads 'int' of AutoRound; quantize the original model with llmq instead"
+            f"{where}: data_type {data_type!r}: llmq reads 'int' of AutoRound; quantize the "
+            "original model with llmq instead"
         )
     act_bits = settings.get("act_bits")
     if act_bits is not None and not (_is_whole(act_bits) and act_bits >= 16):
         raise LlmqError(
-            f"{where}: act_bits {act_bits!r}: llmq does not read AutoRound's quantized activations; quantize the original model with llmq instead"
+            f"{where}: act_bits {act_bits!r}: llmq does not read AutoRound's quantized "
+            "activations; quantize the original model with llmq instead"
         )
 
 
@@ -142,7 +150,8 @@ def _bitnet(settings: dict[str, Any]) -> dict[str, Any]:
     mode = settings.get("quantization_mode", "offline")
     if mode == "online":
         raise LlmqError(
-            "BitNet checkpoint with online quantization: its weights are not quantized yet; load it with transformers, or take the packed (offline) one"
+            "BitNet checkpoint with online quantization: its weights are not quantized yet; load "
+            "it with transformers, or take the packed (offline) one"
         )
     if mode != "offline":
         raise _wrong("quantization_config: quantization_mode", mode, "'offline' or 'online'")
@@ -155,7 +164,8 @@ def _bitnet(settings: dict[str, Any]) -> dict[str, Any]:
         )
     if settings.get("use_rms_norm"):
         raise LlmqError(
-            "BitNet checkpoint with a norm inside every layer (use_rms_norm): llmq has no such layer; load it with transformers"
+            "BitNet checkpoint with a norm inside every layer (use_rms_norm): llmq has no such "
+            "layer; load it with transformers"
         )
     return {
         **settings,
@@ -184,5 +194,6 @@ def _is_whole(value: object) -> bool:
 
 def _wrong(what: str, value: object, expected: str) -> LlmqError:
     return LlmqError(
-        f"{what} is {str(value)[:80]!r}, expected {expected}; the config is damaged: download it again"
+        f"{what} is {str(value)[:80]!r}, expected {expected}; the config is damaged: download it "
+        "again"
     )

@@ -62,7 +62,8 @@ class SharedPart(nn.Module):
 
     def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
         raise LlmqError(
-            f"{prefix.removesuffix('.')}: the layers of this model were fused for decoding; load the folder again to save it"
+            f"{prefix.removesuffix('.')}: the layers of this model were fused for decoding; load "
+            "the folder again to save it"
         )
 
 

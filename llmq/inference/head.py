@@ -49,7 +49,8 @@ class QuantEmbedding(nn.Module):
 
     def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
         raise LlmqError(
-            f"{prefix.removesuffix('.')}: the head and the embeddings of this model were rounded for this run, which no format holds; load the folder again to save it"
+            f"{prefix.removesuffix('.')}: the head and the embeddings of this model were rounded "
+            "for this run, which no format holds; load the folder again to save it"
         )
 
 
@@ -64,7 +65,8 @@ def quantize_head(model: PreTrainedModel, bits: int | None) -> None:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or not isinstance(embeddings, nn.Embedding):
         raise LlmqError(
-            f"{type(model).__name__}: its head or its embeddings are not a plain matrix; leave out --head-bits"
+            f"{type(model).__name__}: its head or its embeddings are not a plain matrix; leave out "
+            "--head-bits"
         )
     is_tied = head.weight is embeddings.weight
     table = _quantized(embeddings.weight, HEAD_SPECS[bits])

@@ -2,8 +2,8 @@
 their layers are linear, and whether every window needs a BOS token.
 
 The list of blocks is found, not tabulated: it is the one `ModuleList` of `config.num_hidden_layers`
-members that hold linear layers, or the one of these inside the text model. A family gets a row here when something cannot be found that way,
-and to be listed as tested."""
+members that hold linear layers, or the one of these inside the text model. A family gets a row here
+when something cannot be found that way, and to be listed as tested."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def check_type(model_type: str) -> None:
         nearest = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
         hint = f" (the nearest is {nearest[0]})" if nearest else ""
         raise LlmqError(
-            f"model type {model_type!r} is not a causal language model that transformers can build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually work"
+            f"model type {model_type!r} is not a causal language model that transformers can "
+            f"build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually "
+            "work"
         )
 
 
@@ -91,7 +93,8 @@ def check_supported(config: PretrainedConfig) -> None:
         n_experts = getattr(text_config, key, None)
         if isinstance(n_experts, int) and n_experts > 1:
             raise LlmqError(
-                f"{config.model_type} is a mixture of experts ({key} = {n_experts}), which llmq does not quantize yet: its experts are fused tensors that would stay in full "
+                f"{config.model_type} is a mixture of experts ({key} = {n_experts}), which llmq "
+                "does not quantize yet: its experts are fused tensors that would stay in full "
                 f"precision. Tested dense families: {', '.join(FAMILIES)}"
             )
     found = config.architectures or []
@@ -102,7 +105,9 @@ def check_supported(config: PretrainedConfig) -> None:
     }
     if found and not generating.intersection(found):
         raise LlmqError(
-            f"{found[0]} is not a causal language model; expected weights of {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts the next token"
+            f"{found[0]} is not a causal language model; expected weights of "
+            f"{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts "
+            "the next token"
         )
 
 
@@ -154,7 +159,8 @@ def check_length(
     limit = position_limit(config)
     if limit and n_tokens > limit:
         raise LlmqError(
-            f"{what}: {config.model_type} has positions for {limit} tokens only; {remedy or f'give --sequence-length {limit} or less'}"
+            f"{what}: {config.model_type} has positions for {limit} tokens only; "
+            f"{remedy or f'give --sequence-length {limit} or less'}"
         )
 
 
@@ -205,7 +211,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(found) != 1:
         names = ", ".join(name for name, _ in found) or "none"
         raise LlmqError(
-            f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, found {names}. Tested families: {', '.join(FAMILIES)}"
+            f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, "
+            f"found {names}. Tested families: {', '.join(FAMILIES)}"
         )
     return found[0]
 
@@ -241,7 +248,8 @@ def refuse_fused_experts(blocks: nn.ModuleList) -> None:
     for name, parameter in blocks[0].named_parameters():
         if parameter.dim() == 3 and any(_is_expert(part) for part in _owners(blocks[0], name)):
             raise LlmqError(
-                f"{name} has shape {list(parameter.shape)}: a mixture of experts with fused weights, which llmq does not quantize yet"
+                f"{name} has shape {list(parameter.shape)}: a mixture of experts with fused "
+                "weights, which llmq does not quantize yet"
             )
 
 
@@ -264,7 +272,9 @@ def refuse_shared_weights(model: PreTrainedModel, prefix: str) -> None:
     for name, source in model.all_tied_weights_keys.items():
         if name.startswith(prefix + "."):
             raise LlmqError(
-                f"{type(model).__name__}: {name} is the same tensor as {source}, and blocks that share weights cannot be quantized block by block; this architecture is not supported"
+                f"{type(model).__name__}: {name} is the same tensor as {source}, and blocks that "
+                "share weights cannot be quantized block by block; this architecture is not "
+                "supported"
             )
 
 

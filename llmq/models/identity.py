@@ -22,7 +22,8 @@ _PATH = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]|.*[/\\].*[/\\]")
 
 
 def hub_id(model_dir: Path) -> str | None:
-    """The Hub id of a folder in the Hub's cache (`models--OWNER--NAME/snapshots/COMMIT`), or None."""
+    """The Hub id of a folder in the Hub's cache (`models--OWNER--NAME/snapshots/COMMIT`), or
+    None."""
     snapshots, repo = model_dir.absolute().parent, model_dir.absolute().parent.parent
     if snapshots.name != "snapshots" or not repo.name.startswith("models--"):
         return None

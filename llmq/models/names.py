@@ -33,7 +33,10 @@ def stored_to_model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict
         )
         if converter is not None and renamed[name] in state:
             raise LlmqError(
-                f"tensor {name} is stored in another layout than {type(model).__name__} computes with (transformers converts it while it loads); load the model with transformers, save it with save_pretrained(FOLDER, save_original_format=False), and quantize that"
+                f"tensor {name} is stored in another layout than {type(model).__name__} computes "
+                "with (transformers converts it while it loads); load the model with "
+                "transformers, save it with save_pretrained(FOLDER, save_original_format=False), "
+                "and quantize that"
             )
     return renamed
 
@@ -57,7 +60,8 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
     missing = [name for name in needed if name not in matched and name not in ties]
     if missing:
         raise LlmqError(
-            f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} needs, the first being {missing[0]}{_hint(model, missing)}"
+            f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} "
+            f"needs, the first being {missing[0]}{_hint(model, missing)}"
         )
     return matched
 
@@ -77,7 +81,8 @@ def check_shapes(model: PreTrainedModel, shards: ShardReader, matched: Mapping[s
     for name, stored in matched.items():
         if shards.shapes[stored] != tuple(state[name].shape):
             raise LlmqError(
-                f"{shards.names[stored]}: tensor {stored} has shape {list(shards.shapes[stored])}, expected {list(state[name].shape)}; config.json does not belong to these weights"
+                f"{shards.names[stored]}: tensor {stored} has shape {list(shards.shapes[stored])}, "
+                f"expected {list(state[name].shape)}; config.json does not belong to these weights"
             )
 
 
@@ -96,7 +101,8 @@ def check_dtypes(
                 else "these are codes or flags, not weights"
             )
             raise LlmqError(
-                f"{where}: tensor {stored} is stored as {dtype}, expected {', '.join(FLOATS)}: {reason}; start from the full-precision model"
+                f"{where}: tensor {stored} is stored as {dtype}, expected {', '.join(FLOATS)}: "
+                f"{reason}; start from the full-precision model"
             )
 
 

@@ -25,8 +25,9 @@ MAX_INDEX_BYTES = 256 << 20
 
 class ShardReader:
     """Tensors of a folder of safetensors by name. `names`: every tensor, with the file that holds
-    it; `shapes`, `dtypes`: its shape and what safetensors calls its dtype. `start`: the file to begin
-    with, the index or the one that holds all. Every fault of the files is a `LlmqError` that names the file."""
+    it; `shapes`, `dtypes`: its shape and what safetensors calls its dtype. `start`: the file to
+    begin with, the index or the one that holds all. Every fault of the files is a `LlmqError` that
+    names the file."""
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
@@ -50,7 +51,8 @@ class ShardReader:
             paths = paths if len(paths) == 1 else []
         if not paths:
             pickles = (
-                " (only pickled weights, which can run code and are not read: convert them to safetensors first)"
+                " (only pickled weights, which can run code and are not read: convert them to "
+                "safetensors first)"
                 if list(self.model_dir.glob("*.bin"))
                 else ""
             )
@@ -62,7 +64,8 @@ class ShardReader:
             for name, entry in read_header(path).items():
                 if name in self.names:
                     raise LlmqError(
-                        f"{path}: tensor {name} is also in {self.names[name].name}; the folder mixes two models"
+                        f"{path}: tensor {name} is also in {self.names[name].name}; the folder "
+                        "mixes two models"
                     )
                 self.names[name] = path
                 self.shapes[name] = entry["shape"]
@@ -83,7 +86,8 @@ class ShardReader:
             or not (self.model_dir / name).is_file()
         ):
             raise LlmqError(
-                f"{path}: transformers_weights is {str(name)[:80]!r}, expected the plain name of a .safetensors file or its index in the same folder"
+                f"{path}: transformers_weights is {str(name)[:80]!r}, expected the plain name of a "
+                ".safetensors file or its index in the same folder"
             )
         return name
 
@@ -94,14 +98,16 @@ class ShardReader:
         for key in ("weight_map", "metadata"):  # transformers asks for both
             if not isinstance(data.get(key), dict):
                 raise LlmqError(
-                    f"{index}: not a safetensors index: expected an object '{key}'; download it again"
+                    f"{index}: not a safetensors index: expected an object '{key}'; download it "
+                    "again"
                 )
         weight_map = data["weight_map"]
         file_names = sorted(set(map(_text, weight_map.values())))
         for file_name in file_names:
             if not _is_plain(file_name):
                 raise LlmqError(
-                    f"{index}: refers to {file_name!r}; expected plain names of .safetensors files in the same folder"
+                    f"{index}: refers to {file_name!r}; expected plain names of .safetensors files "
+                    "in the same folder"
                 )
             if not (self.model_dir / file_name).is_file():
                 raise LlmqError(
@@ -137,7 +143,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Raise `LlmqError` for NaN or infinite values."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise LlmqError(
-            f"{name} holds {int((~torch.isfinite(tensor)).sum())} NaN or infinite values of {tensor.numel()}; the weights are damaged: download or convert the model again"
+            f"{name} holds {int((~torch.isfinite(tensor)).sum())} NaN or infinite values of "
+            f"{tensor.numel()}; the weights are damaged: download or convert the model again"
         )
 
 

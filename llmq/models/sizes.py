@@ -78,13 +78,15 @@ def _check_filled(part: dict[str, Any], n_bytes: int, model_dir: Path) -> None:
     layers = max((_whole(part.get(name)) for name in _LAYERS), default=0)
     if layers > MANY_LAYERS and layers > (n := _stored_tensors(model_dir)):
         raise LlmqError(
-            f"{model_dir / 'config.json'}: {layers} layers, but the weight files hold {n} tensors; {_REMEDY}"
+            f"{model_dir / 'config.json'}: {layers} layers, but the weight files hold {n} tensors; "
+            f"{_REMEDY}"
         )
     width = max((_whole(part.get(name)) for name in _WIDTHS[:4]), default=0)
     embeddings = _whole(part.get("vocab_size")) * width
     if embeddings > MANY_EMBEDDINGS and embeddings * _LEAST_BYTES > n_bytes:
         raise LlmqError(
-            f"{model_dir / 'config.json'}: embeddings of {embeddings} elements, but the weight files have {n_bytes} bytes; {_REMEDY}"
+            f"{model_dir / 'config.json'}: embeddings of {embeddings} elements, but the weight "
+            f"files have {n_bytes} bytes; {_REMEDY}"
         )
 
 
@@ -141,5 +143,6 @@ def check_buffers(config: PretrainedConfig, where: Path) -> None:
     largest = max((buffer.numel() for buffer in inside), default=0)
     if largest * max(1, depth) > MAX_BUFFER_ELEMENTS * 16 or largest > MAX_BUFFER_ELEMENTS:
         raise LlmqError(
-            f"{where}: positions for {positions} tokens need a table of {largest} elements in {depth} layers; {_REMEDY}"
+            f"{where}: positions for {positions} tokens need a table of {largest} elements in "
+            f"{depth} layers; {_REMEDY}"
         )

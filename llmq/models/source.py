@@ -82,12 +82,14 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise LlmqError(
-                f"{name}: no config.json in this folder; expected a Hugging Face model folder (config.json, *.safetensors, tokenizer files)"
+                f"{name}: no config.json in this folder; expected a Hugging Face model folder "
+                "(config.json, *.safetensors, tokenizer files)"
             )
         return Path(name)
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise LlmqError(
-            f"{name}: no such folder; give a folder with config.json, a Hub id such as Qwen/Qwen3-0.6B, or 'tiny' for the bundled model"
+            f"{name}: no such folder; give a folder with config.json, a Hub id such as "
+            "Qwen/Qwen3-0.6B, or 'tiny' for the bundled model"
         )
     return _download(name, revision)
 
@@ -111,23 +113,28 @@ def _download(repo_id: str, revision: str | None) -> Path:
         )
     except GatedRepoError:
         raise LlmqError(
-            f"{repo_id}: access is gated; accept its licence on the Hub, then log in with 'hf auth login' or set HF_TOKEN"
+            f"{repo_id}: access is gated; accept its licence on the Hub, then log in with 'hf auth "
+            "login' or set HF_TOKEN"
         ) from None
     except RevisionNotFoundError:
         raise LlmqError(
-            f"{repo_id}: no revision {revision!r}; give a branch, tag or commit that the Hub lists for it"
+            f"{repo_id}: no revision {revision!r}; give a branch, tag or commit that the Hub lists "
+            "for it"
         ) from None
     except RepositoryNotFoundError:
         raise LlmqError(
-            f"{repo_id}: neither a folder here nor a model on the Hub (a private one needs HF_TOKEN)"
+            f"{repo_id}: neither a folder here nor a model on the Hub (a private one needs "
+            "HF_TOKEN)"
         ) from None
     except LocalEntryNotFoundError:
         raise LlmqError(
-            f"{repo_id}: not in the local cache and the Hub cannot be reached; check the network and HF_ENDPOINT, or give a folder"
+            f"{repo_id}: not in the local cache and the Hub cannot be reached; check the network "
+            "and HF_ENDPOINT, or give a folder"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise LlmqError(
-            f"{repo_id}: download failed ({str(error).splitlines()[0]}); check the name, the network and the free space of the cache"
+            f"{repo_id}: download failed ({str(error).splitlines()[0]}); check the name, the "
+            "network and the free space of the cache"
         ) from None
 
 
@@ -160,7 +167,8 @@ def _refuse_adapter(model_dir: Path) -> None:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (model_dir / name).is_file():
             raise LlmqError(
-                f"{model_dir / name}: an adapter that is not merged into the weights beside it; merge it (peft: merge_and_unload) and save the result, or move it away"
+                f"{model_dir / name}: an adapter that is not merged into the weights beside it; "
+                "merge it (peft: merge_and_unload) and save the result, or move it away"
             )
 
 
@@ -183,7 +191,8 @@ def _find_quantization(config: PretrainedConfig, model_dir: Path) -> None:
     bits = settings.get("bits")
     if bits is None:
         raise LlmqError(
-            f"{path}: not the settings of a GPTQ folder: has no 'bits', but packed tensors are stored and config.json has no settings; {_CONFIG_REMEDY}"
+            f"{path}: not the settings of a GPTQ folder: has no 'bits', but packed tensors are "
+            f"stored and config.json has no settings; {_CONFIG_REMEDY}"
         )
     config.quantization_config = {"quant_method": "gptq", **settings, "bits": bits}
 

@@ -45,7 +45,9 @@ def source_model(
         return config, model
     if lacking := [target for target in ties if target not in matched]:
         raise LlmqError(
-            f"{shards.model_dir}: config.json ties the weights, {separate[0]} is stored with values of its own and {lacking[0]} is not stored at all; load and save the model with transformers once, then use the result"
+            f"{shards.model_dir}: config.json ties the weights, {separate[0]} is stored with "
+            f"values of its own and {lacking[0]} is not stored at all; load and save the model "
+            "with transformers once, then use the result"
         )
     config = untied(config)
     return config, meta_model(config)
@@ -112,18 +114,21 @@ def source_remarks(
     remarks = {}
     if config is not stored_config:
         remarks["output head"] = (
-            "config.json says that it is tied to the embeddings, but one with other values is stored: that one is kept, and the output says tie_word_embeddings false"
+            "config.json says that it is tied to the embeddings, but one with other values is "
+            "stored: that one is kept, and the output says tie_word_embeddings false"
         )
     others = sorted(set(shards.names) - set(matched.values()))
     unused = left_out(model, others)
     if is_text_part(model, config):
         if others:
             remarks["source tensors"] = (
-                f"{len(others)} of {len(shards.names)} belong to other parts than the text model {type(model).__name__} and are kept as they are"
+                f"{len(others)} of {len(shards.names)} belong to other parts than the text model "
+                f"{type(model).__name__} and are kept as they are"
             )
     elif unused:
         remarks["source tensors"] = (
-            f"{len(unused)} of {len(shards.names)} are not used by {type(model).__name__} as config.json describes it and are left out, the first being {unused[0]}"
+            f"{len(unused)} of {len(shards.names)} are not used by {type(model).__name__} as "
+            f"config.json describes it and are left out, the first being {unused[0]}"
         )
         if strict:
             raise LlmqError(f"--strict: {shards.model_dir}: {remarks['source tensors']}")

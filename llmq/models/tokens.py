@@ -54,7 +54,8 @@ def check_size(tokenizer: PreTrainedTokenizerBase, config: Any, where: object) -
     else:
         return
     raise LlmqError(
-        f"{where}: the tokenizer has {n_tokens} tokens and {reason}; it does not belong to this model: put its own into the folder"
+        f"{where}: the tokenizer has {n_tokens} tokens and {reason}; it does not belong to this "
+        "model: put its own into the folder"
     )
 
 
@@ -66,7 +67,8 @@ def _check_report(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> None:
         return
     if isinstance(expected, str) and expected != fingerprint(tokenizer):
         raise LlmqError(
-            f"{model_dir}: the tokenizer is not the one that this model was quantized with (report.json knows another vocabulary); put its own into the folder"
+            f"{model_dir}: the tokenizer is not the one that this model was quantized with "
+            "(report.json knows another vocabulary); put its own into the folder"
         )
 
 
@@ -83,7 +85,8 @@ def _compare_special_tokens(
     if pairs and all(ours not in theirs for _, ours, theirs in pairs):
         name, ours, theirs = pairs[0]
         warnings.warn(
-            f"{model_dir}: the tokenizer has {name} {ours} and config.json {', '.join(map(str, theirs))}; if it is that of another model, every figure is wrong",
+            f"{model_dir}: the tokenizer has {name} {ours} and config.json "
+            f"{', '.join(map(str, theirs))}; if it is that of another model, every figure is wrong",
             LlmqWarning,
             stacklevel=3,
         )
@@ -95,7 +98,8 @@ def check_same_tokenizer(
     """Raise `LlmqError` for two tokenizers with other tokens: the same ids would be other texts."""
     if fingerprint(first) != fingerprint(second):
         raise LlmqError(
-            f"{names[1]}: its tokenizer has other tokens than that of {names[0]}; the two models can only be compared on the same tokens, so put the same tokenizer into both folders"
+            f"{names[1]}: its tokenizer has other tokens than that of {names[0]}; the two models "
+            "can only be compared on the same tokens, so put the same tokenizer into both folders"
         )
 
 
@@ -117,6 +121,8 @@ def first_token(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | None:
     token = bos_token(tokenizer, config)
     if token is None:
         raise LlmqError(
-            f"{config.get_text_config().model_type} needs a BOS token at the start of every window, and neither its tokenizer nor config.json (bos_token_id) has one; put the model's own tokenizer into the folder"
+            f"{config.get_text_config().model_type} needs a BOS token at the start of every "
+            "window, and neither its tokenizer nor config.json (bos_token_id) has one; put the "
+            "model's own tokenizer into the folder"
         )
     return token

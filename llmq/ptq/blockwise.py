@@ -27,8 +27,8 @@ A block's result is kept only if it is better than the start on the windows of u
 average, and in no class of positions worse (`llmq.evaluation.position_classes`). The first token of
 a window is one of 256 in the mean, and where attention rests on it, all others follow it: of
 SmolLM2-135M at 3 bits its divergence after tuning was 4.00 instead of GPTQ's 0.026, while the mean
-fell. Both results are measured on the same positions in float32, so a class needs no margin.
-The check is a guard against divergence and no test of generalization. Held-out windows did not judge
+fell. Both results are measured on the same positions in float32, so a class needs no margin. The
+check is a guard against divergence and no test of generalization. Held-out windows did not judge
 better, and are missing in training: perplexity 42.636 instead of 42.612 at w3g128, 42.005 instead
 of 41.994 at w4g128 (GPTQ 42.749 and 42.067; one seed each, so differences below 0.03 mean little).
 """

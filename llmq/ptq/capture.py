@@ -118,7 +118,8 @@ class BlockRecorder:
 def cannot_run_alone(model: PreTrainedModel, reason: str) -> LlmqError:
     """The refusal of an architecture whose blocks cannot be run one by one."""
     return LlmqError(
-        f"{type(model).__name__}: {reason}, so its blocks cannot be run one by one; this architecture is not supported with calibration text (--method rtn needs none)"
+        f"{type(model).__name__}: {reason}, so its blocks cannot be run one by one; this "
+        "architecture is not supported with calibration text (--method rtn needs none)"
     )
 
 

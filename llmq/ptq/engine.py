@@ -9,8 +9,8 @@ Hessian and are solved in one call with their rows stacked.
 After each block the inputs of the next one lie on disk, so a run can start again at any block. A
 block is handed over through `store`, as it stands after the solve, and comes back as it was stored:
 the engine makes a new block of that alone, norms and kept layers included, compares its outputs bit
-for bit, and only then lets `seal` make it count. The solved block is gone by then, so that verifying
-takes no second one.
+for bit, and only then lets `seal` make it count. The solved block is gone by then, so that
+verifying takes no second one.
 
 Two streams of hidden states run side by side: what the quantized model computes, always in float32,
 and what the full-precision model computes, which tells each layer what was lost before it."""
@@ -538,7 +538,8 @@ class Engine:
         idle = set(targets) - {layer for group in groups for layer in group}
         if idle:
             raise LlmqError(
-                f"{name}.{min(idle)}: this layer did not run on the calibration text, so it cannot be calibrated; keep it with --rule '*{min(idle)}=keep'"
+                f"{name}.{min(idle)}: this layer did not run on the calibration text, so it cannot "
+                f"be calibrated; keep it with --rule '*{min(idle)}=keep'"
             )
         return groups
 
@@ -585,20 +586,23 @@ class Engine:
         ):
             if there.keys() != written.keys():
                 raise VerificationError(
-                    f"{name}: {len(there)} {kind} were read back, {len(written)} were written; the output is not usable"
+                    f"{name}: {len(there)} {kind} were read back, {len(written)} were written; the "
+                    "output is not usable"
                 )
         tensors = {}
         for key, kept in read_back.kept.items():
             if kept.dtype != solved.kept[key].dtype or not torch.equal(kept, solved.kept[key]):
                 raise VerificationError(
-                    f"{key}: the tensor read back differs from the one written; the disk or the memory is faulty"
+                    f"{key}: the tensor read back differs from the one written; the disk or the "
+                    "memory is faulty"
                 )
             tensors[key.removeprefix(name + ".")] = kept
         for layer, tensor in read_back.quantized.items():
             values = tensor.to(self.device).dequantize()
             if not torch.equal(values, solved.quantized[layer].to(self.device).dequantize()):
                 raise VerificationError(
-                    f"{layer}: the weight read back differs from the weight written; the disk or the memory is faulty"
+                    f"{layer}: the weight read back differs from the weight written; the disk or "
+                    "the memory is faulty"
                 )
             if solved.first_output is not None:
                 module = self.model.get_submodule(layer)
@@ -612,7 +616,8 @@ class Engine:
         call, hidden = next(self._batches(index, "quantized"))
         if not torch.equal(call.run(block, hidden), solved.first_output):
             raise VerificationError(
-                f"{name}: a block made of what was stored does not reproduce the outputs recorded when it was quantized"
+                f"{name}: a block made of what was stored does not reproduce the outputs recorded "
+                "when it was quantized"
             )
 
 

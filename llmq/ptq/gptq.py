@@ -127,7 +127,8 @@ def gptq(
     Hessian stays singular with all its mean diagonal added."""
     if spec.levels.offset % 1:
         raise LlmqError(
-            f"GPTQ has no column loop for {spec}, whose levels lie between whole numbers; use --method rtn, or w2g64-asym"
+            f"GPTQ has no column loop for {spec}, whose levels lie between whole numbers; use "
+            "--method rtn, or w2g64-asym"
         )
     diagonal = stats.hessian.diagonal().clone()
     dead = diagonal == 0

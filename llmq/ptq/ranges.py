@@ -68,7 +68,8 @@ class RangeObserver:
             )
         if not self._samples:
             raise LlmqError(
-                "no finite activation was seen, so no range can be chosen; use other calibration text"
+                "no finite activation was seen, so no range can be chosen; use other calibration "
+                "text"
             )
         if method == "minmax":
             return static_range(self.low, self.high)

@@ -2,8 +2,8 @@
 
 The inputs of a block are given up when it is finished. Where a finished block or the inputs of the
 next turn out to be damaged, they are computed again by running the blocks before, which are there:
-the quantized stream through the weights that were stored, the full-precision stream through those of
-the source. Running is cheap beside solving, and gives the same bits."""
+the quantized stream through the weights that were stored, the full-precision stream through those
+of the source. Running is cheap beside solving, and gives the same bits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def blocks_to_run(engine: Engine, first_block: int, damaged: Sequence[int]) -> I
         is_redone = index < first_block
         if is_redone and index + 1 < n_blocks and _recorded(engine, index + 1) != before:
             _warn(
-                f"block {index}, done again, does not give the outputs that it gave: the finished blocks behind it are done again, too"
+                f"block {index}, done again, does not give the outputs that it gave: the finished "
+                "blocks behind it are done again, too"
             )
             assert engine.finished is not None
             engine.finished.forget_after(index)
@@ -74,7 +75,8 @@ def _advance(engine: Engine, start: int, stop: int) -> None:
     """Run finished blocks from the inputs of block `start` to those of block `stop`."""
     if start < stop:
         _warn(
-            f"the inputs of block {stop} are not there as they were left; they are computed again from the finished blocks before it"
+            f"the inputs of block {stop} are not there as they were left; they are computed again "
+            "from the finished blocks before it"
         )
     for index in range(start, stop):
         before = _recorded(engine, index + 1)
@@ -83,7 +85,8 @@ def _advance(engine: Engine, start: int, stop: int) -> None:
             engine.inputs_of(index, stream).recycle(engine.inputs_of(index + 2, stream))
         if None not in before and _recorded(engine, index + 1) != before:
             _warn(
-                f"block {index} does not give the outputs that it gave when it was finished: this machine computes otherwise now, and what follows is measured on what it gives"
+                f"block {index} does not give the outputs that it gave when it was finished: this "
+                "machine computes otherwise now, and what follows is measured on what it gives"
             )
 
 

@@ -181,14 +181,16 @@ def prepare(
     read_settings(model_dir)  # it comes along, and the result has to load
     if getattr(stored_config, "quantization_config", None) is not None:
         raise LlmqError(
-            f"{model_dir}: is quantized already ({_method(stored_config)}); start from the full-precision model"
+            f"{model_dir}: is quantized already ({_method(stored_config)}); start from the "
+            "full-precision model"
         )
     shards = ShardReader(model_dir)
     config, skeleton = source_model(stored_config, shards)
     plans = recipe.plan(quantizable_layers(skeleton))
     if not any(plan.spec for plan in plans):
         raise LlmqError(
-            f"none of the {len(plans)} linear layers would be quantized; see 'llmq plan' with the same options"
+            f"none of the {len(plans)} linear layers would be quantized; see 'llmq plan' with the "
+            "same options"
         )
     matched = match_names(skeleton, shards.names)
     check_shapes(skeleton, shards, matched)
@@ -203,7 +205,8 @@ def prepare(
     notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.note]
     if strict and notes:
         raise LlmqError(
-            f"--strict: {len(notes)} layers would differ from what was asked, the first being {notes[0]}"
+            f"--strict: {len(notes)} layers would differ from what was asked, the first being "
+            f"{notes[0]}"
         )
     remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
     remarks |= source_remarks(skeleton, stored_config, config, shards, matched, strict)
@@ -235,7 +238,9 @@ def _check_scale_format(format: str, plans: list[LayerPlan], changed: list[str])
     if changed and format not in ("auto", "llmq"):
         note = next(plan.note for plan in plans if plan.layer.name == changed[0])
         raise LlmqError(
-            f"format {format} cannot hold {changed[0]} ({note}), nor {len(changed) - 1} other layers: its scales are float16. Use --format llmq, which holds everything, or keep them with --rule '{changed[0]}=keep'"
+            f"format {format} cannot hold {changed[0]} ({note}), nor {len(changed) - 1} other "
+            "layers: its scales are float16. Use --format llmq, which holds everything, or keep "
+            f"them with --rule '{changed[0]}=keep'"
         )
 
 
@@ -305,7 +310,8 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
         sink = _FolderSink(partial, reader, job.fmt, job.plans, job.recipe)
         if not all(map(reader.is_still, partial.sources())):
             partial.forget_all(
-                "the weights of the source are not those that the finished blocks were made of, though size and time of its files are the same"
+                "the weights of the source are not those that the finished blocks were made of, "
+                "though size and time of its files are the same"
             )
         first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
@@ -356,7 +362,9 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
     n_fallbacks, n_layers = len(report["fallbacks"]), len(report["layers"])
     if n_fallbacks > MAX_FALLBACK_SHARE * n_layers:
         raise VerificationError(
-            f"{out_dir}: written, but {n_fallbacks} of {n_layers} layers fell back to plain rounding, the first being {report['fallbacks'][0]}; use more or other calibration text"
+            f"{out_dir}: written, but {n_fallbacks} of {n_layers} layers fell back to plain "
+            f"rounding, the first being {report['fallbacks'][0]}; use more or other calibration "
+            "text"
         )
     return report
 
@@ -539,7 +547,9 @@ def device_of(model: PreTrainedModel) -> str:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     if away := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise LlmqError(
-            f"{away[0]} has no data in memory, nor have {len(away) - 1} others (offloaded, or on the meta device); load the model without offloading, or quantize its folder: llmq quantize MODEL OUT"
+            f"{away[0]} has no data in memory, nor have {len(away) - 1} others (offloaded, or on "
+            "the meta device); load the model without offloading, or quantize its folder: llmq "
+            "quantize MODEL OUT"
         )
     devices = {str(parameter.device) for parameter in model.parameters()}
     return devices.pop() if len(devices) == 1 else "cpu"
@@ -570,7 +580,8 @@ def quantize(
     for name, parameter in model.named_parameters():
         if parameter.dtype not in REAL:
             raise LlmqError(
-                f"tensor {name} is {parameter.dtype}, expected {', '.join(map(str, REAL))}: start from the full-precision model"
+                f"tensor {name} is {parameter.dtype}, expected {', '.join(map(str, REAL))}: start "
+                "from the full-precision model"
             )
     for name, tensor in model.state_dict().items():
         check_finite(f"tensor {name}", tensor)
@@ -578,7 +589,8 @@ def quantize(
     if changed:
         note = next(plan.note for plan in plans if plan.layer.name == changed[0])
         warnings.warn(
-            f"{len(changed)} layers differ from what was asked, the first being {changed[0]}: {note}",
+            f"{len(changed)} layers differ from what was asked, the first being {changed[0]}: "
+            f"{note}",
             LlmqWarning,
             stacklevel=2,
         )

@@ -22,8 +22,9 @@ class LayerStats:
     hessian: float32 `[K, K]`; H is symmetric, so only blocks on and below the diagonal are
     accumulated, and `finish` mirrors them. cross: None, or what the layer's inputs x lack of the
     inputs y that it has in the full-precision model: `C = 2 / n * sum_t (y_t - x_t) x_t^T`, float32
-    `[K, K]`. exact_energy: with `projection`, the mean squared length of W y. ranges: extremes and samples of the inputs, for static activation ranges, or None.
-    n_tokens: rows counted. n_dropped: rows left out because they held NaN or infinity.
+    `[K, K]`. exact_energy: with `projection`, the mean squared length of W y. ranges: extremes and
+    samples of the inputs, for static activation ranges, or None. n_tokens: rows counted. n_dropped:
+    rows left out because they held NaN or infinity.
 
     All that a solver wants of C is W C. With `projection`, the layer's weight W `[N, K]`, the
     full-precision rows that are added are the layer's outputs W y instead of y, and `cross` is W C
@@ -100,10 +101,10 @@ class LayerStats:
         return self
 
     def exact_error(self, weight: Tensor, quantized: Tensor) -> float | None:
-        """Mean squared distance of a quantized layer's outputs Q x from those that its weight W `[N,
-        K]` has in the full-precision model, W y, over the squared length of these; None without
-        `projection`. With R = Q - W it is the mean of |R x|^2 - 2 R x . W (y - x) + |W (y - x)|^2,
-        all of which H, W C and |W y|^2 hold."""
+        """Mean squared distance of a quantized layer's outputs Q x from those that its weight W
+        `[N, K]` has in the full-precision model, W y, over the squared length of these; None
+        without `projection`. With R = Q - W it is the mean of |R x|^2 - 2 R x . W (y - x) + |W (y -
+        x)|^2, all of which H, W C and |W y|^2 hold."""
         if self.cross is None or self.projection is None or not self.exact_energy:
             return None
         moved = quantized - weight

@@ -50,7 +50,8 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         if kind not in ("int8-token", "int8-static"):
             raise LlmqError(
-                f"unknown activation quantization {kind!r}: expected none, int8-token or int8-static"
+                f"unknown activation quantization {kind!r}: expected none, int8-token or "
+                "int8-static"
             )
         self.kind = kind
         self.enabled = True
@@ -85,7 +86,8 @@ class ActivationQuantizer(nn.Module):
         that has seen no data."""
         if bool(self.low.isnan()):
             raise LlmqError(
-                "a static activation range has seen no data: run the model on text in training mode, or start from a result of GPTQ, which has ranges"
+                "a static activation range has seen no data: run the model on text in training "
+                "mode, or start from a result of GPTQ, which has ranges"
             )
         return static_range(self.low, self.high)
 

@@ -39,6 +39,7 @@ def split_windows(
     if n - n_held_out < n_per_step:
         has = f"{len(row)} tokens make {n - n_held_out} windows of {length} to train on, but one step needs {n_per_step}"
         raise LlmqError(
-            f"training text {source}: {has}; give more text, a smaller --batch-size or --sequence-length"
+            f"training text {source}: {has}; give more text, a smaller --batch-size or "
+            "--sequence-length"
         )
     return windows[~held], windows[held]

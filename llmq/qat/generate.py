@@ -72,8 +72,8 @@ def generate_windows(
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """`n_windows` sequences int64 `[n, length]`. First tokens run through the vocabulary in a
-    seeded random order, again and again. bos: see `generate_batch`. work_dir: where batches lie, finished ones are not made
-    again."""
+    seeded random order, again and again. bos: see `generate_batch`. work_dir: where batches lie,
+    finished ones are not made again."""
     vocabulary = torch.randperm(
         teacher.config.get_text_config().vocab_size, generator=torch.Generator().manual_seed(seed)
     )

@@ -182,14 +182,16 @@ def prepare_job(
     plans = recipe.plan(quantizable_layers(skeleton))
     if strict and (notes := [f"{each.layer.name}: {each.note}" for each in plans if each.note]):
         raise LlmqError(
-            f"--strict: {len(notes)} layers would differ from what was asked, the first being {notes[0]}"
+            f"--strict: {len(notes)} layers would differ from what was asked, the first being "
+            f"{notes[0]}"
         )
     for plan in plans:
         if plan.spec is not None:
             check_quantizer(settings.quantizer, plan.spec, f"{plan.layer.name}: ")
     if not any(plan.spec for plan in plans):
         raise LlmqError(
-            f"none of the {len(plans)} linear layers would be quantized: every one is kept by a rule, or no group size divides it"
+            f"none of the {len(plans)} linear layers would be quantized: every one is kept by a "
+            "rule, or no group size divides it"
         )
     if train == GENERATED and settings.max_tokens is None and settings.max_steps is None:
         raise LlmqError(
@@ -213,7 +215,8 @@ def prepare_job(
     check_same_vocabulary(config, load_config(teacher_dir))
     if teacher and load_tokenizer(teacher_dir).get_vocab() != load_tokenizer(model_dir).get_vocab():
         raise LlmqError(
-            f"{teacher_dir}: the teacher's tokenizer has other tokens than that of {model_dir}; distillation needs the same tokenizer, so take a teacher of the same family"
+            f"{teacher_dir}: the teacher's tokenizer has other tokens than that of {model_dir}; "
+            "distillation needs the same tokenizer, so take a teacher of the same family"
         )
     windows, held_out = None, None
     if train != GENERATED:
@@ -251,7 +254,8 @@ def check_engine() -> None:
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise LlmqError(
-                f"llmq qat trains with whole weights in every process, not with {name}; use data parallelism: accelerate launch --multi_gpu -m llmq qat ..."
+                f"llmq qat trains with whole weights in every process, not with {name}; use data "
+                "parallelism: accelerate launch --multi_gpu -m llmq qat ..."
             )
 
 

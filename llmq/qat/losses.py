@@ -33,7 +33,8 @@ class LossWeights:
         check_fields(self, "loss weight ")
         if not (self.kl >= 0 and self.ce >= 0 and self.kl + self.ce > 0):
             raise LlmqError(
-                f"loss weights kl {self.kl}, ce {self.ce}: expected two numbers of at least 0, one of them above it; give --kl or --ce"
+                f"loss weights kl {self.kl}, ce {self.ce}: expected two numbers of at least 0, one "
+                "of them above it; give --kl or --ce"
             )
 
 

@@ -5,7 +5,8 @@ one.
       settings.json     what the run is; a second one with other settings is refused
       start/            the PTQ result that training starts from (and falls back to)
       generated-*       sealed batches of text from the teacher, where there is no other
-      trainer/          the Trainer's checkpoints, each sealed when it is durable, with the log so far
+      trainer/          the Trainer's checkpoints, each sealed when it is durable, with the log so
+                        far
       log.jsonl         loss and telemetry
 
 The same command continues an interrupted run wherever it was: from the last checkpoint whose files
@@ -88,7 +89,9 @@ class RunFolder(Workspace):
         if different:
             name = different[0]
             raise LlmqError(
-                f"{self.work_dir}: holds a run with other settings ({', '.join(different)}: {started.get(name)!r} there, {identity[name]!r} now); give the same ones to continue it, or remove the folder"
+                f"{self.work_dir}: holds a run with other settings ({', '.join(different)}: "
+                f"{started.get(name)!r} there, {identity[name]!r} now); give the same ones to "
+                "continue it, or remove the folder"
             )
 
 

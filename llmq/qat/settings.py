@@ -40,7 +40,8 @@ class Scheme:
         match = _SCHEME.fullmatch(text.strip().lower())
         if not match:
             raise LlmqError(
-                f"unknown scheme {text!r}: expected w8, w4, w3, w2 or ternary, with a8 and kv8 or kv4 behind where wanted, such as w4a8kv8"
+                f"unknown scheme {text!r}: expected w8, w4, w3, w2 or ternary, with a8 and kv8 or "
+                "kv4 behind where wanted, such as w4a8kv8"
             )
         return cls(
             _GRIDS[match["weights"]],
@@ -89,19 +90,23 @@ class QATSettings:
         check_fields(self)
         if self.quantizer != "lsq" and self.init != "rtn":
             raise LlmqError(
-                f"quantizer {self.quantizer} chooses its scales itself, so another start than plain rounding would be lost; give --init rtn"
+                f"quantizer {self.quantizer} chooses its scales itself, so another start than "
+                "plain rounding would be lost; give --init rtn"
             )
         if self.max_tokens is not None and self.max_steps is not None:
             raise LlmqError(
-                f"--max-tokens {self.max_tokens} and --max-steps {self.max_steps} both set the length of the run; give one of them"
+                f"--max-tokens {self.max_tokens} and --max-steps {self.max_steps} both set the "
+                "length of the run; give one of them"
             )
         if self.log_every and self.save_every % self.log_every:
             raise LlmqError(
-                f"--save-every {self.save_every} is no multiple of --log-every {self.log_every}: the means of a resumed run's log would be of other steps"
+                f"--save-every {self.save_every} is no multiple of --log-every {self.log_every}: "
+                "the means of a resumed run's log would be of other steps"
             )
         if self.sequence_length < 2 or self.batch_size < 1 or self.accumulation < 1:
             raise LlmqError(
-                f"batches of {self.batch_size} x {self.sequence_length} tokens, {self.accumulation} per step: expected at least one sequence of 2 tokens"
+                f"batches of {self.batch_size} x {self.sequence_length} tokens, "
+                f"{self.accumulation} per step: expected at least one sequence of 2 tokens"
             )
 
     @property
@@ -120,7 +125,8 @@ class QATSettings:
             return self.max_steps
         if self.max_tokens is not None and self.max_tokens < per_step:
             raise LlmqError(
-                f"--max-tokens {self.max_tokens}: one step takes {per_step}; give more, or a smaller --batch-size or --sequence-length"
+                f"--max-tokens {self.max_tokens}: one step takes {per_step}; give more, or a "
+                "smaller --batch-size or --sequence-length"
             )
         return max(
             1,

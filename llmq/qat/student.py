@@ -64,7 +64,8 @@ def check_student(model: PreTrainedModel) -> None:
     pass cannot be taken apart into hidden states and head."""
     if model.base_model is model or model.get_output_embeddings() is None:
         raise LlmqError(
-            f"{type(model).__name__}: has no base model and output head of its own, which the loss in chunks needs; llmq quantize works for it"
+            f"{type(model).__name__}: has no base model and output head of its own, which the loss "
+            "in chunks needs; llmq quantize works for it"
         )
 
 
@@ -82,7 +83,8 @@ def check_head(model: PreTrainedModel) -> None:
     model.train(training)
     if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
         raise LlmqError(
-            f"{type(model).__name__}: its logits do not follow from its last hidden states alone, so the loss in chunks does not fit it; llmq quantize works for it"
+            f"{type(model).__name__}: its logits do not follow from its last hidden states alone, "
+            "so the loss in chunks does not fit it; llmq quantize works for it"
         )
 
 
@@ -91,7 +93,8 @@ def check_same_vocabulary(config: PretrainedConfig, teacher_config: PretrainedCo
     ours, theirs = (each.get_text_config().vocab_size for each in (config, teacher_config))
     if ours != theirs:
         raise LlmqError(
-            f"the teacher has a vocabulary of {theirs}, the student one of {ours}; distillation needs the same tokenizer, so take a teacher of the same family"
+            f"the teacher has a vocabulary of {theirs}, the student one of {ours}; distillation "
+            "needs the same tokenizer, so take a teacher of the same family"
         )
 
 

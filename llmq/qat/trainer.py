@@ -62,7 +62,8 @@ def check_reporter(name: str) -> None:
     installed = get_available_reporting_integrations()
     if name not in ("none", *installed):
         raise LlmqError(
-            f"--report-to {name}: expected none{''.join(f' or {each}' for each in installed)}, which are the ones installed here"
+            f"--report-to {name}: expected none{''.join(f' or {each}' for each in installed)}, "
+            "which are the ones installed here"
         )
 
 
@@ -85,7 +86,8 @@ def drop_unsound(folder: Path) -> None:
         if not seals.folder_is_sound(path, SEAL):
             if os.path.lexists(path / SEAL):
                 tell(
-                    f"{path}: is not as it was when it was finished; training goes on from the checkpoint before"
+                    f"{path}: is not as it was when it was finished; training goes on from the "
+                    "checkpoint before"
                 )
             files.remove(path)
 
@@ -141,7 +143,8 @@ class ScheduleCallback(TrainerCallback):
         self.n_skipped = 0 if is_finite else self.n_skipped + 1
         if self.n_skipped >= (min(SKIPPED_STEPS, state.max_steps) if args.fp16 else 1):
             raise VerificationError(
-                f"step {state.global_step + 1}: the gradient holds NaN or infinite values; {remedy(args)}"
+                f"step {state.global_step + 1}: the gradient holds NaN or infinite values; "
+                f"{remedy(args)}"
             )
 
     def on_step_end(
@@ -193,8 +196,8 @@ def held_out_perplexity(student: Student, windows: Windows) -> float:
 
 
 class QATTrainer(Trainer):
-    """settings: see `QATSettings`. log_path: the log that checkpoints keep a copy of. The rest as in
-    `transformers.Trainer`; the model is a `Student`."""
+    """settings: see `QATSettings`. log_path: the log that checkpoints keep a copy of. The rest as
+    in `transformers.Trainer`; the model is a `Student`."""
 
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: LambdaLR | None
@@ -297,6 +300,6 @@ class QATTrainer(Trainer):
         )
         self.telemetry(
             self.model
-            # checkpoints are where the log has rows, so these are the codes that the next row counts
-            # flips from
+            # checkpoints are where the log has rows, so these are the codes that the next row
+            # counts flips from
         )

@@ -56,7 +56,8 @@ def check_quantizer(name: QuantizerName, spec: QuantSpec, where: str = "") -> No
         )
     if name == "seq" and spec.code not in ("int2h", "ternary"):
         raise LlmqError(
-            f"{where}quantizer seq is for 2-bit codes with half-integer levels (w2h) and ternary ones, not {spec}; use lsq"
+            f"{where}quantizer seq is for 2-bit codes with half-integer levels (w2h) and ternary "
+            f"ones, not {spec}; use lsq"
         )
 
 
@@ -199,7 +200,8 @@ def prepare(
     for layer, qtensor in start.items():
         if qtensor.g_idx is not None:
             raise LlmqError(
-                f"{layer}: weights with a stored g_idx (act-order) cannot be trained; start from a result without --act-order"
+                f"{layer}: weights with a stored g_idx (act-order) cannot be trained; start from a "
+                "result without --act-order"
             )
         old = model.get_submodule(layer)
         original, bias = linear_weight(old), getattr(old, "bias", None)
@@ -227,12 +229,14 @@ def freeze(model: nn.Module, activations: ActSpec = ActSpec()) -> dict[str, Quan
         trained = "none" if module.activations is None else module.activations.kind
         if trained != activations.kind:
             raise LlmqError(
-                f"{name}: was trained with activations {trained}, not {activations.kind}; call llmq.freeze(model, recipe.activations)"
+                f"{name}: was trained with activations {trained}, not {activations.kind}; call "
+                "llmq.freeze(model, recipe.activations)"
             )
         qtensor = frozen[name] = module.qtensor()
         if not torch.equal(qtensor.dequantize(), module.quantizer(module.weight)):
             raise LlmqError(
-                f"{name}: the packed weight differs from the weight that was trained; this is a defect of llmq, please report it"
+                f"{name}: the packed weight differs from the weight that was trained; this is a "
+                "defect of llmq, please report it"
             )
         bias = None if module.bias is None else module.bias.detach()
         model.set_submodule(name, QuantLinear(qtensor, bias, activations))

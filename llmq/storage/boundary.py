@@ -57,7 +57,8 @@ def running(where: object) -> Iterator[None]:
         if out_of_memory(error) or is_defect_of_settings(error):
             raise
         raise LlmqError(
-            f"{where}: the model cannot be run ({brief(error)}); compare config.json and generation_config.json with those of the original model"
+            f"{where}: the model cannot be run ({brief(error)}); compare config.json and "
+            "generation_config.json with those of the original model"
         ) from error
 
 
@@ -87,7 +88,8 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     for is_kind, name in _KINDS:
         if is_kind(mode):
             raise LlmqError(
-                f"{os.fspath(path)}: expected a regular file, found {name}; put the file itself there"
+                f"{os.fspath(path)}: expected a regular file, found {name}; put the file itself "
+                "there"
             )
 
 

@@ -200,7 +200,8 @@ def write_manifest(target_dir: Path, expected: Mapping[str, Mapping[str, Any]] =
             sync(path)
             if name in expected and entries[name] != expected[name]:
                 raise DamagedError(
-                    f"{path}: changed after it was written and checked; the disk or the memory is faulty, repeat the command to do this part again"
+                    f"{path}: changed after it was written and checked; the disk or the memory is "
+                    "faulty, repeat the command to do this part again"
                 )
     write_json(target_dir / MANIFEST, {"files": entries, "sha256": hash_of_json(entries)})
 
@@ -211,11 +212,13 @@ def check_output(out_dir: Path, overwrite: bool) -> None:
     if out_dir.exists() or out_dir.is_symlink():
         if not overwrite:
             raise LlmqError(
-                f"{out_dir}: exists already; choose another output, or give --overwrite to replace it"
+                f"{out_dir}: exists already; choose another output, or give --overwrite to replace "
+                "it"
             )
         if not (out_dir / MANIFEST).is_file():
             raise LlmqError(
-                f"{out_dir}: was not written by llmq (it has no {MANIFEST}), so --overwrite leaves it alone; remove it yourself or choose another output"
+                f"{out_dir}: was not written by llmq (it has no {MANIFEST}), so --overwrite leaves "
+                "it alone; remove it yourself or choose another output"
             )
         _check_aside(aside_of(out_dir.resolve()))
     parent = out_dir.absolute().parent
@@ -231,7 +234,9 @@ def check_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise LlmqError(
-            f"{folder}: {free / 1e9:.2f} GB are free, and output and activations need about {n_bytes / 1e9:.2f} GB; make space, choose an output elsewhere or give fewer --samples"
+            f"{folder}: {free / 1e9:.2f} GB are free, and output and activations need about "
+            f"{n_bytes / 1e9:.2f} GB; make space, choose an output elsewhere or give fewer "
+            "--samples"
         )
 
 
@@ -261,7 +266,8 @@ def _check_aside(aside: Path) -> None:
     """Raise `LlmqError` for something of the name that is needed and that llmq did not make."""
     if os.path.lexists(aside) and not _is_aside(aside):
         raise LlmqError(
-            f"{aside}: is in the way and was not made by llmq (it has no {_ASIDE_MARK}), so it is left alone; move it elsewhere, or choose another output"
+            f"{aside}: is in the way and was not made by llmq (it has no {_ASIDE_MARK}), so it is "
+            "left alone; move it elsewhere, or choose another output"
         )
 
 

@@ -72,7 +72,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     if not has_manifest(folder):
         raise LlmqError(
-            f"{folder}: has no {MANIFEST}, so there is nothing to check it against; folders that llmq writes have one"
+            f"{folder}: has no {MANIFEST}, so there is nothing to check it against; folders that "
+            "llmq writes have one"
         )
     if not files.is_plain_file(path):
         raise LlmqError(f"{path}: is no regular file; expected the manifest that llmq wrote")
@@ -86,12 +87,14 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         is_whole = False
     if not is_whole:
         raise VerificationError(
-            f"{path}: is damaged, so the folder cannot be checked; quantize again, or get the folder again from where it came"
+            f"{path}: is damaged, so the folder cannot be checked; quantize again, or get the "
+            "folder again from where it came"
         )
     for name in entries:
         if not _is_inside(name):
             raise LlmqError(
-                f"{path}: names {name!r}; expected plain names of files inside the folder: this manifest was not written by llmq"
+                f"{path}: names {name!r}; expected plain names of files inside the folder: this "
+                "manifest was not written by llmq"
             )
     return entries
 
@@ -165,7 +168,8 @@ def check_sizes(folder: Path) -> None:
         if size != expected["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
             raise VerificationError(
-                f"{path}: {found}, expected {expected['bytes']} bytes as in {MANIFEST}; get the folder again from where it came, or quantize again"
+                f"{path}: {found}, expected {expected['bytes']} bytes as in {MANIFEST}; get the "
+                "folder again from where it came, or quantize again"
             )
 
 
@@ -174,6 +178,7 @@ def check_folder(folder: Path) -> Verdict:
     verdict = check_hashes(folder)
     if not verdict.is_good:
         raise VerificationError(
-            f"{folder}: {verdict.describe()}; get the folder again from where it came, or quantize again"
+            f"{folder}: {verdict.describe()}; get the folder again from where it came, or quantize "
+            "again"
         )
     return verdict

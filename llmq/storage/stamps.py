@@ -74,8 +74,8 @@ class SourceFiles:
         return {name: [stamp.inode, stamp.ctime_ns] for name, stamp in sorted(found.items())}
 
     def check(self, paths: Iterable[Path] | None = None) -> None:
-        """Raise `SourceChangedError` that names a file which is no longer the one it was. paths: of this
-        folder; all by default."""
+        """Raise `SourceChangedError` that names a file which is no longer the one it was. paths: of
+        this folder; all by default."""
         names = self.stamps if paths is None else {path.name for path in paths}
         for name in sorted(names):
             before = self.stamps.get(name)
@@ -109,7 +109,8 @@ def _check(path: Path, before: Stamp) -> None:
         names = [part for part in parts if getattr(now, part) != getattr(before, part)]
         changed = f"is not the file that it was when the run began ({', '.join(names)} changed)"
     raise SourceChangedError(
-        f"{path}: {changed}; the result would mix two models, so none was written: see that nothing changes the source, then repeat the command",
+        f"{path}: {changed}; the result would mix two models, so none was written: see that "
+        "nothing changes the source, then repeat the command",
         may_be_same=bool(names)
         and set(names) <= {"ctime_ns", "inode"}
         and path.suffix == ".safetensors",

@@ -72,7 +72,8 @@ class Workspace:
             except OSError:
                 self._lock.close()
                 raise LlmqError(
-                    f"{self.work_dir}: another llmq is working on this output; wait for it or choose another output"
+                    f"{self.work_dir}: another llmq is working on this output; wait for it or "
+                    "choose another output"
                 ) from None
             if _is_same_file(self._lock, self.work_dir / LOCK):
                 return
@@ -81,7 +82,8 @@ class Workspace:
     def _open(self, identity: dict[str, Any]) -> None:
         for path in list(seals.links_in(self.work_dir)):
             tell(
-                f"{path}: is a link or a special file, which llmq does not make; removed, not followed"
+                f"{path}: is a link or a special file, which llmq does not make; removed, not "
+                "followed"
             )
             files.remove(path)
         if os.path.lexists(self._state_path):
@@ -111,7 +113,9 @@ class Workspace:
         if differing:
             parts = ", ".join(_differences(stored, identity))
             raise LlmqError(
-                f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)} ({parts}); repeat its command as it was to finish it, or remove that folder to start over"
+                f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)} "
+                f"({parts}); repeat its command as it was to finish it, or remove that folder to "
+                "start over"
             )
 
     def _start_over(self, reason: str) -> None:
@@ -186,7 +190,8 @@ class PartialCheckpoint(Workspace):
             if not sound[index] and os.path.lexists(self.shard_path(index)):
                 kept = f", the other {sum(sound)} finished ones are kept" if any(sound) else ""
                 tell(
-                    f"{self.shard_path(index)}: it or its record is not as it was when block {index} was finished; that block is done again{kept}"
+                    f"{self.shard_path(index)}: it or its record is not as it was when block "
+                    f"{index} was finished; that block is done again{kept}"
                 )
                 files.remove(self.shard_path(index))
                 self.redone.append(index)
@@ -230,7 +235,8 @@ class PartialCheckpoint(Workspace):
             tensor = _read(path, name) if name in stored else None
             if tensor is None or name not in tensors or not _same_bits(tensors[name], tensor):
                 raise VerificationError(
-                    f"{path.name}: tensor {name} read back differs from the one written; the disk or the memory is faulty"
+                    f"{path.name}: tensor {name} read back differs from the one written; the disk "
+                    "or the memory is faulty"
                 )
             yield name, tensor
 
@@ -314,7 +320,8 @@ def check_own(work_dir: Path, state: str) -> None:
     else:
         return
     raise LlmqError(
-        f"{work_dir}: llmq keeps unfinished work under this name, and this was not made by it ({reason}), so it is left alone; move it elsewhere, or choose another output"
+        f"{work_dir}: llmq keeps unfinished work under this name, and this was not made by it "
+        f"({reason}), so it is left alone; move it elsewhere, or choose another output"
     )
 
 

@@ -514,7 +514,8 @@ def test_more_tokens_than_positions_are_refused(llmq, model_folder, calibration_
         code, _, stderr = llmq(*command, "--data", calibration_file, "--sequence-length", "129")
         assert (code, stderr) == (
             2,
-            f"llmq: --sequence-length 129: {family} has positions for 128 tokens only; give --sequence-length 128 or less\n",
+            f"llmq: --sequence-length 129: {family} has positions for 128 tokens only; give "
+            "--sequence-length 128 or less\n",
         )
     prompt = ["generate", folder, "--json", "--prompt"]
     code, _, stderr = llmq(*prompt, "def", "--max-new-tokens", "128")

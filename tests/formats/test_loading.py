@@ -51,10 +51,12 @@ def test_transformers_loads_an_llmq_folder_in_a_new_process(quantized):
     # Without gradients, as the expected logits were computed: the CPU backend takes its fast path
     # only then.
     program = (
-        "import sys, torch\n{}\ntorch.set_grad_enabled(False)\nmodel = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n"
+        "import sys, torch\n{}\ntorch.set_grad_enabled(False)\nmodel = "
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n"
         "tokens = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))\n"
         "logits, expected = model(tokens).logits, torch.load(sys.argv[1] + '/expected.pt')\n"
-        "assert torch.equal(logits, llmq.load(sys.argv[1])(tokens).logits), 'not what llmq.load gives'\n"
+        "assert torch.equal(logits, llmq.load(sys.argv[1])(tokens).logits), 'not what llmq.load "
+        "gives'\n"
         "assert torch.equal(logits, expected), 'logits differ'"
     )
     for imports in (
@@ -244,7 +246,7 @@ def test_a_damaged_index_cannot_leave_the_folder(quantized, tmp_path):
     (folder / MANIFEST).unlink()
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"x": "../outside.safetensors"}})
+        json.dumps({"metadata": {}, "weight_map": {"x": "../outside.safetensors"}})
     )
     with pytest.raises(LlmqError, match="plain names"):
         llmq.load(folder)

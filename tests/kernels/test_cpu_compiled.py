@@ -140,8 +140,8 @@ def test_integer_tiles_are_exact(form, unit, case):
             1,
             49,
             70,
-            # one token tile, two pairs of which the last is half filled, and more than a kernel without
-            # a tile unit takes at a time
+            # one token tile, two pairs of which the last is half filled, and more than a kernel
+            # without a tile unit takes at a time
         ):
             x = integers(m, weight.shape[1], group_of(weight), 127)
             expected = x.double() @ weight.dequantize().double().T

@@ -3,10 +3,9 @@ order of groups: it refuses, or it is right. Codes that were made up for the tes
 declares, are refused by all but `reference`.
 
 Tolerance, as a share of `|x| |W|^T`, the size of the sum without cancellation: a rounding to
-bfloat16 or float16 is off by at most u = 2^-8 or 2^-11. Weights (or scales) are rounded once, in the
-interpreter cut off instead (2u), and so is the product of scale and zero point, which can be as
-large as the largest weight; the output is rounded once. K additions in float32 add K * 2^-23.
-"""
+bfloat16 or float16 is off by at most u = 2^-8 or 2^-11. Weights (or scales) are rounded once, in
+the interpreter cut off instead (2u), and so is the product of scale and zero point, which can be as
+large as the largest weight; the output is rounded once. K additions in float32 add K * 2^-23."""
 
 import dataclasses
 import itertools

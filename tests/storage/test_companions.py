@@ -90,7 +90,8 @@ def test_code_that_auto_map_names_comes_along_with_what_it_imports(tmp_path):
     (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (source / "configuration_it.py").write_text("raise SystemExit('never run')")
     (source / "modeling_it.py").write_text(
-        "from .configuration_it import It\nfrom . import other\nfrom .parts.deep import x\nimport os"
+        "from .configuration_it import It\nfrom . import other\nfrom .parts.deep import x\nimport "
+        "os"
     )
     found = copy_companions(source, target)
     code = ["configuration_it.py", "modeling_it.py", "other.py", "parts/deep.py"]

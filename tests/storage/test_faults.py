@@ -1,5 +1,5 @@
-"""Killed or without power at any point, and with a bit turned over in anything that is kept: the same
-command gives the same weights. `python tests/faults.py` runs all of it with a table."""
+"""Killed or without power at any point, and with a bit turned over in anything that is kept: the
+same command gives the same weights. `python tests/faults.py` runs all of it with a table."""
 
 import json
 import os

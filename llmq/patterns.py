@@ -16,6 +16,7 @@ from llmq.errors import LlmqError
 
 MAX_LENGTH = 1000
 MAX_REPETITIONS = 10_000
+MAX_DEPTH = 100  # of groups in groups, which compilers go down by recursion
 MAX_SECONDS = 1.0  # of a match
 MAX_TOTAL_SECONDS = 3.0  # of all slow matches of a pattern
 _SLOW = 0.02
@@ -67,7 +68,8 @@ def check_length(pattern: str, where: str) -> None:
 
 def repetitions(pattern: str) -> int:
     """How many characters and groups a pattern has when its counted repetitions are written out:
-    `(a{3}b){2}` has 8. An estimate from above, without parsing."""
+    `(a{3}b){2}` has 8. An estimate from above, without parsing. Raises `ValueError` for groups nested
+    deeper than `MAX_DEPTH`."""
     sizes, last = [0], 0  # of the open groups, and of the item before
     position = 0
     while position < len(pattern):
@@ -86,6 +88,8 @@ def repetitions(pattern: str) -> int:
             continue
         if character == "(":
             sizes.append(0)
+            if len(sizes) > MAX_DEPTH:
+                raise ValueError(f"groups are nested more than {MAX_DEPTH} deep")
         elif character == ")" and len(sizes) > 1:
             last = sizes.pop() + 1
             sizes[-1] += last
@@ -98,20 +102,21 @@ def repetitions(pattern: str) -> int:
 
 def _compiled(pattern: str, where: str) -> regex.Pattern[str]:
     check_length(pattern, where)
-    if (size := repetitions(pattern)) > MAX_REPETITIONS:
-        raise LlmqError(
-            f"{where}: the pattern {pattern!r} stands for {size} characters, expected at most "
-            f"{MAX_REPETITIONS}; {_REMEDY}"
-        )
     try:
+        size = repetitions(pattern)
         if _VERBOSE.search(pattern):
             raise ValueError("the flag x is not supported")
-        return _compile(pattern)
+        if size <= MAX_REPETITIONS:
+            return _compile(pattern)
     except Exception as error:  # re.error, but also OverflowError or RecursionError
         raise LlmqError(
             f"{where}: not a regular expression ({error or type(error).__name__}); quote the "
             "characters that have a meaning, or use a shell pattern without 're:'"
         ) from None
+    raise LlmqError(
+        f"{where}: the pattern {pattern!r} stands for {size} characters, expected at most "
+        f"{MAX_REPETITIONS}; {_REMEDY}"
+    )
 
 
 @lru_cache(maxsize=16384)

@@ -17,6 +17,7 @@ from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats import Format, choose_format
 from llmq.formats.gptq import with_act_order
 from llmq.models.arch import quantizable_layers
+from llmq.models.companions import Companions, copy_companions
 from llmq.models.identity import hub_id, without_places
 from llmq.models.source import meta_model
 from llmq.models.stored import state_ties
@@ -25,7 +26,6 @@ from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
 from llmq.spec import ActSpec
 from llmq.storage import files
-from llmq.storage.companions import Companions, copy_companions
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -80,7 +80,7 @@ def save(
 ) -> Path:
     """Write a quantized model to a folder that `llmq.load` and, for `gptq`, other engines load. The
     folder appears complete and read back, or not at all. What belongs to the checkpoint comes along
-    from the folder that the model was loaded from (see `llmq.storage.companions`).
+    from the folder that the model was loaded from (see `llmq.models.companions`).
 
     tokenizer: in place of that folder's. format: "auto", "gptq", "gptq_v2" or "llmq". Raises
     `LlmqError` when the model is not quantized, the format cannot hold it, or the output

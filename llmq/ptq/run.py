@@ -27,6 +27,7 @@ from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.inference.settings import read_settings
 from llmq.kv import quantize_kv
 from llmq.models.arch import check_length, find_blocks, quantizable_layers, weight_as_stored
+from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
 from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.shards import ShardReader, check_finite
@@ -48,7 +49,6 @@ from llmq.recipe import LayerPlan, Recipe
 from llmq.spec import ActSpec
 from llmq.storage import files
 from llmq.storage.boundary import running
-from llmq.storage.companions import copy_companions
 from llmq.storage.stamps import SourceChangedError, SourceFiles
 from llmq.storage.workspace import PartialCheckpoint, check_output
 from llmq_kernels import restricted

@@ -25,6 +25,7 @@ from llmq.evaluation.position_classes import (
 from llmq.evaluation.windows import Windows
 from llmq.formats.load import load
 from llmq.formats.save import save
+from llmq.models.companions import find_companions
 from llmq.models.identity import model_name, source_name
 from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, load_tokenizer
@@ -33,7 +34,6 @@ from llmq.ptq.report import versions
 from llmq.qat.job import QATJob
 from llmq.qat.weights import freeze
 from llmq.storage import files, seals
-from llmq.storage.companions import find_companions
 from llmq.storage.manifest import read_manifest
 from llmq.storage.workspace import PUBLISHING
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import llmq
+from llmq.models.companions import MAX_BYTES, copy_companions, find_companions
 from llmq.models.identity import hub_id, model_name, without_places
 from llmq.models.source import resolve
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe
-from llmq.storage.companions import MAX_BYTES, copy_companions, find_companions
 
 RTN = Recipe.uniform("w8", method="rtn")
 BELONGS = (

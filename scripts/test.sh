@@ -14,4 +14,6 @@ done
 ruff check .
 ruff format --check .
 mypy
-HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false python -m pytest -m "$MARKS" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+# Two processes of one thread each: most of the time is Python's, which one process has on one core.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+python -m pytest --numprocesses 2 --dist loadfile -m "$MARKS" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}

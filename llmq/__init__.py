@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from llmq.evaluation.perplexity import perplexity
     from llmq.formats.load import load
     from llmq.formats.save import save
+    from llmq.grid.spec import QuantSpec
+    from llmq.grid.tensor import QuantizedTensor
     from llmq.ptq.run import quantize
     from llmq.qat.prepare import prepare_qat
     from llmq.qat.weights import freeze
-    from llmq.qtensor import QuantizedTensor
     from llmq.recipe import Recipe, Rule
-    from llmq.spec import QuantSpec
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LlmqError": "llmq.errors",
     "VerificationError": "llmq.errors",
-    "QuantSpec": "llmq.spec",
-    "QuantizedTensor": "llmq.qtensor",
+    "QuantSpec": "llmq.grid.spec",
+    "QuantizedTensor": "llmq.grid.tensor",
     "Recipe": "llmq.recipe",
     "Rule": "llmq.recipe",
     "compare": "llmq.evaluation.divergence",

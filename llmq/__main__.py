@@ -2,6 +2,6 @@
 
 import sys
 
-from llmq.cli import main
+from llmq.commands.cli import main
 
 sys.exit(main())

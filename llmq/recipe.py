@@ -13,7 +13,7 @@ from typing import Any, Literal
 from llmq import patterns
 from llmq.errors import LlmqError
 from llmq.fields import check_fields
-from llmq.spec import ActSpec, QuantSpec
+from llmq.grid.spec import ActSpec, QuantSpec
 
 KEEP = "keep"
 MAX_RULES = 10_000
@@ -82,17 +82,17 @@ class Recipe:
     the machine.
 
     rules: ordered, first match wins. method: "rtn", "gptq", or "blockwise" (see
-    `llmq.ptq.blockwise`), which starts from `init`. order: the column order of GPTQ (see
-    `llmq.ptq.gptq`). damping: share of the mean diagonal added to the Hessian. search: choose
+    `llmq.ptq.methods.blockwise`), which starts from `init`. order: the column order of GPTQ (see
+    `llmq.ptq.methods.gptq`). damping: share of the mean diagonal added to the Hessian. search: choose
     scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes
-    and scales after GPTQ (see `llmq.ptq.refine`). inputs: where layers are measured: on the
+    and scales after GPTQ (see `llmq.ptq.methods.refine`). inputs: where layers are measured: on the
     "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which
     corrects each layer for what the layers before it lost (GPTAQ), by the share alpha. samples,
     sequence_length, seed: the calibration windows. iterations, learning_rate, autocast: of
     block-wise tuning: steps per block, their size as a share of the distance between two codes, and
     whether blocks run in bfloat16 meanwhile (None: see `llmq.ptq.precision`). activations: their
     treatment at inference; activation_range: how static ranges are chosen, "minmax", "percentile"
-    or "mse" (see `llmq.ptq.ranges`)."""
+    or "mse" (see `llmq.activations.ranges`)."""
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
     method: Literal["rtn", "gptq", "blockwise"] = "gptq"

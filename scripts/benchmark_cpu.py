@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import CODES, PackedWeight, PreparedWeight, pack
-from llmq_kernels.timing import medians
+from llmq_kernels.core.timing import medians
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 

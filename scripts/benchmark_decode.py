@@ -81,10 +81,10 @@ def build(compute: str | None, head_bits: int | None) -> Any:
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from llmq.grid.spec import QuantSpec
+    from llmq.grid.tensor import QuantizedTensor
     from llmq.inference.decoding import prepare_decoding
-    from llmq.modules import quantized_modules, swap
-    from llmq.qtensor import QuantizedTensor
-    from llmq.spec import QuantSpec
+    from llmq.inference.module import quantized_modules, swap
 
     config = LlamaConfig(**SHAPE, dtype="bfloat16", eos_token_id=None)  # type: ignore[arg-type]
     with init_empty_weights(include_buffers=False):
@@ -136,7 +136,7 @@ def measure(name: str, threads: int, n_new: int) -> dict[str, float]:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     import llmq.inference.decoding  # noqa: F401
-    import llmq_kernels.emit  # noqa: F401  loads LLVM, a library like the others
+    import llmq_kernels.compiled.emit  # noqa: F401  loads LLVM, a library like the others
     from llmq.inference.cache import cache_bytes, in_place_cache
     from llmq.ptq.memory import release_freed_memory
 

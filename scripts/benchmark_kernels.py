@@ -6,7 +6,7 @@ table and decoding. Writes JSON (and a plot where matplotlib is installed) to a 
 Time is shared out: tests and tuning have their own limits, the table stops where decoding needs
 what is left of --max-seconds, and what was not reached is counted in the JSON. A step that fails is
 reported at the end and does not stop the others; the exit code is 1 then. The tuned file in the
-folder can be shipped as `kernels/llmq_kernels/tuned/<gpu>.json`."""
+folder can be shipped as `kernels/llmq_kernels/triton/tuned/<gpu>.json`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import torch
 
 from llmq.benchmark import kernels, plot
 from llmq.benchmark.decode import compare_decode
-from llmq_kernels import triton_tuning
+from llmq_kernels.triton import tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,10 +66,10 @@ def tune(device: torch.device, seconds: float, out: Path) -> dict[str, Any]:
         device,
         seconds,
     )
-    chip = triton_tuning.chip_of(device)
-    name = f"{triton_tuning.slug(chip.name)}.json"
-    for path in (triton_tuning.tuned_dir() / name, out / name):
-        triton_tuning.save(chip, path, versions())
+    chip = tuning.chip_of(device)
+    name = f"{tuning.slug(chip.name)}.json"
+    for path in (tuning.tuned_dir() / name, out / name):
+        tuning.save(chip, path, versions())
     return {"problems": len(results), "seconds_by_candidate": results}
 
 

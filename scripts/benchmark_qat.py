@@ -17,10 +17,10 @@ from collections.abc import Callable
 import torch
 
 import llmq
+from llmq.grid.spec import ActSpec
 from llmq.qat.losses import LossWeights
 from llmq.qat.student import Student
 from llmq.recipe import Recipe
-from llmq.spec import ActSpec
 
 KINDS = {"plain": None, "w4g128": ActSpec(), "w4g128, INT8 activations": ActSpec("int8-token")}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

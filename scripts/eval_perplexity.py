@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 
 import llmq
-from llmq.data import load_documents
 from llmq.models.source import load_tokenizer, resolve
+from llmq.text.documents import load_documents
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from llmq.models.source import meta_model, resolve
 
 # The peak is the kernel's own count of resident pages, shared libraries included.
 _BASELINE = "import torch, transformers, llmq.ptq.run, datasets"
-_RUN = "import sys; from llmq.cli import main; code = main(sys.argv[1:])"
+_RUN = "import sys; from llmq.commands.cli import main; code = main(sys.argv[1:])"
 _PEAK = "; import resource, sys; print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
 
 

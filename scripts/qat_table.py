@@ -23,9 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import llmq
-from llmq.data import load_documents
 from llmq.evaluation.perplexity import evaluate
-from llmq.evaluation.windows import cut_windows
 from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.qat.job import prepare_job
@@ -33,6 +31,8 @@ from llmq.qat.losses import LossWeights
 from llmq.qat.run import fine_tune, train
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.recipe import Recipe
+from llmq.text.documents import load_documents
+from llmq.text.windows import cut_windows
 
 SCHEMES = ("w8", "w4", "w3", "w2", "ternary", "w4a8kv8")
 PTQ_METHODS = ("rtn", "gptq", "blockwise")

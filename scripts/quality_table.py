@@ -21,13 +21,13 @@ from typing import Any
 from torch import nn
 
 import llmq
-from llmq.data import load_documents
 from llmq.evaluation.perplexity import Perplexity, evaluate
-from llmq.evaluation.windows import Windows, cut_windows
+from llmq.inference.module import quantized_modules
 from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.modules import quantized_modules
 from llmq.ptq.run import windows
 from llmq.recipe import Recipe
+from llmq.text.documents import load_documents
+from llmq.text.windows import Windows, cut_windows
 
 METHODS = ("gptq", "blockwise")
 SPECS = ("w8", "w4g128", "w4g64", "w3g128", "w3g64-asym", "w2g64-asym")

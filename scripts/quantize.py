@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 
 import llmq
-from llmq.data import calibration_windows, load_documents, tokenize
 from llmq.models.source import load_tokenizer, resolve
+from llmq.text.documents import calibration_windows, load_documents, tokenize
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from llmq.corpus import standard_library_documents
+from llmq.text.corpus import standard_library_documents
 
 CONTEXT = 256
 END_OF_TEXT = "<|endoftext|>"

@@ -234,7 +234,7 @@ class Lab:
         arguments = [names.get(argument, argument) for argument in command]
 
         def work() -> int:
-            from llmq.cli import main
+            from llmq.commands.cli import main
 
             if n is None:
                 return main(arguments)
@@ -364,7 +364,7 @@ def _import_everything(folder: Path) -> None:
 
     for name in ("llmq.qat.run", "torch._dynamo", "llmq.commands.verify"):
         importlib.import_module(name)
-    from llmq.cli import main as run
+    from llmq.commands.cli import main as run
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):

@@ -14,9 +14,9 @@ from conftest import make_model
 from llmq.benchmark import kernels, rivals
 from llmq.benchmark.decode import StaticDecoder, compare_decode, quantize_layers, synthetic_llama
 from llmq.benchmark.kernels import Kind
-from llmq.cli import main
-from llmq.modules import quantized_modules
-from llmq.spec import QuantSpec
+from llmq.commands.cli import main
+from llmq.grid.spec import QuantSpec
+from llmq.inference.module import quantized_modules
 from llmq_kernels import unpack
 
 CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import llmq
-from llmq.cli import main
+from llmq.commands.cli import main
 from llmq.errors import LlmqError
-from llmq.modules import QuantLinear, backends_in_use, quantized_modules
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
-from llmq_kernels import cpu_compiled, jit
-from llmq_kernels.compute import default_mode
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import QuantLinear, backends_in_use, quantized_modules
+from llmq_kernels.compiled import backends, jit
+from llmq_kernels.core.compute import default_mode
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def folder(model_folder, tokenizer, tmp_path):
 
 
 def need_integer_kernels():
-    if reason := cpu_compiled.int8_machine_refusal():
+    if reason := backends.int8_machine_refusal():
         pytest.skip(reason)
 
 

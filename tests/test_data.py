@@ -7,8 +7,8 @@ import pandas
 import pytest
 import torch
 
-from llmq import corpus, data
 from llmq.errors import LlmqError
+from llmq.text import corpus, documents
 
 
 def test_every_local_source_gives_the_same_documents(tmp_path):
@@ -23,7 +23,7 @@ def test_every_local_source_gives_the_same_documents(tmp_path):
         (folder / f"{i}.txt").write_text(text)
     (folder / "ignored.csv").write_text("x")
     for source in (tmp_path / "rows.jsonl", tmp_path / "rows.parquet", folder):
-        assert data.load_documents(str(source), "calibration") == texts
+        assert documents.load_documents(str(source), "calibration") == texts
 
 
 def test_hub_data_set_names_are_split(monkeypatch):
@@ -34,7 +34,7 @@ def test_hub_data_set_names_are_split(monkeypatch):
         return [{"text": "a"}, {"text": ""}, {"text": "b"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert data.load_documents("someone/texts:small:validation", "eval", "r1") == [
+    assert documents.load_documents("someone/texts:small:validation", "eval", "r1") == [
         "a",
         "",
         "b",
@@ -46,23 +46,23 @@ def test_hub_data_set_names_are_split(monkeypatch):
         "streaming": True,
         "revision": "r1",
     }
-    data.load_documents("someone/texts", "eval")
+    documents.load_documents("someone/texts", "eval")
     assert (seen["config"], seen["split"]) == (None, "train")
 
 
 def test_long_hub_data_sets_are_cut_with_a_warning_and_files_are_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "MAX_HUB_DOCUMENTS", 3)
+    monkeypatch.setattr(documents, "MAX_HUB_DOCUMENTS", 3)
     monkeypatch.setattr(
         "datasets.load_dataset", lambda *args, **kwargs: ({"text": str(i)} for i in range(5))
     )
     with pytest.warns(UserWarning, match="someone/texts: the first 3 documents are used"):
-        assert data.load_documents("someone/texts", "train") == ["0", "1", "2"]
+        assert documents.load_documents("someone/texts", "train") == ["0", "1", "2"]
     monkeypatch.undo()
-    monkeypatch.setattr(data, "MAX_HUB_DOCUMENTS", 3)
+    monkeypatch.setattr(documents, "MAX_HUB_DOCUMENTS", 3)
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": str(i)}) + "\n" for i in range(5))
     )
-    assert len(data.load_documents(str(tmp_path / "rows.jsonl"), "train")) == 5
+    assert len(documents.load_documents(str(tmp_path / "rows.jsonl"), "train")) == 5
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,18 @@ def test_unusable_files_are_explained(tmp_path, name, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(LlmqError, match=message):
-        data.load_documents(str(path), "calibration")
+        documents.load_documents(str(path), "calibration")
 
 
 def test_an_unreachable_data_set_is_explained():
     with pytest.raises(LlmqError, match="as a Hub data set it failed"):
-        data.load_documents("someone/no-such-data", "calibration")
+        documents.load_documents("someone/no-such-data", "calibration")
 
 
 def test_windows_are_seeded_and_hashed(tokenizer):
-    tokens = data.tokenize(["some text to cut " * 300], tokenizer)
+    tokens = documents.tokenize(["some text to cut " * 300], tokenizer)
     first, again, other = (
-        data.calibration_windows(tokens, 5, 32, seed, "text") for seed in (0, 0, 1)
+        documents.calibration_windows(tokens, 5, 32, seed, "text") for seed in (0, 0, 1)
     )
     assert torch.equal(first.tokens, again.tokens)
     assert first.sha256 == again.sha256 != other.sha256
@@ -101,18 +101,18 @@ def test_windows_are_seeded_and_hashed(tokenizer):
         any(torch.equal(window, tokens[i : i + 32]) for i in range(len(tokens)))
         for window in first.tokens
     )
-    with_bos = data.calibration_windows(tokens, 5, 32, 0, "text", bos=7)
+    with_bos = documents.calibration_windows(tokens, 5, 32, 0, "text", bos=7)
     assert (with_bos.tokens[:, 0] == 7).all()
     assert torch.equal(with_bos.tokens[:, 1:], first.tokens[:, 1:])
 
 
 def test_too_little_text_and_foreign_tokens():
     with pytest.raises(LlmqError, match="5 tokens, but one sequence needs 32"):
-        data.calibration_windows(torch.arange(5), 2, 32, 0, "short.txt")
+        documents.calibration_windows(torch.arange(5), 2, 32, 0, "short.txt")
     with pytest.raises(
         LlmqError, match=r"x\.txt: token id 9 is beyond the model's vocabulary of 9"
     ):
-        data.check_vocabulary(torch.tensor([1, 9]), 9, "x.txt")
+        documents.check_vocabulary(torch.tensor([1, 9]), 9, "x.txt")
 
 
 def test_bundled_text_has_disjoint_splits():
@@ -143,18 +143,18 @@ def test_bundled_text_has_disjoint_splits():
 def test_hostile_rows_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LlmqError, match=message):
-        data.load_documents(str(tmp_path / name), "calibration")
+        documents.load_documents(str(tmp_path / name), "calibration")
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for source in (str(tmp_path / "pipe.txt"), str(tmp_path), "/dev/zero"):
         with pytest.raises(LlmqError, match="expected a regular file"):
-            data.load_documents(source, "calibration")
+            documents.load_documents(source, "calibration")
 
 
 def test_rows_of_json_may_be_lines_or_a_list_with_or_without_a_mark(tmp_path):
     (tmp_path / "lines.json").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b", "n": [1]}')
     (tmp_path / "list.json").write_text('\n [{"text": "a"}, {"text": "b"}]')
     for name in ("lines.json", "list.json"):
-        assert data.load_documents(str(tmp_path / name), "calibration") == ["a", "b"]
+        assert documents.load_documents(str(tmp_path / name), "calibration") == ["a", "b"]

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 import llmq
-from llmq.cli import main
 from llmq.commands import jobs, plan
-from llmq.data import load_documents
+from llmq.commands.cli import main
 from llmq.errors import LlmqError
 from llmq.evaluation.perplexity import evaluate
-from llmq.evaluation.windows import cut_windows
+from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.inference.module import quantized_modules
 from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.modules import quantized_modules
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe
-from llmq.spec import ActSpec, QuantSpec
+from llmq.text.documents import load_documents
+from llmq.text.windows import cut_windows
 
 
 @pytest.fixture(scope="module")

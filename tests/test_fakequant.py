@@ -4,10 +4,10 @@ formulas of its module, written out a second time with plain loops."""
 import pytest
 import torch
 
-from llmq import quantizer
-from llmq.fakequant import fake_quantize_ste, lsq_factor
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
+from llmq.grid import rounding
+from llmq.grid.fakequant import fake_quantize_ste, lsq_factor
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 
 SPECS = [
     "w4g32",
@@ -26,7 +26,7 @@ def parts(text, *, n=5, k=96, shrink=0.6):
     what can be stored."""
     spec = QuantSpec.parse(text)
     weight = torch.randn(n, k)
-    scale, zero = quantizer.choose_scale(weight, spec)
+    scale, zero = rounding.choose_scale(weight, spec)
     scale = scale * shrink * (1 + 1e-4 * torch.rand_like(scale))
     zero = None if zero is None else zero + torch.rand_like(zero) - 0.5
     return weight, scale, zero, spec
@@ -38,22 +38,22 @@ def test_value_is_the_stored_weight_bit_for_bit(text, k):
     weight, scale, zero, spec = parts(text, k=k)
     value = fake_quantize_ste(weight, scale, zero, spec)
     stored_scale, stored_zero = (
-        quantizer.round_scale(scale, spec),
-        None if zero is None else quantizer.round_zero(zero, spec),
+        rounding.round_scale(scale, spec),
+        None if zero is None else rounding.round_zero(zero, spec),
     )
     stored = QuantizedTensor.from_codes(
-        quantizer.quantize(weight, stored_scale, stored_zero, spec), stored_scale, stored_zero, spec
+        rounding.quantize(weight, stored_scale, stored_zero, spec), stored_scale, stored_zero, spec
     )
     stored.validate("weight")
     assert torch.equal(value, stored.dequantize())
-    assert torch.equal(value, quantizer.fake_quantize(weight, stored_scale, stored_zero, spec))
+    assert torch.equal(value, rounding.fake_quantize(weight, stored_scale, stored_zero, spec))
 
 
 def expected_gradients(weight, scale, zero, spec, upstream):
-    """The table of `llmq.fakequant`, one weight at a time."""
+    """The table of `llmq.grid.fakequant`, one weight at a time."""
     scale, zero = (
-        quantizer.round_scale(scale, spec),
-        None if zero is None else quantizer.round_zero(zero, spec),
+        rounding.round_scale(scale, spec),
+        None if zero is None else rounding.round_zero(zero, spec),
     )
     to_weight, to_scale, to_zero = (
         torch.zeros_like(weight),

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from llmq.modules import QuantLinear, prepare
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import ActSpec, QuantSpec
-from llmq_kernels import dispatch
+from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import QuantLinear, prepare
+from llmq_kernels.core import dispatch
 
 CASES = [
     ("int4", 128, "none", torch.bfloat16),
@@ -137,8 +137,8 @@ def test_operator_passes_torchs_own_checks():
 def test_without_triton_everything_imports_and_says_why():
     program = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch, llmq_kernels\nfrom llmq_kernels import triton_backend\n"
-        "from llmq_kernels.dispatch import BACKENDS\nimport importlib.util\n"
+        "import torch, llmq_kernels\nfrom llmq_kernels.triton import backend\n"
+        "from llmq_kernels.core.dispatch import BACKENDS\nimport importlib.util\n"
         "codes = torch.zeros(64, 128, dtype=torch.uint8)\n"
         "weight = llmq_kernels.PackedWeight(llmq_kernels.pack(codes, 4), torch.ones(64, 1), None, "
         "None, llmq_kernels.CODES['int4'], 128, (64, 128))\n"

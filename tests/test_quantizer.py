@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq import quantizer
 from llmq.errors import LlmqError
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
+from llmq.grid import rounding
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 
 SPECS = [
     "w4g128",
@@ -32,12 +32,12 @@ SPECS = [
 def test_fake_quantize_equals_the_stored_weight_bit_for_bit(text, search):
     spec = QuantSpec.parse(text)
     weight = torch.randn(17, 100) * torch.logspace(-4, 1, 17)[:, None]
-    scale, zero = quantizer.choose_scale(weight, spec, torch.rand(100) if search else None)
-    fake = quantizer.fake_quantize(weight, scale, zero, spec)
-    codes = quantizer.quantize(weight, scale, zero, spec)
+    scale, zero = rounding.choose_scale(weight, spec, torch.rand(100) if search else None)
+    fake = rounding.fake_quantize(weight, scale, zero, spec)
+    codes = rounding.quantize(weight, scale, zero, spec)
     stored = QuantizedTensor.from_codes(codes, scale, zero, spec)
     stored.validate("weight")
-    assert torch.equal(fake, quantizer.dequantize(codes, scale, zero, spec))
+    assert torch.equal(fake, rounding.dequantize(codes, scale, zero, spec))
     assert torch.equal(fake, stored.dequantize())
     assert torch.equal(stored.codes(), codes)
 
@@ -52,9 +52,9 @@ def test_fake_quantize_equals_the_stored_weight_bit_for_bit(text, search):
 def test_error_is_at_most_half_a_step_inside_the_range(seed, text, n, k):
     spec = QuantSpec.parse(text)
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-    scale, zero = quantizer.choose_scale(weight, spec)
-    error = (quantizer.fake_quantize(weight, scale, zero, spec) - weight).abs()
-    steps = quantizer.expand_groups(scale, k, spec.columns_per_group(k))
+    scale, zero = rounding.choose_scale(weight, spec)
+    error = (rounding.fake_quantize(weight, scale, zero, spec) - weight).abs()
+    steps = rounding.expand_groups(scale, k, spec.columns_per_group(k))
     if spec.code != "ternary":
         # The scale's own rounding to float16 and the missing positive end of symmetric ranges cost
         # up to half a step more at the edges.
@@ -63,31 +63,31 @@ def test_error_is_at_most_half_a_step_inside_the_range(seed, text, n, k):
 
 def test_definitions_of_the_spec():
     weight = torch.tensor([[-1.0, 0.5, 0.25, 2.0]])
-    scale, zero = quantizer.choose_scale(weight, QuantSpec("int4", -1, scale_dtype="float32"))
+    scale, zero = rounding.choose_scale(weight, QuantSpec("int4", -1, scale_dtype="float32"))
     assert zero is None
     assert scale.item() == pytest.approx(2 * 2.0 / 15)
-    scale, zero = quantizer.choose_scale(
+    scale, zero = rounding.choose_scale(
         weight, QuantSpec("int4", -1, symmetric=False, scale_dtype="float32")
     )
     assert scale.item() == pytest.approx(3.0 / 15)
     assert zero.item() == 5
-    scale, zero = quantizer.choose_scale(weight, QuantSpec("ternary", 0, scale_dtype="float32"))
+    scale, zero = rounding.choose_scale(weight, QuantSpec("ternary", 0, scale_dtype="float32"))
     assert scale.item() == pytest.approx(weight.abs().mean())
-    assert quantizer.quantize(
+    assert rounding.quantize(
         weight, scale, zero, QuantSpec("ternary", 0, scale_dtype="float32")
     ).tolist() == [[0, 2, 1, 2]]
 
 
 def test_ranges_include_zero():
     weight = torch.tensor([[5.0, 6.0, 7.0, 8.0]])
-    scale, zero = quantizer.choose_scale(weight, QuantSpec("int4", -1, symmetric=False))
+    scale, zero = rounding.choose_scale(weight, QuantSpec("int4", -1, symmetric=False))
     assert zero.item() == 0
     assert scale.item() == pytest.approx(8 / 15, rel=1e-3)
 
 
 def test_ties_go_to_even():
     spec = QuantSpec("int4", -1, scale_dtype="float32")
-    codes = quantizer.quantize(
+    codes = rounding.quantize(
         torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5]]), torch.ones(1, 1), None, spec
     )
     assert codes.tolist() == [[8, 10, 10, 8, 6]]
@@ -125,6 +125,6 @@ def test_search_finds_the_known_optimum_on_gaussian_rows():
     weight = torch.randn(2048, 128)
     for bits, expected in ((3, 0.75), (2, 0.57)):
         spec = QuantSpec(f"int{bits}", -1, scale_dtype="float32")
-        scale, _ = quantizer.choose_scale(weight, spec, torch.ones(128))
-        full, _ = quantizer.range_scale(weight, spec)
+        scale, _ = rounding.choose_scale(weight, spec, torch.ones(128))
+        full, _ = rounding.range_scale(weight, spec)
         assert float((scale / full).mean()) == pytest.approx(expected, abs=0.05)

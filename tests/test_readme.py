@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmq.cli import main
+from llmq.commands.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

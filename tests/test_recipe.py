@@ -6,8 +6,8 @@ import math
 import pytest
 
 from llmq.errors import LlmqError
+from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.recipe import Layer, Recipe, Rule
-from llmq.spec import ActSpec, QuantSpec
 
 LAYERS = [
     Layer(f"model.layers.{i}.{name}", (64, k))

@@ -4,7 +4,7 @@ K."""
 import pytest
 
 from llmq.errors import LlmqError
-from llmq.spec import QuantSpec
+from llmq.grid.spec import QuantSpec
 
 
 @pytest.mark.parametrize(

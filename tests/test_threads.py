@@ -13,13 +13,13 @@ import torch
 from conftest import make_model
 
 import llmq
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.decoding import generate, prepare_decoding
 from llmq.inference.fuse import SharedProduct
+from llmq.inference.module import quantized_modules, swap
 from llmq.inference.step import step_of
-from llmq.modules import quantized_modules, swap
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
-from llmq_kernels import decoding
+from llmq_kernels.compiled import decoding
 
 THREADS = 8
 SECONDS = 60

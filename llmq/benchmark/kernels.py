@@ -14,8 +14,9 @@ from torch import Tensor
 
 from llmq.benchmark import rivals, timing
 from llmq.errors import LlmqError
-from llmq.spec import QuantSpec
-from llmq_kernels import PackedWeight, PreparedWeight, packed_width, triton_backend, triton_tuning
+from llmq.grid.spec import QuantSpec
+from llmq_kernels import PackedWeight, PreparedWeight, packed_width
+from llmq_kernels.triton import backend, tuning
 
 # Llama-3-8B's layers, and two squares.
 GPU_SHAPES = ((4096, 4096), (8192, 8192), (6144, 4096), (28672, 4096), (4096, 14336))
@@ -146,11 +147,7 @@ def choice_of(prepared: PreparedWeight, x: Tensor) -> str | None:
     """The tiles that were used, where the Triton kernels ran."""
     if not prepared.backend.name.startswith("triton"):
         return None
-    return str(
-        triton_tuning.choose(
-            triton_backend.problem_of(x, prepared.weight), triton_tuning.chip_of(x.device)
-        )
-    )
+    return str(tuning.choose(backend.problem_of(x, prepared.weight), tuning.chip_of(x.device)))
 
 
 @torch.no_grad()
@@ -163,7 +160,7 @@ def tune(
 ) -> dict[str, dict[str, float]]:
     """Measure the candidates of every problem and remember the fastest; problems that the time does
     not reach keep their default. Returns the seconds of each candidate by problem."""
-    chip, started = triton_tuning.chip_of(device), time.monotonic()
+    chip, started = tuning.chip_of(device), time.monotonic()
     results: dict[str, dict[str, float]] = {}
     for kind in kinds:
         for m in rows:
@@ -172,19 +169,19 @@ def tune(
                     return results
                 copies = prepared_copies(kind, n, k, device)
                 x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-                problem = triton_backend.problem_of(x, copies[0].weight)
+                problem = backend.problem_of(x, copies[0].weight)
                 if problem.key not in results:
-                    results[problem.key] = triton_tuning.tune(
+                    results[problem.key] = tuning.tune(
                         problem, chip, partial(_seconds_of, copies=copies, x=x, device=device)
                     )[1]
     return results
 
 
 def _seconds_of(
-    choice: triton_tuning.Choice, copies: Sequence[PreparedWeight], x: Tensor, device: torch.device
+    choice: tuning.Choice, copies: Sequence[PreparedWeight], x: Tensor, device: torch.device
 ) -> float:
     functions = [
-        lambda x, each=each: triton_backend.run(x, each.weight, each.state, None, choice)
+        lambda x, each=each: backend.run(x, each.weight, each.state, None, choice)
         for each in copies
     ]
     try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from llmq_kernels.timing import medians
+from llmq_kernels.core.timing import medians
 
 Call = Callable[[], object]
 

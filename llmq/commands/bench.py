@@ -118,13 +118,11 @@ def _kernels(
         kind.spec.fit(1)  # reads the text now: a mistake should not come after minutes of tuning
     result: dict[str, Any] = dict(environment)
     if args.tune:
-        from llmq_kernels import triton_tuning
+        from llmq_kernels.triton import tuning
 
         result["tuning_seconds"] = kernels.tune(shapes, rows, kinds, device, args.tune_seconds)
-        chip = triton_tuning.chip_of(device)
-        triton_tuning.save(
-            chip, triton_tuning.tuned_dir() / f"{triton_tuning.slug(chip.name)}.json", environment
-        )
+        chip = tuning.chip_of(device)
+        tuning.save(chip, tuning.tuned_dir() / f"{tuning.slug(chip.name)}.json", environment)
     table = []
     with common.progress("bench") as show:
         for row in kernels.measure(shapes, rows, kinds, device, repeats=args.repeats):

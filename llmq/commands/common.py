@@ -13,9 +13,9 @@ from llmq.commands.values import real, source, whole
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from llmq.evaluation.windows import Windows
+    from llmq.grid.spec import QuantSpec
     from llmq.recipe import Recipe
-    from llmq.spec import QuantSpec
+    from llmq.text.windows import Windows
 
 MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
 
@@ -284,7 +284,7 @@ def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
 
 
 def _spec(args: argparse.Namespace) -> QuantSpec:
-    from llmq.spec import PER_ROW, QuantSpec
+    from llmq.grid.spec import PER_ROW, QuantSpec
 
     bits = args.bits or "4"
     group_size = args.group_size if args.group_size is not None else PER_ROW if bits == "8" else 128
@@ -339,9 +339,9 @@ def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) ->
     """The windows that `eval` and `compare` score."""
     from dataclasses import replace
 
-    from llmq.data import load_documents
-    from llmq.evaluation.windows import cut_windows
     from llmq.models.tokens import model_tokenizer
+    from llmq.text.documents import load_documents
+    from llmq.text.windows import cut_windows
 
     length = args.sequence_length or min(2048, max_positions(config))
     windows = cut_windows(
@@ -384,7 +384,7 @@ def max_positions(config: Any) -> int:
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
     """What else a figure depends on. compute: as quantized layers are asked to multiply; head_bits:
     of head and embeddings, None: as stored."""
-    from llmq_kernels.compute import default_mode
+    from llmq_kernels.core.compute import default_mode
 
     return {"compute": args.compute or default_mode(), "head_bits": args.head_bits}
 

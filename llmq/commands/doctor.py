@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
 
     from llmq import __version__
-    from llmq_kernels import BACKENDS, restricted, trials
+    from llmq_kernels import BACKENDS
+    from llmq_kernels.core import restricted, trials
 
     devices = [
         f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
@@ -85,7 +86,7 @@ def _onednn() -> str:
     """Whether torch multiplies with oneDNN in this process."""
     import torch
 
-    from llmq_kernels import restricted
+    from llmq_kernels.core import restricted
 
     if not torch.backends.mkldnn.is_available():
         return "not in this torch"
@@ -96,8 +97,8 @@ def _onednn() -> str:
 
 def _compiled_kernels() -> dict[str, Any]:
     """What the kernels that llmq compiles for the CPU have here."""
-    from llmq_kernels import jit
-    from llmq_kernels.cache import cache_dir
+    from llmq_kernels.compiled import jit
+    from llmq_kernels.core.cache import cache_dir
 
     forms = {
         form: jit.obstacle(form, "not on this CPU or system") or "works here" for form in jit.FORMS

@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.evaluation.perplexity import evaluate
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
+    from llmq.inference.module import backends_in_use
     from llmq.models.source import load_config, resolve
-    from llmq.modules import backends_in_use
     from llmq.storage.boundary import running
 
     common.check_device(args.device)

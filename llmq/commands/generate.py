@@ -60,15 +60,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     import torch
 
-    from llmq.data import check_vocabulary
     from llmq.formats.load import load
     from llmq.inference.decoding import prepare_decoding
+    from llmq.inference.module import backends_in_use
     from llmq.inference.settings import check, effective, read_settings
     from llmq.inference.step import report
     from llmq.models.source import load_config, resolve
     from llmq.models.tokens import model_tokenizer
-    from llmq.modules import backends_in_use
     from llmq.storage.boundary import reading, running
+    from llmq.text.documents import check_vocabulary
 
     common.check_device(args.device)
     model_dir = resolve(args.model, args.revision)
@@ -213,7 +213,7 @@ def _generated(
     from llmq.errors import LlmqError
     from llmq.inference.decoding import generate
     from llmq.inference.settings import explain
-    from llmq_kernels.errors import SettingError
+    from llmq_kernels.core.errors import SettingError
 
     stored = model.generation_config
     assert stored is not None

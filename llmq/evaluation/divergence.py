@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmq.data import check_vocabulary
 from llmq.errors import LlmqError
 from llmq.evaluation.bootstrap import mean_interval, reported_interval
 from llmq.evaluation.perplexity import not_finite
-from llmq.evaluation.windows import Windows
+from llmq.text.documents import check_vocabulary
+from llmq.text.windows import Windows
 
 TOKENS_PER_BATCH = 2048
 

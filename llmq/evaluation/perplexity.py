@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmq.data import check_vocabulary
 from llmq.errors import LlmqError
 from llmq.evaluation.bootstrap import mean_interval, reported_interval
-from llmq.evaluation.windows import Bos, Windows, cut_windows
+from llmq.text.documents import check_vocabulary
+from llmq.text.windows import Bos, Windows, cut_windows
 
 TOKENS_PER_BATCH = 4096
 

@@ -7,8 +7,8 @@ from llmq.formats.base import Format, Specs
 from llmq.formats.bitnet import BITNET
 from llmq.formats.gptq import GPTQ_V1, GPTQ_V2, engines_load, fused_disagreement
 from llmq.formats.native import NATIVE
+from llmq.grid.spec import ActSpec
 from llmq.recipe import LayerPlan
-from llmq.spec import ActSpec
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (GPTQ_V1, GPTQ_V2, BITNET, NATIVE)}
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 
 Specs = Mapping[str, QuantSpec | None]
 

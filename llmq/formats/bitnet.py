@@ -19,8 +19,8 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Specs
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import PER_TENSOR, QuantSpec
+from llmq.grid.spec import PER_TENSOR, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 
 _SPEC = QuantSpec("ternary", PER_TENSOR)
 

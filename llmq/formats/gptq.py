@@ -23,9 +23,9 @@ from torch import Tensor
 from llmq import patterns
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Specs
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import PER_ROW, PER_TENSOR, QuantSpec
-from llmq_kernels.packing import pack, unpack
+from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq_kernels.core.packing import pack, unpack
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 

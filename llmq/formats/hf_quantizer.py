@@ -133,11 +133,11 @@ class LlmqQuantizer(HfQuantizer):
         check_dtypes(model, dtypes, matched, str(Path(checkpoint_files[0]).parent))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from llmq.activations.keys_values import quantize_kv
         from llmq.errors import LlmqError
         from llmq.formats import FORMATS
-        from llmq.kv import quantize_kv
-        from llmq.modules import QuantLinear
-        from llmq.spec import ActSpec
+        from llmq.grid.spec import ActSpec
+        from llmq.inference.module import QuantLinear
 
         settings = self.quantization_config.settings()
         fmt = FORMATS[settings.get("format", METHOD)]
@@ -196,8 +196,8 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
     """Have a model with quantized layers in memory say so, as transformers expects it: what
     `save_pretrained` writes then loads as what it is. In memory every format is the native one."""
     from llmq.formats.native import NATIVE
+    from llmq.inference.module import quantized_modules
     from llmq.models.arch import linear_shape
-    from llmq.modules import quantized_modules
 
     layers = quantized_modules(model)
     activations = {module.activations for module in layers.values()}

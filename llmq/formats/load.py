@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.settings import quantization_settings
+from llmq.inference.module import quantized_modules
 from llmq.inference.rotary import take_turns
 from llmq.inference.settings import read_settings
 from llmq.models.building import one_at_a_time
@@ -21,11 +22,10 @@ from llmq.models.names import check_dtypes, left_out, stored_to_model_names
 from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, resolve
 from llmq.models.stored import state_ties
-from llmq.modules import quantized_modules
 from llmq.storage.boundary import reading
 from llmq.storage.manifest import check_folder, check_sizes
-from llmq_kernels import restricted
-from llmq_kernels.compute import MODES, default_mode, refusal
+from llmq_kernels.core import restricted
+from llmq_kernels.core.compute import MODES, default_mode, refusal
 
 _DTYPES = {
     "auto": "auto",

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Specs
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 
 VERSION = 1
 

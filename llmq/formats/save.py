@@ -16,15 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats import Format, choose_format
 from llmq.formats.gptq import with_act_order
+from llmq.grid.spec import ActSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import quantized_modules
 from llmq.models.arch import quantizable_layers
 from llmq.models.companions import Companions, copy_companions
 from llmq.models.identity import hub_id, without_places
 from llmq.models.source import meta_model
 from llmq.models.stored import state_ties
-from llmq.modules import quantized_modules
-from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
-from llmq.spec import ActSpec
 from llmq.storage import files
 
 MAX_SHARD_BYTES = 5_000_000_000

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from llmq_kernels import decoding
+from llmq_kernels.compiled import decoding
 
 NAME = "llmq_decode"
 _UNUSUAL = (

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
-from llmq.modules import QuantLinear, quantized_modules
-from llmq.qtensor import stack_rows
+from llmq.grid.tensor import stack_rows
+from llmq.inference.module import QuantLinear, quantized_modules
 
 
 class SharedProduct(nn.Module):

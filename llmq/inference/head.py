@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
-from llmq.modules import QuantLinear
-from llmq.qtensor import QuantizedTensor
-from llmq.quantizer import dequantize
-from llmq.spec import QuantSpec
-from llmq_kernels.packing import unpack
+from llmq.grid.rounding import dequantize
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import QuantLinear
+from llmq_kernels.core.packing import unpack
 
 HEAD_SPECS = {8: QuantSpec("int8", -1), 4: QuantSpec("int4", 32)}
 ROWS_AT_A_TIME = 8192  # of the vocabulary that are float32 at a time: 134 MB at a width of 4096

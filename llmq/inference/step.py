@@ -3,7 +3,7 @@
 Around the products of a small model's token lies half as much time again: modules called, tensors
 allocated, operators started, some 25 in every layer. For decoder layers of Llama's kind all of it
 is known beforehand. So the first token of a text is computed by the model and once more by llmq's
-own kernels, recorded on the way (`llmq_kernels.recording`); if both agree, later tokens repeat the
+own kernels, recorded on the way (`llmq_kernels.compiled.recording`); if both agree, later tokens repeat the
 recording: 0.85B parameters on two cores take 19 ms instead of 31, of which 15 are products. What is
 not like Llama, what the kernels cannot do and what does not agree goes on as before, and
 `DecodeStep.reason` says why.
@@ -27,9 +27,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmq.inference.attention import NAME
 from llmq.inference.cache import InPlaceLayer, in_place_cache
-from llmq.modules import quantized_modules
-from llmq_kernels import decoding
-from llmq_kernels.recording import NotRecordable, Recording
+from llmq.inference.module import quantized_modules
+from llmq_kernels.compiled import decoding
+from llmq_kernels.compiled.recording import NotRecordable, Recording
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 # Both ways round at the same places and use the same products and attention; what is left is the

@@ -7,8 +7,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from llmq.models.arch import find_blocks
-from llmq.ptq.blockwise import sequences_per_step
 from llmq.ptq.engine import batch_size
+from llmq.ptq.methods.blockwise import sequences_per_step
 
 if TYPE_CHECKING:
     from llmq.ptq.run import Job

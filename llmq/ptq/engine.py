@@ -31,13 +31,15 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmq.activations.ranges import RangeObserver
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import is_special
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import find_blocks, linear_weight, weight_as_stored
 from llmq.ptq import rebuild
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.block_check import check_blocks
-from llmq.ptq.blockwise import BlockTuning, BlockwiseOptions, ClassErrors, tune_block
 from llmq.ptq.capture import BlockCall, BlockRecorder, run_and_record, run_until, shared_inputs
 from llmq.ptq.layers import (
     LayerReport,
@@ -49,15 +51,13 @@ from llmq.ptq.layers import (
     split,
 )
 from llmq.ptq.memory import LARGE_BLOCK, map_large_tensors, release_freed_memory
+from llmq.ptq.methods.blockwise import BlockTuning, BlockwiseOptions, ClassErrors, tune_block
 from llmq.ptq.precision import Precision
-from llmq.ptq.ranges import RangeObserver
 from llmq.ptq.rebuild import FinishedBlocks
 from llmq.ptq.replay import SolvedParts
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats
-from llmq.qtensor import QuantizedTensor
 from llmq.recipe import LayerPlan, Recipe
-from llmq.spec import QuantSpec
 from llmq.storage.hidden_states import ActivationFile
 
 # of one activation of the widest layer; larger batches leave the caches, cost memory and are no

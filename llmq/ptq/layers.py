@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.grid.spec import PER_TENSOR, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import linear_shape
-from llmq.ptq.gptq import GPTQOptions, gptq, row_blocks
-from llmq.ptq.rtn import rtn
+from llmq.ptq.methods.gptq import GPTQOptions, gptq, row_blocks
+from llmq.ptq.methods.rtn import rtn
 from llmq.ptq.solver import RowErrors, SolverResult
 from llmq.ptq.stats import LayerStats, output_error
-from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Recipe
-from llmq.spec import PER_TENSOR, QuantSpec
 
 
 @dataclass(frozen=True)

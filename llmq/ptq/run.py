@@ -18,14 +18,15 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import llmq
-from llmq import data
+from llmq.activations.keys_values import quantize_kv
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.evaluation.position_classes import special_ids
 from llmq.formats import Format, choose_format, format_note
 from llmq.formats.hf_quantizer import state_quantization
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
+from llmq.grid.spec import ActSpec
+from llmq.inference.module import quantized_modules, swap
 from llmq.inference.settings import read_settings
-from llmq.kv import quantize_kv
 from llmq.models.arch import check_length, find_blocks, quantizable_layers, weight_as_stored
 from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
@@ -39,19 +40,18 @@ from llmq.models.source import (
 )
 from llmq.models.stored import is_text_part, source_model, source_remarks, state_ties
 from llmq.models.tokens import FINGERPRINT, fingerprint, first_token, model_tokenizer
-from llmq.modules import quantized_modules, swap
 from llmq.ptq.budget import stored_bytes, work_bytes
 from llmq.ptq.engine import BlockReport, BlockResult, Engine, StoredBlock
 from llmq.ptq.precision import Precision
 from llmq.ptq.report import build_report, model_card
 from llmq.ptq.scales import fitting_plans
 from llmq.recipe import LayerPlan, Recipe
-from llmq.spec import ActSpec
 from llmq.storage import files
 from llmq.storage.boundary import running
 from llmq.storage.stamps import SourceChangedError, SourceFiles
 from llmq.storage.workspace import PartialCheckpoint, check_output
-from llmq_kernels import restricted
+from llmq.text import documents
+from llmq_kernels.core import restricted
 
 MAX_FALLBACK_SHARE = 0.05
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -143,7 +143,7 @@ class Job:
     recipe: Recipe
     plans: list[LayerPlan]
     fmt: Format
-    tokens: data.TokenSet | None
+    tokens: documents.TokenSet | None
     remarks: dict[str, str]
     source: SourceFiles
 
@@ -161,7 +161,7 @@ def prepare(
     model: str,
     recipe: Recipe,
     *,
-    calibration: str | data.TokenSet = data.BUNDLED,
+    calibration: str | documents.TokenSet = documents.BUNDLED,
     format: str = "auto",
     revision: str | None = None,
     strict: bool = False,
@@ -251,7 +251,9 @@ def _method(config: Any) -> str:
     return str(getattr(settings, "quant_method", settings))
 
 
-def calibration_tokens(model_dir: Path, config: Any, recipe: Recipe, source: str) -> data.TokenSet:
+def calibration_tokens(
+    model_dir: Path, config: Any, recipe: Recipe, source: str
+) -> documents.TokenSet:
     """The calibration windows of a recipe for a model folder."""
     tokenizer = model_tokenizer(model_dir, config)
     check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
@@ -260,12 +262,12 @@ def calibration_tokens(model_dir: Path, config: Any, recipe: Recipe, source: str
 
 def windows(
     tokenizer: PreTrainedTokenizerBase, config: Any, recipe: Recipe, source: str
-) -> data.TokenSet:
+) -> documents.TokenSet:
     """Seeded windows of a text, each with a BOS token for the families that need it."""
-    row = data.tokenize(data.load_documents(source, "calibration"), tokenizer)
-    data.check_vocabulary(row, config.get_text_config().vocab_size, source)
+    row = documents.tokenize(documents.load_documents(source, "calibration"), tokenizer)
+    documents.check_vocabulary(row, config.get_text_config().vocab_size, source)
     bos = first_token(tokenizer, config)
-    found = data.calibration_windows(
+    found = documents.calibration_windows(
         row, recipe.samples, recipe.sequence_length, recipe.seed, source, bos
     )
     return replace(found, tokenizer_sha256=fingerprint(tokenizer))
@@ -565,7 +567,7 @@ def quantize(
     """Quantize a model in memory, in place, and return the report of each block. Every layer stays
     on its device; a model that is on one device is quantized there, another on the CPU.
 
-    tokens: calibration windows int64 `[n, length]` (see `llmq.data.calibration_windows`); not
+    tokens: calibration windows int64 `[n, length]` (see `llmq.text.documents.calibration_windows`); not
     needed for method "rtn". Raises `LlmqError` for bad input."""
     if quantized_modules(model):
         raise LlmqError(
@@ -576,7 +578,7 @@ def quantize(
     plans = recipe.plan(quantizable_layers(skeleton))
     reader = ModelReader(model)
     if tokens is not None:
-        data.check_windows(tokens, model.config.get_text_config().vocab_size)
+        documents.check_windows(tokens, model.config.get_text_config().vocab_size)
     for name, parameter in model.named_parameters():
         if parameter.dtype not in REAL:
             raise LlmqError(

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq import quantizer
+from llmq.grid import rounding
+from llmq.grid.spec import QuantSpec
 from llmq.recipe import LayerPlan
-from llmq.spec import QuantSpec
 
 _DTYPES = ("float16", "bfloat16", "float32")
 # How far rounding a scale may move the outermost code, in steps. Half a step is what rounding the
@@ -27,7 +27,7 @@ _MOST_LOST = 1e-3  # share of a layer's squared weights whose scales may move fu
 def lost_share(weight: Tensor, spec: QuantSpec) -> float:
     """The share of a layer's squared weights, float32 `[N, K]`, that lies in groups whose scale its
     dtype does not hold well; infinite if one is too large for it."""
-    scale, _ = quantizer.range_scale(weight, spec)
+    scale, _ = rounding.range_scale(weight, spec)
     stored = scale.to(getattr(torch, spec.scale_dtype)).float()
     if not bool(torch.isfinite(stored).all()):
         return float("inf")
@@ -36,7 +36,7 @@ def lost_share(weight: Tensor, spec: QuantSpec) -> float:
     if not bool(is_lost.any()):
         return 0.0
     largest = weight.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    energy = quantizer.grouped(weight / largest, spec).square().sum(-1)
+    energy = rounding.grouped(weight / largest, spec).square().sum(-1)
     return float(energy[is_lost].sum() / energy.sum())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.qtensor import QuantizedTensor
+from llmq.grid.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.ptq.ranges import RangeObserver
+from llmq.activations.ranges import RangeObserver
 
 
 def block_columns(k: int) -> int:

@@ -15,9 +15,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 import llmq
-from llmq import data
 from llmq.errors import LlmqError
-from llmq.evaluation.windows import Windows, identified
+from llmq.grid.spec import ActSpec
 from llmq.inference.settings import read_settings
 from llmq.models.arch import quantizable_layers
 from llmq.models.names import check_dtypes, check_shapes, match_names
@@ -26,16 +25,17 @@ from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.models.stored import source_model, source_remarks
 from llmq.models.tokens import first_token, model_tokenizer
 from llmq.ptq.precision import multiplies_bfloat16
-from llmq.qat.data import split_windows
 from llmq.qat.losses import CHUNK_TOKENS
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import check_same_vocabulary, check_student
 from llmq.qat.weights import check_quantizer
 from llmq.recipe import LayerPlan, Recipe, Rule
-from llmq.spec import ActSpec
 from llmq.storage import files
 from llmq.storage.stamps import SourceFiles
-from llmq_kernels import restricted
+from llmq.text import documents as data
+from llmq.text.training import split_windows
+from llmq.text.windows import Windows, identified
+from llmq_kernels.core import restricted
 
 GENERATED = "generated"
 

@@ -15,8 +15,8 @@ import copy
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmq.kv import quantize_kv
-from llmq.modules import quantized_modules
+from llmq.activations.keys_values import quantize_kv
+from llmq.inference.module import quantized_modules
 from llmq.ptq.run import quantize
 from llmq.qat.weights import QuantizerName, prepare
 from llmq.recipe import Recipe

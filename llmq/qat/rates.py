@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
+from llmq.grid.spec import QuantSpec
 from llmq.qat.settings import QATSettings
 from llmq.qat.weights import FakeQuantLinear, fake_quant_modules
-from llmq.spec import QuantSpec
 
 SCALES = "scales"  # marks groups of scales and zero points, which stop moving before the weights do
 

@@ -33,18 +33,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from llmq import data
+from llmq.activations.keys_values import quantize_kv
 from llmq.errors import LlmqError, VerificationError
-from llmq.evaluation.windows import identified
 from llmq.formats.load import load
-from llmq.kv import quantize_kv
+from llmq.inference.module import quantized_modules
 from llmq.models.arch import find_blocks
 from llmq.models.source import load_config, load_tokenizer
 from llmq.models.tokens import fingerprint, first_token, model_tokenizer
-from llmq.modules import quantized_modules
 from llmq.ptq.run import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
-from llmq.qat.data import TokenWindows
 from llmq.qat.generate import generate_windows
 from llmq.qat.job import QATJob
 from llmq.qat.ship import is_published, ship
@@ -64,6 +61,9 @@ from llmq.qat.weights import prepare
 from llmq.storage import files
 from llmq.storage.manifest import check_hashes
 from llmq.storage.workspace import Workspace, remove_leftover, tell
+from llmq.text import documents
+from llmq.text.training import TokenWindows
+from llmq.text.windows import identified
 
 STATE = "settings.json"
 Show = Callable[[str, int, int, str], None]
@@ -199,7 +199,7 @@ def _is_sound(start_dir: Path) -> bool:
         return False
 
 
-def _calibration(job: QATJob) -> data.TokenSet:
+def _calibration(job: QATJob) -> documents.TokenSet:
     """Windows that are trained on: the held-out ones judge the start, too, and with generated text
     there is no other."""
     assert job.windows is not None
@@ -207,7 +207,7 @@ def _calibration(job: QATJob) -> data.TokenSet:
         len(job.windows), generator=torch.Generator().manual_seed(job.recipe.seed)
     )[: job.recipe.samples]
     tokenizer = load_tokenizer(job.model_dir)  # windows begin with BOS where the family needs it
-    return data.TokenSet(job.windows[chosen], job.train, fingerprint(tokenizer))
+    return documents.TokenSet(job.windows[chosen], job.train, fingerprint(tokenizer))
 
 
 def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
@@ -232,7 +232,7 @@ def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
     )
     windows, held_out = tokens[: job.n_windows], tokens[job.n_windows :]
     policy = "none" if bos is None else "every-window"
-    identity = [data.token_hash(tokens)]  # there is no text beside the tokens
+    identity = [documents.token_hash(tokens)]  # there is no text beside the tokens
     return replace(
         job,
         windows=windows,

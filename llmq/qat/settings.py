@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from llmq.errors import LlmqError
 from llmq.fields import check_fields
+from llmq.grid.spec import QuantSpec
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.weights import QuantizerName
-from llmq.spec import QuantSpec
 
 _SCHEME = re.compile(r"(?P<weights>w[2348]|ternary)(?:a(?P<activations>8))?(?:kv(?P<kv>[48]))?")
 # Group sizes and zero points where nothing else is asked: those of the published low-bit results.

@@ -22,7 +22,6 @@ from llmq.evaluation.position_classes import (
     special_ids,
     watching_lengths,
 )
-from llmq.evaluation.windows import Windows
 from llmq.formats.load import load
 from llmq.formats.save import save
 from llmq.models.companions import find_companions
@@ -36,6 +35,7 @@ from llmq.qat.weights import freeze
 from llmq.storage import files, seals
 from llmq.storage.manifest import read_manifest
 from llmq.storage.workspace import PUBLISHING
+from llmq.text.windows import Windows
 
 
 def ship(

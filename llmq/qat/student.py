@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from llmq.activations.nodes import ActivationQuantizer
 from llmq.errors import LlmqError
-from llmq.qat.activations import ActivationQuantizer
 from llmq.qat.losses import Head, LossWeights, distillation_loss
 
 

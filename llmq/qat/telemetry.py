@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmq import quantizer
+from llmq.grid import rounding
 from llmq.qat.weights import FakeQuantLinear, fake_quant_modules
 
 
@@ -37,7 +37,7 @@ class Telemetry:
 def _count(module: FakeQuantLinear) -> tuple[Tensor, int, int]:
     scale, zero = module.quantizer.stored(module.weight)
     spec = module.quantizer.spec
-    codes = quantizer.quantize(module.weight, scale, zero, spec)
-    value = quantizer.dequantize(codes, scale, zero, spec)
-    step = quantizer.dequantize(torch.ones_like(codes), scale, torch.zeros_like(scale), spec)
+    codes = rounding.quantize(module.weight, scale, zero, spec)
+    value = rounding.dequantize(codes, scale, zero, spec)
+    step = rounding.dequantize(torch.ones_like(codes), scale, torch.zeros_like(scale), spec)
     return codes, int((value == 0).sum()), int(((module.weight - value).abs() > 0.5 * step).sum())

@@ -25,7 +25,6 @@ from transformers.integrations import get_available_reporting_integrations
 
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.perplexity import evaluate
-from llmq.evaluation.windows import Windows
 from llmq.qat.rates import SCALES, parameter_groups
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import Student
@@ -33,6 +32,7 @@ from llmq.qat.telemetry import Telemetry
 from llmq.qat.weights import fake_quant_modules
 from llmq.storage import files, seals
 from llmq.storage.workspace import tell
+from llmq.text.windows import Windows
 
 WEIGHTS = "masters.safetensors"
 LOG = "log.jsonl"

@@ -2,7 +2,7 @@
 
 A `FakeQuantLinear` holds the float32 master weight and a weight quantizer. Forward it multiplies
 with what will be stored, bit for bit; backward the gradient reaches master, scale and zero point.
-Four quantizers share the one rounding of `llmq.quantizer`:
+Four quantizers share the one rounding of `llmq.grid.rounding`:
 
     lsq      scales (and zero points) are learned (Esser et al., 2020; asymmetric: LSQ+, Bhalgat et
              al., 2020): the default, since it can start from any quantized checkpoint as it is
@@ -30,17 +30,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmq import quantizer
+from llmq.activations.nodes import ActivationQuantizer
 from llmq.errors import LlmqError
-from llmq.fakequant import fake_quantize_ste, lsq_factor, straight_through
 from llmq.formats.hf_quantizer import state_quantization
+from llmq.grid import rounding
+from llmq.grid.fakequant import fake_quantize_ste, lsq_factor, straight_through
+from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import QuantLinear
 from llmq.models.arch import linear_weight
 from llmq.models.stored import state_ties
-from llmq.modules import QuantLinear
-from llmq.qat.activations import ActivationQuantizer
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import ActSpec, QuantSpec
-from llmq_kernels.reference import expand_groups
+from llmq_kernels.core.reference import expand_groups
 
 QuantizerName = Literal["lsq", "seq", "ste", "absmean"]
 # masters keep this many steps of distance from their code's level at most: a little inside the
@@ -90,13 +90,13 @@ class WeightQuantizer(nn.Module):
         """Scale and zero point as they will be stored, float32, for a master weight `[N, K]`."""
         if self.scale is not None:
             self.keep_positive()
-            return quantizer.round_scale(
+            return rounding.round_scale(
                 self.scale, self.spec
-            ), None if self.zero is None else quantizer.round_zero(self.zero, self.spec)
-        scale, zero = quantizer.range_scale(
+            ), None if self.zero is None else rounding.round_zero(self.zero, self.spec)
+        scale, zero = rounding.range_scale(
             weight, self.spec
         )  # the mean magnitude for ternary codes
-        return quantizer.round_scale(scale, self.spec), zero
+        return rounding.round_scale(scale, self.spec), zero
 
     @torch.no_grad()
     def keep_positive(self) -> None:
@@ -116,7 +116,7 @@ class WeightQuantizer(nn.Module):
             )
         with torch.no_grad():
             scale, zero = self.stored(weight)
-            value = quantizer.fake_quantize(weight, scale, zero, self.spec)
+            value = rounding.fake_quantize(weight, scale, zero, self.spec)
         return straight_through(weight, value)
 
 
@@ -176,7 +176,7 @@ def masters(original: Tensor, start: QuantizedTensor) -> Tensor:
 def stretched_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
     """SEQ's start `[N or 1, G]`: the range from -max|w| to max|w| in as many equal parts as there
     are codes."""
-    return 2 * quantizer.grouped(weight, spec).abs().amax(-1) / spec.levels.levels
+    return 2 * rounding.grouped(weight, spec).abs().amax(-1) / spec.levels.levels
 
 
 def fake_quant_modules(model: nn.Module) -> dict[str, FakeQuantLinear]:

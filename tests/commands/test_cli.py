@@ -11,10 +11,10 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 
-from llmq.cli import build_parser, main
+from llmq.commands.cli import build_parser, main
 from llmq.errors import LlmqError
+from llmq.grid.spec import QuantSpec
 from llmq.recipe import Recipe, Rule
-from llmq.spec import QuantSpec
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_planned_size_is_the_size(llmq, model_folder, calibration_file, tmp_path
 
 def test_activations_are_quantized_and_stored(llmq, model_folder, calibration_file, tmp_path):
     from llmq import load
-    from llmq.modules import quantized_modules
+    from llmq.inference.module import quantized_modules
 
     code, _, stderr = llmq(
         "quantize",
@@ -722,7 +722,7 @@ def test_an_interruption_in_disguise_is_still_one(llmq, monkeypatch, disguise, n
 
 
 def test_warnings_are_told_and_in_the_json(model_folder, monkeypatch, capsys):
-    monkeypatch.setattr("llmq.data.MAX_HUB_DOCUMENTS", 2)
+    monkeypatch.setattr("llmq.text.documents.MAX_HUB_DOCUMENTS", 2)
     monkeypatch.setattr(
         "datasets.load_dataset",
         lambda *args, **kwargs: ({"text": "some words of a row " * 20} for _ in range(3)),

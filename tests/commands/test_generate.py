@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmq.cli import main
+from llmq.commands.cli import main
 
 TEXT = "def main(argv):\n    parser ="
 NEW = 16

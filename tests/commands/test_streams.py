@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmq import cli
+from llmq.commands import cli
 from llmq.models.source import resolve
 
 

@@ -7,8 +7,8 @@ from conftest import make_model
 
 import llmq
 from llmq.errors import LlmqError
-from llmq.evaluation.windows import Windows
 from llmq.recipe import Recipe
+from llmq.text.windows import Windows
 
 WINDOWS = Windows(
     torch.randint(2, 2048, (24, 32), generator=torch.Generator().manual_seed(3)), "none", "", ""

@@ -9,7 +9,7 @@ from conftest import make_model
 import llmq
 from llmq.errors import LlmqError
 from llmq.evaluation.bootstrap import mean_interval
-from llmq.evaluation.windows import cut_windows
+from llmq.text.windows import cut_windows
 
 TEXT = "\n".join(f"line {i}: value = {i * i % 97}" for i in range(600))
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 import llmq
-from llmq.data import load_documents
 from llmq.evaluation.perplexity import evaluate
-from llmq.evaluation.windows import cut_windows
+from llmq.grid.spec import ActSpec
 from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.ptq.run import windows
 from llmq.recipe import Recipe
-from llmq.spec import ActSpec
+from llmq.text.documents import load_documents
+from llmq.text.windows import cut_windows
 
 
 @pytest.fixture(scope="module")

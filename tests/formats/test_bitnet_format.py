@@ -11,13 +11,13 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq.cli import main
+from llmq.commands.cli import main
 from llmq.errors import LlmqError
 from llmq.formats.bitnet import BITNET
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import quantized_modules
 from llmq.models.source import load_config
-from llmq.modules import quantized_modules
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
 from llmq.storage.files import MANIFEST
 
 _READ = """

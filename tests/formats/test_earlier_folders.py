@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import llmq
-from llmq.modules import quantized_modules
+from llmq.inference.module import quantized_modules
 
 FOLDERS = Path(__file__).parent / "folders"
 NAMES = sorted(path.stem for path in (FOLDERS / "expected").glob("*.safetensors"))

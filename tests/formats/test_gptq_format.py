@@ -8,9 +8,9 @@ from conftest import make_model
 from llmq.errors import LlmqError
 from llmq.formats import FORMATS, choose_format, format_note
 from llmq.formats.gptq import settings_of
-from llmq.qtensor import QuantizedTensor
+from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
-from llmq.spec import ActSpec, QuantSpec
 
 
 def unpack_columns(words: np.ndarray, bits: int) -> np.ndarray:
@@ -229,7 +229,7 @@ AUTOROUND_NATIVE = {
 )
 def test_folders_of_other_tools(config, v2, tmp_path, tokenizer):
     import llmq
-    from llmq.modules import quantized_modules
+    from llmq.inference.module import quantized_modules
 
     model, expected = write_foreign_folder(tmp_path / "foreign", tokenizer, config, v2)
     loaded = llmq.load(tmp_path / "foreign", dtype="float32")

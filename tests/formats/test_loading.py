@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.errors import LlmqError, VerificationError
-from llmq.modules import QuantLinear, quantized_modules
+from llmq.grid.spec import QuantSpec
+from llmq.inference.module import QuantLinear, quantized_modules
 from llmq.recipe import Recipe, Rule
-from llmq.spec import QuantSpec
 from llmq.storage import files
 from llmq.storage.files import MANIFEST
 

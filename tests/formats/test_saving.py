@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 import llmq
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.bitnet import BITNET
+from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.head import quantize_head
 from llmq.qat.weights import prepare
-from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Recipe, Rule
-from llmq.spec import ActSpec, QuantSpec
 
 TOKENS = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
 W4 = Recipe.uniform("w4g32", method="rtn")
@@ -46,7 +46,9 @@ def make_pristine(model):
 def test_save_pretrained_after_training_loads_as_it_was(tmp_path):
     model, start = make_model(), make_model()
     llmq.quantize(start, W4)
-    found = {name: m.qtensor() for name, m in llmq.modules.quantized_modules(start).items()}
+    found = {
+        name: m.qtensor() for name, m in llmq.inference.module.quantized_modules(start).items()
+    }
     prepare(model, found)
     llmq.freeze(model)
     model.save_pretrained(tmp_path / "out")

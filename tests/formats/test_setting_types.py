@@ -69,7 +69,7 @@ def test_generation_configs_are_checked_before_the_model_is_loaded(content, mess
 
 
 def test_a_damaged_report_is_left_out_with_a_warning(tmp_path, tokenizer, capsys):
-    from llmq import cli
+    from llmq.commands import cli
 
     model = make_model()
     llmq.quantize(model, Recipe.uniform("w4g32", method="rtn"))

@@ -11,8 +11,8 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.formats.gptq import settings_of
 from llmq.formats.settings import quantization_settings
+from llmq.grid.spec import QuantSpec
 from llmq.recipe import Recipe, Rule
-from llmq.spec import QuantSpec
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 AUTO_ROUND = {**GPTQ, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}

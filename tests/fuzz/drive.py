@@ -167,7 +167,7 @@ def left_behind(
 
 def run_one(seed: str, bases: Path, scratch: Path) -> dict[str, Any]:
     """One input by its seed. The result has `outcome`: ok, refused, traceback, hang or fault."""
-    from llmq import cli
+    from llmq.commands import cli
 
     random = Random(seed)
     root = Path(tempfile.mkdtemp(dir=scratch))

@@ -18,8 +18,8 @@ from tokenizers import (
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import llmq
+from llmq.grid.spec import ActSpec
 from llmq.recipe import Recipe
-from llmq.spec import ActSpec
 
 TEXT = "def add(a, b):\n    return a + b\n\nThe quick brown fox; 12 + 30 = 42.\n" * 40
 _COMMON = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq_kernels import jit
+from llmq_kernels.compiled import jit
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_decode.py"
 SMALL = {

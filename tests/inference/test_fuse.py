@@ -5,10 +5,10 @@ import torch
 from conftest import make_model
 
 from llmq.errors import LlmqError
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor, stack_rows
 from llmq.inference.fuse import SharedPart, fuse_shared_inputs
-from llmq.modules import quantized_modules, swap
-from llmq.qtensor import QuantizedTensor, stack_rows
-from llmq.spec import QuantSpec
+from llmq.inference.module import quantized_modules, swap
 
 
 def quantized(family="llama", spec=QuantSpec("int4", 32), **other_specs):

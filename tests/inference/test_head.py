@@ -5,10 +5,10 @@ import torch
 from conftest import make_model
 
 from llmq.errors import LlmqError
+from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.decoding import prepare_decoding
 from llmq.inference.head import HEAD_SPECS, QuantEmbedding, quantize_head
-from llmq.modules import QuantLinear
-from llmq.qtensor import QuantizedTensor
+from llmq.inference.module import QuantLinear
 
 TOKENS = torch.arange(1, 9)[None]
 

@@ -8,8 +8,11 @@ from conftest import make_model
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from llmq.errors import LlmqError
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.cache import InPlaceLayer
 from llmq.inference.decoding import generate, prepare_decoding
+from llmq.inference.module import quantized_modules, swap
 from llmq.inference.settings import (
     _RULES,
     check,
@@ -19,10 +22,7 @@ from llmq.inference.settings import (
     takes_in_place_cache,
 )
 from llmq.inference.step import step_of
-from llmq.modules import quantized_modules, swap
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
-from llmq_kernels import decoding
+from llmq_kernels.compiled import decoding
 
 PROMPT = torch.arange(3, 26)[None]
 NEW = 12

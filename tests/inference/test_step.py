@@ -5,14 +5,14 @@ import pytest
 import torch
 from conftest import make_model
 
+from llmq.activations.keys_values import quantize_kv
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.cache import in_place_cache
 from llmq.inference.decoding import generate, prepare_decoding
+from llmq.inference.module import quantized_modules, swap
 from llmq.inference.step import TOLERANCE, step_of
-from llmq.kv import quantize_kv
-from llmq.modules import quantized_modules, swap
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
-from llmq_kernels import decoding, jit
+from llmq_kernels.compiled import decoding, jit
 
 WIDE = {
     "hidden_size": 256,

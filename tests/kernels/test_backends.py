@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, linear, pack, select_backend
-from llmq_kernels.reference import fake_quantize_static, fake_quantize_tokens, quantize_tokens
+from llmq_kernels.core.reference import fake_quantize_static, fake_quantize_tokens, quantize_tokens
 
 U = 2.0**-8
 BY_NAME = {backend.name: backend for backend in BACKENDS}

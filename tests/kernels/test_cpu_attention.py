@@ -5,7 +5,7 @@ import torch
 from packed_weights import relative_error
 
 from llmq.inference.attention import attention_forward
-from llmq_kernels import decoding, jit
+from llmq_kernels.compiled import decoding, jit
 
 
 def inputs(batch, heads, shared, head_dim, n_tokens):

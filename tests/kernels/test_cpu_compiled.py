@@ -14,19 +14,11 @@ import pytest
 import torch
 from packed_weights import make_weight, relative_error
 
-from llmq_kernels import (
-    BACKENDS,
-    CODES,
-    PackedWeight,
-    PreparedWeight,
-    jit,
-    pack,
-    select_backend,
-    unpack,
-)
-from llmq_kernels import cpu_compiled as compiled
-from llmq_kernels.cpu_layout import Layout, arrange, restore_codes
-from llmq_kernels.reference import (
+from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, pack, select_backend, unpack
+from llmq_kernels.compiled import backends as compiled
+from llmq_kernels.compiled import jit
+from llmq_kernels.compiled.layout import Layout, arrange, restore_codes
+from llmq_kernels.core.reference import (
     activation_group,
     fake_quantize_groups,
     fake_quantize_static,
@@ -317,19 +309,19 @@ def test_refusals():
 
 # form, module, parameters -> instructions that must and must not be there
 ASSEMBLY = [
-    ("avx512vnni", "cpu_int8", ("avx512vnni", 4, 128, False, 8, True), ["vpdpbusd", "%zmm"], []),
-    ("avxvnni", "cpu_int8", ("avxvnni", 4, 128, False, 8, True), ["vpdpbusd", "%ymm"], ["%zmm"]),
+    ("avx512vnni", "vnni", ("avx512vnni", 4, 128, False, 8, True), ["vpdpbusd", "%zmm"], []),
+    ("avxvnni", "vnni", ("avxvnni", 4, 128, False, 8, True), ["vpdpbusd", "%ymm"], ["%zmm"]),
     (
         "avx2",
-        "cpu_int8",
+        "vnni",
         ("avx2", 4, 128, False, 8, True),
         ["vpmaddubsw", "vpmaddwd", "%ymm"],
         ["vpdpbusd", "%zmm"],
     ),
-    ("avx512vnni", "cpu_avx512_int8", (4, 128, False), ["vpdpbusd", "%zmm"], []),
-    ("avx512bf16", "cpu_avx512", (4, 128, False, 8), ["vdpbf16ps", "{1to16}", "vpermw"], []),
-    ("amx", "cpu_amx", (4, 128, False, 8), ["tdpbf16ps", "vpermw", "vcvtneps2bf16"], []),
-    ("amx", "cpu_amx_int8", (4, 128, False), ["tdpbusd"], []),
+    ("avx512vnni", "avx512_int8", (4, 128, False), ["vpdpbusd", "%zmm"], []),
+    ("avx512bf16", "avx512", (4, 128, False, 8), ["vdpbf16ps", "{1to16}", "vpermw"], []),
+    ("amx", "amx", (4, 128, False, 8), ["tdpbf16ps", "vpermw", "vcvtneps2bf16"], []),
+    ("amx", "amx_int8", (4, 128, False), ["tdpbusd"], []),
 ]
 
 

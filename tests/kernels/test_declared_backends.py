@@ -20,9 +20,9 @@ import torch
 from packed_weights import make_weight
 
 from llmq_kernels import BACKENDS, CODES, Code, linear, select_backend
-from llmq_kernels.dispatch import reference_linear
-from llmq_kernels.errors import SettingError
-from llmq_kernels.reference import (
+from llmq_kernels.core.dispatch import reference_linear
+from llmq_kernels.core.errors import SettingError
+from llmq_kernels.core.reference import (
     activation_group,
     fake_quantize_groups,
     fake_quantize_static,

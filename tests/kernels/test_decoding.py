@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from llmq_kernels import decoding, jit
-from llmq_kernels.recording import NotRecordable, Recording
+from llmq_kernels.compiled import decoding, jit
+from llmq_kernels.compiled.recording import NotRecordable, Recording
 
 FORMS = ["avx512vnni", "avx2"]
 
@@ -127,5 +127,5 @@ def test_recordings_repeat_and_refuse(form):
 
 
 def test_nothing_of_it_needs_llvmlite_to_be_imported():
-    program = "import sys; sys.modules['llvmlite'] = None; import llmq.inference.decoding, llmq_kernels.dispatch"
+    program = "import sys; sys.modules['llvmlite'] = None; import llmq.inference.decoding, llmq_kernels.core.dispatch"
     subprocess.run([sys.executable, "-c", program], check=True)

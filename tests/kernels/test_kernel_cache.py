@@ -14,15 +14,17 @@ import pytest
 import torch
 from packed_weights import make_weight
 
-from llmq_kernels import PreparedWeight, cache, errors, jit, object_check, select_backend
-from llmq_kernels.cache import Unsafe, private_folder, read_private, seal, unseal
+from llmq_kernels import PreparedWeight, select_backend
+from llmq_kernels.compiled import jit, object_check
+from llmq_kernels.core import cache, errors
+from llmq_kernels.core.cache import Unsafe, private_folder, read_private, seal, unseal
 
 if _reason := jit.missing() or (None if jit.supports("avx2") else "this CPU has no AVX2"):
     pytest.skip(_reason, allow_module_level=True)
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-KERNEL = ("avx2", "cpu_int8", "quantize_kernel", (False,))
-OTHER = ("avx2", "cpu_decode", "norm_kernel", (True,))
+KERNEL = ("avx2", "vnni", "quantize_kernel", (False,))
+OTHER = ("avx2", "elementwise", "norm_kernel", (True,))
 NOBODY = 65534
 needs_root = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files away"
@@ -348,7 +350,7 @@ def mortal(monkeypatch):
 def test_a_form_whose_probe_died_is_not_offered(folder, mortal, monkeypatch):
     """And what runs is found by trying each backend in a child."""
     monkeypatch.setattr(object_check, "refusal", lambda code, text: "it died")
-    monkeypatch.setattr("llmq_kernels.restricted._verdicts", {})
+    monkeypatch.setattr("llmq_kernels.core.restricted._verdicts", {})
     weight, x = make_weight("int4", 128, 64, 128, activations="int8-group"), torch.randn(3, 128)
     with pytest.warns(errors.KernelWarning, match="are not used: it died"):
         assert not jit.supports("avx2")
@@ -366,7 +368,7 @@ def test_a_kernel_that_dies_on_the_way_is_replaced(folder, mortal, monkeypatch, 
     weight, x = make_weight("int4", 128, 64, 128, activations="int8-group"), torch.randn(3, 128)
     prepared = PreparedWeight(weight, torch.float32, CPU)
     assert prepared.backend.name == "cpu-vnni"
-    monkeypatch.setattr("llmq_kernels.restricted.adapt", lambda: None)
+    monkeypatch.setattr("llmq_kernels.core.restricted.adapt", lambda: None)
     monkeypatch.setattr(object_check, "refusal", lambda code, text: "it died")
     arguments = (x, prepared.tensors, prepared.layout, None)
     with pytest.warns(errors.KernelWarning, match="are not used: it died"):
@@ -390,8 +392,10 @@ RESTRICTED = (
     FORBID
     + """
 import json, torch
-from llmq_kernels import CODES, BACKENDS, PackedWeight, PreparedWeight, pack, restricted, jit
-from llmq_kernels.reference import fake_quantize_groups, fake_quantize_tokens
+from llmq_kernels import CODES, BACKENDS, PackedWeight, PreparedWeight, pack
+from llmq_kernels.compiled import jit
+from llmq_kernels.core import restricted
+from llmq_kernels.core.reference import fake_quantize_groups, fake_quantize_tokens
 torch.manual_seed(0)
 used = set()
 for name in ("int4", "int8"):
@@ -458,17 +462,17 @@ print(late.backend.name)
 
 def test_forbidden_memory_is_simulated_where_the_system_cannot_forbid(mortal, monkeypatch):
     monkeypatch.setattr(jit.execution, "forbidden", lambda: "it is forbidden")
-    monkeypatch.setattr("llmq_kernels.restricted._verdicts", {"cpu-int4": None})
+    monkeypatch.setattr("llmq_kernels.core.restricted._verdicts", {"cpu-int4": None})
     jit.missing.cache_clear()
     weight = make_weight("int4", 128, 64, 128, activations="int8-group")
     assert jit.missing() == "it is forbidden"
     assert select_backend(weight, torch.float32, CPU).name == "reference"
     with pytest.raises(errors.KernelDied, match="it is forbidden"):
-        jit.kernel("avx2", "cpu_decode", "gate_kernel")
+        jit.kernel("avx2", "elementwise", "gate_kernel")
 
 
 def test_doctor_says_what_runs(folder):
-    program = FORBID + "from llmq.cli import main; sys.exit(main(['doctor', '--json']))"
+    program = FORBID + "from llmq.commands.cli import main; sys.exit(main(['doctor', '--json']))"
     out, err = finish(start(program, folder))
     if "cannot" in out:
         pytest.skip("this kernel has no PR_SET_MDWE")
@@ -483,7 +487,7 @@ def test_doctor_says_what_runs(folder):
 
 
 def test_doctor_names_an_unsafe_cache(folder, capsys):
-    from llmq.cli import main
+    from llmq.commands.cli import main
 
     entry()
     folder.chmod(0o777)

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from llmq_kernels import CODES
-from llmq_kernels.triton_layout import PLANES
-from llmq_kernels.triton_tuning import CHIPS, Choice, Problem, default_choice, shared_bytes
+from llmq_kernels.triton.layout import PLANES
+from llmq_kernels.triton.tuning import CHIPS, Choice, Problem, default_choice, shared_bytes
 
 triton = pytest.importorskip("triton", reason="needs Triton (pip install '.[triton]')")
 pytestmark = [
@@ -119,7 +119,7 @@ INT8 = [("ternary", 0, False, 128), ("int4", 128, False, 8), ("int8", 0, True, 3
 @pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize(("code", "group", "zero", "m", "dtype"), FLOAT)
 def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
-    from llmq_kernels import triton_gemm, triton_gemv
+    from llmq_kernels.triton import gemm, gemv
 
     chip = CHIPS[arch]
     problem = Problem("float", CODES[code].bits, group, dtype, 4096, 4096, m)
@@ -128,16 +128,14 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
     types = {"x": dtype, "out": dtype, "bias": dtype}
     if choice.method == "gemv":
         check_resources(
-            compiled(
-                triton_gemv.gemv_kernel, chip, constants, choice.warps, choice.stages, **types
-            ),
+            compiled(gemv.gemv_kernel, chip, constants, choice.warps, choice.stages, **types),
             chip,
             tmp_path,
         )
         return
     constants |= {"SPLIT_K": choice.split_k, "EVEN_K": True, "UPCAST": False}
     binary = compiled(
-        triton_gemm.gemm_kernel,
+        gemm.gemm_kernel,
         chip,
         constants,
         choice.warps,
@@ -161,7 +159,7 @@ def check_tensor_cores(binary, chip, tmp_path, *, in_registers=True):
 @pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize(("code", "group", "zero", "m"), INT8)
 def test_int8_kernels(code, group, zero, m, arch, tmp_path):
-    from llmq_kernels import triton_int8
+    from llmq_kernels.triton import int8
 
     chip = CHIPS[arch]
     bits = CODES[code].bits
@@ -179,7 +177,7 @@ def test_int8_kernels(code, group, zero, m, arch, tmp_path):
     }
     constants |= {"BLOCK_M": choice.block_m, "BLOCK_N": choice.block_n, "BLOCK_K": choice.block_k}
     binary = compiled(
-        triton_int8.int8_gemm_kernel,
+        int8.int8_gemm_kernel,
         chip,
         constants,
         choice.warps,
@@ -195,19 +193,17 @@ def test_int8_kernels(code, group, zero, m, arch, tmp_path):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_small_kernels(arch, tmp_path):
-    from llmq_kernels import triton_gemm, triton_int8
+    from llmq_kernels.triton import gemm, int8
 
     chip = CHIPS[arch]
     check_resources(
-        compiled(
-            triton_gemm.reduce_kernel, chip, {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}, 4, 3
-        ),
+        compiled(gemm.reduce_kernel, chip, {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}, 4, 3),
         chip,
         tmp_path,
     )
     check_resources(
         compiled(
-            triton_int8.quantize_tokens_kernel,
+            int8.quantize_tokens_kernel,
             chip,
             {"SUM_COLUMNS": 128, "BLOCK_K": 4096},
             8,
@@ -220,7 +216,7 @@ def test_small_kernels(arch, tmp_path):
     if chip.arch == "sm_90":
         check_resources(
             compiled(
-                triton_int8.quantize_static_kernel,
+                int8.quantize_static_kernel,
                 chip,
                 {"SUM_COLUMNS": 128, "BLOCK_K": 4096},
                 8,
@@ -235,4 +231,4 @@ def test_small_kernels(arch, tmp_path):
         "int4", 128, Choice("dequantize", block_n=64, block_k=128), chip, zero=True
     )
     del constants["HAS_BIAS"], constants["BLOCK_M"]
-    check_resources(compiled(triton_gemm.dequantize_kernel, chip, constants, 4, 3), chip, tmp_path)
+    check_resources(compiled(gemm.dequantize_kernel, chip, constants, 4, 3), chip, tmp_path)

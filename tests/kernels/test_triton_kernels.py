@@ -17,17 +17,19 @@ from packed_weights import make_weight, relative_error
 
 from llmq.benchmark import kernels
 from llmq.benchmark.decode import StaticDecoder, quantize_layers
-from llmq.modules import QuantLinear, prepare, quantized_modules, swap
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import ActSpec, QuantSpec
-from llmq_kernels import BACKENDS, PreparedWeight, triton_backend, triton_tuning
-from llmq_kernels.reference import (
+from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import QuantLinear, prepare, quantized_modules, swap
+from llmq_kernels import BACKENDS, PreparedWeight
+from llmq_kernels.core.reference import (
     fake_quantize_static,
     fake_quantize_tokens,
     quantize_static,
     quantize_tokens,
 )
-from llmq_kernels.triton_tuning import Choice
+from llmq_kernels.triton import backend as triton_backend
+from llmq_kernels.triton import tuning
+from llmq_kernels.triton.tuning import Choice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -51,8 +53,8 @@ gpu_only = pytest.mark.skipif(
 def poisoned(monkeypatch):
     """Uninitialized memory is filled with NaN, and no tuned file of this user is read."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(triton_tuning, "_tuned", {})
-    monkeypatch.setattr(triton_tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_tuned", {})
+    monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setenv("LLMQ_CACHE_DIR", "/nonexistent")
     yield
     torch.use_deterministic_algorithms(False)
@@ -88,9 +90,7 @@ def check(weight, dtype, m, bias=False, choice=None):
     )
     assert out.dtype == dtype
     assert out.shape == (m, n)
-    used = choice or triton_tuning.choose(
-        triton_backend.problem_of(x, weight), triton_tuning.chip_of(x.device)
-    )
+    used = choice or tuning.choose(triton_backend.problem_of(x, weight), tuning.chip_of(x.device))
     roundings = 2 if used.method == "dequantize" else 1
     assert relative_error(
         out, expected(AS_SEEN[weight.activations](x, weight.input_range), weight, offset)
@@ -357,10 +357,8 @@ def test_decode_step_of_a_model():
 
 
 def test_tuning_keeps_what_it_measured(monkeypatch):
-    every = triton_tuning.candidates
-    monkeypatch.setattr(
-        triton_tuning, "candidates", lambda problem, chip: list(every(problem, chip))[:2]
-    )
+    every = tuning.candidates
+    monkeypatch.setattr(tuning, "candidates", lambda problem, chip: list(every(problem, chip))[:2])
     results = kernels.tune(
         [(32, 128)], (1, 16), [kernels.Kind("w4g128"), kernels.Kind("ternary+a8")], DEVICE, 60.0
     )
@@ -372,14 +370,7 @@ def test_tuning_keeps_what_it_measured(monkeypatch):
     ]
     for key, seconds in results.items():
         best = min(seconds, key=seconds.get)
-        assert (
-            str(
-                triton_tuning.tuned(triton_tuning.chip_of(torch.empty(0, device=DEVICE).device))[
-                    key
-                ]
-            )
-            == best
-        )
+        assert str(tuning.tuned(tuning.chip_of(torch.empty(0, device=DEVICE).device))[key]) == best
 
 
 @gpu_only

@@ -7,11 +7,11 @@ import pytest
 import torch
 from packed_weights import make_weight
 
-from llmq_kernels import errors, unpack
-from llmq_kernels import triton_layout as layout
-from llmq_kernels import triton_tuning as tuning
-from llmq_kernels.packing import packed_width
-from llmq_kernels.triton_tuning import CHIPS, Choice, Problem
+from llmq_kernels import unpack
+from llmq_kernels.core import errors
+from llmq_kernels.core.packing import packed_width
+from llmq_kernels.triton import layout, tuning
+from llmq_kernels.triton.tuning import CHIPS, Choice, Problem
 
 
 @pytest.mark.parametrize("act_order", [False, True])

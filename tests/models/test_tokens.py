@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from llmq.errors import LlmqError, LlmqWarning
-from llmq.evaluation.windows import cut_windows
 from llmq.models.arch import needs_bos
 from llmq.models.source import load_config
 from llmq.models.tokens import (
@@ -24,6 +23,7 @@ from llmq.models.tokens import (
 from llmq.ptq.run import prepare, quantize_folder, windows
 from llmq.qat.generate import generate_windows
 from llmq.recipe import Recipe
+from llmq.text.windows import cut_windows
 
 TEXT = "def f(value):\n    return value + 1\n" * 200
 

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmq
 from llmq.errors import LlmqError
+from llmq.inference.module import quantized_modules
 from llmq.models.arch import find_blocks
-from llmq.modules import quantized_modules
 from llmq.ptq import engine
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.capture import BlockRecorder

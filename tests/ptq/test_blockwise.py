@@ -8,19 +8,25 @@ import torch
 from conftest import make_model
 
 import llmq
-from llmq.data import calibration_windows
 from llmq.errors import LlmqError
+from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import quantized_modules
 from llmq.models.arch import block_layers, linear_weight
-from llmq.modules import quantized_modules
-from llmq.ptq.blockwise import BlockwiseOptions, _backward, _Master, sequences_per_step, tune_block
 from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.layers import solve
+from llmq.ptq.methods.blockwise import (
+    BlockwiseOptions,
+    _backward,
+    _Master,
+    sequences_per_step,
+    tune_block,
+)
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.ptq.stats import LayerStats
-from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Recipe
-from llmq.spec import ActSpec, QuantSpec
 from llmq.storage.hidden_states import ActivationFile
+from llmq.text.documents import calibration_windows
 
 LENGTH, N_SEQUENCES = 32, 128
 

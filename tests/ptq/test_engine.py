@@ -10,15 +10,15 @@ from conftest import FAMILY_CONFIGS, families, make_model
 from safetensors.torch import load_file
 
 import llmq
-from llmq.data import calibration_windows
 from llmq.errors import LlmqError, VerificationError
-from llmq.modules import quantized_modules
+from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.inference.module import quantized_modules
 from llmq.ptq import precision
 from llmq.ptq.precision import Precision
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe, Rule
-from llmq.spec import ActSpec, QuantSpec
 from llmq.storage import files
+from llmq.text.documents import calibration_windows
 
 TOKENS = torch.randint(2, 2048, (6, 32), generator=torch.Generator().manual_seed(1))
 
@@ -223,7 +223,7 @@ def test_a_named_format_that_other_engines_will_not_load_is_noted(model_folder):
 
 
 def test_rtn_needs_no_text_and_equals_plain_rounding(model_folder, tmp_path):
-    from llmq.qtensor import QuantizedTensor
+    from llmq.grid.tensor import QuantizedTensor
 
     out = tmp_path / "out"
     report = quantize_folder(
@@ -506,7 +506,7 @@ def test_keys_and_values_in_memory_are_those_of_the_folder(before_rope, tmp_path
 def test_fallbacks_are_counted_and_too_many_fail(
     model_folder, calibration_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("llmq.ptq.gptq._factor_of_reversed", lambda hessian: None)
+    monkeypatch.setattr("llmq.ptq.methods.gptq._factor_of_reversed", lambda hessian: None)
     with pytest.raises(VerificationError, match="14 of 14 layers fell back") as error:
         quantize_folder(
             prepare(str(model_folder()), recipe(), calibration=str(calibration_file)),

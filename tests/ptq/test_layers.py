@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.ptq.layers import better_of, by_spec, report_layer, solve, split
-from llmq.ptq.rtn import rtn
+from llmq.ptq.methods.rtn import rtn
 from llmq.ptq.solver import RowErrors
 from llmq.ptq.stats import LayerStats, output_error
-from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Recipe
-from llmq.spec import QuantSpec
 
 
 @pytest.mark.parametrize("text", ["w4g32", "w2g64-asym", "w8"])
@@ -52,7 +52,7 @@ def test_other_specs_and_scales_of_whole_tensors_stay_apart():
 def test_errors_reported_by_rows_are_those_of_the_whole(stats, monkeypatch):
     weight, spec, layer = torch.randn(40, 64), QuantSpec.parse("w3g32"), stats(64)
     result = solve(weight, layer, spec, Recipe.uniform("w3g32"))
-    monkeypatch.setattr("llmq.ptq.gptq.ROW_BLOCK_BYTES", 7 * weight[0].nbytes)
+    monkeypatch.setattr("llmq.ptq.methods.gptq.ROW_BLOCK_BYTES", 7 * weight[0].nbytes)
     report = report_layer("layer", weight, result, layer)
     energy = output_error(weight, layer.hessian)
     assert report.error == pytest.approx(

@@ -6,11 +6,11 @@ import itertools
 import pytest
 import torch
 
-from llmq.ptq.gptq import GPTQOptions, gptq
-from llmq.ptq.refine import refine
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.ptq.methods.gptq import GPTQOptions, gptq
+from llmq.ptq.methods.refine import refine
 from llmq.ptq.stats import output_error
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
 
 SPECS = ["w4g128", "w3g64-asym", "w2g64-asym", "w8", "w4-tensor", "ternary-g32", "w4g48"]
 

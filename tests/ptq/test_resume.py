@@ -40,7 +40,7 @@ def killing(*args, **kwargs):
 setattr(owner, attribute, killing)
 import llmq.ptq.engine
 llmq.ptq.engine.BATCH_BYTES = 200_000
-from llmq.cli import main
+from llmq.commands.cli import main
 sys.exit(main(sys.argv[4:]))
 """
 NEVER = ("llmq.storage.files", "publish", 0)

@@ -10,14 +10,14 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq.cli import main
+from llmq.commands.cli import main
 from llmq.errors import LlmqError, LlmqWarning
-from llmq.modules import quantized_modules
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import quantized_modules
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.ptq.scales import fitting_spec, lost_share
-from llmq.qtensor import QuantizedTensor
 from llmq.recipe import Recipe
-from llmq.spec import QuantSpec
 
 LAYER = "model.layers.1.mlp.gate_proj"
 TOKENS = torch.randint(2, 2048, (4, 32), generator=torch.Generator().manual_seed(1))

@@ -6,22 +6,22 @@ import torch
 from conftest import make_model
 
 import llmq
-from llmq.errors import LlmqError
-from llmq.kv import fake_quantize_heads, quantize_kv
-from llmq.ptq.ranges import RangeObserver, static_range
-from llmq.qat.activations import (
+from llmq.activations.keys_values import fake_quantize_heads, quantize_kv
+from llmq.activations.nodes import (
     EMA,
     ActivationQuantizer,
     fake_quantize_per_token,
     fake_quantize_ranged,
 )
+from llmq.activations.ranges import RangeObserver, static_range
+from llmq.errors import LlmqError
+from llmq.grid.spec import ActSpec
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.student import Student
 from llmq.qat.weights import fake_quant_modules
 from llmq.recipe import Recipe
-from llmq.spec import ActSpec
-from llmq_kernels.reference import fake_quantize_static
+from llmq_kernels.core.reference import fake_quantize_static
 
 
 def test_per_token_values_and_gradient():

@@ -2,7 +2,7 @@
 
 import json
 
-from llmq import cli
+from llmq.commands import cli
 
 
 def test_weights_that_do_not_fit_leave_no_work_folder(

@@ -7,11 +7,11 @@ import torch
 from conftest import make_model
 
 from llmq.errors import LlmqError
+from llmq.grid.spec import QuantSpec
 from llmq.qat.losses import LossWeights, distillation_loss
 from llmq.qat.schedule import Phases
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.qat.student import Student, next_tokens
-from llmq.spec import QuantSpec
 
 
 @pytest.mark.parametrize("with_teacher", [True, False])

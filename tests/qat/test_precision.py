@@ -5,13 +5,13 @@ import pytest
 import torch
 from conftest import make_model
 
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import linear_weight, quantizable_layers
 from llmq.models.source import meta_model
 from llmq.qat.losses import LossWeights
 from llmq.qat.student import Student
 from llmq.qat.weights import WeightQuantizer, prepare
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
 
 IDS = torch.arange(2, 66).view(2, 32)
 

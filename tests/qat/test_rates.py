@@ -6,11 +6,11 @@ import torch
 from conftest import make_model
 
 from llmq.errors import LlmqError
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
 from llmq.qat.rates import SCALES, grid_rate, grid_step, parameter_groups
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.qat.weights import fake_quant_modules, prepare
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import QuantSpec
 
 SPEC = QuantSpec("int2", 32, symmetric=False)
 

@@ -16,12 +16,12 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq.cli import main
+from llmq.commands.cli import main
 from llmq.commands.qat import budget_line
 from llmq.errors import LlmqWarning, VerificationError
 from llmq.evaluation.perplexity import evaluate
+from llmq.inference.module import quantized_modules
 from llmq.models.source import load_config
-from llmq.modules import quantized_modules
 from llmq.qat import run as run_module
 from llmq.qat import ship as ship_module
 from llmq.qat import trainer as trainer_module
@@ -44,7 +44,7 @@ if last == "ship":
     run.ship = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 elif last != "never":
     QATTrainer.compute_loss = killing
-from llmq.cli import main
+from llmq.commands.cli import main
 sys.exit(main(sys.argv[2:]))
 """
 

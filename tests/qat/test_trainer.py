@@ -10,7 +10,7 @@ from transformers import TrainerState
 import llmq
 from llmq.errors import VerificationError
 from llmq.evaluation.perplexity import evaluate
-from llmq.evaluation.windows import Windows
+from llmq.grid.spec import ActSpec
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.settings import QATSettings, Scheme
@@ -23,7 +23,7 @@ from llmq.qat.trainer import (
     training_arguments,
 )
 from llmq.recipe import Recipe
-from llmq.spec import ActSpec
+from llmq.text.windows import Windows
 
 
 def test_held_out_text_is_scored_with_everything_quantized():

@@ -9,10 +9,12 @@ from conftest import make_model
 
 import llmq
 from llmq.errors import LlmqError
-from llmq.fakequant import lsq_factor
+from llmq.grid.fakequant import lsq_factor
+from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.module import quantized_modules
 from llmq.models.arch import linear_weight, quantizable_layers
 from llmq.models.source import load_config, meta_model
-from llmq.modules import quantized_modules
 from llmq.qat.weights import (
     FakeQuantLinear,
     WeightQuantizer,
@@ -22,8 +24,6 @@ from llmq.qat.weights import (
     prepare,
     stretched_scale,
 )
-from llmq.qtensor import QuantizedTensor
-from llmq.spec import ActSpec, QuantSpec
 
 SPECS = [
     "w8",

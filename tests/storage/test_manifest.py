@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import llmq
-from llmq.cli import main
+from llmq.commands.cli import main
 from llmq.errors import LlmqError, VerificationError
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.recipe import Recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq.cli import main
+from llmq.commands.cli import main
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.ptq.run import prepare, quantize_folder
 from llmq.qat import run as qat_run

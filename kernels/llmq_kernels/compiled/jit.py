@@ -1,0 +1,350 @@
+"""From LLVM's text to code that runs on torch's own threads.
+
+llvmlite, a pip package, compiles; nobody needs a C compiler. The machine code is kept in the user's
+cache folder (`cache`) under a hash of the kernel's text, the target and LLVM's version, so a warm
+start loads a file; without a folder that is safe each process compiles for itself. What was just
+compiled runs in a child process first (`object_check`). Where memory may not be made executable
+(`execution`), or a probe died, the forms concerned are not offered and their callers take others.
+
+Threads: kernels run in the OpenMP pool that torch itself uses, started through libgomp's
+`GOMP_parallel` (LLVM's and Intel's OpenMP have it too) as found from libtorch_cpu. So one thread
+count, `torch.set_num_threads`, rules both, and no second pool competes with spinning threads of the
+first. Where torch has another runtime, Python threads do it: ctypes lets go of the interpreter
+lock."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import importlib
+import platform
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from llmq_kernels.compiled import object_check
+from llmq_kernels.core import execution
+from llmq_kernels.core.cache import Unsafe, cache_dir, private_folder, seal, unseal, write_private
+from llmq_kernels.core.errors import KernelDied, tell
+
+# x86 levels that kernels are written for. The features are what LLVM may use in the compiled code.
+AVX2 = "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt"
+AVX512 = AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni"
+FORMS: dict[str, str] = {
+    "avx2": AVX2,
+    "avxvnni": AVX2 + ",+avxvnni",
+    "avx512vnni": AVX512,
+    "avx512bf16": AVX512 + ",+avx512bf16",
+    "amx": AVX512 + ",+avx512bf16,+amx-tile,+amx-bf16,+amx-int8",
+}
+
+
+@cache
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"its kernels are written for x86-64, not {platform.machine()}"
+    if not find_spec("llvmlite"):
+        return "llvmlite is not installed (pip install '.[cpu]' in a clone of llmq)"
+    return execution.forbidden()
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """LLVM's names of the features of this CPU that the system lets programs use."""
+    from llvmlite import binding
+
+    return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
+
+
+@cache
+def supports(form: str) -> bool:
+    """Whether this process can run a form: the CPU says so, and its smallest kernel does."""
+    if missing() is not None or not cpu_flags().issuperset(FORMS[form].replace("+", "").split(",")):
+        return False
+    if form == "amx" and not _tiles_allowed():
+        return False
+    try:
+        with _building:
+            _object_code(form, *_SMALLEST)
+    except KernelDied:
+        return False
+    return form not in _dead
+
+
+_building = threading.Lock()  # one thread at a time compiles and loads
+# The kernel that stands for its form, and why forms whose probe died are not offered.
+_SMALLEST = ("elementwise", "add_kernel", ())
+_dead: dict[str, str] = {}
+
+
+def deaths() -> dict[str, str]:
+    """Form -> why it is not offered although the CPU has it."""
+    return dict(_dead)
+
+
+def look_again() -> str | None:
+    """Why nothing can be compiled here, or None, asked of the system anew."""
+    if missing() is None and execution.forbidden():
+        missing.cache_clear()
+        supports.cache_clear()
+    return missing()
+
+
+def _bury(form: str, reason: str) -> KernelDied:
+    _dead[form] = reason
+    supports.cache_clear()
+    tell(f"llmq's compiled kernels for {form} are not used: {reason}")
+    return KernelDied(f"kernels for {form} cannot run here: {reason}")
+
+
+def obstacle(form: str, otherwise: str) -> str | None:
+    """Why kernels of a form cannot run here, or None. otherwise: what is said where only the CPU
+    is in the way."""
+    return missing() or (None if supports(form) else _dead.get(form, otherwise))
+
+
+def _tiles_allowed() -> bool:
+    """Ask Linux for the 8 KB of tile registers, once per process: arch_prctl(ARCH_REQ_XCOMP_PERM,
+    XFEATURE_XTILEDATA)."""
+    if platform.system() != "Linux":
+        return False
+    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+
+
+# --- compiling ----------------------------------------------------------------------------------------------------------
+
+
+def _machine(form: str) -> object:
+    """LLVM's target machine with the features of a form."""
+    from llvmlite import binding
+
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    triple = binding.get_default_triple()
+    return binding.Target.from_triple(triple).create_target_machine(
+        cpu="x86-64", features=FORMS[form], opt=3, reloc="pic", codemodel="jitdefault", jit=True
+    )
+
+
+def _optimized(text: str, machine: object) -> object:
+    from llvmlite import binding
+
+    module = binding.parse_assembly(text)
+    module.verify()
+    builder = binding.create_pass_builder(
+        machine, binding.create_pipeline_tuning_options(speed_level=2)
+    )
+    builder.getModulePassManager().run(module, builder)
+    return module
+
+
+def assembly(text: str, form: str) -> str:
+    """The assembly of a kernel, for any form, whatever this CPU is."""
+    machine = _machine(form)
+    return machine.emit_assembly(_optimized(text, machine))  # type: ignore[attr-defined]
+
+
+@cache
+def _sources() -> bytes:
+    """Everything that a kernel's machine code depends on, beside its parameters."""
+    import llvmlite
+
+    folder = Path(__file__).parent
+    return (
+        b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+        + llvmlite.__version__.encode()
+    )
+
+
+def _object_code(form: str, module: str, function: str, parameters: tuple[object, ...]) -> bytes:
+    """Machine code from the cache, or written, compiled, tried and put there. A warm start does not
+    even write the kernel's text. Raises `KernelDied`."""
+    what = repr((form, platform.system(), module, function, parameters))
+    key = hashlib.sha256(_sources() + what.encode()).digest()
+    folder = _folder()
+    path = None if folder is None else folder / f"{key.hex()[:32]}.o"
+    if path is not None:
+        try:
+            return unseal(path, key)
+        except FileNotFoundError:
+            pass
+        except Unsafe as error:
+            tell(f"{error}; kernel {module}.{function} is compiled again")
+    machine = _machine(form)
+    text = kernel_text(module, function, *parameters)
+    code: bytes = machine.emit_object(_optimized(text, machine))  # type: ignore[attr-defined]
+    _try(form, code, text)
+    if path is not None:
+        try:
+            write_private(path, seal(key, code))
+        except OSError as error:
+            tell(f"{path} cannot be written ({error.strerror}); every process compiles for itself")
+    return code
+
+
+_untried = False
+
+
+def use_untried() -> None:
+    """Load what is compiled without a probe, and keep none of it: for processes that are
+    probes."""
+    global _untried
+    _untried = True
+
+
+def _folder() -> Path | None:
+    """Where compiled kernels are kept, or None where that is not safe or not possible."""
+    if _untried:
+        return None
+    try:
+        return private_folder(cache_dir() / "kernels", create=True)
+    except Unsafe as error:
+        told = str(error)
+    except OSError as error:
+        told = f"{error.filename or cache_dir()} cannot be used ({error.strerror})"
+    tell(f"{told}; compiled kernels are not kept, every process compiles for itself")
+    return None
+
+
+def cache_obstacle() -> str | None:
+    """Why compiled kernels are not kept, or None."""
+    try:
+        private_folder(cache_dir() / "kernels")
+    except FileNotFoundError:
+        return None  # it will be made
+    except (Unsafe, OSError) as error:
+        return str(error)
+    return None
+
+
+def _try(form: str, code: bytes, text: str) -> None:
+    """Run a fresh object in a child process. Raises `KernelDied`."""
+    if _untried:
+        return
+    try:
+        reason = object_check.refusal(code, text)
+    except OSError as error:
+        tell(f"fresh kernels are used untried: no process can be started ({error.strerror})")
+        return
+    if reason:
+        raise _bury(form, reason)
+
+
+def kernel_text(module: str, function: str, *parameters: object) -> str:
+    """LLVM's text of `function(*parameters)` of a module of this folder. Imported by name, since these
+    modules need llvmlite."""
+    text: str = getattr(importlib.import_module(f"{__package__}.{module}"), function)(*parameters)
+    return text
+
+
+atexit.register(object_check.close)
+_ENGINES: list[object] = []  # keeps the code alive
+
+
+def _load(form: str, code: bytes, symbol: str) -> int:
+    """The address of a function of an object file. Raises `KernelDied` where loading would end the
+    process."""
+    from llvmlite import binding
+
+    if reason := look_again():
+        raise KernelDied(f"kernels for {form} cannot be loaded: {reason}")
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine("avx2"))
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _ENGINES.append(engine)
+    return int(engine.get_function_address(symbol))
+
+
+# --- running ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _gomp_parallel() -> Callable[[int, object, int, int], None] | None:
+    """`GOMP_parallel(function, argument, n_threads, flags)` of the OpenMP runtime that torch is
+    linked with."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        function = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    function.argtypes, function.restype = (
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint],
+        None,
+    )
+    return function  # type: ignore[no-any-return]
+
+
+@cache
+def _python_threads(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, "llmq-kernel")
+
+
+def threads_of() -> str:
+    """Whose threads run the kernels."""
+    return "torch's OpenMP pool" if _gomp_parallel() else "Python threads"
+
+
+def float_bits(value: float) -> int:
+    """A number as an argument that a kernel reads with `Emitter.number`."""
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+# Where the calls of this thread or task are noted instead of made; `recording.Recording` sets it.
+RECORDED: ContextVar[list[Callable[[], None]] | None] = ContextVar("recorded", default=None)
+
+
+class Kernel:
+    """Machine code as a function of its int64 arguments (without the counter)."""
+
+    def __init__(self, address: int) -> None:
+        self._address, self._single, self._parallel = (
+            address,
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
+            _gomp_parallel(),
+        )
+
+    def __call__(self, *arguments: int, threads: int | None = None) -> None:
+        """threads: as many as torch has, or a number."""
+        array = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
+        n_threads = threads or torch.get_num_threads()
+        calls = RECORDED.get()
+        if calls is None:
+            self._start(array, n_threads)
+        else:
+            calls.append(self._again(array, n_threads))
+
+    def _start(self, array: ctypes.Array[ctypes.c_int64], n_threads: int) -> None:
+        if n_threads == 1:
+            self._single(array)
+        elif self._parallel is not None:
+            self._parallel(self._address, array, n_threads, 0)
+        else:
+            list(_python_threads(n_threads).map(self._single, [array] * n_threads))
+
+    def _again(self, array: ctypes.Array[ctypes.c_int64], n_threads: int) -> Callable[[], None]:
+        """The same call with its counter set back, whenever it is made."""
+
+        def call() -> None:
+            array[0] = 0
+            self._start(array, n_threads)
+
+        return call
+
+
+@cache
+def kernel(form: str, module: str, function: str, *parameters: object) -> Kernel:
+    """The kernel whose text `llmq_kernels.module.function(*parameters)` writes. Raises `KernelDied`
+    where this process cannot run it."""
+    if reason := obstacle(form, "this CPU or system has no such instructions"):
+        raise KernelDied(f"kernel {module}.{function} cannot run in its {form} form: {reason}")
+    with _building:
+        return Kernel(_load(form, _object_code(form, module, function, parameters), "kernel"))

@@ -1,0 +1,51 @@
+"""Whether a product may round its activations, where the checkpoint does not say so: a choice of
+whoever runs a model, made at run time and never saved.
+
+"exact" (the default): activations stay what they are, 16 or 32 bits. "int8": on a CPU, weights that
+integer kernels exist for are multiplied with activations quantized to INT8 per token and group of
+columns. That makes decoding up to twice as fast and costs a little accuracy, which `llmq eval
+--compute int8` measures.
+
+A mode of the run and not of the weight: the same folder serves both, and checkpoints of other tools
+too. It travels to the kernels as the weight's `activations`, so backends need no second switch, and
+a layer that the integer kernels cannot take stays exact instead of being emulated."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from llmq_kernels.compiled import backends
+from llmq_kernels.core.dispatch import backend_named
+from llmq_kernels.core.errors import SettingError
+from llmq_kernels.core.weight import PackedWeight
+
+MODES = ("exact", "int8")
+
+
+def default_mode() -> str:
+    """What `LLMQ_COMPUTE` says, else "exact". Raises `SettingError` for anything else."""
+    mode = os.environ.get("LLMQ_COMPUTE") or "exact"
+    if mode not in MODES:
+        raise SettingError(f"LLMQ_COMPUTE={mode}: expected one of {', '.join(MODES)}")
+    return mode
+
+
+def refusal(mode: str, device: torch.device) -> str | None:
+    """Why this machine cannot do what a mode asks for, or None. On other devices than a CPU "int8"
+    changes nothing, which is no reason to refuse it."""
+    if mode == "exact" or device.type != "cpu":
+        return None
+    return backends.int8_machine_refusal()
+
+
+def at_run_time(
+    weight: PackedWeight, mode: str, dtype: torch.dtype, device: torch.device
+) -> PackedWeight:
+    """The weight with the activations it will be multiplied with."""
+    if mode == "exact" or weight.activations != "none":
+        return weight
+    rounded = replace(weight, activations="int8-group")
+    return rounded if backend_named("cpu-vnni").refusal(rounded, dtype, device) is None else weight

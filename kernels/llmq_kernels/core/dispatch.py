@@ -1,0 +1,359 @@
+"""Which code multiplies with a packed weight.
+
+A backend is one frozen record: what it was built for (`capability.Takes`), why it may not run here,
+how it prepares a weight once, how it multiplies. It is refused whatever it does not declare, and
+checked against `reference`, which takes everything. The first record in `BACKENDS` that accepts a
+weight is used; `LLMQ_BACKEND=name` asks for one by name, and then its refusal is an error, never a
+silent fallback.
+
+A backend may keep a weight in a layout of its own. That layout then replaces the canonical words
+(one copy is resident) and `restore` gives the canonical words back, for saving.
+
+Compilers and autograd see one operator, `llmq::linear`, whichever backend is behind it: tensors in
+a list, their meaning in a string. `torch.compile` puts it into the graph as a whole and asks its
+fake implementation for shapes; autograd gets the gradient with respect to x as the product with the
+dequantized weight, which is what an adapter on a quantized base needs. (With INT8 activations that
+is the straight-through gradient.) Outside of both, the backend is called directly and none of this
+costs anything."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq_kernels.compiled import backends
+from llmq_kernels.compiled.decoding import add_bias
+from llmq_kernels.core import capability, reference, restricted
+from llmq_kernels.core.capability import Takes
+from llmq_kernels.core.codes import Code
+from llmq_kernels.core.errors import KernelDied, SettingError
+from llmq_kernels.core.weight import PackedWeight
+from llmq_kernels.torch_cpu import operators
+from llmq_kernels.triton import backend as triton_backend
+
+State = dict[str, Tensor]
+_TENSORS = tuple(
+    field.name for field in fields(PackedWeight) if "Tensor" in str(field.type)
+)  # what travels as tensors; the rest travels as text
+
+
+@dataclass(frozen=True)
+class Backend:
+    """takes: what it was built for. obstacle(weight, dtype, device): why it cannot take a weight of
+    these on this machine, or None. prepare(weight, dtype): tensors in the backend's own layout;
+    when it returns a tensor named `packed`, that replaces the canonical words. linear(x, weight,
+    state): `x @ W.T` in x's dtype for x `[M, K]`. restore(weight, state): canonical words.
+    bias_linear(x, weight, state, bias): the same with the bias added, for backends that do so on
+    the way. dequantize(weight, state, dtype): `[N, K]` from the backend's own layout, for
+    gradients; by default from the restored words."""
+
+    name: str
+    takes: tuple[Takes, ...]
+    obstacle: Callable[[PackedWeight, torch.dtype, torch.device], str | None]
+    prepare: Callable[[PackedWeight, torch.dtype], State]
+    linear: Callable[[Tensor, PackedWeight, State], Tensor]
+    restore: Callable[[PackedWeight, State], Tensor]
+    bias_linear: Callable[[Tensor, PackedWeight, State, Tensor], Tensor] | None = None
+    dequantize: Callable[[PackedWeight, State, torch.dtype], Tensor] | None = None
+
+    def refusal(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why this backend cannot take a weight with activations of `dtype` on `device`, or
+        None."""
+        return capability.refusal(self.takes, weight, dtype, device) or self.obstacle(
+            weight, dtype, device
+        )
+
+
+def reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
+    """`x @ W.T` in x's dtype, by the specification."""
+    if weight.activations == "int8-token":
+        return reference.matmul(reference.fake_quantize_tokens(x), weight.dequantize()).to(x.dtype)
+    if weight.activations == "int8-static":
+        assert weight.input_range is not None
+        return reference.matmul(
+            reference.fake_quantize_static(x, weight.input_range), weight.dequantize()
+        ).to(x.dtype)
+    if weight.activations == "int8-group":
+        group = reference.activation_group(
+            weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else weight.shape[1]
+        )
+        return reference.matmul(reference.fake_quantize_groups(x, group), weight.dequantize()).to(
+            x.dtype
+        )
+    return reference.matmul(x, weight.dequantize())
+
+
+def _no_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    return None
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        "triton",
+        triton_backend.TAKES,
+        triton_backend.obstacle,
+        triton_backend.prepare,
+        triton_backend.linear,
+        triton_backend.restore,
+        triton_backend.linear,
+        triton_backend.dequantize,
+    ),
+    Backend(
+        "triton-int8",
+        triton_backend.INT8_TAKES,
+        triton_backend.int8_obstacle,
+        triton_backend.int8_prepare,
+        triton_backend.linear,
+        triton_backend.int8_restore,
+        triton_backend.linear,
+    ),
+    Backend(
+        "cpu-amx",
+        backends.BF16_TAKES,
+        backends.amx_obstacle,
+        backends.prepare,
+        backends.amx_linear,
+        backends.restore,
+    ),
+    Backend(
+        "cpu-avx512",
+        backends.BF16_TAKES,
+        backends.avx512_obstacle,
+        backends.prepare,
+        backends.avx512_linear,
+        backends.restore,
+    ),
+    Backend(
+        "cpu-vnni",
+        backends.INT8_TAKES,
+        backends.int8_obstacle,
+        backends.prepare,
+        backends.int8_linear,
+        backends.restore,
+    ),
+    Backend(
+        "cpu-int4",
+        operators.INT4_TAKES,
+        operators.int4_obstacle,
+        operators.int4_prepare,
+        operators.int4_linear,
+        operators.int4_restore,
+    ),
+    Backend(
+        "cpu-int8",
+        operators.INT8_TAKES,
+        operators.int8_obstacle,
+        operators.int8_prepare,
+        operators.int8_linear,
+        operators.int8_restore,
+    ),
+    Backend(
+        "cpu-w8a8",
+        operators.W8A8_TAKES,
+        operators.w8a8_obstacle,
+        operators.w8a8_prepare,
+        operators.w8a8_linear,
+        operators.w8a8_restore,
+    ),
+    Backend(
+        "reference",
+        (capability.EVERYTHING,),
+        _no_obstacle,
+        lambda weight, dtype: {},
+        reference_linear,
+        lambda weight, state: weight.packed,
+    ),
+)
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name. Raises `ValueError` with the names that exist."""
+    chosen = next((backend for backend in BACKENDS if backend.name == name), None)
+    if chosen is None:
+        raise SettingError(
+            f"LLMQ_BACKEND={name}: no such backend; choose one of "
+            f"{', '.join(backend.name for backend in BACKENDS)}"
+        )
+    return chosen
+
+
+def select_backend(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Backend:
+    """The backend for activations of `dtype` on `device`. Raises `SettingError` when `LLMQ_BACKEND`
+    names one that is unknown or refuses the weight, or no backend takes it."""
+    restricted.adapt()
+    asked = os.environ.get("LLMQ_BACKEND")
+    if not asked:
+        reason: str | None = None
+        for backend in BACKENDS:
+            reason = backend.refusal(weight, dtype, device)
+            if reason is None:
+                return backend
+        raise SettingError(f"no backend takes this weight, and {backend.name} neither: {reason}")
+    chosen = backend_named(asked)
+    if reason := chosen.refusal(weight, dtype, device):
+        raise SettingError(
+            f"LLMQ_BACKEND={asked} cannot take this weight: {reason}. Unset LLMQ_BACKEND to let "
+            "llmq choose"
+        )
+    return chosen
+
+
+class PreparedWeight:
+    """A weight bound to the backend that will multiply with it.
+
+    tensors: everything that a product reads. layout: what they are, as text; both together are the
+    arguments of `llmq::linear`."""
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> None:
+        self._bind(weight, dtype, device)
+
+    def _bind(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> None:
+        self.backend = select_backend(weight, dtype, device)
+        self.dtype, self.device = dtype, device
+        self.state = self.backend.prepare(weight, dtype)
+        self.weight = (
+            replace(weight, packed=self.state["packed"]) if "packed" in self.state else weight
+        )
+        own = {name: getattr(self.weight, name) for name in _TENSORS}
+        named = {f"weight.{name}": tensor for name, tensor in own.items() if tensor is not None}
+        named |= {
+            f"state.{name}": tensor for name, tensor in self.state.items() if name != "packed"
+        }
+        self.tensors = list(named.values())
+        meaning = {
+            "code": asdict(weight.code),
+            "group_size": weight.group_size,
+            "shape": weight.shape,
+            "activations": weight.activations,
+        }
+        self.layout = json.dumps(
+            {
+                "backend": self.backend.name,
+                "replaced": "packed" in self.state,
+                **meaning,
+                "names": list(named),
+            }
+        )
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + bias` for x `[..., K]` of the dtype and on the device this was prepared for;
+        returns `[..., N]` in x's dtype."""
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return torch.ops.llmq.linear(x, self.tensors, self.layout, bias)
+        try:
+            return _product(self.backend, x, self.weight, self.state, bias)
+        except KernelDied:  # its form is not offered any more
+            self._bind(_canonical(self.backend, self.weight, self.state), self.dtype, self.device)
+            return self.linear(x, bias)
+
+    def canonical_packed(self) -> Tensor:
+        """The canonical words, whatever the backend made of them."""
+        return _canonical(self.backend, self.weight, self.state).packed
+
+
+def _canonical(backend: Backend, weight: PackedWeight, state: State) -> PackedWeight:
+    """The weight with the canonical words."""
+    return replace(weight, packed=backend.restore(weight, state)) if "packed" in state else weight
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias` in one call, for tests and experiments; modules keep the prepared weight."""
+    return PreparedWeight(weight, x.dtype, x.device).linear(x, bias)
+
+
+def _product(
+    backend: Backend, x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None
+) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    if bias is not None and backend.bias_linear is not None:
+        out = backend.bias_linear(flat, weight, state, bias)
+    else:
+        out = backend.linear(flat, weight, state)
+        if bias is not None:
+            add_bias(out, bias.to(out.dtype))
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+# --- one operator for compilers and autograd ------------------------------------------------------------------------------
+
+
+@cache
+def _decoded(layout: str) -> dict[str, Any]:
+    return json.loads(layout)
+
+
+def _rebuild(tensors: list[Tensor], layout: str) -> tuple[Backend, PackedWeight, State]:
+    meaning = _decoded(layout)
+    named = dict(zip(meaning["names"], tensors, strict=True))
+    own: dict[str, Any] = {name: named.get(f"weight.{name}") for name in _TENSORS}
+    weight = PackedWeight(
+        **own,
+        code=Code(**meaning["code"]),
+        group_size=meaning["group_size"],
+        shape=tuple(meaning["shape"]),
+        activations=meaning["activations"],
+    )
+    state = {
+        name.removeprefix("state."): tensor
+        for name, tensor in named.items()
+        if name.startswith("state.")
+    }
+    if meaning["replaced"]:
+        state["packed"] = weight.packed
+    return backend_named(meaning["backend"]), weight, state
+
+
+@torch.library.custom_op("llmq::linear", mutates_args=())
+def _linear_op(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
+    backend, weight, state = _rebuild(tensors, layout)
+    try:
+        return _product(backend, x, weight, state, bias)
+    except KernelDied:
+        return linear(x.detach(), _canonical(backend, weight, state), bias)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _decoded(layout)["shape"][0])
+
+
+@torch.library.custom_op("llmq::linear_input_gradient", mutates_args=())
+def _gradient_op(gradient: Tensor, tensors: list[Tensor], layout: str) -> Tensor:
+    backend, weight, state = _rebuild(tensors, layout)
+    if backend.dequantize is not None:
+        values = backend.dequantize(weight, state, gradient.dtype)
+    else:
+        values = _canonical(backend, weight, state).dequantize().to(gradient.dtype)
+    return gradient @ values
+
+
+@_gradient_op.register_fake
+def _(gradient: Tensor, tensors: list[Tensor], layout: str) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], _decoded(layout)["shape"][1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, tensors, ctx.layout, bias = inputs
+    ctx.bias_dtype = None if bias is None or not bias.requires_grad else bias.dtype
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[None], None, Tensor | None]:
+    tensors = list(ctx.saved_tensors)
+    bias = None if ctx.bias_dtype is None else gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return (
+        torch.ops.llmq.linear_input_gradient(gradient.contiguous(), tensors, ctx.layout),
+        [None] * len(tensors),
+        None,
+        bias,
+    )
+
+
+torch.library.register_autograd("llmq::linear", _backward, setup_context=_setup_context)

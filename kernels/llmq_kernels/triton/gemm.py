@@ -1,0 +1,207 @@
+"""More rows of x: tensor cores, with the weight as the left operand.
+
+The product is computed transposed, `Y^T [BN, BM] = W [BN, BK] . X^T [BK, BM]`, because the left
+operand of Hopper's `wgmma` may lie in registers while the right one may not. Dequantized numbers
+then go straight from the unpacking instructions into the tensor core; in the usual orientation
+every tile of W would have to be written to shared memory and read back. x, which is small and needs
+no work, takes the way through shared memory.
+
+BLOCK_K never crosses a group, so a tile's product of exact integers is multiplied by one float32
+scale per row afterwards: one multiplication per output instead of one per weight, and no rounding
+of `scale * code`. With one scale per row, all tiles add up in the tensor core and the scale waits
+for the end.
+
+When there are fewer tiles than the chip has room for, K is split over several programs. Each writes
+its partial sums to its own slice of a float32 workspace `[SPLIT_K, M, N]`, and a second kernel adds
+them in order. Atomic additions would save that launch and make results differ from run to run."""
+
+import triton
+import triton.language as tl
+
+from llmq_kernels.triton.dequantize import plane_pointer, unit_values
+
+
+@triton.jit
+def product(weights, x_tile, total, UPCAST: tl.constexpr):
+    """`total + weights [BN, BK] . x_tile [BM, BK]^T`. UPCAST: the interpreter cannot multiply
+    bfloat16."""
+    if UPCAST:
+        return tl.dot(
+            weights.to(tl.float32), tl.trans(x_tile).to(tl.float32), total, input_precision="ieee"
+        )
+    return tl.dot(weights, tl.trans(x_tile), total)
+
+
+@triton.jit
+def store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Store `[BN, BM]` transposed: into the output with the bias, or into this split's slice of the
+    workspace."""
+    if SPLIT_K > 1:
+        out += tl.program_id(1).to(tl.int64) * M * N
+    elif HAS_BIAS:
+        total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    at = out + tokens.to(tl.int64)[:, None] * N + rows[None, :]
+    tl.store(
+        at,
+        tl.trans(total).to(out.dtype.element_ty),
+        mask=(tokens < M)[:, None] & (rows < N)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_kernel(
+    x,
+    packed,
+    scale,
+    zero,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    K_padded,
+    row_words,
+    high_words,
+    GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """x `[M, K]`, packed `[N, row_words]` with its second plane `high_words` into each row, scale
+    and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`, out `[M, N]`
+    or the workspace. BLOCK_K divides GROUP. EVEN_K: K needs no padding, so x needs no mask. UPCAST:
+    see `product`."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    # Programs that share rows of W are neighbours, so that W comes from device memory once.
+    rows = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    safe_rows = tl.where(rows < N, rows, 0)
+    safe_tokens = tl.where(tokens < M, tokens, 0)
+    tiles_k = K_padded // BLOCK_K
+    first = tl.program_id(1) * tiles_k // SPLIT_K
+    last = (tl.program_id(1) + 1) * tiles_k // SPLIT_K
+
+    units = tl.arange(0, BLOCK_K // 8)
+    columns = tl.arange(0, BLOCK_K)
+    low_units = plane_pointer(packed, row_words, safe_rows, 0, LOW_BITS) + units[None, :]
+    high_units = plane_pointer(packed, row_words, safe_rows, high_words, HIGH_BITS) + units[None, :]
+    x_columns = x + safe_tokens.to(tl.int64)[:, None] * K + columns[None, :]
+    shift = tl.full((BLOCK_N, 1), OFFSET, tl.int32)
+    if HAS_ZERO and GROUP == 0:
+        shift = tl.load(zero + safe_rows)[:, None].to(tl.int32)
+
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for tile in range(first, last):
+        k = tile * BLOCK_K
+        low = tl.load(low_units + k // 8)
+        high = low
+        if HIGH_BITS > 0:
+            high = tl.load(high_units + k // 8)
+        if EVEN_K:
+            x_tile = tl.load(x_columns + k)
+        else:
+            x_tile = tl.load(x_columns + k, mask=(k + columns < K)[None, :], other=0.0)
+        if GROUP > 0:
+            at = k // GROUP * N + safe_rows
+            factor = tl.load(scale + at).to(tl.float32)[:, None]
+            if HAS_ZERO:
+                shift = tl.load(zero + at)[:, None].to(tl.int32)
+            numbers = unit_values(
+                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
+            )
+            total += (
+                product(numbers, x_tile, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), UPCAST) * factor
+            )
+        else:
+            numbers = unit_values(
+                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
+            )
+            total = product(numbers, x_tile, total, UPCAST)
+    if GROUP == 0:
+        total *= tl.load(scale + safe_rows).to(tl.float32)[:, None]
+    store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS, SPLIT_K)
+
+
+@triton.jit(do_not_specialize=["size"])
+def reduce_kernel(
+    workspace,
+    bias,
+    out,
+    size,
+    N,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out `[M, N]`, `size` elements: the sum over the first dimension of workspace `[SPLIT_K, M,
+    N]`, always in the same order, and the bias."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        total += tl.load(workspace + split * size.to(tl.int64) + at, mask=ok, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + at % N, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def dequantize_kernel(
+    packed,
+    scale,
+    zero,
+    out,
+    N,
+    K,
+    K_padded,
+    row_words,
+    high_words,
+    GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """out `[N, K]`: `scale * (code - zero)`, the product computed in float32 and rounded once."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    safe_rows = tl.where(rows < N, rows, 0)
+    k = tl.program_id(1) * BLOCK_K
+    units = tl.arange(0, BLOCK_K // 8)
+    columns = k + tl.arange(0, BLOCK_K)
+    low = tl.load(
+        plane_pointer(packed, row_words, safe_rows, 0, LOW_BITS) + k // 8 + units[None, :]
+    )
+    high = low
+    if HIGH_BITS > 0:
+        high = tl.load(
+            plane_pointer(packed, row_words, safe_rows, high_words, HIGH_BITS)
+            + k // 8
+            + units[None, :]
+        )
+    at = safe_rows
+    if GROUP > 0:
+        at += k // GROUP * N
+    shift = tl.full((BLOCK_N, 1), OFFSET, tl.int32)
+    if HAS_ZERO:
+        shift = tl.load(zero + at)[:, None].to(tl.int32)
+    numbers = unit_values(low, high, shift, out.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM).to(
+        tl.float32
+    )
+    numbers *= tl.load(scale + at).to(tl.float32)[:, None]
+    tl.store(
+        out + rows.to(tl.int64)[:, None] * K + columns[None, :],
+        numbers.to(out.dtype.element_ty),
+        mask=(rows < N)[:, None] & (columns < K)[None, :],
+    )

@@ -1,0 +1,254 @@
+"""The command line. Each command is a module of `llmq.commands` with `HELP`,
+`add_arguments(parser)` and `run(args) -> (JSON-able result, text)`, or None.
+
+Progress goes to stderr, results to stdout; `--json` prints one JSON object instead of text. Exit
+codes: 0 done, 1 quality or verification failed, 2 bad usage or input, 130 interrupted, 141 when the
+reader of stdout left (`llmq plan tiny | head -1`), as a shell reports it. Parsing imports neither
+torch nor transformers, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from llmq import __version__
+from llmq.errors import LlmqError, LlmqWarning
+from llmq.messages import escaped, one_line
+from llmq.storage.boundary import out_of_memory
+
+COMMANDS = (
+    "plan",
+    "quantize",
+    "qat",
+    "eval",
+    "compare",
+    "generate",
+    "inspect",
+    "verify",
+    "bench",
+    "doctor",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors, so that bad usage is reported like bad input: one line, and as JSON where
+    that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LlmqError(f"{message.removeprefix('argument ')}; see '{self.prog} --help'")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="llmq",
+        description="Quantize Hugging Face causal language models, with proof of what was lost.",
+    )
+    parser.add_argument("--version", action="version", version=f"llmq {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"llmq.commands.{name}")
+        subparser = subparsers.add_parser(
+            name,
+            help=module.HELP.splitlines()[0],
+            description=module.HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.add_argument("--json", action="store_true", help="print one JSON object")
+        subparser.set_defaults(module=module, parser=subparser)
+    return parser
+
+
+class _Stop:
+    """SIGTERM and SIGINT as KeyboardInterrupt, remembered: raised inside a C extension, it can come
+    out as another error (safetensors makes a ValueError of it)."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if (
+                signal.getsignal(number) is not signal.SIG_IGN
+            ):  # a shell starts its background jobs so
+                signal.signal(number, self._raise)
+
+    def _raise(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _told_warnings() -> Iterator[list[str]]:
+    """llmq's own warnings as lines on stderr and in the list; those of other packages as ever."""
+    told: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LlmqWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            # A warning of the kernels is known by its module, which imports torch.
+            is_own = issubclass(category, LlmqWarning)
+            if is_own or category.__module__ == "llmq_kernels.core.errors":
+                line = one_line(message)
+                if line not in told:  # else of a model that is loaded more than once
+                    told.append(line)
+                    print(f"llmq: warning: {line}", file=sys.stderr)
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield told
+
+
+class _Stderr(io.TextIOBase):
+    """A stream for progress and messages that gives up quietly: a disk that is full, or a reader
+    that left, is no reason to lose a run, nor for another exit code than that of its result."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._is_terminal = bool(stream.isatty())  # where bars are drawn with escape sequences
+
+    def write(self, text: str) -> int:
+        shown = text if self._is_terminal else escaped(text, keep="\n\r\t")
+        try:
+            self._stream.write(shown)
+            self._stream.flush()
+        except (OSError, ValueError):  # ValueError: closed
+            _discard(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(self._stream.encoding)
+
+
+def _discard(stream: Any) -> None:
+    """Send what a stream still holds nowhere: it would be written, and fail again, when the
+    interpreter ends, which makes its exit code 120."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        stream.flush()
+
+
+def _fill_closed_streams() -> None:
+    """Open what the caller closed (`2>&-`), or the next file that is opened would get its number
+    and every message with it; Python has None for such a stream, and `print` takes that for
+    stdout."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.fstat(descriptor)
+                continue
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, the lowest free number
+
+
+@contextmanager
+def _safe_streams() -> Iterator[None]:
+    """Streams that every message can be written to, for as long as a command runs."""
+    _fill_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name of a file may hold what cannot be encoded
+            stream.reconfigure(errors="backslashreplace")
+    before, sys.stderr = sys.stderr, _Stderr(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    with _safe_streams():
+        return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
+    try:
+        args = _parse(argv)
+    except LlmqError as error:
+        return _fail("--json" in (sys.argv if argv is None else argv), str(error), error.exit_code)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    stop = _Stop()
+    try:
+        with _told_warnings() as told:
+            answer = args.module.run(args)
+        if answer is None:  # one of many processes, whose main one answers
+            return 0
+        result, text = answer
+        if told:
+            result = {**result, "warnings": told}
+        print(json.dumps(result) if args.json else escaped(text, keep="\n\t"), flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        if stop.requested or isinstance(error, KeyboardInterrupt):
+            hint = (
+                "; the same command continues where it stopped"
+                if args.command in ("quantize", "qat")
+                else ""
+            )
+            return _fail(args.json, f"interrupted{hint}", 130)
+        if isinstance(error, BrokenPipeError):
+            _discard(sys.stdout)
+            return 141
+        return _fail(args.json, *_explain(error), getattr(error, "details", {}))
+    return 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """The message and the exit code of what the user can mend; anything else is a defect of ours
+    and is raised again."""
+    if isinstance(error, LlmqError):
+        return str(error), error.exit_code
+    if reason := out_of_memory(error):
+        return reason, 2
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'input or output'}: {error.strerror or error}; check that it "
+            "exists, may be used and has space left",
+            2,
+        )
+    from llmq_kernels.core.errors import SettingError  # here, because it imports torch
+
+    if isinstance(error, SettingError):
+        return str(error), 2
+    raise error
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:  # told by the command's own parser, whose help lists what there is
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def _fail(as_json: bool, message: str, code: int, details: Mapping[str, Any] = {}) -> int:
+    line = one_line(message)
+    print(f"llmq: {line}", file=sys.stderr)
+    try:
+        if as_json:
+            print(json.dumps({**details, "error": line}))
+        sys.stdout.flush()
+    except (OSError, ValueError):  # a full disk, which may be what the message is about
+        _discard(sys.stdout)
+    return code

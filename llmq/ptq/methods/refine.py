@@ -1,0 +1,133 @@
+"""Coordinate descent after GPTQ: every code and every scale gets a second look, now that all the
+others are known.
+
+GPTQ rounds each column once, knowing only the columns before it. With all of them rounded, the
+squared output error `tr(R H R^T)`, R = W - Q, is a quadratic in each single column: with P = R H
+its best value for column j is `q_j + P_j / H_jj`, rounded to the grid (the exact minimum, because
+the quadratic is symmetric around it). For the scale of a group with integers c = code - zero the
+best value is `s + (P_g . c) / (c H_gg c)`. Each step can only lower the error, so the sweeps are
+safe; the first lowers it most.
+
+Sweeps over columns are known as QuantEase (Behdin et al., 2023). What is added here are the scales,
+and blocks of columns, so that a sweep costs one product with H as GPTQ itself does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmq.grid import rounding
+from llmq.grid.spec import PER_TENSOR
+from llmq.grid.tensor import QuantizedTensor
+
+BLOCK_COLUMNS = 128
+
+
+class _Descent:
+    """The state of a descent, transposed so that a column of W is a contiguous row: values `[K,
+    N]`, P^T = H R^T `[K, N]`."""
+
+    def __init__(self, weight: Tensor, tensor: QuantizedTensor, hessian: Tensor) -> None:
+        self.spec, self.hessian = tensor.spec, hessian
+        # First, and gone before anything else is made: a float32 copy of stacked rows is the
+        # largest thing that a block needs beside its weights.
+        self.product_t = hessian @ tensor.dequantize().neg_().add_(weight).T
+        k = weight.shape[1]
+        g_idx = tensor.g_idx
+        self.group_of = (
+            torch.arange(k, device=weight.device) // self.spec.columns_per_group(k)
+            if g_idx is None
+            else g_idx.long()
+        )
+        self.scale_t = tensor.scale.float().T.contiguous()  # [G, N or 1]
+        zero = tensor.zero
+        self.zero_t = (
+            torch.full_like(self.scale_t, self.spec.levels.offset)
+            if zero is None
+            else zero.float().T.contiguous()
+        )
+        self.integers_t = tensor.codes().T.contiguous().float()
+        self._shift_integers(-self.zero_t)  # code - zero, [K, N]
+
+    def _shift_integers(self, shift_t: Tensor) -> None:
+        """Add `[G, N or 1]` to the integers, by blocks: spread over all columns at once it would be
+        another copy of the weight."""
+        for integers, groups in zip(
+            self.integers_t.split(BLOCK_COLUMNS), self.group_of.split(BLOCK_COLUMNS), strict=True
+        ):
+            integers += shift_t[groups]
+
+    def sweep_scales(self) -> None:
+        """Least squares for the scale of each row in each group, rounded as it will be stored."""
+        for group in range(self.scale_t.shape[0]):
+            columns = torch.nonzero(self.group_of == group).flatten()
+            integers = self.integers_t[columns]
+            curvature = (integers * (self.hessian[columns][:, columns] @ integers)).sum(0)
+            slope = (integers * self.product_t[columns]).sum(0)
+            old = self.scale_t[group]
+            moved = torch.where(curvature > 0, old + slope / curvature.clamp_min(1e-30), old)
+            # A scale that would vanish or change sign belongs to a group without information.
+            new = rounding.round_scale(torch.where(moved > 0.1 * old, moved, old), self.spec)
+            self.product_t.addmm_(self.hessian[:, columns], integers * (old - new))
+            self.scale_t[group] = new
+
+    def sweep_codes(self) -> None:
+        """One pass over the columns."""
+        k = len(self.group_of)
+        curvature = self.hessian.diagonal().clamp_min(1e-30).tolist()
+        groups = self.group_of.tolist()
+        # Columns are taken apart once: on layers of a few hundred rows, finding them costs more
+        # than the arithmetic.
+        scales, lows, highs = (
+            self.scale_t.unbind(),
+            (-self.zero_t).unbind(),
+            (self.spec.levels.max - self.zero_t).unbind(),
+        )
+        new = torch.empty_like(self.integers_t[0])
+        for start in range(0, k, BLOCK_COLUMNS):
+            stop = min(start + BLOCK_COLUMNS, k)
+            local = self.product_t[start:stop].clone()
+            block = self.hessian[start:stop, start:stop]
+            change = torch.empty_like(local)
+            columns = zip(
+                self.integers_t[start:stop].unbind(),
+                local.unbind(),
+                change.unbind(),
+                groups[start:stop],
+                curvature[start:stop],
+                strict=True,
+            )
+            for i, (integers, slope, moved, group, bend) in enumerate(columns):
+                best = torch.addcdiv(integers, slope, scales[group], value=1 / bend, out=new)
+                rounding.round_steps(best, lows[group], highs[group])
+                torch.sub(integers, new, out=moved).mul_(scales[group])
+                integers.copy_(new)
+                local[i + 1 :].addr_(block[i, i + 1 :], moved)
+            self.product_t.addmm_(self.hessian[:, start:stop], change)
+
+    def result(self, tensor: QuantizedTensor) -> QuantizedTensor:
+        del self.product_t
+        self._shift_integers(self.zero_t)
+        codes = self.integers_t.to(torch.uint8).T
+        return QuantizedTensor.from_codes(
+            codes,
+            self.scale_t.T,
+            None if tensor.zero is None else self.zero_t.T,
+            self.spec,
+            tensor.g_idx,
+        )
+
+
+def refine(
+    weight: Tensor, tensor: QuantizedTensor, hessian: Tensor, n_sweeps: int
+) -> QuantizedTensor:
+    """Lower `tr(R H R^T)` of a quantized weight by `n_sweeps` passes over its scales and codes.
+
+    weight: float32 `[N, K]`. hessian: float32 `[K, K]`, damped. Scales shared by several rows are
+    left as they are."""
+    descent = _Descent(weight, tensor, hessian)
+    for _ in range(n_sweeps):
+        if tensor.spec.group_size != PER_TENSOR:
+            descent.sweep_scales()
+        descent.sweep_codes()
+    return descent.result(tensor)

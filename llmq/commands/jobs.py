@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llmq.commands import common
 
 if TYPE_CHECKING:
-    from llmq.ptq.run import Job
+    from llmq.ptq.job import Job
 
 
 def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
@@ -19,7 +19,7 @@ def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
     from llmq.errors import LlmqError
     from llmq.models.source import load_config, resolve
     from llmq.ptq.budget import peak_bytes
-    from llmq.ptq.run import prepare
+    from llmq.ptq.job import prepare
 
     model_dir = resolve(args.model, args.revision)
     recipe = common.read_recipe(args, common.max_positions(load_config(model_dir)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmq.commands import common, jobs
 
 if TYPE_CHECKING:
-    from llmq.ptq.engine import BlockReport
+    from llmq.ptq.results import BlockReport
 
 HELP = "Quantize a model into a folder. An interrupted run continues when the same command is given again."
 

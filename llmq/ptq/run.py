@@ -57,7 +57,6 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
             "llmq": llmq.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
             "device": device,
             "precision": str(job.precision(device)),
         },

@@ -64,6 +64,7 @@ from llmq.ptq.methods.gptq import METHOD as GPTQ
 from llmq.ptq.methods.rtn import rtn
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats
+from llmq.ptq.threads import one_thread
 from llmq.recipe import Recipe
 
 TOKENS_PER_STEP = 2048
@@ -237,8 +238,9 @@ class _Tuner:
         distances = torch.cat([distance for distance, _ in pairs]).cpu()
         lengths = torch.cat([squares for _, squares in pairs]).cpu().sqrt()
         special = self.special[torch.cat(self.checked)]
-        classes = classify(special, lengths, float(lengths.median()))
-        return _Errors(float(distances.double().mean()), class_means(distances, classes))
+        with one_thread():
+            classes = classify(special, lengths, float(lengths.median()))
+            return _Errors(float(distances.double().mean()), class_means(distances, classes))
 
     @torch.enable_grad()
     def train(self, masters: Mapping[str, _Master]) -> int:

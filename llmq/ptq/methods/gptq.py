@@ -40,6 +40,7 @@ from llmq.ptq.methods.base import Needs, Rounding, Shape
 from llmq.ptq.methods.refine import refine
 from llmq.ptq.solver import RowErrors, SolverResult, stack_errors
 from llmq.ptq.stats import LayerStats, row_errors
+from llmq.ptq.threads import one_thread
 from llmq.recipe import Recipe
 
 Order = Literal["group", "static", "none", "act"]
@@ -68,14 +69,16 @@ def factor_of_reversed(reversed_hessian: Tensor) -> Tensor | None:
     """Upper U `[K, K]` with H^-1 = U^T U, or None when H is not positive definite in float32. H is
     given with rows and columns backwards. Few copies are alive at a time, so hand the matrix over
     without keeping it: at K = 28672 it takes 3.3 GB."""
-    lower, info = torch.linalg.cholesky_ex(reversed_hessian)
+    with one_thread():
+        lower, info = torch.linalg.cholesky_ex(reversed_hessian)
     del reversed_hessian
     if int(info) != 0:
         return None
     # The identity turns into the inverse in place: transposed, it already has the column order that
     # LAPACK writes.
     inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    with one_thread():
+        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
     return inverse.flip(0, 1) if bool(torch.isfinite(inverse.sum())) else None
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmq.commands.values import real, source, whole
+from llmq.formats.registry import AUTO, NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,7 +210,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=whole(0), help="seed of the calibration windows (default: 0)"
     )
     parser.add_argument(
-        "--format", default="auto", help="auto, gptq, gptq_v2, bitnet or llmq (default: auto)"
+        "--format", default=AUTO, help=f"{AUTO}, {', '.join(NAMES)} (default: {AUTO})"
     )
     parser.add_argument(
         "--strict",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-METHOD = "llmq"
+if TYPE_CHECKING:
+    from llmq.formats.base import Format
+
+METHOD = "llmq"  # what registers it; as in `llmq.formats.base`
 _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -42,11 +45,9 @@ class StoredLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shape
-        if (
-            "weight" not in headers
-            # some models reach into their layers while they are initialised (GPT-2 into c_proj);
-            # this takes what they write
-        ):
+        # Some models reach into their layers while they are initialised (GPT-2 into c_proj); this
+        # takes what they write.
+        if "weight" not in headers:
             self.weight = torch.empty(0)
         for suffix, (dtype, tensor_shape) in headers.items():
             self.register_buffer(suffix, torch.empty(tensor_shape, dtype=dtype, device="meta"))
@@ -76,7 +77,7 @@ class LlmqQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: LlmqConfig
     # the format of the folder that the model came from, None for one that was quantized in memory
-    stored_format: str | None = None
+    stored_format: Format | None = None
     # why the model cannot be written as it is, or None
     unsavable: str | None = None
     # stored tensors of packed layers that decide nothing
@@ -86,8 +87,7 @@ class LlmqQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         from llmq.errors import LlmqError
-        from llmq.formats import FORMATS
-        from llmq.formats.settings import check_format
+        from llmq.formats.settings import format_of
         from llmq.models.arch import linear_shape
         from llmq.models.names import check_dtypes, match_names, stored_to_model_names
         from llmq.models.shards import read_header
@@ -97,8 +97,7 @@ class LlmqQuantizer(HfQuantizer):
                 "a quantized checkpoint can only be loaded from safetensors files; use "
                 "llmq.load(folder)"
             )
-        self.stored_format = check_format(self.quantization_config.settings().get("format", METHOD))
-        fmt = FORMATS[self.stored_format]
+        fmt = self.stored_format = format_of(self.quantization_config.settings())
         headers = {
             name: entry
             for path in checkpoint_files
@@ -135,12 +134,12 @@ class LlmqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from llmq.activations.keys_values import quantize_kv
         from llmq.errors import LlmqError
-        from llmq.formats import FORMATS
+        from llmq.formats.settings import format_of
         from llmq.grid.spec import ActSpec
         from llmq.inference.module import QuantLinear
 
         settings = self.quantization_config.settings()
-        fmt = FORMATS[settings.get("format", METHOD)]
+        fmt = format_of(settings)
         activations = ActSpec.from_json(settings.get("activations") or {})
         left_out: list[str] = []
         for name, module in list(model.named_modules()):
@@ -179,11 +178,12 @@ class LlmqQuantizer(HfQuantizer):
 
         if self.unsavable is not None:
             raise LlmqError(self.unsavable)
-        if self.stored_format not in (METHOD, None):
+        if self.stored_format is not None and not self.stored_format.is_own:
+            name = self.stored_format.name
             raise LlmqError(
-                "save_pretrained would turn this model, which was loaded from a "
-                f"{self.stored_format} folder, into the llmq format; llmq.save(model, OUT, "
-                f"format={self.stored_format!r}) keeps the format, and format='llmq' changes it"
+                f"save_pretrained would turn this model, which was loaded from a {name} folder, "
+                f"into the llmq format; llmq.save(model, OUT, format={name!r}) keeps the format, "
+                "and format='llmq' changes it"
             )
         return True
 
@@ -210,7 +210,7 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
         if linear_shape(module) is not None and module is not head
     }
     specs |= {name: module.spec for name, module in layers.items()}
-    settings = NATIVE.config(specs)
+    settings = NATIVE.write_config(specs)
     if len(activations) == 1:
         settings["activations"] = next(iter(activations)).to_json()
     config = LlmqConfig(**settings)
@@ -219,6 +219,9 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
         model.hf_quantizer = quantizer
         model.quantization_method = METHOD
     if len(activations) > 1:
-        quantizer.unsavable = "the layers of this model quantize their inputs in different ways, which no format holds; give all the same ActSpec"
+        quantizer.unsavable = (
+            "the layers of this model quantize their inputs in different ways, which no format "
+            "holds; give all the same ActSpec"
+        )
     quantizer.quantization_config = config
     model.config.quantization_config = config

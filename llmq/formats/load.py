@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmq.errors import LlmqError, LlmqWarning
+from llmq.formats.registry import all_formats
 from llmq.formats.settings import quantization_settings
 from llmq.inference.module import quantized_modules
 from llmq.inference.rotary import take_turns
@@ -86,7 +87,9 @@ def load(
     finally:
         transformers_logging.set_verbosity(verbosity)
     if missing := info.get("missing_keys"):
-        packed = any(name.endswith(".qweight") for name in shards.names) and settings is None
+        markers = {fmt.marker for fmt in all_formats()}
+        suffixes = {name.rpartition(".")[2] for name in shards.names}
+        packed = settings is None and not markers.isdisjoint(suffixes)
         reason = (
             "the tensors are packed, but neither config.json nor quantize_config.json says how"
             if packed

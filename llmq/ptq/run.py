@@ -21,8 +21,9 @@ import llmq
 from llmq.activations.keys_values import quantize_kv
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.evaluation.position_classes import special_ids
-from llmq.formats import Format, choose_format, format_note
+from llmq.formats.base import Format
 from llmq.formats.hf_quantizer import state_quantization
+from llmq.formats.registry import choose_format, format_note
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.grid.spec import ActSpec
 from llmq.inference.module import quantized_modules, swap

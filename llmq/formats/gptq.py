@@ -11,7 +11,6 @@ written as version 2. When reading version 1, decoded zero points are shifted, n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Settings, Specs
+from llmq.formats.engines import fused_disagreement
 from llmq.formats.gptq_settings import (
     AUTO_ROUND,
     BITS,
@@ -72,8 +72,7 @@ class Gptq(Format):
         return bool(self.shift) and all(map(engines_load, quantized)) and not self.note(specs)
 
     def note(self, specs: Specs) -> str | None:
-        reason = fused_disagreement(specs.items())
-        return None if reason is None else f"vLLM and SGLang will not: {reason}"
+        return fused_disagreement(specs)
 
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         _n, k = qtensor.shape
@@ -234,29 +233,6 @@ def package_version() -> str:
         return version("llmq")
     except PackageNotFoundError:
         return "0"
-
-
-_FUSED = {
-    name: members
-    for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-    for name in members
-}
-
-
-def fused_disagreement(specs: Iterable[tuple[str, QuantSpec | None]]) -> str | None:
-    """Layers that vLLM and SGLang join into one although they are quantized differently (or one of
-    them is not), so that these engines cannot load the folder; None where there are none."""
-    first: dict[tuple[str, tuple[str, ...]], tuple[str, QuantSpec | None]] = {}
-    for name, spec in specs:
-        parent, _, leaf = name.rpartition(".")
-        if leaf in _FUSED:
-            other, expected = first.setdefault((parent, _FUSED[leaf]), (name, spec))
-            if spec != expected:
-                return (
-                    f"{other} ({expected or 'kept'}) and {name} ({spec or 'kept'}) are one layer "
-                    "there, whose parts must be quantized alike"
-                )
-    return None
 
 
 def engines_load(spec: QuantSpec) -> bool:

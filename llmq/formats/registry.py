@@ -19,6 +19,7 @@ _HOMES = {
     "gptq": "llmq.formats.gptq:GPTQ_V1",
     "gptq_v2": "llmq.formats.gptq:GPTQ_V2",
     "bitnet": "llmq.formats.bitnet:BITNET",
+    "awq": "llmq.formats.awq:AWQ",
     "llmq": "llmq.formats.native:NATIVE",
 }
 NAMES = tuple(_HOMES)

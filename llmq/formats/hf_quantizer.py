@@ -11,7 +11,9 @@ here, before and after, and every fault is an error."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
     from llmq.formats.base import Format
+    from llmq.models.shards import ShardReader
 
 METHOD = "llmq"  # what registers it; as in `llmq.formats.base`
 _DTYPES = {
@@ -34,6 +37,33 @@ _DTYPES = {
     "I8": torch.int8,
     "I64": torch.int64,
 }
+
+
+_KNOWN: ContextVar[ShardReader | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def knowing(shards: ShardReader) -> Iterator[None]:
+    """While transformers loads a folder whose headers are read already."""
+    token = _KNOWN.set(shards)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def _headers(paths: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype, as safetensors calls it, and shape of every tensor of some files."""
+    from llmq.models.shards import read_header
+
+    known = _KNOWN.get()
+    if known is not None and set(paths) == set(known.names.values()):
+        return {name: (known.dtypes[name], known.shapes[name]) for name in known.names}
+    return {
+        name: (entry["dtype"], entry["shape"])
+        for path in paths
+        for name, entry in read_header(path).items()
+    }
 
 
 class StoredLinear(nn.Module):
@@ -90,7 +120,6 @@ class LlmqQuantizer(HfQuantizer):
         from llmq.formats.settings import format_of
         from llmq.models.arch import linear_shape
         from llmq.models.names import check_dtypes, match_names, stored_to_model_names
-        from llmq.models.shards import read_header
 
         if not checkpoint_files:
             raise LlmqError(
@@ -98,21 +127,18 @@ class LlmqQuantizer(HfQuantizer):
                 "llmq.load(folder)"
             )
         fmt = self.stored_format = format_of(self.quantization_config.settings())
-        headers = {
-            name: entry
-            for path in checkpoint_files
-            for name, entry in read_header(Path(path)).items()
-        }
+        headers = _headers([Path(path) for path in checkpoint_files])
         layers: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
-        for name, entry in headers.items():
+        for name, (dtype, stored_shape) in headers.items():
             layer, _, suffix = name.rpartition(".")
-            if f"{layer}.{fmt.marker}" in headers:
-                if entry["dtype"] not in _DTYPES:
-                    raise LlmqError(
-                        f"{name}: dtype {entry['dtype']} is not used by any quantized format; the "
-                        "checkpoint is damaged"
-                    )
-                layers.setdefault(layer, {})[suffix] = (_DTYPES[entry["dtype"]], entry["shape"])
+            if f"{layer}.{fmt.marker}" not in headers:
+                continue
+            if dtype not in _DTYPES:
+                raise LlmqError(
+                    f"{name}: dtype {dtype} is not used by any quantized format; the checkpoint is "
+                    "damaged"
+                )
+            layers.setdefault(layer, {})[suffix] = (_DTYPES[dtype], stored_shape)
         names = stored_to_model_names(model, [f"{layer}.weight" for layer in layers])
         for layer, tensors in layers.items():
             name = names[f"{layer}.weight"].removesuffix(".weight")
@@ -128,7 +154,7 @@ class LlmqQuantizer(HfQuantizer):
                 )
             model.set_submodule(name, StoredLinear(tensors, shape))
         matched = match_names(model, headers)
-        dtypes = {name: entry["dtype"] for name, entry in headers.items()}
+        dtypes = {name: dtype for name, (dtype, _) in headers.items()}
         check_dtypes(model, dtypes, matched, str(Path(checkpoint_files[0]).parent))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -19,9 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmq.models.compat import (
+    HfQuantizer,
+    QuantizationConfigMixin,
+    register_quantization_config,
+    register_quantizer,
+)
 
 if TYPE_CHECKING:
     from llmq.formats.base import Format

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.hf_quantizer import knowing
@@ -21,6 +20,7 @@ from llmq.inference.module import quantized_modules
 from llmq.inference.rotary import take_turns
 from llmq.inference.settings import read_settings
 from llmq.models.building import one_at_a_time
+from llmq.models.compat import only_errors
 from llmq.models.names import check_dtypes, left_out, stored_to_model_names
 from llmq.models.source import Source
 from llmq.models.stored import state_ties
@@ -72,27 +72,20 @@ def load(
         part.transformers_weights = shards.start  # so that transformers opens the same file
     if settings is not None:
         config.quantization_config = settings
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with (
-            reading(
-                model_dir,
-                "transformers cannot load it",
-                "compare its config.json with the original's",
-            ),
-            knowing(shards),
-        ):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                model_dir,
-                config=config,
-                dtype=_DTYPES[dtype],
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-            )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    remedy = "compare its config.json with the original's"
+    with (
+        reading(model_dir, "transformers cannot load it", remedy),
+        knowing(shards),
+        only_errors(),
+    ):
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            config=config,
+            dtype=_DTYPES[dtype],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
     if missing := info.get("missing_keys"):
         markers = {fmt.marker for fmt in all_formats()}
         suffixes = {name.rpartition(".")[2] for name in shards.names}

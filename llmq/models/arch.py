@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmq.errors import LlmqError
+from llmq.models import compat
+from llmq.models.compat import Conv1D
 from llmq.recipe import Layer
 
 MOST_STRETCHED = 1e6  # factors of rotary positions beyond are no factors
@@ -66,9 +67,7 @@ _UNSUPPORTED = {
 def check_type(model_type: str) -> None:
     """Refuse a `model_type` that transformers has no causal language model for, naming the nearest
     family. Raises `LlmqError`."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in compat.causal_models():
         nearest = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
         hint = f" (the nearest is {nearest[0]})" if nearest else ""
         raise LlmqError(
@@ -81,11 +80,6 @@ def check_type(model_type: str) -> None:
 def check_supported(config: PretrainedConfig) -> None:
     """Refuse, from the config alone, what cannot be quantized as a whole, of a type that passed
     `check_type`. Raises `LlmqError`."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
     text_config = config.get_text_config()
     if reason := _UNSUPPORTED.get(text_config.model_type):
         raise LlmqError(f"{text_config.model_type}: {reason}; this architecture is not supported")
@@ -99,14 +93,14 @@ def check_supported(config: PretrainedConfig) -> None:
             )
     found = config.architectures or []
     generating = {
-        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *compat.causal_models().values(),
         # A wrapper, whose text model predicts the next token like any other.
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type),
+        compat.wrapper_models().get(config.model_type),
     }
     if found and not generating.intersection(found):
         raise LlmqError(
             f"{found[0]} is not a causal language model; expected weights of "
-            f"{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts "
+            f"{compat.causal_models()[config.model_type]}, or of another that predicts "
             "the next token"
         )
 
@@ -117,7 +111,7 @@ def position_limit(config: PretrainedConfig) -> int | None:
     trained with; they are never fewer."""
     text_config = config.get_text_config()
     limit: int | None = getattr(text_config, "max_position_embeddings", None)
-    if not limit or not hasattr(type(text_config), "rope_parameters"):  # learned ones just end
+    if not limit or not compat.has_rotary_positions(text_config):  # learned ones just end
         return limit
     scaled = [_scaled_limit(limit, *rope) for rope in _rotary_positions(text_config)]
     return max(limit, min(scaled, default=limit))
@@ -126,12 +120,10 @@ def position_limit(config: PretrainedConfig) -> int | None:
 def _rotary_positions(config: PretrainedConfig) -> list[tuple[dict[str, Any], bool]]:
     """What each kind of layer rotates by, and whether it is the same for all layers. Of several
     kinds only those that see the whole text: no token is far away in a sliding window."""
-    stored = getattr(config, "rope_parameters", None)
-    if not isinstance(stored, dict):
-        return []
+    stored = compat.rotary_parameters(config)
     kinds = {name: rope for name, rope in stored.items() if isinstance(rope, dict)}
     if not kinds:
-        return [(stored, True)]
+        return [(stored, True)] if stored else []
     return [(rope, False) for name, rope in kinds.items() if "sliding" not in name]
 
 
@@ -269,7 +261,7 @@ def _is_expert(name: str) -> bool:
 def refuse_shared_weights(model: PreTrainedModel, prefix: str) -> None:
     """Raise for blocks that share weights: each would be quantized for its own inputs, and one
     result would replace the other."""
-    for name, source in model.all_tied_weights_keys.items():
+    for name, source in compat.ties(model).items():
         if name.startswith(prefix + "."):
             raise LlmqError(
                 f"{type(model).__name__}: {name} is the same tensor as {source}, and blocks that "

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from llmq.formats.base import Specs
 from llmq.grid.spec import QuantSpec
-
-_FUSED = {
-    name: members
-    for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-    for name in members
-}
+from llmq.models.site import fused_names
 
 
 def fused_disagreement(specs: Specs) -> str | None:
     """Layers that vLLM and SGLang join into one although they are quantized differently (or one of
     them is not), so that these engines cannot load the folder; None where there are none."""
-    first: dict[tuple[str, tuple[str, ...]], tuple[str, QuantSpec | None]] = {}
+    first: dict[tuple[str, ...], tuple[str, QuantSpec | None]] = {}
     for name, spec in specs.items():
-        parent, _, leaf = name.rpartition(".")
-        if leaf not in _FUSED:
-            continue
-        other, expected = first.setdefault((parent, _FUSED[leaf]), (name, spec))
+        other, expected = first.setdefault(fused_names(name), (name, spec))
         if spec != expected:
             return (
                 f"vLLM and SGLang will not: {other} ({expected or 'kept'}) and {name} "

@@ -123,8 +123,8 @@ class LlmqQuantizer(HfQuantizer):
     ) -> None:
         from llmq.errors import LlmqError
         from llmq.formats.settings import format_of
-        from llmq.models.arch import linear_shape
         from llmq.models.names import check_dtypes, match_names, stored_to_model_names
+        from llmq.models.site import site_of
 
         if not checkpoint_files:
             raise LlmqError(
@@ -145,19 +145,17 @@ class LlmqQuantizer(HfQuantizer):
                 )
             layers.setdefault(layer, {})[suffix] = (_DTYPES[dtype], stored_shape)
         names = stored_to_model_names(model, [f"{layer}.weight" for layer in layers])
+        state = model.state_dict()
         for layer, tensors in layers.items():
             name = names[f"{layer}.weight"].removesuffix(".weight")
-            shape = (
-                linear_shape(model.get_submodule(name))
-                if f"{name}.weight" in model.state_dict()
-                else None
-            )
-            if shape is None:
+            is_there = f"{name}.weight" in state
+            site = site_of(model.get_submodule(name)) if is_there else None
+            if site is None:
                 raise LlmqError(
                     f"{layer}: packed tensors are stored for it, but {type(model).__name__} has no "
                     "such linear layer; config.json does not belong to these weights"
                 )
-            model.set_submodule(name, StoredLinear(tensors, shape))
+            model.set_submodule(name, StoredLinear(tensors, site.shape))
         matched = match_names(model, headers)
         dtypes = {name: dtype for name, (dtype, _) in headers.items()}
         check_dtypes(model, dtypes, matched, str(Path(checkpoint_files[0]).parent))
@@ -228,18 +226,14 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
     `save_pretrained` writes then loads as what it is. In memory every format is the native one."""
     from llmq.formats.native import NATIVE
     from llmq.inference.module import quantized_modules
-    from llmq.models.arch import linear_shape
+    from llmq.models.site import sites_in
 
     layers = quantized_modules(model)
     activations = {module.activations for module in layers.values()}
     head = model.get_output_embeddings()
     # What is linear still is kept as it is, whether or not a config says so: GPTQ's has no list of
     # such layers.
-    specs: dict[str, Any] = {
-        name: None
-        for name, module in model.named_modules()
-        if linear_shape(module) is not None and module is not head
-    }
+    specs: dict[str, Any] = {site.name: None for site in sites_in(model) if site.module is not head}
     specs |= {name: module.spec for name, module in layers.items()}
     settings = NATIVE.write_config(specs)
     if len(activations) == 1:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.models import compat
-from llmq.models.compat import Conv1D
+from llmq.models.site import Site, site_of, sites_in
 from llmq.recipe import Layer
 
 MOST_STRETCHED = 1e6  # factors of rotary positions beyond are no factors
@@ -165,25 +165,25 @@ def needs_bos(config: PretrainedConfig) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """`(N, K)` of a linear layer, or None for any other module. GPT-2's Conv1D stores its weight as
-    `[K, N]`."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return None
+    """`(N, K)` of a site, or None for any other module."""
+    site = site_of(module)
+    return None if site is None else site.shape
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as `[N, K]` (a view)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(module, Conv1D) else weight
+    """The weight of a site as `[N, K]` (a view)."""
+    return _site(module).weight
 
 
 def weight_as_stored(module: nn.Module, weight: Tensor) -> Tensor:
     """The inverse of `linear_weight`: `[N, K]` as the layer's own `weight` has it (a view)."""
-    return weight.T if isinstance(module, Conv1D) else weight
+    return _site(module).stored(weight)
+
+
+def _site(module: nn.Module) -> Site:
+    site = site_of(module)
+    assert site is not None
+    return site
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -196,7 +196,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
         and len(module) > 0
-        and any(block_layers(module[0]))
+        and any(sites_in(module[0]))
     ]
     if len(found) > 1:  # towers of a multimodal model may be as deep as its text model
         found = [each for each in found if _is_inside(each[1], model.get_decoder())] or found
@@ -214,10 +214,8 @@ def _is_inside(module: nn.Module, whole: nn.Module | None) -> bool:
 
 
 def block_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names, relative to the block, and modules of its linear layers."""
-    return (
-        (name, module) for name, module in block.named_modules() if linear_shape(module) is not None
-    )
+    """Names, relative to the block, and modules of its sites."""
+    return ((site.name, site.module) for site in sites_in(block))
 
 
 def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
@@ -227,9 +225,7 @@ def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
     refuse_fused_experts(blocks)
     refuse_shared_weights(model, prefix)
     return [
-        Layer(f"{prefix}.{i}.{name}", _shape(module))
-        for i, block in enumerate(blocks)
-        for name, module in block_layers(block)
+        site.as_layer(f"{prefix}.{i}") for i, block in enumerate(blocks) for site in sites_in(block)
     ]
 
 
@@ -268,9 +264,3 @@ def refuse_shared_weights(model: PreTrainedModel, prefix: str) -> None:
                 "share weights cannot be quantized block by block; this architecture is not "
                 "supported"
             )
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    shape = linear_shape(module)
-    assert shape is not None
-    return shape

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmq.commands.values import real, source, whole
+from llmq.formats.registry import AUTO, NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from llmq.grid.spec import QuantSpec
+    from llmq.models.source import Source
     from llmq.recipe import Recipe
     from llmq.text.windows import Windows
 
@@ -209,7 +211,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=whole(0), help="seed of the calibration windows (default: 0)"
     )
     parser.add_argument(
-        "--format", default="auto", help="auto, gptq, gptq_v2, bitnet or llmq (default: auto)"
+        "--format", default=AUTO, help=f"{AUTO}, {', '.join(NAMES)} (default: {AUTO})"
     )
     parser.add_argument(
         "--strict",
@@ -335,19 +337,19 @@ def _recipe_of_file(path: str, defaults: Recipe, args: argparse.Namespace) -> Re
         raise LlmqError(f"--recipe {path}, with the options beside it: {error}") from None
 
 
-def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) -> Windows:
+def evaluation_windows(args: argparse.Namespace, source: Source) -> Windows:
     """The windows that `eval` and `compare` score."""
     from dataclasses import replace
 
-    from llmq.models.tokens import model_tokenizer
+    from llmq.models.tokens import own_tokenizer
     from llmq.text.documents import load_documents
     from llmq.text.windows import cut_windows
 
-    length = args.sequence_length or min(2048, max_positions(config))
+    length = args.sequence_length or min(2048, max_positions(source.config))
     windows = cut_windows(
         load_documents(args.data, "eval"),
-        model_tokenizer(model_dir, config),
-        config,
+        own_tokenizer(source),
+        source.config,
         length,
         args.bos,
     )

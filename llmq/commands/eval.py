@@ -27,15 +27,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
     from llmq.inference.module import backends_in_use
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
     from llmq.storage.boundary import running
 
     common.check_device(args.device)
-    model_dir = resolve(args.model, args.revision)
-    verified = common.check_manifest(args, model_dir)
-    windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
+    source = Source.open(args.model, args.revision)
+    verified = common.check_manifest(args, source.folder)
+    windows = common.evaluation_windows(args, source)
     model = load(
-        model_dir,
+        source,
         dtype=args.dtype,
         device=args.device,
         compute=args.compute,

@@ -65,15 +65,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.inference.module import backends_in_use
     from llmq.inference.settings import check, effective, read_settings
     from llmq.inference.step import report
-    from llmq.models.source import load_config, resolve
-    from llmq.models.tokens import model_tokenizer
+    from llmq.models.source import Source
+    from llmq.models.tokens import own_tokenizer
     from llmq.storage.boundary import reading, running
     from llmq.text.documents import check_vocabulary
 
     common.check_device(args.device)
-    model_dir = resolve(args.model, args.revision)
-    config, stored = load_config(model_dir), read_settings(model_dir)
-    tokenizer = model_tokenizer(model_dir, config)
+    source = Source.open(args.model, args.revision)
+    model_dir, config = source.folder, source.config
+    stored = read_settings(model_dir)
+    tokenizer = own_tokenizer(source)
     with reading(model_dir, "its tokenizer cannot read the prompt", "give another --prompt"):
         prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
     is_sampled = args.temperature > NO_TEMPERATURE
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], config, stored)
     model = running(args.model)(prepare_decoding)(
         load(
-            model_dir,
+            source,
             dtype=args.dtype,
             device=args.device,
             compute=args.compute,

@@ -278,7 +278,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
 
     from llmq.benchmark.plot import check_plot
     from llmq.messages import one_line
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
     from llmq.qat.job import prepare_job
     from llmq.qat.run import check_output, fine_tune
     from llmq.recipe import Rule
@@ -289,10 +289,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
         check_plot(args.plot)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     common.check_device(device)
-    model_dir = resolve(args.model, args.revision)
-    settings = read_settings(args, common.max_positions(load_config(model_dir)))
+    source = Source.open(args.model, args.revision)
+    settings = read_settings(args, common.max_positions(source.config))
     job = prepare_job(
-        str(model_dir),
+        source,
         settings,
         train=args.train,
         teacher=args.teacher,

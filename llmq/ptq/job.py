@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
-from llmq.formats import Format, choose_format, format_note
+from llmq.formats.base import Format
+from llmq.formats.registry import choose_format, format_note
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
 from llmq.models.names import check_dtypes, check_shapes, match_names

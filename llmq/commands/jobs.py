@@ -24,7 +24,7 @@ def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
     source = Source.open(args.model, args.revision)
     recipe = common.read_recipe(args, common.max_positions(source.config))
     job = prepare(
-        str(source.folder),
+        source,
         recipe,
         calibration=args.calibration,
         format=args.format,

@@ -176,7 +176,7 @@ def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
         files.remove(start_dir)
     if not start_dir.exists():
         assert job.windows is not None
-        ptq = prepare_ptq(str(job.model_dir), job.recipe, calibration=_calibration(job))
+        ptq = prepare_ptq(job.source, job.recipe, calibration=_calibration(job))
         total, done = len(find_blocks(ptq.model)[1]), 0
 
         def on_block(report: Any) -> None:

@@ -20,7 +20,6 @@ import torch
 from packed_weights import make_weight
 
 from llmq_kernels import BACKENDS, CODES, Code, linear, select_backend
-from llmq_kernels.core.dispatch import reference_linear
 from llmq_kernels.core.errors import SettingError
 from llmq_kernels.core.reference import (
     activation_group,
@@ -28,6 +27,7 @@ from llmq_kernels.core.reference import (
     fake_quantize_static,
     fake_quantize_tokens,
 )
+from llmq_kernels.core.reference_backend import linear as reference_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from packed_weights import make_weight
 
 from llmq_kernels import PreparedWeight, select_backend
 from llmq_kernels.compiled import jit, object_check
-from llmq_kernels.core import cache, errors
+from llmq_kernels.core import cache, errors, execution, restricted
 from llmq_kernels.core.cache import Unsafe, private_folder, read_private, seal, unseal
 
 if _reason := jit.missing() or (None if jit.supports("avx2") else "this CPU has no AVX2"):
@@ -336,11 +336,10 @@ def mortal(monkeypatch):
     """Forms may die in this test, and live again after it."""
 
     def clear():
-        jit.supports.cache_clear()
+        jit._runs.cache_clear()
         jit.kernel.cache_clear()
-        jit.missing.cache_clear()
 
-    monkeypatch.setattr(jit, "_dead", {})
+    monkeypatch.setattr(execution, "this", execution.Process())
     clear()
     yield
     monkeypatch.undo()
@@ -357,7 +356,7 @@ def test_a_form_whose_probe_died_is_not_offered(folder, mortal, monkeypatch):
     with pytest.warns(errors.KernelWarning, match="On the CPU run: .*reference"):
         prepared = PreparedWeight(weight, torch.float32, CPU)
     assert prepared.backend.name == "reference"
-    assert jit.deaths()["avx2"] == "it died"
+    assert execution.this.dead["avx2"] == "it died"
     assert list(folder.glob("*.o")) == []
     assert torch.isfinite(prepared.linear(x)).all()
 
@@ -461,9 +460,9 @@ print(late.backend.name)
 
 
 def test_forbidden_memory_is_simulated_where_the_system_cannot_forbid(mortal, monkeypatch):
-    monkeypatch.setattr(jit.execution, "forbidden", lambda: "it is forbidden")
+    monkeypatch.setattr(execution, "_ask", lambda: "it is forbidden")
     monkeypatch.setattr("llmq_kernels.core.restricted._verdicts", {"cpu-int4": None})
-    jit.missing.cache_clear()
+    assert restricted.reason() == "it is forbidden"
     weight = make_weight("int4", 128, 64, 128, activations="int8-group")
     assert jit.missing() == "it is forbidden"
     assert select_backend(weight, torch.float32, CPU).name == "reference"

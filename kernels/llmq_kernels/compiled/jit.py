@@ -47,9 +47,13 @@ FORMS: dict[str, str] = {
 }
 
 
-@cache
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
+    return execution.this.forbidden or _cannot_compile()
+
+
+@cache
+def _cannot_compile() -> str | None:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"its kernels are written for x86-64, not {platform.machine()}"
     if not find_spec("llvmlite"):
@@ -65,10 +69,14 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
 
 
-@cache
 def supports(form: str) -> bool:
     """Whether this process can run a form: the CPU says so, and its smallest kernel does."""
-    if missing() is not None or not cpu_flags().issuperset(FORMS[form].replace("+", "").split(",")):
+    return missing() is None and form not in execution.this.dead and _runs(form)
+
+
+@cache
+def _runs(form: str) -> bool:
+    if not cpu_flags().issuperset(FORMS[form].replace("+", "").split(",")):
         return False
     if form == "amx" and not _tiles_allowed():
         return False
@@ -77,31 +85,15 @@ def supports(form: str) -> bool:
             _object_code(form, *_SMALLEST)
     except KernelDied:
         return False
-    return form not in _dead
+    return True
 
 
 _building = threading.Lock()  # one thread at a time compiles and loads
-# The kernel that stands for its form, and why forms whose probe died are not offered.
-_SMALLEST = ("elementwise", "add_kernel", ())
-_dead: dict[str, str] = {}
-
-
-def deaths() -> dict[str, str]:
-    """Form -> why it is not offered although the CPU has it."""
-    return dict(_dead)
-
-
-def look_again() -> str | None:
-    """Why nothing can be compiled here, or None, asked of the system anew."""
-    if missing() is None and execution.forbidden():
-        missing.cache_clear()
-        supports.cache_clear()
-    return missing()
+_SMALLEST = ("elementwise", "add_kernel", ())  # the kernel that stands for its form
 
 
 def _bury(form: str, reason: str) -> KernelDied:
-    _dead[form] = reason
-    supports.cache_clear()
+    execution.this.dead[form] = reason
     tell(f"llmq's compiled kernels for {form} are not used: {reason}")
     return KernelDied(f"kernels for {form} cannot run here: {reason}")
 
@@ -109,7 +101,7 @@ def _bury(form: str, reason: str) -> KernelDied:
 def obstacle(form: str, otherwise: str) -> str | None:
     """Why kernels of a form cannot run here, or None. otherwise: what is said where only the CPU
     is in the way."""
-    return missing() or (None if supports(form) else _dead.get(form, otherwise))
+    return missing() or (None if supports(form) else execution.this.dead.get(form, otherwise))
 
 
 def _tiles_allowed() -> bool:
@@ -191,19 +183,9 @@ def _object_code(form: str, module: str, function: str, parameters: tuple[object
     return code
 
 
-_untried = False
-
-
-def use_untried() -> None:
-    """Load what is compiled without a probe, and keep none of it: for processes that are
-    probes."""
-    global _untried
-    _untried = True
-
-
 def _folder() -> Path | None:
     """Where compiled kernels are kept, or None where that is not safe or not possible."""
-    if _untried:
+    if execution.this.is_trial:
         return None
     try:
         return private_folder(cache_dir() / "kernels", create=True)
@@ -228,7 +210,7 @@ def cache_obstacle() -> str | None:
 
 def _try(form: str, code: bytes, text: str) -> None:
     """Run a fresh object in a child process. Raises `KernelDied`."""
-    if _untried:
+    if execution.this.is_trial:
         return
     try:
         reason = object_check.refusal(code, text)
@@ -255,7 +237,7 @@ def _load(form: str, code: bytes, symbol: str) -> int:
     process."""
     from llvmlite import binding
 
-    if reason := look_again():
+    if reason := execution.forbidden() or missing():
         raise KernelDied(f"kernels for {form} cannot be loaded: {reason}")
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine("avx2"))
     engine.add_object_file(binding.ObjectFileRef.from_data(code))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 255  # steps of an INT8 range
+EXACT_COLUMNS = 65536  # whose products of two bytes fit 32 bits: 255 * 128 * 65536 < 2^31
 
 
 def expand_groups(

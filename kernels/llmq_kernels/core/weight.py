@@ -11,6 +11,9 @@ from llmq_kernels.core.codes import Code
 from llmq_kernels.core.packing import unpack
 from llmq_kernels.core.reference import dequantize_codes
 
+# Kinds of `PackedWeight.activations` that no checkpoint asks for, only whoever runs the model.
+RUN_TIME_ACTIVATIONS = ("int8-group",)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:

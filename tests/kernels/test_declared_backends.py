@@ -25,9 +25,12 @@ from llmq_kernels.core.reference import (
     activation_group,
     fake_quantize_groups,
     fake_quantize_static,
+    fake_quantize_token_ranges,
     fake_quantize_tokens,
 )
 from llmq_kernels.core.reference_backend import linear as reference_linear
+from llmq_kernels.core.weight import RUN_TIME_ACTIVATIONS
+from llmq_kernels.torch_cpu import kleidiai
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
@@ -45,7 +48,7 @@ MADE_UP = (
     Code("int2-below", 2, 4, -1.0),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KINDS = ("none", "int8-token", "int8-static", "int8-group")
+KINDS = ("none", "int8-token", "int8-static", *RUN_TIME_ACTIVATIONS)
 # columns per group (-1: one scale per row, 0: per tensor) and K: also groups that do not divide K
 GROUPS = [
     (2, 64), (7, 63), (7, 100), (16, 64), (32, 160), (32, 100), (48, 96), (48, 200), (64, 192), (64, 150), (96, 192), (96, 400), (128, 256),
@@ -59,8 +62,17 @@ def made_up(monkeypatch):
         monkeypatch.setitem(CODES, code.name, code)
 
 
-def as_seen(x, weight):
-    """x as the product's definition has it."""
+@pytest.fixture(autouse=True)
+def reference_body(monkeypatch):
+    """torch's own, where KleidiAI does not run: as right, and slow."""
+    if kleidiai.machine_obstacle() is not None:
+        monkeypatch.setattr(kleidiai, "machine_obstacle", lambda: None)
+
+
+def as_seen(x, weight, backend):
+    """x as the product's definition has it, or as KleidiAI has it: no less fine."""
+    if weight.activations == "int8-token-asym" or backend is kleidiai.BACKEND:
+        return fake_quantize_token_ranges(x)
     if weight.activations == "int8-token":
         return fake_quantize_tokens(x)
     if weight.activations == "int8-static":
@@ -74,7 +86,7 @@ def as_seen(x, weight):
 def check(backend, weight, dtype, m=3):
     """The product of a backend that takes the weight."""
     x = torch.randn(m, weight.shape[1]).to(dtype)
-    seen, values = as_seen(x, weight).double(), weight.dequantize().double()
+    seen, values = as_seen(x, weight, backend).double(), weight.dequantize().double()
     state = backend.prepare(weight, dtype)
     held = dataclasses.replace(weight, packed=state.get("packed", weight.packed))
     out = backend.linear(x, held, state)
@@ -82,6 +94,8 @@ def check(backend, weight, dtype, m=3):
     if "packed" in state:
         assert torch.equal(backend.restore(held, state), weight.packed)
     unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    if backend is kleidiai.BACKEND:
+        unit = 2.0**-8  # it rounds scales of groups to bfloat16
     largest = weight.scale.float().abs().max() * max(weight.code.levels, weight.code.offset + 1)
     size = seen.abs() @ torch.maximum(values.abs(), largest.double() / 2).T
     bound = (4 * unit + weight.shape[1] * 2.0**-23) * size

@@ -2,9 +2,10 @@
 whoever runs a model, made at run time and never saved.
 
 "exact" (the default): activations stay what they are, 16 or 32 bits. "int8": on a CPU, weights that
-integer kernels exist for are multiplied with activations quantized to INT8 per token and group of
-columns. That makes decoding up to twice as fast and costs a little accuracy, which `llmq eval
---compute int8` measures.
+integer kernels exist for are multiplied with activations quantized to INT8: per token and group of
+columns by llmq's own kernels (x86-64), per token with a zero point by KleidiAI's (ARM64). That
+makes decoding up to twice as fast and costs a little accuracy, which `llmq eval --compute int8`
+measures.
 
 A mode of the run and not of the weight: the same folder serves both, and checkpoints of other tools
 too. It travels to the kernels as the weight's `activations`, so backends need no second switch, and

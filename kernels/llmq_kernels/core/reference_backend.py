@@ -25,6 +25,8 @@ def fake_quantized(x: Tensor, weight: PackedWeight) -> Tensor:
             columns = weight.shape[1] if whole else weight.group_size
             group = reference.activation_group(weight.code.bits, columns)
             return reference.fake_quantize_groups(x, group)
+        case "int8-token-asym":
+            return reference.fake_quantize_token_ranges(x)
     return x
 
 

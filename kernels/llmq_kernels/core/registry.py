@@ -7,7 +7,7 @@ from llmq_kernels.compiled import bf16_backends, int8_backend
 from llmq_kernels.core import reference_backend
 from llmq_kernels.core.backend import Backend
 from llmq_kernels.core.errors import SettingError
-from llmq_kernels.torch_cpu import int4pack, int8pack, onednn
+from llmq_kernels.torch_cpu import int4pack, int8pack, kleidiai, onednn
 from llmq_kernels.triton import backend as triton
 
 BACKENDS: tuple[Backend, ...] = (
@@ -19,6 +19,7 @@ BACKENDS: tuple[Backend, ...] = (
     int4pack.BACKEND,
     int8pack.BACKEND,
     onednn.BACKEND,
+    kleidiai.BACKEND,
     reference_backend.BACKEND,
 )
 

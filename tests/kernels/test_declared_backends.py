@@ -47,6 +47,12 @@ MADE_UP = (
     Code("bit", 1, 2, 0.5),
     Code("int2-below", 2, 4, -1.0),
 )
+# Codes of the table that no kernel was built for.
+UNDECLARED = [
+    code
+    for code in CODES.values()
+    if not any(code in (takes.codes or ()) for one in BACKENDS for takes in one.takes)
+]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("none", "int8-token", "int8-static", *RUN_TIME_ACTIVATIONS)
 # columns per group (-1: one scale per row, 0: per tensor) and K: also groups that do not divide K
@@ -130,7 +136,7 @@ def test_each_backend_refuses_or_is_right(group):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("code", ["int8", "int4", "int3", "int2", "int2h", "ternary"])
+@pytest.mark.parametrize("code", list(CODES))
 @pytest.mark.parametrize("n", [48, 17])  # the second fills no band
 def test_the_whole_matrix(n, code, kind):
     groups = GROUPS[::4] if INTERPRETED else GROUPS
@@ -138,7 +144,7 @@ def test_the_whole_matrix(n, code, kind):
     assert cross(weights([code], groups, [kind], n))["reference"] == n_weights * len(DTYPES)
 
 
-@pytest.mark.parametrize("code", MADE_UP, ids=lambda code: code.name)
+@pytest.mark.parametrize("code", [*UNDECLARED, *MADE_UP], ids=lambda code: code.name)
 def test_a_code_that_nobody_declares(code, monkeypatch):
     """The reference computes it, with gradients and compiled, too; nobody else takes it, asked by
     name neither."""

@@ -36,8 +36,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 MADE_UP = (
-    Code("int5", 5, 32, 16.0),
-    Code("int6", 6, 64, 32.0),
     Code("int7", 7, 128, 64.0),
     Code("uint4", 4, 16, 0.0),
     Code("int4-odd", 4, 16, 7.0),

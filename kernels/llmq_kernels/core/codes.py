@@ -38,6 +38,8 @@ class Code:
 # backend and format refuses it until it declares it.
 _TABLE = (
     Code("int8", 8, 256, 128.0),
+    Code("int6", 6, 64, 32.0),
+    Code("int5", 5, 32, 16.0),
     Code("int4", 4, 16, 8.0),
     Code("int3", 3, 8, 4.0),
     Code("int2", 2, 4, 2.0),

@@ -26,7 +26,9 @@ LARGEST_GROUP = 2**31 - 1
 MAX_TEXT = 64  # characters of the short form
 
 _TEXT = re.compile(
-    r"(?:w(?P<bits>\d+h?)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?"
+    r"(?:w(?P<bits>\d+h?)|(?P<ternary>ternary))"
+    r"(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?"
+    r"(?P<asymmetric>-asym)?"
 )
 
 

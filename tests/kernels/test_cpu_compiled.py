@@ -78,7 +78,7 @@ def group_of(weight):
     )
 
 
-# --- layout -----------------------------------------------------------------------------------------------------------------
+# --- layout ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -100,7 +100,7 @@ def test_canonical_words_come_back(code, group, n, k, asymmetric):
     assert torch.equal(restore(weight, prepare(weight, torch.bfloat16)), weight.packed)
 
 
-# --- exactness --------------------------------------------------------------------------------------------------------------
+# --- exactness ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -171,7 +171,7 @@ def test_activations_are_quantized_as_the_reference_does(form, group):
     assert torch.equal(total, expected_codes.view(3, -1, group).sum(-1).float())
 
 
-# --- any scales -------------------------------------------------------------------------------------------------------------
+# --- any scales -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activations", ["int8-group", "int8-token"])
@@ -260,7 +260,7 @@ def test_sums_of_very_long_rows_do_not_overflow():
     assert relative_error(out, torch.ones(1, k).double() @ weight.dequantize().double().T) < 1e-4
 
 
-# --- who is asked -----------------------------------------------------------------------------------------------------------
+# --- who is asked ---------------------------------------------------------------------------------
 
 
 def test_sixteen_bit_activations_are_never_quantized():
@@ -305,7 +305,7 @@ def test_refusals():
     )
 
 
-# --- compiling --------------------------------------------------------------------------------------------------------------
+# --- compiling ------------------------------------------------------------------------------------
 
 # form, module, parameters -> instructions that must and must not be there
 ASSEMBLY = [

@@ -1,11 +1,11 @@
 """KleidiAI's backend, through the reference body that torch has on other machines.
 
 Tolerance. The reference rounds activations as the operator does, so where scales are exact (float32
-per row, or numbers that bfloat16 holds) both multiply the same integers, and what differs is float32
-arithmetic: one rounding per group and a few for the scales. A code on the edge between two
-integers may fall to either side where a scale differs in its last place: with K columns of 255 steps
-that is less than one code in 2^16, and moves an output by one step of x times one weight. Scales of
-groups are rounded to bfloat16, 2^-9 each, which averages out over the groups in the norm."""
+per row, or numbers that bfloat16 holds) both multiply the same integers, and what differs is
+float32 arithmetic: one rounding per group and a few for the scales. A code on the edge between two
+integers may fall to either side where a scale differs in its last place: less than one code in
+2^16, which moves an output by one step of x times one weight. Scales of groups are rounded to
+bfloat16, 2^-9 each, which averages out over the groups in the norm."""
 
 import dataclasses
 import json

@@ -28,7 +28,7 @@ def missing() -> str | None:
     return jit.missing() or (None if form() else "this CPU has no AVX2")
 
 
-# --- attention --------------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def attention_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -45,7 +45,10 @@ def attention_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         or value.shape[3] != query.shape[3]
         or key.shape[2] == 0
     ):
-        return f"it takes one query token and heads of a multiple of 32 columns only, not {list(query.shape)}"
+        return (
+            "it takes one query token and heads of a multiple of 32 columns only, "
+            f"not {list(query.shape)}"
+        )
     if key.stride(3) != 1 or value.stride(3) != 1:
         return "it takes keys and values whose columns lie side by side only"
     if reason := missing():
@@ -95,7 +98,7 @@ def attention(
     return out
 
 
-# --- between the products -----------------------------------------------------------------------------------------------------
+# --- between the products -------------------------------------------------------------------------
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:

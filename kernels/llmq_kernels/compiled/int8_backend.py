@@ -1,10 +1,11 @@
-"""The backend `cpu-vnni`: products with activations quantized to INT8. It takes "int8-token" and
-"int8-static", which the checkpoint asks for, and "int8-group", which whoever runs the model asks
-for: one scale per token and 32, 64 or 128 columns, much closer to the truth than one per token, and
-up to twice the speed of int4pack for one token.
+"""The backend `cpu-vnni`: products with activations quantized to INT8.
+
+It takes "int8-token" and "int8-static", which the checkpoint asks for, and "int8-group", which
+whoever runs the model asks for: one scale per token and 32, 64 or 128 columns, much closer to the
+truth than one per token.
 
 Two kinds of kernels multiply: those that take rows and tokens one by one (`vnni`), and those that
-take tiles of 16 tokens (`amx_int8`, `avx512_int8`), from a number of tokens on that was measured."""
+take tiles of 16 tokens (`amx_int8`, `avx512_int8`), from a number of tokens on that is measured."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ AVX512_TOKENS = 11
 AVX512_TOKENS_WHOLE = 96
 
 
-# --- where it runs ----------------------------------------------------------------------------------
+# --- where it runs --------------------------------------------------------------------------------
 
 
 def obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -79,7 +80,7 @@ def widest_form() -> str | None:
     return next((form for form in FORMS if jit.supports(form)), None)
 
 
-# --- the product ------------------------------------------------------------------------------------
+# --- the product ----------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None = None) -> Tensor:
@@ -176,7 +177,7 @@ def _by_token_tile(values: Tensor) -> Tensor:
     return filled.view(-1, 16, n_groups).transpose(1, 2).contiguous()
 
 
-# --- the activations --------------------------------------------------------------------------------
+# --- the activations ------------------------------------------------------------------------------
 
 
 class Tokens(NamedTuple):

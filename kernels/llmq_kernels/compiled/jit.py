@@ -112,7 +112,7 @@ def _tiles_allowed() -> bool:
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
-# --- compiling ----------------------------------------------------------------------------------------------------------
+# --- compiling ------------------------------------------------------------------------------------
 
 
 def _machine(form: str) -> object:
@@ -222,8 +222,8 @@ def _try(form: str, code: bytes, text: str) -> None:
 
 
 def kernel_text(module: str, function: str, *parameters: object) -> str:
-    """LLVM's text of `function(*parameters)` of a module of this folder. Imported by name, since these
-    modules need llvmlite."""
+    """LLVM's text of `function(*parameters)` of a module of this folder. Imported by name, since
+    these modules need llvmlite."""
     text: str = getattr(importlib.import_module(f"{__package__}.{module}"), function)(*parameters)
     return text
 
@@ -246,7 +246,7 @@ def _load(form: str, code: bytes, symbol: str) -> int:
     return int(engine.get_function_address(symbol))
 
 
-# --- running ------------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 @cache

@@ -1,5 +1,5 @@
-"""A weight in the layout of `layout`, and the arguments that say so to a kernel. All backends of this
-folder share it."""
+"""A weight in the layout of `layout`, and the arguments that say so to a kernel. All backends of
+this folder share it."""
 
 from __future__ import annotations
 

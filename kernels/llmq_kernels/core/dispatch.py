@@ -136,7 +136,7 @@ def _product(
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-# --- one operator for compilers and autograd ------------------------------------------------------------------------------
+# --- one operator for compilers and autograd ------------------------------------------------------
 
 
 @cache

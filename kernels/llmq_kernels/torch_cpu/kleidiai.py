@@ -40,7 +40,7 @@ ZERO = 8  # the code that the operator subtracts
 UNIT_VECTORS = 256  # multiplied at a time, to get codes back
 
 
-# --- where it runs ----------------------------------------------------------------------------------
+# --- where it runs --------------------------------------------------------------------------------
 
 
 @cache
@@ -71,7 +71,7 @@ def obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> 
     return None
 
 
-# --- the backend ------------------------------------------------------------------------------------
+# --- the backend ----------------------------------------------------------------------------------
 
 
 def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:

@@ -206,7 +206,7 @@ def quantize(x: Tensor, group: int, span: int, form: str) -> Tokens:
     codes = torch.empty(m, k, dtype=torch.int8)
     scale = torch.empty(m, k // group, dtype=torch.float32)
     total = torch.empty(m, k // group, dtype=torch.float32)
-    kernel = jit.kernel(form, "vnni", "quantize_kernel", x.dtype == torch.bfloat16)
+    kernel = jit.kernel(form, "quantize", "quantize_kernel", x.dtype == torch.bfloat16)
     pointers = [tensor.data_ptr() for tensor in (x, codes, scale, total)]
     kernel(*pointers, m, k, span, group, threads=1 if m == 1 else None)
     return Tokens(codes, scale, total)

@@ -15,7 +15,7 @@ import torch
 from packed_weights import make_weight, relative_error
 
 from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, pack, select_backend, unpack
-from llmq_kernels.compiled import bf16_backends, int8_backend, jit
+from llmq_kernels.compiled import bf16_backends, int8_backend, jit, threads
 from llmq_kernels.compiled.layout import Layout, arrange, restore_codes
 from llmq_kernels.compiled.prepared import prepare, restore
 from llmq_kernels.core.reference import (
@@ -354,9 +354,9 @@ def test_any_number_and_kind_of_threads(monkeypatch):
     try:
         torch.set_num_threads(3)
         assert torch.equal(int8_backend.product(x, weight, state, "avx2", unit="rows"), expected)
-        monkeypatch.setattr(jit, "_gomp_parallel", lambda: None)
+        monkeypatch.setattr(threads, "_gomp_parallel", lambda: None)
         jit.kernel.cache_clear()
-        assert jit.threads_of() == "Python threads"
+        assert threads.threads_of() == "Python threads"
         assert torch.equal(int8_backend.product(x, weight, state, "avx2", unit="rows"), expected)
     finally:
         torch.set_num_threads(n_threads)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmq_kernels.compiled import jit
 from llmq_kernels.compiled.recording import NotRecordable
+from llmq_kernels.compiled.threads import Kernel, float_bits
 from llmq_kernels.core.errors import KernelDied
 
 LANES = 16
@@ -93,7 +94,7 @@ def attention(
         scores.shape[1],
     )
     _kernel("attention", "decode_kernel", head_dim)(
-        *pointers, jit.float_bits(scaling / math.log(2)), *sizes, *strides
+        *pointers, float_bits(scaling / math.log(2)), *sizes, *strides
     )
     return out
 
@@ -112,7 +113,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> 
         out.data_ptr(),
     )
     _kernel("elementwise", "norm_kernel", delta is not None)(
-        *pointers, jit.float_bits(eps), x.numel() // k, k, threads=1
+        *pointers, float_bits(eps), x.numel() // k, k, threads=1
     )
     return out
 
@@ -185,7 +186,7 @@ def _bf16(x: Tensor) -> Tensor:
     return x
 
 
-def _kernel(module: str, function: str, *parameters: object) -> jit.Kernel:
+def _kernel(module: str, function: str, *parameters: object) -> Kernel:
     chosen = form()
     if chosen is None:
         raise NotRecordable(str(missing()))

@@ -40,7 +40,10 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     when a scale does not fit into its dtype."""
     stored = scale.to(getattr(torch, spec.scale_dtype))
     if not torch.isfinite(stored).all():
-        remedy = 'quantize with scales in bfloat16 ("scale_dtype": "bfloat16" in the rules of a recipe), or keep this layer'
+        remedy = (
+            'quantize with scales in bfloat16 ("scale_dtype": "bfloat16" in the rules of a '
+            "recipe), or keep this layer"
+        )
         raise LlmqError(
             f"a scale of {scale.abs().max().item():.3g} does not fit into {spec.scale_dtype}: "
             f"{remedy}"

@@ -18,6 +18,7 @@ from llmq.grid.spec import ActSpec, QuantSpec
 KEEP = "keep"
 MAX_RULES = 10_000
 MAX_TOKENS = 1 << 40
+_RULE_FORMS = "expected 'PATTERN=SPEC', or a pair of a pattern and a spec"
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ class Recipe:
         if self.method == "blockwise" and self.order == "act":
             raise LlmqError(
                 "block-wise tuning needs groups of consecutive columns, and true act-order stores "
-                "other ones: leave out --act-order (--order group sorts columns too), or use "
-                "--method gptq"
+                "other ones: leave out --act-order (the order 'group' sorts columns too), or "
+                "use --method gptq"
             )
 
     def _check_types(self) -> None:
@@ -257,7 +258,7 @@ class Recipe:
         values = dict(data)
         try:
             if "rules" in values:
-                values["rules"] = _rules_of(values["rules"])
+                values["rules"] = rules_of(values["rules"])
             if "activations" in values:
                 values["activations"] = ActSpec.from_json(values["activations"])
         except LlmqError as error:
@@ -265,14 +266,26 @@ class Recipe:
         return cls(**values)
 
 
-def _rules_of(data: Any) -> tuple[Rule, ...]:
-    expected = "expected pairs of a pattern and a spec, as report.json holds them under 'recipe'"
+def rules_of(data: Any) -> tuple[Rule, ...]:
+    """The rules of a recipe file: each a text `PATTERN=SPEC`, or a pair of a pattern and a spec, as
+    a report holds them. Raises `LlmqError` that names the rule by its place."""
     if not isinstance(data, list | tuple):
-        raise LlmqError(f"rules {data!r}: {expected}")
+        raise LlmqError(f"rules {data!r}: expected a list; {_RULE_FORMS}")
     rules = []
-    for pair in data:
-        if not (isinstance(pair, list | tuple) and len(pair) == 2):
-            raise LlmqError(f"rule {pair!r}: {expected}")
-        pattern, spec = pair
-        rules.append(Rule(pattern, None if spec is None else QuantSpec.from_json(spec)))
+    for i, rule in enumerate(data):
+        try:
+            rules.append(_rule_of(rule))
+        except LlmqError as error:
+            raise LlmqError(f"rules[{i}]: {error}") from None
     return tuple(rules)
+
+
+def _rule_of(data: Any) -> Rule:
+    if isinstance(data, str):
+        return Rule.parse(data)
+    if not (isinstance(data, list | tuple) and len(data) == 2):
+        raise LlmqError(f"rule {data!r}: {_RULE_FORMS}")
+    pattern, spec = data
+    if isinstance(spec, str):
+        return Rule(pattern, None if spec == KEEP else QuantSpec.parse(spec))
+    return Rule(pattern, None if spec is None else QuantSpec.from_json(spec))

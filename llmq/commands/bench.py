@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llmq.commands import common
-from llmq.commands.values import real, whole
+from llmq.commands import options, rendering
+from llmq.commands.options import real, whole
+from llmq.commands.parser import Parser
 
 HELP = "Time the packed kernels beside torch's bfloat16 linear on this machine (--kernels, the default), or decoding with a synthetic Llama (--decode)."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--kernels", action="store_true", help="products of single layers (default)"
     )
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="such as w4g128, w3g64-asym, w8; +a8 for INT8 activations, +a8g for those of --compute int8: w8+a8, ternary+a8g",
     )
-    parser.add_argument(
+    parser.more.add_argument(
         "--repeats",
         type=whole(1),
         default=20,
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="first measure the candidate tiles of every kernel and keep the fastest in ~/.cache/llmq; needs a GPU",
     )
-    parser.add_argument(
+    parser.more.add_argument(
         "--tune-seconds",
         type=real(),
         default=240,
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.errors import LlmqError
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    common.check_device(str(device))
+    options.check_device(str(device))
     for option in ("decode", "tune"):
         if getattr(args, option) and device.type != "cuda":
             raise LlmqError(
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from llmq.benchmark.decode import compare_decode
 
         result = environment | compare_decode(device)
-        return result, common.render_pairs(result)
+        return result, rendering.render_pairs(result)
     return _kernels(args, device, environment)
 
 
@@ -124,7 +125,7 @@ def _kernels(
         chip = tuning.chip_of(device)
         tuning.save(chip, tuning.tuned_dir() / f"{tuning.slug(chip.name)}.json", environment)
     table = []
-    with common.progress("bench") as show:
+    with rendering.progress("bench") as show:
         for row in kernels.measure(shapes, rows, kinds, device, repeats=args.repeats):
             table.append(row)
             show(
@@ -180,4 +181,4 @@ def _text(table: list[dict[str, Any]], environment: dict[str, Any]) -> str:
     }
     notes = [f"{name}: not measured ({reason})" for name, reason in missing.items()]
     title = f"{environment['device']}, torch {environment['torch']}; ratio: speed-up over torch's bfloat16 linear"
-    return "\n".join([title, common.render(lines, header), *notes])
+    return "\n".join([title, rendering.render(lines, header), *notes])

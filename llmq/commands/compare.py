@@ -6,15 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from llmq.commands import common
+from llmq.commands import options, rendering, scoring
+from llmq.commands.parser import Parser
 
 HELP = "How far a quantized model is from its base: perplexity ratio with a paired interval, KL divergence, top-1 agreement, size."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", help=common.MODEL_HELP)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("base", help=options.MODEL_HELP)
     parser.add_argument("quant", help="the quantized model: a folder or Hub id")
-    common.add_evaluation_arguments(parser)
+    options.add_evaluation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -26,13 +27,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.models.source import load_config, resolve
     from llmq.storage.boundary import running
 
-    common.check_device(args.device)
+    options.check_device(args.device)
     base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
     verified = {
-        "base": common.check_manifest(args, base_dir),
-        "quant": common.check_manifest(args, quant_dir),
+        "base": scoring.check_manifest(args, base_dir),
+        "quant": scoring.check_manifest(args, quant_dir),
     }
-    windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
+    windows = scoring.evaluation_windows(args, base_dir, load_config(base_dir))
     _check_tokenizers(base_dir, quant_dir)
     length = windows.tokens.shape[1]
     check_length(load_config(quant_dir), length, f"windows of {length} tokens, {args.quant}")
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for model_dir in (base_dir, quant_dir)
     )
     quantize_head(quant, args.head_bits)
-    with common.progress("windows") as show, running(f"{args.base} or {args.quant}"):
+    with rendering.progress("windows") as show, running(f"{args.base} or {args.quant}"):
         result = compare(base, quant, windows, show)
     sizes = {"base_bytes": _weight_bytes(base_dir), "quant_bytes": _weight_bytes(quant_dir)}
     dtypes = " and ".join(
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **result,
         **sizes,
         "dtype": dtypes,
-        **common.conditions(args),
+        **scoring.conditions(args),
         **windows.identity(),
         "verified": verified,
     }
@@ -86,16 +87,16 @@ def _weight_bytes(model_dir: Path) -> int:
 
 def _text(summary: dict[str, Any]) -> str:
     ratio, kl = (
-        common.render_interval(summary["perplexity_ratio_ci95"], ".5f"),
-        common.render_interval(summary["kl_mean_ci95"], ".3e"),
+        rendering.render_interval(summary["perplexity_ratio_ci95"], ".5f"),
+        rendering.render_interval(summary["kl_mean_ci95"], ".3e"),
     )
-    return common.render_pairs(
+    return rendering.render_pairs(
         {
             "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, ratio {summary['perplexity_ratio']:.5f} ({ratio})",
             "KL divergence": f"mean {summary['kl_mean']:.3e} ({kl}), p99 {summary['kl_p99']:.3e}, max {summary['kl_max']:.3e} nats",
             "top-1 agreement": f"{summary['top1_agreement']:.2%}",
             "RMS change of the target's probability": f"{summary['rms_probability_change']:.2%}",
             "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> {summary['quant_bytes'] / 1e6:.1f} MB",
-            "measured on": common.render_conditions(summary),
+            "measured on": rendering.render_conditions(summary),
         }
     )

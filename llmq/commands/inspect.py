@@ -9,13 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmq.commands import common
+from llmq.commands import options, rendering
+from llmq.commands.parser import Parser
 
 HELP = "Show what is stored in a model folder: format, layers, dtypes, sizes, and how it was made."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=common.MODEL_HELP)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", help=options.MODEL_HELP)
     parser.add_argument("--revision", help="revision of a Hub model")
 
 
@@ -91,7 +92,7 @@ def _text(result: dict[str, Any]) -> str:
         pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
     if report := result["report"]:
         pairs |= _origin(report)
-    return common.render_pairs(pairs)
+    return rendering.render_pairs(pairs)
 
 
 def _origin(report: dict[str, Any]) -> dict[str, object]:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import common, jobs
+from llmq.commands import jobs, options, rendering
+from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
     from llmq.ptq.engine import BlockReport
@@ -15,13 +16,11 @@ if TYPE_CHECKING:
 HELP = "Quantize a model into a folder. An interrupted run continues when the same command is given again."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=common.MODEL_HELP)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", help=options.MODEL_HELP)
     parser.add_argument("out", help="the folder to write")
-    common.add_quantization_arguments(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output that llmq wrote earlier"
-    )
+    options.add_quantization_arguments(parser)
+    options.add_overwrite_argument(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -32,11 +31,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.storage.workspace import check_output
 
     check_output(Path(args.out), args.overwrite)
-    common.check_device(args.device)
+    options.check_device(args.device)
     job = jobs.prepare_job(args)
     for name, note in job.notes.items():
         print(one_line(f"note: {name}: {note}"), file=sys.stderr)
-    with common.progress("blocks") as show:
+    with rendering.progress("blocks") as show:
         done = total = 0
 
         def on_start(finished: int, n_blocks: int) -> None:
@@ -93,7 +92,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
         "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> {report['stored_bytes'] / 1e6:.1f} MB, {report['bits_per_quantized_weight']:.2f} bits per quantized weight",
         "seconds": f"{report['seconds']:.1f}",
     }
-    pairs |= common.companion_lines(report)
+    pairs |= rendering.companion_lines(report)
     if errors:
         ours, rounded = (sum(column) / len(errors) for column in zip(*errors, strict=True))
         pairs["output error"] = (
@@ -136,4 +135,4 @@ def _summary(out: str, report: dict[str, Any]) -> str:
             f"{report['n_dead_columns']} input channels were always zero, "
             f"{report['n_dropped_rows']} rows with NaN or infinity were left out"
         )
-    return common.render_pairs(pairs)
+    return rendering.render_pairs(pairs)

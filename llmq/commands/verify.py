@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llmq.commands import common
+from llmq.commands import rendering
+from llmq.commands.parser import Parser
 
 HELP = "Check every file of a folder that llmq wrote against the hashes of its manifest. Exit code 1 when one differs."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", help="a folder that llmq wrote, or a Hub id of one")
     parser.add_argument("--revision", help="revision of a Hub model")
 
@@ -41,4 +42,4 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         pairs["left behind"] = ", ".join(verdict.absent)
     if verdict.extra:
         pairs["not by llmq"] = ", ".join(verdict.extra)
-    return result, common.render_pairs(pairs)
+    return result, rendering.render_pairs(pairs)

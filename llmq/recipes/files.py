@@ -10,8 +10,9 @@ from typing import Any
 
 from llmq.errors import LlmqError
 from llmq.fields import check_keys
-from llmq.grid.spec import ActSpec
+from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.recipe import Recipe
+from llmq.storage.boundary import reading
 from llmq.storage.json_files import read_value
 from llmq.storage.yaml_files import read_yaml
 
@@ -75,40 +76,42 @@ def _sections(data: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What a file holds for a `Recipe`, and for `llmq qat`."""
     if not isinstance(data, dict):
         raise LlmqError(f"not a recipe: expected an object, got {type(data).__name__}; {_EXPECTED}")
+    if data.get("method") == QAT and "settings" in data:
+        return {}, _section_of_report(data)
     if "recipe" in data:
-        return _sections_of_report(data)
+        recipe = data["recipe"]
+        if not isinstance(recipe, dict):
+            raise LlmqError(f"not a recipe: what it holds under 'recipe' is no object; {_EXPECTED}")
+        return recipe, None
     recipe = {key: value for key, value in data.items() if key != QAT}
     if QAT in data and not isinstance(data[QAT], dict):
         raise LlmqError(f"{QAT} {data[QAT]!r}: expected an object, such as {{scheme: w2}}")
     return recipe, data.get(QAT)
 
 
-def _sections_of_report(report: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The same of a report.json. That of `llmq qat` holds its settings, and the rules before the
-    last one, which is that of the scheme."""
-    recipe, settings = report["recipe"], report.get("settings")
-    if not isinstance(recipe, dict):
-        raise LlmqError(f"not a recipe: what it holds under 'recipe' is no object; {_EXPECTED}")
-    if report.get("method") != QAT or not isinstance(settings, dict):
-        return recipe, None
-    rules = recipe.get("rules")
-    return recipe, {**settings, "rules": rules[:-1] if isinstance(rules, list) else rules}
+def _section_of_report(report: dict[str, Any]) -> dict[str, Any]:
+    """What the report of `llmq qat` says: its settings, and a rule for each layer that has another
+    spec than that of the scheme."""
+    with reading("its settings and layers", "not those of a report of llmq qat", _EXPECTED):
+        usual = str(QuantSpec.from_json(report["settings"]["scheme"]["weights"]))
+        others = [layer for layer in report["layers"] if layer["spec"] != usual]
+        rules = [[layer["name"], layer["spec"]] for layer in others]
+        return {**report["settings"], "rules": rules}
 
 
-def _path_of(name: str) -> Path:
+def _path_of(name: str) -> str:
     """Where a recipe lies. A ready one goes before a file or folder of its name, which can be given
     as ./NAME."""
     if name in ready_names():
-        return _READY_DIR / f"{name}.yaml"
-    path = Path(name)
-    if path.suffix or os.path.lexists(path) or len(path.parts) > 1:
-        return path
+        return str(_READY_DIR / f"{name}.yaml")
+    if os.path.lexists(name) or Path(name).suffix or len(Path(name).parts) > 1:
+        return name
     raise LlmqError(
         f"{name}: not a recipe: no such file, and the ready ones are {', '.join(ready_names())}"
     )
 
 
-def _read(path: Path) -> Any:
-    if path.suffix in YAML:
+def _read(path: str) -> Any:
+    if path.endswith(YAML):
         return read_yaml(path, "a recipe", _EXPECTED)
     return read_value(path, "a recipe", _EXPECTED, unique_keys=True)

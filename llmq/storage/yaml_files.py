@@ -21,13 +21,13 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
     depth = 0
 
+    def fetch_alias(self) -> None:
+        raise ValueError(
+            f"line {self.line + 1}: what begins with * is an alias, which is not read; a pattern "
+            "needs quotes"
+        )
+
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()
-            raise ValueError(
-                f"line {event.start_mark.line + 1}: *{event.anchor} is an alias, which is not "
-                "read; a pattern that begins with * needs quotes"
-            )
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise ValueError(f"nested more than {MAX_DEPTH} deep")

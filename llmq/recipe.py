@@ -82,8 +82,8 @@ class Recipe:
     """Everything that decides the result, apart from model, texts and, where `autocast` is None,
     the machine.
 
-    rules: ordered, first match wins. method: "rtn", "gptq", or "blockwise" (see
-    `llmq.ptq.methods.blockwise`), which starts from `init`. order: the column order of GPTQ (see
+    rules: ordered, first match wins. method: its name in `llmq.ptq.methods`, which says what goes
+    with it; "blockwise" starts from `init`. order: the column order of GPTQ (see
     `llmq.ptq.methods.gptq`). damping: share of the mean diagonal added to the Hessian. search: choose
     scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes
     and scales after GPTQ (see `llmq.ptq.methods.refine`). inputs: where layers are measured: on the
@@ -96,7 +96,7 @@ class Recipe:
     or "mse" (see `llmq.activations.ranges`)."""
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
-    method: Literal["rtn", "gptq", "blockwise"] = "gptq"
+    method: str = "gptq"
     init: Literal["rtn", "gptq"] = "gptq"
     order: Literal["group", "static", "none", "act"] = "group"
     damping: float = 0.01
@@ -122,10 +122,6 @@ class Recipe:
             raise LlmqError(
                 f"alpha {self.alpha}: expected a share of the correction, from 0 to 1 (0.5 is "
                 "usual)"
-            )
-        if self.method == "rtn" and self.order == "act":
-            raise LlmqError(
-                "method rtn has no order of columns: leave out --act-order, or use --method gptq"
             )
         if self.samples < 1 or self.sequence_length < 2:
             raise LlmqError(
@@ -154,17 +150,6 @@ class Recipe:
                 f"learning rate {self.learning_rate}: expected a share of a step between two "
                 "codes, above 0 and at most 1 (0.02 is usual)"
             )
-        if self.init == "rtn" and self.method != "blockwise":
-            raise LlmqError(
-                f"init rtn is what method blockwise starts from, and the method is {self.method}; "
-                "give --method blockwise, or --init gptq to leave it out"
-            )
-        if self.method == "blockwise" and self.order == "act":
-            raise LlmqError(
-                "block-wise tuning needs groups of consecutive columns, and true act-order stores "
-                "other ones: leave out --act-order (the order 'group' sorts columns too), or "
-                "use --method gptq"
-            )
 
     def _check_types(self) -> None:
         """Recipes come from JSON, too, where every value can be of any type."""
@@ -180,16 +165,6 @@ class Recipe:
                 f"{len(self.rules)} rules: expected at most {MAX_RULES}; patterns with * cover "
                 "many layers"
             )
-
-    @property
-    def corrects_targets(self) -> bool:
-        """Whether layers are solved with the means of both input streams."""
-        return self.inputs == "both" and self.method != "rtn" and self.init != "rtn"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether text is read: plain rounding needs it for static activation ranges only."""
-        return self.method != "rtn" or self.activations.kind == "int8-static"
 
     @classmethod
     def uniform(cls, spec: str | QuantSpec, **options: Any) -> Recipe:

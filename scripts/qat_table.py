@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 import llmq
 from llmq.evaluation.perplexity import evaluate
 from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.qat.job import prepare_job
 from llmq.qat.losses import LossWeights
 from llmq.qat.run import fine_tune, train

@@ -89,7 +89,6 @@ def test_json_round_trip():
         ({"alpha": math.nan}, "alpha nan: expected a finite number"),
         ({"alpha": 1.5}, r"alpha 1\.5: expected .* from 0 to 1"),
         ({"search": "yes"}, "search 'yes': expected true or false"),
-        ({"method": "awq"}, "unknown method 'awq': expected rtn, gptq or blockwise"),
         ({"order": "desc"}, "unknown order 'desc': expected group, static, none or act"),
         ({"inputs": "fp"}, "unknown inputs 'fp': expected quantized, full-precision or both"),
         (
@@ -97,12 +96,6 @@ def test_json_round_trip():
             "unknown activation range .* expected minmax, percentile or mse",
         ),
         ({"autocast": 1}, "autocast 1: expected true, false or null"),
-        (
-            {"init": "rtn"},
-            "what method blockwise starts from, and the method is gptq; give --method blockwise, "
-            "or --init gptq",
-        ),
-        ({"method": "rtn", "order": "act"}, "rtn has no order of columns: leave out --act-order"),
     ],
 )
 def test_impossible_settings(options, message):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmq.grid.spec import QuantSpec
-    from llmq.ptq.run import Job
+    from llmq.ptq.job import Job
     from llmq.recipe import Recipe, Rule
 
 # Options that are named as the field of the recipe that they set.
@@ -115,7 +115,7 @@ def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
     from llmq.errors import LlmqError
     from llmq.models.source import load_config, resolve
     from llmq.ptq.budget import peak_bytes
-    from llmq.ptq.run import prepare
+    from llmq.ptq.job import prepare
 
     model_dir = resolve(args.model, args.revision)
     recipe = read_recipe(args, max_positions(load_config(model_dir)))

@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable
 
 from llmq.commands.parser import Parser, fold_into_recipes
+from llmq.ptq.methods import METHODS
 
 MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
 TEXT_HELP = "text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled'"
-METHODS = ("rtn", "gptq", "blockwise")
 LARGEST = 2**63 - 1  # torch's generators and sizes take no more
 # Options of earlier versions, and how recipe files say the same.
 RECIPE_KEYS = {
@@ -180,8 +180,8 @@ def add_quantization_arguments(parser: Parser) -> None:
 def _add_grid_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--method",
-        choices=METHODS,
-        help="blockwise: GPTQ, then every block is trained; best below 4 bits (default: gptq)",
+        choices=tuple(METHODS),
+        help=f"{'; '.join(f'{name}: {what}' for name, what in METHODS.items())} (default: gptq)",
     )
     parser.add_argument("--bits", choices=("2", "3", "4", "8", "ternary"), help="default: 4")
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmq.commands import options
 from llmq.commands.options import real, source, whole
 from llmq.commands.parser import Parser, fold_into_recipes
+from llmq.ptq.methods import METHODS
 
 # Options of earlier versions, and how recipe files say the same.
 RECIPE_KEYS = {
@@ -130,7 +131,7 @@ def _add_scheme_arguments(parser: Parser) -> None:
     )
     parser.more.add_argument(
         "--init",
-        choices=options.METHODS,
+        choices=tuple(METHODS),
         help="the PTQ method of the start (default: gptq)",
     )
 

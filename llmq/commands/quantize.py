@@ -11,7 +11,7 @@ from llmq.commands import jobs, options, rendering
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
-    from llmq.ptq.engine import BlockReport
+    from llmq.ptq.results import BlockReport
 
 HELP = "Quantize a model into a folder. An interrupted run continues when the same command is given again."
 

@@ -179,15 +179,18 @@ def run_and_record(
     return output, seen
 
 
-def run_until(block: nn.Module, layer: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
-    """The input of `layer` when the block runs on `hidden`; nothing after that layer is
-    computed."""
-    found: list[Tensor] = []
+def record_inputs(
+    block: nn.Module, layers: dict[str, nn.Module], call: BlockCall, hidden: Tensor
+) -> dict[str, Tensor]:
+    """The inputs of `layers` by name when the block runs on `hidden`; nothing after the last of
+    them is computed."""
+    found: dict[str, Tensor] = {}
 
-    def stop(_: str, x: Tensor) -> None:
-        found.append(x)
-        raise _Stop
+    def note(name: str, x: Tensor) -> None:
+        found[name] = x
+        if len(found) == len(layers):
+            raise _Stop
 
-    with _input_hooks({"layer": layer}, stop), suppress(_Stop):
+    with _input_hooks(layers, note), suppress(_Stop):
         call.run(block, hidden)
-    return found[0]
+    return found

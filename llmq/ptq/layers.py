@@ -3,7 +3,7 @@ and what is reported of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from llmq.grid.spec import PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import linear_shape
-from llmq.ptq.methods.gptq import GPTQOptions, gptq, row_blocks
+from llmq.ptq.methods.gptq import row_blocks
 from llmq.ptq.methods.rtn import rtn
 from llmq.ptq.solver import RowErrors, SolverResult
 from llmq.ptq.stats import LayerStats, output_error
-from llmq.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class LayerReport:
 
 
 def by_spec(
-    group: list[str], targets: dict[str, QuantSpec]
+    group: Sequence[str], targets: dict[str, QuantSpec]
 ) -> Iterator[tuple[list[str], QuantSpec]]:
     """Parts of a group that can be solved in one call: equal specs, and never several tensors under
     one scale."""
@@ -62,23 +61,6 @@ def by_spec(
             yield from (([layer], spec) for layer in layers)
         else:
             yield layers, spec
-
-
-def solve(
-    weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
-) -> SolverResult:
-    """Quantize a float32 weight `[N, K]` by the recipe's layer solver, which block-wise tuning
-    starts from; without statistics by plain rounding."""
-    if recipe.method == "rtn" or stats is None:
-        return rtn(weight, spec)
-    if recipe.init == "rtn":
-        return rtn(weight, spec, stats.hessian.diagonal() if recipe.search else None)
-    return gptq(
-        weight,
-        stats,
-        spec,
-        GPTQOptions(recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha),
-    )
 
 
 def split(result: SolverResult, rows: list[int]) -> list[SolverResult]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from llmq.ptq.methods import method_of
 from llmq.recipe import Recipe
 
 
@@ -39,8 +40,9 @@ class Precision:
         is_native = (
             config.dtype or config.get_text_config().dtype
         ) == torch.bfloat16 and multiplies_bfloat16(device)
-        needs_means_only = recipe.inputs == "both" and recipe.method == "gptq"
-        trains_in_bfloat16 = recipe.method == "blockwise" and (
+        needs = method_of(recipe).needs(recipe)
+        needs_means_only = needs.both_streams and not needs.tuning
+        trains_in_bfloat16 = needs.tuning and (
             is_native if recipe.autocast is None else recipe.autocast
         )
         return cls(

@@ -4,16 +4,15 @@ values."""
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 
 import llmq
 from llmq.models.identity import model_name, source_name
-
-if TYPE_CHECKING:
-    from llmq.ptq.run import Job
+from llmq.ptq.job import Job
+from llmq.ptq.methods import method_of
 
 
 def build_report(
@@ -31,6 +30,7 @@ def build_report(
     weight files before and after."""
     layers = [layer for block in blocks for layer in block["layers"]]
     n_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    needs = method_of(job.recipe).needs(job.recipe)
     bits = 8 * sum(layer["n_bytes"] for layer in layers) / n_weights
     return {
         "model": model_name(job.model_dir),
@@ -82,10 +82,10 @@ def build_report(
         "layers": layers,
         "device": device,
         "full_precision_stream": None
-        if job.recipe.method == "rtn"
+        if not needs.hessian
         else str(job.precision(device).stream).removeprefix("torch."),
         "tuned_in": str(job.precision(device).training).removeprefix("torch.")
-        if job.recipe.method == "blockwise"
+        if needs.tuning
         else None,
         "versions": versions(),
     }

@@ -40,7 +40,7 @@ from llmq.inference.module import quantized_modules
 from llmq.models.arch import find_blocks
 from llmq.models.source import load_config, load_tokenizer
 from llmq.models.tokens import fingerprint, first_token, model_tokenizer
-from llmq.ptq.run import prepare as prepare_ptq
+from llmq.ptq.job import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
 from llmq.qat.generate import generate_windows
 from llmq.qat.job import QATJob

@@ -21,7 +21,8 @@ from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
 from llmq.models.names import match_names
 from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

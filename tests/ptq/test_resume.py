@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from llmq.errors import LlmqError
+from llmq.ptq.job import prepare
 from llmq.ptq.replay import SolvedParts
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 from llmq.storage.files import MANIFEST
 
@@ -38,8 +39,8 @@ def killing(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 setattr(owner, attribute, killing)
-import llmq.ptq.engine
-llmq.ptq.engine.BATCH_BYTES = 200_000
+import llmq.ptq.streams
+llmq.ptq.streams.BATCH_BYTES = 200_000
 from llmq.commands.cli import main
 sys.exit(main(sys.argv[4:]))
 """
@@ -139,7 +140,7 @@ def test_block_wise_tuning_resumes_to_the_same_bytes(arguments, tmp_path):
     ]
     assert run(tuned, tmp_path / "reference").returncode == 0
     assert (
-        run(tuned, tmp_path / "out", ("llmq.ptq.engine", "tune_block", 2)).returncode
+        run(tuned, tmp_path / "out", ("llmq.ptq.streams", "tune_block", 2)).returncode
         == -signal.SIGKILL
     )  # GPTQ of block 1 done, its tuning not begun
     resumed = run(tuned, tmp_path / "out")

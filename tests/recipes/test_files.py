@@ -72,7 +72,7 @@ BAD = [
     ("1: 2", "line 1: keys are text"),
     ("swoops: 4", "unknown keys swoops; known are rules, method"),
     ("sweeps: 4.0", "sweeps 4.0: expected a whole number"),
-    ("method: awk", "unknown method 'awk': expected rtn, gptq or blockwise"),
+    ("order: desc", "unknown order 'desc': expected group, static, none or act"),
     ("damping: .nan", "damping nan: expected a finite number"),
     ("seed: 2020-01-01", "put text in quotes"),
     ("activations: {kind: int4}", "unknown activations.kind 'int4'"),

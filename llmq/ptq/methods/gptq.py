@@ -36,9 +36,11 @@ from llmq.errors import LlmqError
 from llmq.grid import rounding
 from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor, stack_rows
+from llmq.ptq.methods.base import Needs, Rounding, Shape
 from llmq.ptq.methods.refine import refine
 from llmq.ptq.solver import RowErrors, SolverResult, stack_errors
 from llmq.ptq.stats import LayerStats, row_errors
+from llmq.recipe import Recipe
 
 Order = Literal["group", "static", "none", "act"]
 BLOCK_COLUMNS = 128
@@ -62,14 +64,10 @@ class GPTQOptions:
     alpha: float = 0.0
 
 
-def inverse_factor(hessian: Tensor) -> Tensor | None:
-    """Upper U `[K, K]` with H^-1 = U^T U, or None when H is not positive definite in float32."""
-    return _factor_of_reversed(hessian.flip(0, 1))
-
-
-def _factor_of_reversed(reversed_hessian: Tensor) -> Tensor | None:
-    """`inverse_factor` of a matrix given with rows and columns backwards. Few copies are alive at a
-    time, so hand the matrix over without keeping it: at K = 28672 it takes 3.3 GB."""
+def factor_of_reversed(reversed_hessian: Tensor) -> Tensor | None:
+    """Upper U `[K, K]` with H^-1 = U^T U, or None when H is not positive definite in float32. H is
+    given with rows and columns backwards. Few copies are alive at a time, so hand the matrix over
+    without keeping it: at K = 28672 it takes 3.3 GB."""
     lower, info = torch.linalg.cholesky_ex(reversed_hessian)
     del reversed_hessian
     if int(info) != 0:
@@ -89,7 +87,7 @@ def _damped_factor(
     which it succeeded. Dead columns get the mean as their diagonal."""
     share = min(damping, 1.0)
     while (
-        factor := _factor_of_reversed(_damped_reversed(hessian, order, dead, share))
+        factor := factor_of_reversed(_damped_reversed(hessian, order, dead, share))
     ) is None and share < 1:
         share = min(10 * share, 1.0)
     return factor, share
@@ -343,3 +341,32 @@ def _block_starts(k: int, group_starts: list[int]) -> list[int]:
         for a, b in zip(group_starts, [*group_starts[1:], k], strict=True)
         for start in range(a, b, BLOCK_COLUMNS)
     ]
+
+
+class GPTQ(Rounding):
+    """Every layer by `gptq`, under the Hessian of its inputs."""
+
+    def needs(self, recipe: Recipe) -> Needs:
+        return Needs(text=True, hessian=True, both_streams=recipe.inputs == "both")
+
+    def solve(
+        self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
+    ) -> SolverResult:
+        assert stats is not None
+        options = GPTQOptions(
+            recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha
+        )
+        return gptq(weight, stats, spec, options)
+
+    def solve_bytes(self, shape: Shape) -> int:
+        """Hessian, its reordered copy, factor and inverse factor, and what rounding holds."""
+        n, k = shape
+        return 16 * k * k + 2 * 13 * n * k
+
+    def solve_flops(self, shape: Shape) -> float:
+        """Factorization, column updates and error reports; the search of scales and the descent."""
+        n, k = shape
+        return k**3 + 6 * n * k * k + 8 * 31 * 8 * n * k
+
+
+METHOD = GPTQ()

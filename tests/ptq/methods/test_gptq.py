@@ -8,7 +8,7 @@ import torch
 
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
-from llmq.ptq.methods.gptq import GPTQOptions, column_order, gptq, inverse_factor
+from llmq.ptq.methods.gptq import GPTQOptions, column_order, factor_of_reversed, gptq
 from llmq.ptq.stats import LayerStats, output_error
 
 SPECS = [
@@ -62,7 +62,7 @@ def test_first_column_update_matches_the_formula(stats):
     """One column rounded, the others free: the remaining columns must minimise the output error
     exactly."""
     layer, weight = stats(16), torch.randn(4, 16)
-    factor = inverse_factor(layer.hessian)
+    factor = factor_of_reversed(layer.hessian.flip(0, 1))
     assert torch.allclose(factor.T @ factor @ layer.hessian, torch.eye(16), atol=1e-3)
     error = (weight[:, 0] - weight[:, 0].round()) / factor[0, 0]
     updated = weight - error[:, None] * factor[0]

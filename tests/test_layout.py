@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ ROOMS = [
     "text",
     "models",
     "inference",
+    "recipes",
     "recipe",
     "grid",
     "storage",
@@ -35,6 +37,7 @@ ROOMS = [
     "messages",
 ]
 KERNELS = ROOT / "kernels" / "llmq_kernels"
+TESTS = ROOT / "tests"
 
 
 def imports_of(path: Path):
@@ -66,6 +69,58 @@ def test_imports_go_downwards(path):
         other = part_of(module)
         if other is not None:
             assert ROOMS.index(other) >= ROOMS.index(own), f"{path.name} in {own} imports {module}"
+
+
+def at_import(path: Path) -> set[str]:
+    """What a module imports when it is imported itself, as far as it is ours."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in found if name.split(".")[0] in ("llmq", "llmq_kernels")}
+
+
+def test_no_module_imports_itself_on_the_way():
+    paths = {name_of(path): path for path in modules()}
+    graph = {name: at_import(path) & paths.keys() for name, path in paths.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(paths)
+
+
+def modules() -> list[Path]:
+    """Every module but the `__init__`s, which only name what a package has."""
+    found = [*(ROOT / "llmq").rglob("*.py"), *KERNELS.rglob("*.py")]
+    return sorted(path for path in found if path.stem != "__init__")
+
+
+def name_of(path: Path) -> str:
+    root = KERNELS.parent if path.is_relative_to(KERNELS) else ROOT
+    return ".".join(path.relative_to(root).with_suffix("").parts)
+
+
+def room_and_name(path: Path) -> tuple[str, str]:
+    """The first folder of a path, and the name that a module has, and its test but for a `test_`."""
+    return path.parts[0] if len(path.parts) > 1 else "", path.stem.removeprefix("test_")
+
+
+def test_every_module_has_a_test():
+    """Of its own name in the folder of its room, or as tests/README.md says."""
+    rows = re.findall(r"^\| (`.*\.py`) \| (`.*`) \|$", (TESTS / "README.md").read_text(), re.M)
+    table = {}
+    for left, right in rows:
+        tests = re.findall(r"`([^`]+)`", right)
+        assert [name for name in tests if not (TESTS / name).is_file()] == []
+        table |= dict.fromkeys(re.findall(r"`([^`]+)`", left), tests)
+    own = {room_and_name(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py")}
+    without = set()
+    for path in modules():
+        module = Path(*name_of(path).split("."))
+        room = Path("kernels") if module.parts[0] == "llmq_kernels" else Path()
+        if room_and_name(room / Path(*module.parts[1:])) not in own:
+            without.add(f"{module}.py")
+    assert not without - table.keys(), "give them a test, or a line in tests/README.md"
+    assert not table.keys() - without, "these lines of tests/README.md are of no use"
 
 
 # Modules of device code: Triton's functions need it when they are defined, so nothing but a launch

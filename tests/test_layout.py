@@ -102,7 +102,7 @@ def name_of(path: Path) -> str:
 
 
 def room_and_name(path: Path) -> tuple[str, str]:
-    """The first folder of a path, and the name that a module has, and its test but for a `test_`."""
+    """The first folder of a path, and the name of a module or of its test."""
     return path.parts[0] if len(path.parts) > 1 else "", path.stem.removeprefix("test_")
 
 

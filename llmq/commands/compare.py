@@ -9,7 +9,10 @@ from typing import Any
 from llmq.commands import options, rendering, scoring
 from llmq.commands.parser import Parser
 
-HELP = "How far a quantized model is from its base: perplexity ratio with a paired interval, KL divergence, top-1 agreement, size."
+HELP = (
+    "How far a quantized model is from its base: perplexity ratio with a paired interval, KL "
+    "divergence, top-1 agreement, size."
+)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -86,17 +89,18 @@ def _weight_bytes(model_dir: Path) -> int:
 
 
 def _text(summary: dict[str, Any]) -> str:
-    ratio, kl = (
-        rendering.render_interval(summary["perplexity_ratio_ci95"], ".5f"),
-        rendering.render_interval(summary["kl_mean_ci95"], ".3e"),
-    )
+    ratio = rendering.render_interval(summary["perplexity_ratio_ci95"], ".5f")
+    kl = rendering.render_interval(summary["kl_mean_ci95"], ".3e")
     return rendering.render_pairs(
         {
-            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, ratio {summary['perplexity_ratio']:.5f} ({ratio})",
-            "KL divergence": f"mean {summary['kl_mean']:.3e} ({kl}), p99 {summary['kl_p99']:.3e}, max {summary['kl_max']:.3e} nats",
+            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, "
+            f"ratio {summary['perplexity_ratio']:.5f} ({ratio})",
+            "KL divergence": f"mean {summary['kl_mean']:.3e} ({kl}), p99 {summary['kl_p99']:.3e}, "
+            f"max {summary['kl_max']:.3e} nats",
             "top-1 agreement": f"{summary['top1_agreement']:.2%}",
             "RMS change of the target's probability": f"{summary['rms_probability_change']:.2%}",
-            "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> {summary['quant_bytes'] / 1e6:.1f} MB",
+            "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> "
+            f"{summary['quant_bytes'] / 1e6:.1f} MB",
             "measured on": rendering.render_conditions(summary),
         }
     )

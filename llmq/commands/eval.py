@@ -8,7 +8,10 @@ from typing import Any
 from llmq.commands import options, rendering, scoring
 from llmq.commands.parser import Parser
 
-HELP = "Perplexity of a model, quantized or not, with a 95 percent interval and what identifies the figure."
+HELP = (
+    "Perplexity of a model, quantized or not, with a 95 percent interval and what identifies the "
+    "figure."
+)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -85,7 +85,8 @@ def _text(result: dict[str, Any]) -> str:
     pairs: dict[str, object] = {
         "model": f"{result['model']} ({result['model_type']})",
         "format": "full precision" if settings is None else settings.get("format", "llmq"),
-        "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, {result['tensors']} tensors",
+        "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, "
+        f"{result['tensors']} tensors",
         "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
     }
     if result["specs"]:
@@ -101,7 +102,8 @@ def _origin(report: dict[str, Any]) -> dict[str, object]:
         f"{len(report[name])} {name}" for name in ("fallbacks", "notes") if name in report
     )
     pairs: dict[str, object] = {
-        "made by": f"{report['method']} in {report['seconds']:.0f} s, llmq {report['versions']['llmq']}, {counts}"
+        "made by": f"{report['method']} in {report['seconds']:.0f} s, "
+        f"llmq {report['versions']['llmq']}, {counts}"
     }
     if report["method"] == "qat":
         pairs["training"] = (

@@ -1,5 +1,5 @@
-"""What the commands that quantize and the one that plans share: the recipe and the checked job of the
-options, and how fast this machine is."""
+"""What the commands that quantize and the one that plans share: the recipe and the checked job of
+the options, and how fast this machine is."""
 
 from __future__ import annotations
 

@@ -57,12 +57,14 @@ def _text(result: dict[str, Any]) -> str:
         [(*key[:3], count, key[3]) for key, count in groups.items()],
         ("layers", "N x K", "spec", "count", "note"),
     )
+    disk = result["planned_bytes"] + result["planned_work_bytes"]
     pairs = rendering.render_pairs(
         {
             "method, format": f"{result['method']}, {result['format']}",
-            "weight files": f"{result['source_bytes'] / 1e6:.1f} MB -> about {result['planned_bytes'] / 1e6:.1f} MB",
+            "weight files": f"{result['source_bytes'] / 1e6:.1f} MB -> about "
+            f"{result['planned_bytes'] / 1e6:.1f} MB",
             "peak memory": f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries",
-            "disk": f"about {(result['planned_bytes'] + result['planned_work_bytes']) / 1e9:.2f} GB while it runs",
+            "disk": f"about {disk / 1e9:.2f} GB while it runs",
             "time": f"about {result['planned_seconds']:.0f} s on this machine's CPU",
         }
     )

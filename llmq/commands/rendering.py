@@ -81,8 +81,11 @@ def render_pairs(pairs: dict[str, object]) -> str:
 def render_conditions(summary: dict[str, Any]) -> str:
     """What a figure was measured on and with, for its text."""
     head = "" if summary["head_bits"] is None else f", head at {summary['head_bits']} bits"
-    where = f"{summary['tokens']} tokens of {summary['data']}, protocol {summary['protocol']} at {summary['sequence_length']}, BOS {summary['bos']}"
-    return f"{where}, {summary['dtype']}, compute {summary['compute']}{head}"
+    return (
+        f"{summary['tokens']} tokens of {summary['data']}, protocol {summary['protocol']} at "
+        f"{summary['sequence_length']}, BOS {summary['bos']}, {summary['dtype']}, compute "
+        f"{summary['compute']}{head}"
+    )
 
 
 def companion_lines(report: dict[str, Any]) -> dict[str, str]:

@@ -8,7 +8,10 @@ from typing import Any
 from llmq.commands import rendering
 from llmq.commands.parser import Parser
 
-HELP = "Check every file of a folder that llmq wrote against the hashes of its manifest. Exit code 1 when one differs."
+HELP = (
+    "Check every file of a folder that llmq wrote against the hashes of its manifest. Exit code 1 "
+    "when one differs."
+)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -33,7 +36,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if not verdict.is_good:
         raise VerificationError(f"{args.checkpoint}: {verdict.describe()}", details=result)
     pairs: dict[str, object] = {
-        "verified": f"{args.checkpoint}: {len(verdict.ok)} of {verdict.n_files} files are as llmq wrote them",
+        "verified": f"{args.checkpoint}: {len(verdict.ok)} of {verdict.n_files} files are as llmq "
+        "wrote them",
         "seconds": f"{verdict.seconds:.1f}",
     }
     if verdict.edited:

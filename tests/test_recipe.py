@@ -33,8 +33,13 @@ def test_first_match_wins():
         )
     )
     assert specs(recipe) == {
-        "0.self_attn.q_proj": None, "0.mlp.down_proj": "ternary-g64", "0.mlp.odd": None, "1.self_attn.q_proj": "w8", "1.mlp.down_proj": "ternary-g64", "1.mlp.odd": None,
-    }  # fmt: skip
+        "0.self_attn.q_proj": None,
+        "0.mlp.down_proj": "ternary-g64",
+        "0.mlp.odd": None,
+        "1.self_attn.q_proj": "w8",
+        "1.mlp.down_proj": "ternary-g64",
+        "1.mlp.odd": None,
+    }
 
 
 def test_group_sizes_that_do_not_fit_are_noted():
@@ -50,7 +55,8 @@ def test_group_sizes_that_do_not_fit_are_noted():
 def test_a_rule_that_matches_nothing_is_an_error():
     with pytest.raises(
         LlmqError,
-        match=r"'\*\.dwon_proj' matches none of the 6 linear layers; their names look like model\.layers\.0",
+        match=r"'\*\.dwon_proj' matches none of the 6 linear layers; their names look like "
+        r"model\.layers\.0",
     ):
         Recipe(rules=(Rule.parse("*.dwon_proj=w8"), Rule("*", QuantSpec()))).plan(LAYERS)
 

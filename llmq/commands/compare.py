@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import common
+from llmq.commands import options, rendering, scoring
+from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
     from llmq.models.source import Source
 
-HELP = "How far a quantized model is from its base: perplexity ratio with a paired interval, KL divergence, top-1 agreement, size."
+HELP = (
+    "How far a quantized model is from its base: perplexity ratio with a paired interval, KL "
+    "divergence, top-1 agreement, size."
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", help=common.MODEL_HELP)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("base", help=options.MODEL_HELP)
     parser.add_argument("quant", help="the quantized model: a folder or Hub id")
-    common.add_evaluation_arguments(parser)
+    options.add_evaluation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -28,13 +32,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.models.source import Source
     from llmq.storage.boundary import running
 
-    common.check_device(args.device)
+    options.check_device(args.device)
     sources = Source.open(args.base, args.revision), Source.open(args.quant)
     verified = {
-        "base": common.check_manifest(args, sources[0].folder),
-        "quant": common.check_manifest(args, sources[1].folder),
+        "base": scoring.check_manifest(args, sources[0].folder),
+        "quant": scoring.check_manifest(args, sources[1].folder),
     }
-    windows = common.evaluation_windows(args, sources[0])
+    windows = scoring.evaluation_windows(args, sources[0])
     _check_tokenizers(*sources)
     length = windows.tokens.shape[1]
     check_length(sources[1].config, length, f"windows of {length} tokens, {args.quant}")
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for source in sources
     )
     quantize_head(quant, args.head_bits)
-    with common.progress("windows") as show, running(f"{args.base} or {args.quant}"):
+    with rendering.progress("windows") as show, running(f"{args.base} or {args.quant}"):
         result = compare(base, quant, windows, show)
     sizes = {"base_bytes": sources[0].weight_bytes, "quant_bytes": sources[1].weight_bytes}
     dtypes = " and ".join(
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **result,
         **sizes,
         "dtype": dtypes,
-        **common.conditions(args),
+        **scoring.conditions(args),
         **windows.identity(),
         "verified": verified,
     }
@@ -80,17 +84,18 @@ def _check_tokenizers(base: Source, quant: Source) -> None:
 
 
 def _text(summary: dict[str, Any]) -> str:
-    ratio, kl = (
-        common.render_interval(summary["perplexity_ratio_ci95"], ".5f"),
-        common.render_interval(summary["kl_mean_ci95"], ".3e"),
-    )
-    return common.render_pairs(
+    ratio = rendering.render_interval(summary["perplexity_ratio_ci95"], ".5f")
+    kl = rendering.render_interval(summary["kl_mean_ci95"], ".3e")
+    return rendering.render_pairs(
         {
-            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, ratio {summary['perplexity_ratio']:.5f} ({ratio})",
-            "KL divergence": f"mean {summary['kl_mean']:.3e} ({kl}), p99 {summary['kl_p99']:.3e}, max {summary['kl_max']:.3e} nats",
+            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, "
+            f"ratio {summary['perplexity_ratio']:.5f} ({ratio})",
+            "KL divergence": f"mean {summary['kl_mean']:.3e} ({kl}), p99 {summary['kl_p99']:.3e}, "
+            f"max {summary['kl_max']:.3e} nats",
             "top-1 agreement": f"{summary['top1_agreement']:.2%}",
             "RMS change of the target's probability": f"{summary['rms_probability_change']:.2%}",
-            "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> {summary['quant_bytes'] / 1e6:.1f} MB",
-            "measured on": common.render_conditions(summary),
+            "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> "
+            f"{summary['quant_bytes'] / 1e6:.1f} MB",
+            "measured on": rendering.render_conditions(summary),
         }
     )

@@ -8,7 +8,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from llmq.commands import common
+from llmq.commands import rendering
+from llmq.commands.parser import Parser
 
 HELP = "Print versions, devices, the backends that work here, and what is missing."
 
@@ -31,7 +32,7 @@ OPTIONAL = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """No options of its own."""
 
 
@@ -137,4 +138,4 @@ def _text(result: dict[str, Any]) -> str:
         )
     for name, purpose in result["missing_optional"].items():
         pairs[f"optional {name}"] = f"not installed ({purpose})"
-    return common.render_pairs(pairs)
+    return rendering.render_pairs(pairs)

@@ -9,13 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmq.commands import common
+from llmq.commands import options, rendering
+from llmq.commands.parser import Parser
 
 HELP = "Show what is stored in a model folder: format, layers, dtypes, sizes, and how it was made."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=common.MODEL_HELP)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", help=options.MODEL_HELP)
     parser.add_argument("--revision", help="revision of a Hub model")
 
 
@@ -79,14 +80,15 @@ def _text(result: dict[str, Any]) -> str:
     pairs: dict[str, object] = {
         "model": f"{result['model']} ({result['model_type']})",
         "format": "full precision" if settings is None else settings.get("format", "llmq"),
-        "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, {result['tensors']} tensors",
+        "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, "
+        f"{result['tensors']} tensors",
         "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
     }
     if result["specs"]:
         pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
     if report := result["report"]:
         pairs |= _origin(report)
-    return common.render_pairs(pairs)
+    return rendering.render_pairs(pairs)
 
 
 def _origin(report: dict[str, Any]) -> dict[str, object]:
@@ -95,7 +97,8 @@ def _origin(report: dict[str, Any]) -> dict[str, object]:
         f"{len(report[name])} {name}" for name in ("fallbacks", "notes") if name in report
     )
     pairs: dict[str, object] = {
-        "made by": f"{report['method']} in {report['seconds']:.0f} s, llmq {report['versions']['llmq']}, {counts}"
+        "made by": f"{report['method']} in {report['seconds']:.0f} s, "
+        f"llmq {report['versions']['llmq']}, {counts}"
     }
     if report["method"] == "qat":
         pairs["training"] = (

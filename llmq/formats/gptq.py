@@ -36,7 +36,6 @@ from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq_kernels.core.packing import pack, unpack
 
-_BITS = (2, 3, 4, 8)
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -59,7 +58,7 @@ class Gptq(Format):
             return "it has no ternary codes"
         if spec.levels.offset % 1:
             return "it has whole zero points only"
-        if spec.bits not in _BITS:
+        if spec.bits not in BITS:
             return f"it holds codes of 2, 3, 4 and 8 bits, not {spec.bits}"
         if spec.group_size == PER_TENSOR:
             return "it has no scale per tensor"

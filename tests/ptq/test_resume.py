@@ -123,10 +123,12 @@ def test_killed_anywhere_resumes_to_the_same_bytes(arguments, tmp_path, inputs, 
 
 @pytest.mark.slow
 def test_block_wise_tuning_resumes_to_the_same_bytes(arguments, tmp_path):
-    weak_start = ["--no-search", "--sweeps", "0", "--damping", "1"]
+    weak_start = tmp_path / "weak-start.json"
+    weak_start.write_text(json.dumps({"search": False, "sweeps": 0, "damping": 1.0}))
     tuned = [
         *arguments,
-        *weak_start,
+        "--recipe",
+        str(weak_start),
         "--bits",
         "2",
         "--method",

@@ -264,7 +264,7 @@ class Blockwise(Rounding):
         if recipe.order == "act":
             raise LlmqError(
                 "block-wise tuning needs groups of consecutive columns, and true act-order stores "
-                "other ones: leave out --act-order (--order group sorts columns too), or use "
+                "other ones: leave out --act-order (the default order sorts columns too), or use "
                 "--method gptq"
             )
 

@@ -20,7 +20,7 @@ from llmq.inference.module import quantized_modules
 from llmq_kernels import unpack
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("quantized", [False, True])

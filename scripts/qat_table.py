@@ -111,7 +111,10 @@ def main() -> None:
     parser.add_argument("--eval", default="bundled")
     parser.add_argument(
         "--calibration",
-        help="text that the PTQ rows are calibrated on (default: the training text, on which QAT's own start is calibrated too)",
+        help=(
+            "text that the PTQ rows are calibrated on (default: the training text, on which "
+            "QAT's own start is calibrated too)"
+        ),
     )
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)

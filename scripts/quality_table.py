@@ -83,7 +83,10 @@ class Column:
         return sum(self.values) / len(self.values)
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} | {', '.join(f'{value:.3f}' for value in self.values)} | {self.seconds:.1f} | {self.worst_layer:.2f}"
+        return (
+            f"{self.mean:.3f} | {', '.join(f'{value:.3f}' for value in self.values)} | "
+            f"{self.seconds:.1f} | {self.worst_layer:.2f}"
+        )
 
 
 def measure_seeds(args: argparse.Namespace, method: str, spec: str, text: Windows) -> Column:

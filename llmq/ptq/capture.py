@@ -70,9 +70,15 @@ class BlockRecorder:
         if hidden is None:
             reason = f"it cannot be run with its blocks replaced ({error})"
         elif hidden.shape[:-1] != input_ids.shape:
-            reason = f"its blocks pass on hidden states of shape {list(hidden.shape)} for tokens {list(input_ids.shape)} instead of one vector per token"
+            reason = (
+                f"its blocks pass on hidden states of shape {list(hidden.shape)} for tokens "
+                f"{list(input_ids.shape)} instead of one vector per token"
+            )
         elif len(calls) < len(self.blocks):
-            reason = f"block {len(calls)} does not take the outputs of the block before it as they are{error and f' ({error})'}"
+            reason = (
+                f"block {len(calls)} does not take the outputs of the block before it as they "
+                f"are{error and f' ({error})'}"
+            )
         else:
             return hidden, calls
         raise cannot_run_alone(self.model, reason)

@@ -57,8 +57,8 @@ def quantize(
     """Quantize a model in memory, in place, and return the report of each block. Every layer stays
     on its device; a model that is on one device is quantized there, another on the CPU.
 
-    tokens: calibration windows int64 `[n, length]` (see `llmq.text.documents.calibration_windows`); not
-    needed for method "rtn". Raises `LlmqError` for bad input."""
+    tokens: calibration windows int64 `[n, length]` (see `llmq.text.documents.calibration_windows`);
+    not needed for method "rtn". Raises `LlmqError` for bad input."""
     method_of(recipe)  # or it is refused before anything changes
     if quantized_modules(model):
         raise LlmqError(

@@ -119,9 +119,18 @@ def report_layer(
             "exact_error": stats.exact_error(original, result.tensor.dequantize()),
         }
     return LayerReport(
-        name, str(result.tensor.spec), (n, k), result.tensor.n_bytes, 8 * result.tensor.n_bytes / (n * k), damping=result.damping, fallback=result.fallback,
-        kept_rounding=result.is_rounding, n_dead_columns=result.n_dead, n_dropped_rows=0 if stats is None else stats.n_dropped, **known,
-    )  # fmt: skip
+        name,
+        str(result.tensor.spec),
+        (n, k),
+        result.tensor.n_bytes,
+        8 * result.tensor.n_bytes / (n * k),
+        damping=result.damping,
+        fallback=result.fallback,
+        kept_rounding=result.is_rounding,
+        n_dead_columns=result.n_dead,
+        n_dropped_rows=0 if stats is None else stats.n_dropped,
+        **known,
+    )
 
 
 def _ratio(error: float, energy: float) -> float:

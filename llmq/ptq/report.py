@@ -116,12 +116,14 @@ def model_card(report: dict[str, Any]) -> str:
     specs = sorted({layer["spec"] for layer in report["layers"]})
     errors = [layer["error"] for layer in report["layers"] if layer["error"] is not None]
     calibration = report["calibration"]
+    before, after = report["source_bytes"] / 1e6, report["stored_bytes"] / 1e6
+    n_kept = len(report["kept_layers"])
     rows = {
         "method": report["method"],
         "specs": ", ".join(specs),
         "bits per quantized weight, scales included": f"{report['bits_per_quantized_weight']:.2f}",
-        "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> {report['stored_bytes'] / 1e6:.1f} MB",
-        "layers quantized / kept in full precision": f"{report['n_quantized_layers']} / {len(report['kept_layers'])}",
+        "weight files": f"{before:.1f} MB -> {after:.1f} MB",
+        "layers quantized / kept in full precision": f"{report['n_quantized_layers']} / {n_kept}",
         "layers that fell back to plain rounding": str(len(report["fallbacks"])),
         "mean relative output error of the layers": f"{sum(errors) / len(errors):.2e}"
         if errors
@@ -129,7 +131,10 @@ def model_card(report: dict[str, Any]) -> str:
         "layers that lost more than half of their output": str(
             len(report["layers_with_large_error"])
         ),
-        "calibration": f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}"
+        "calibration": (
+            f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of "
+            f"{calibration['source']}, sha256 {calibration['sha256'][:16]}"
+        )
         if calibration
         else "none",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
@@ -147,6 +152,7 @@ tags: [quantized, {report["method"]}]
 |---|---|
 {table}
 
-Load it with `llmq.load(folder)`. Every block was read back from disk and reproduced the outputs recorded when it was quantized. Errors of each layer are in `report.json`;
-what the quantization cost in perplexity is measured by `llmq compare BASE THIS`.
+Load it with `llmq.load(folder)`. Every block was read back from disk and reproduced the outputs
+recorded when it was quantized. Errors of each layer are in `report.json`; what the quantization
+cost in perplexity is measured by `llmq compare BASE THIS`.
 """

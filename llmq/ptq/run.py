@@ -60,8 +60,15 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
     }
 
 
-def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: bool = False, on_start: Callable[[int, int], None] = lambda done, total: None,
-                    on_block: Callable[[BlockReport], None] = lambda report: None) -> dict[str, Any]:  # fmt: skip
+def quantize_folder(
+    job: Job,
+    out_dir: Path,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    on_start: Callable[[int, int], None] = lambda done, total: None,
+    on_block: Callable[[BlockReport], None] = lambda report: None,
+) -> dict[str, Any]:
     """Run a job into a folder and return its report. Continues an interrupted run of the same job.
     Peak memory is one block.
 
@@ -178,9 +185,15 @@ def _finish(
     companions = copy_companions(job.source.folder, target, job.source.weight_names)
     job.source.files.check()  # what was copied and read is what the run began with
     report = build_report(
-        job, partial.block_reports(), source_bytes=job.source.weight_bytes, stored_bytes=sum((target / name).stat().st_size for name in shards),
-        unused=unused, resumed_at=resumed_at, seconds=seconds, device=device,
-    )  # fmt: skip
+        job,
+        partial.block_reports(),
+        source_bytes=job.source.weight_bytes,
+        stored_bytes=sum((target / name).stat().st_size for name in shards),
+        unused=unused,
+        resumed_at=resumed_at,
+        seconds=seconds,
+        device=device,
+    )
     report["redone_blocks"] = partial.redone
     report |= {**companions.to_json(), FINGERPRINT: _tokenizer_hash(job)}
     files.write_json(target / "report.json", report)

@@ -76,9 +76,9 @@ class LayerStats:
     cases sum y x^T is accumulated and H subtracted once at the end. The difference is some percent
     of either, float32 holds each to 1e-6, and no batch of differences has to be computed.
 
-    The sum is a tree that the number of chunks alone decides: `n_chunks` of them are shared out over
-    eight branches, one after the other inside a branch, and branches are merged in pairs. At most
-    three finished ones wait beside the one that grows."""
+    The sum is a tree that the number of chunks alone decides: `n_chunks` of them are shared out
+    over eight branches, one after the other inside a branch, and branches are merged in pairs. At
+    most three finished ones wait beside the one that grows."""
 
     def __init__(
         self,

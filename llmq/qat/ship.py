@@ -132,15 +132,14 @@ def _report(
 ) -> dict[str, Any]:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     losses = [row["loss"] for row in rows if "loss" in row]
+    missing = "none was asked for" if job.settings.n_held_out == 0 else "fewer than 10 windows"
     return {
         "model": job.source.name,
         "teacher": job.teacher.name,
         "teacher_dtype": job.teacher_dtype,
         "method": "qat",
         "shipped": "trained" if improved else "start",
-        "verdict": None
-        if scores
-        else f"no held-out text ({'none was asked for' if job.settings.n_held_out == 0 else 'fewer than 10 windows'}): nothing was compared",
+        "verdict": None if scores else f"no held-out text ({missing}): nothing was compared",
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
         "train": {

@@ -160,7 +160,10 @@ class FakeQuantLinear(nn.Module):
         return replace(packed, input_range=self.activations.input_range())
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.quantizer.spec}, quantizer={self.quantizer.name}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"spec={self.quantizer.spec}, quantizer={self.quantizer.name}"
+        )
 
 
 def masters(original: Tensor, start: QuantizedTensor) -> Tensor:

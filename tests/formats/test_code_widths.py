@@ -1,4 +1,5 @@
-"""Codes of every width of the table go through a whole model; formats that cannot hold one say so."""
+"""Codes of every width of the table go through a whole model; formats that cannot hold one say
+so."""
 
 import pytest
 import torch

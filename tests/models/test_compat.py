@@ -56,7 +56,10 @@ def test_importing_compat_imports_nothing_of_transformers():
     import subprocess
     import sys
 
-    program = "import sys, llmq.models.compat; print(sorted({'transformers', 'torch'} & set(sys.modules)))"
+    program = (
+        "import sys, llmq.models.compat; print(sorted({'transformers', 'torch'} & "
+        "set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )

@@ -210,29 +210,23 @@ def test_other_settings_do_not_continue_an_interrupted_run(
     other = Recipe.uniform("w4g64", samples=4, sequence_length=32)
     with pytest.raises(
         LlmqError,
-        match=r"interrupted run with another recipe \(rules: .*'group_size': 32.* there, .*'group_size': 64.* now\)",
+        match=(
+            r"interrupted run with another recipe \(rules: .*'group_size': 32.* there, "
+            r".*'group_size': 64.* now\)"
+        ),
     ):
         quantize_folder(
             prepare(str(folder), other, calibration=str(calibration_file)), tmp_path / "out"
         )
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
+    torch.set_num_threads(threads + 1)  # changes no byte
     try:
-        with pytest.raises(
-            LlmqError,
-            match=rf"another software or machine \(threads \(OMP_NUM_THREADS\): {threads} there, {threads + 1} now\)",
-        ):
-            quantize_folder(
-                prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
-            )
+        again = quantize_folder(
+            prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
+        )
     finally:
         torch.set_num_threads(threads)
-    assert (
-        quantize_folder(
-            prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
-        )["resumed_at_block"]
-        == 1
-    )
+    assert again["resumed_at_block"] == 1
 
 
 @contextmanager
@@ -253,7 +247,10 @@ def test_a_full_disk_keeps_what_is_finished(model_folder, tmp_path):
         files_of_at_most(300_000),
         pytest.raises(
             LlmqError,
-            match=r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where it stopped",
+            match=(
+                r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where "
+                r"it stopped"
+            ),
         ),
     ):
         quantize_folder(job, tmp_path / "out")

@@ -47,10 +47,10 @@ class GPTQOptions:
     """order: see the module's text. damping: added to diag(H), as a share of its mean; times 10
     until the factorization succeeds, at most the whole mean. search: choose scales by
     diag(H)-weighted error instead of by range. sweeps: passes of coordinate descent over codes and
-    scales afterwards (`llmq.ptq.methods.refine`). alpha: the share of the correction for what the layers
-    before this one lost, where the statistics carry it (GPTAQ, Li et al., 2025; there folded into
-    the column loop, here a change of the target beforehand, which is the same least squares problem
-    and leaves loop and descent as they are)."""
+    scales afterwards (`llmq.ptq.methods.refine`). alpha: the share of the correction for what the
+    layers before this one lost, where the statistics carry it (GPTAQ, Li et al., 2025; there folded
+    into the column loop, here a change of the target beforehand, which is the same least squares
+    problem and leaves loop and descent as they are)."""
 
     order: Order = "group"
     damping: float = 0.01

@@ -60,7 +60,10 @@ _NEED_BOS = {
     "vaultgemma",
 }
 _UNSUPPORTED = {
-    "rwkv": "it divides the weights of its layers in place when it runs, which packed weights do not allow",
+    "rwkv": (
+        "it divides the weights of its layers in place when it runs, which packed weights do not "
+        "allow"
+    ),
 }
 
 

@@ -111,12 +111,25 @@ class QATJob:
     def identity(self) -> dict[str, Any]:
         """What decides the result: a started run is continued only with all of it the same."""
         return {
-            "model": str(self.model_dir), "teacher": str(self.teacher_dir), "train": self.train, "windows": None if self.windows is None else data.token_hash(self.windows),
-            "recipe": self.recipe.to_json(), "processes": self.processes.num_processes, **self.settings.to_json(), "device": self.device,
-            "weights of the model": files.stamps(self.model_dir.glob("*.safetensors")), "weights of the teacher": files.stamps(self.teacher_dir.glob("*.safetensors")),
-            "contents of configs and tokenizers": [source.files.contents() for source in self.sources],
-            "software": {"llmq": llmq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        }  # fmt: skip
+            "model": str(self.model_dir),
+            "teacher": str(self.teacher_dir),
+            "train": self.train,
+            "windows": None if self.windows is None else data.token_hash(self.windows),
+            "recipe": self.recipe.to_json(),
+            "processes": self.processes.num_processes,
+            **self.settings.to_json(),
+            "device": self.device,
+            "weights of the model": files.stamps(self.model_dir.glob("*.safetensors")),
+            "weights of the teacher": files.stamps(self.teacher_dir.glob("*.safetensors")),
+            "contents of configs and tokenizers": [
+                source.files.contents() for source in self.sources
+            ],
+            "software": {
+                "llmq": llmq.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
 
     def budget(self) -> dict[str, Any]:
         """tokens, steps, peak memory in bytes of weights and optimizer and of activations, and

@@ -127,6 +127,12 @@ def _in_source_dtype(model: PreTrainedModel, source: Source) -> PreTrainedModel:
     return model.to(dtype)
 
 
+def _nothing_compared(job: QATJob) -> str:
+    asked = job.settings.n_held_out > 0
+    reason = "fewer than 10 windows" if asked else "none was asked for"
+    return f"no held-out text ({reason}): nothing was compared"
+
+
 def _report(
     job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Path, seconds: float
 ) -> dict[str, Any]:
@@ -138,9 +144,7 @@ def _report(
         "teacher_dtype": job.teacher_dtype,
         "method": "qat",
         "shipped": "trained" if improved else "start",
-        "verdict": None
-        if scores
-        else f"no held-out text ({'none was asked for' if job.settings.n_held_out == 0 else 'fewer than 10 windows'}): nothing was compared",
+        "verdict": None if scores else _nothing_compared(job),
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
         "train": {

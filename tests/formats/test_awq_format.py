@@ -1,4 +1,4 @@
-"""The AWQ format against its definition, written out independently, and a folder from end to end."""
+"""The AWQ format against its definition, written out independently, and a whole folder."""
 
 import json
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ ASYMMETRIC = QuantSpec.parse("w4g32-asym")
 
 
 def unpack_by_definition(words: torch.Tensor) -> np.ndarray:
-    """`[rows, columns * 8]` of `[rows, columns]`: bits 4 i to 4 i + 3 hold column 8 c + order[i]."""
+    """`[rows, columns * 8]`: bits 4 i to 4 i + 3 of word c hold column 8 c + order[i]."""
     words = words.numpy().view(np.uint32)
     found = np.zeros((words.shape[0], words.shape[1] * 8), np.float32)
     for i, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -97,32 +98,9 @@ def save(
     files.check_output(target, overwrite)
     target = target.resolve()
     state_ties(model)
-    layers = {
-        layer.name: layer for layer in quantizable_layers(meta_model(model.config))
-    }  # those of the full-precision model: a kept layer is one that is not quantized
-    layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
-    plans = [
-        LayerPlan(layer, quantized[name].spec if name in quantized else None)
-        for name, layer in layers.items()
-    ]
-    activations = {module.activations for module in quantized_modules(model).values()}
-    if len(activations) != 1:
-        raise LlmqError(
-            "the layers of this model quantize their inputs in different ways, which no format "
-            "holds; give all the same ActSpec"
-        )
-    act_spec = activations.pop()
+    plans, act_spec = _plans(model, quantized), _activations(model)
     fmt = choose_format(format, plans, act_spec)
-
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        layer, _, suffix = name.rpartition(".")
-        if layer in quantized and suffix != "bias":
-            continue
-        if tensor.data_ptr() not in seen:  # tied weights are stored once
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor
+    tensors = _kept_tensors(model, quantized.keys())
     for name, qtensor in quantized.items():
         tensors.update(layer_tensors(name, qtensor, fmt))
 
@@ -152,6 +130,41 @@ def save(
         shutil.rmtree(work_dir, ignore_errors=True)
         files.remove_empty(made)
     return Path(out_dir)
+
+
+def _plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> list[LayerPlan]:
+    """What became of each layer of the full-precision model: a kept one is not quantized."""
+    layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}
+    layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
+    return [
+        LayerPlan(layer, quantized[name].spec if name in quantized else None)
+        for name, layer in layers.items()
+    ]
+
+
+def _activations(model: PreTrainedModel) -> ActSpec:
+    """How the layers quantize their inputs. Raises `LlmqError` where they differ."""
+    activations = {module.activations for module in quantized_modules(model).values()}
+    if len(activations) != 1:
+        raise LlmqError(
+            "the layers of this model quantize their inputs in different ways, which no format "
+            "holds; give all the same ActSpec"
+        )
+    return activations.pop()
+
+
+def _kept_tensors(model: PreTrainedModel, quantized: Collection[str]) -> dict[str, Tensor]:
+    """What is stored as it is, tied weights once. quantized: names of layers."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in quantized and suffix != "bias":
+            continue
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor
+    return tensors
 
 
 def _source_of(model: PreTrainedModel) -> Path | None:

@@ -28,7 +28,8 @@ class Format(ABC):
     suffixes: of the tensors that `read` uses. quant_method: what its config.json says. readers:
     engines beside llmq that it is meant for (`note` says when they will not load a folder).
     activations: those that a folder of this format always implies, None where the config says
-    which. is_own: whether a model in memory is in it."""
+    which. has_order: whether it stores which group a column belongs to. is_own: whether a model in
+    memory is in it."""
 
     name: str
     marker: str
@@ -36,6 +37,7 @@ class Format(ABC):
     quant_method: str
     readers: tuple[str, ...] = ()
     activations: ActSpec | None = ActSpec()
+    has_order: bool = True
     is_own: bool = False
 
     @abstractmethod

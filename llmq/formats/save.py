@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats.base import Format
-from llmq.formats.registry import choose_format, detect
+from llmq.formats.registry import choose_format, detect, has_groups
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import quantized_modules
@@ -36,11 +36,8 @@ def checkpoint_config(
 ) -> dict[str, Any]:
     """The `quantization_config` for the linear layers of a model in a format. act_order: columns
     were rounded in true act-order, which shows in layers of more than one group."""
-    stores_g_idx = act_order and any(
-        plan.spec is not None and plan.spec.n_groups(plan.layer.shape[1]) > 1 for plan in plans
-    )
     specs = {plan.layer.name: plan.spec for plan in plans}
-    config = fmt.write_config(specs, act_order=stores_g_idx)
+    config = fmt.write_config(specs, act_order=act_order and has_groups(plans))
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
@@ -99,7 +96,8 @@ def save(
     target = target.resolve()
     state_ties(model)
     plans, act_spec = _plans(model, quantized), _activations(model)
-    fmt = choose_format(format, plans, act_spec)
+    act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
+    fmt = choose_format(format, plans, act_spec, act_order=act_order)
     tensors = _kept_tensors(model, quantized.keys())
     for name, qtensor in quantized.items():
         tensors.update(layer_tensors(name, qtensor, fmt))
@@ -116,7 +114,6 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(work_dir)
         _save_generation_config(model, work_dir)
-        act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
         write_configs(
             work_dir,
             model.config,

@@ -78,6 +78,8 @@ def test_what_it_cannot_hold_is_refused():
             choose_format("awq", refused)
     with pytest.raises(LlmqError, match="activations"):
         choose_format("awq", plans("w4g32"), ActSpec("int8-token"))
+    with pytest.raises(LlmqError, match="act-order"):
+        choose_format("awq", plans("w4g32"), act_order=True)
     tensor = QuantizedTensor.quantize(torch.randn(24, 96), ASYMMETRIC)
     order = torch.randperm(96).to(torch.int32) // 32
     moved = QuantizedTensor.from_codes(tensor.codes(), tensor.scale, tensor.zero, ASYMMETRIC, order)

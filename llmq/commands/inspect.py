@@ -79,7 +79,7 @@ def _text(result: dict[str, Any]) -> str:
     settings = result["quantization"]
     pairs: dict[str, object] = {
         "model": f"{result['model']} ({result['model_type']})",
-        "format": "full precision" if settings is None else settings.get("format", "llmq"),
+        "format": "full precision" if settings is None else _format(settings),
         "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, "
         f"{result['tensors']} tensors",
         "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
@@ -89,6 +89,14 @@ def _text(result: dict[str, Any]) -> str:
     if report := result["report"]:
         pairs |= _origin(report)
     return rendering.render_pairs(pairs)
+
+
+def _format(settings: dict[str, Any]) -> str:
+    """The format of a folder and whom it is meant for."""
+    from llmq.formats.settings import format_of
+
+    fmt = format_of(settings)
+    return f"{fmt.name}, meant for {', '.join(fmt.readers)}" if fmt.readers else fmt.name
 
 
 def _origin(report: dict[str, Any]) -> dict[str, object]:

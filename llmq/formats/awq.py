@@ -38,6 +38,7 @@ class Awq(Format):
     suffixes = _SUFFIXES
     quant_method = "awq"
     readers = ("vLLM", "SGLang", "transformers with gptqmodel")
+    has_order = False
 
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         n, k = shape

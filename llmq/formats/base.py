@@ -26,8 +26,10 @@ OWN_METHOD = "llmq"
 class Format(ABC):
     """name: as in `--format`. marker: the tensor suffix by which a stored layer is recognised.
     suffixes: of the tensors that `read` uses. quant_method: what its config.json says. readers:
-    engines beside llmq that load what is written. activations: those that a folder of this format
-    always implies, None where the config says which. is_own: whether a model in memory is in it."""
+    engines beside llmq that it is meant for (`note` says when they will not load a folder).
+    activations: those that a folder of this format always implies, None where the config says
+    which. has_order: whether it stores which group a column belongs to. is_own: whether a model in
+    memory is in it."""
 
     name: str
     marker: str
@@ -35,6 +37,7 @@ class Format(ABC):
     quant_method: str
     readers: tuple[str, ...] = ()
     activations: ActSpec | None = ActSpec()
+    has_order: bool = True
     is_own: bool = False
 
     @abstractmethod

@@ -35,6 +35,7 @@ class BitNet(Format):
     quant_method = "bitnet"
     readers = ("transformers",)
     activations = _TOKENS
+    has_order = False
 
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         if spec != _SPEC:

@@ -45,10 +45,9 @@ class Gptq(Format):
     marker = "qweight"
     suffixes = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     quant_method = "gptq"
-    readers = ("vLLM", "SGLang", "GPTQModel")
 
-    def __init__(self, name: str, shift: int) -> None:
-        self.name, self.shift = name, shift
+    def __init__(self, name: str, shift: int, readers: tuple[str, ...]) -> None:
+        self.name, self.shift, self.readers = name, shift, readers
 
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         n, k = shape
@@ -162,8 +161,8 @@ class Gptq(Format):
         return {"quantize_config.json": config}
 
 
-GPTQ_V1 = Gptq(VERSION_1, shift=1)
-GPTQ_V2 = Gptq(VERSION_2, shift=0)
+GPTQ_V1 = Gptq(VERSION_1, shift=1, readers=("vLLM", "SGLang", "GPTQModel"))
+GPTQ_V2 = Gptq(VERSION_2, shift=0, readers=("GPTQModel",))
 
 
 def _version_of(settings: Settings) -> str:

@@ -7,7 +7,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -86,31 +86,13 @@ def load(
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
-    if missing := info.get("missing_keys"):
-        markers = {fmt.marker for fmt in all_formats()}
-        suffixes = {name.rpartition(".")[2] for name in shards.names}
-        packed = settings is None and not markers.isdisjoint(suffixes)
-        reason = (
-            "the tensors are packed, but neither config.json nor quantize_config.json says how"
-            if packed
-            else "the checkpoint is incomplete"
-        )
-        raise LlmqError(
-            f"{model_dir}: {len(missing)} missing keys, the first being {sorted(missing)[0]}; "
-            f"{reason}"
-        )
-    if mismatched := info.get("mismatched_keys"):
-        name, found, expected = min(mismatched)
-        raise LlmqError(
-            f"{model_dir}: tensor {name} has shape {list(found)}, expected {list(expected)}; "
-            "config.json does not belong to these weights"
-        )
+    _check_complete(info, source, is_quantized=settings is not None)
     if settings is None:
         names = stored_to_model_names(loaded, shards.names)
         state = loaded.state_dict()
         matched = {name: stored for stored, name in names.items() if name in state}
         check_dtypes(loaded, shards.dtypes, matched, str(model_dir))
-    _tell_left_out(loaded, model_dir, len(shards.names), info.get("unexpected_keys") or (), strict)
+    _tell_left_out(loaded, source, info.get("unexpected_keys") or (), strict)
     state_ties(loaded)
     for part in (loaded.config, loaded.config.get_text_config()):
         vars(part).pop("transformers_weights", None)
@@ -121,8 +103,30 @@ def load(
     return quantized
 
 
+def _check_complete(info: dict[str, Any], source: Source, *, is_quantized: bool) -> None:
+    """Raise `LlmqError` where transformers made something up. info: what it found while loading."""
+    if missing := info.get("missing_keys"):
+        markers = {fmt.marker for fmt in all_formats()}
+        suffixes = {name.rpartition(".")[2] for name in source.shards.names}
+        reason = "the checkpoint is incomplete"
+        if not is_quantized and not markers.isdisjoint(suffixes):
+            reason = (
+                "the tensors are packed, but neither config.json nor quantize_config.json says how"
+            )
+        raise LlmqError(
+            f"{source.folder}: {len(missing)} missing keys, the first being {sorted(missing)[0]}; "
+            f"{reason}"
+        )
+    if mismatched := info.get("mismatched_keys"):
+        name, found, expected = min(mismatched)
+        raise LlmqError(
+            f"{source.folder}: tensor {name} has shape {list(found)}, expected {list(expected)}; "
+            "config.json does not belong to these weights"
+        )
+
+
 def _tell_left_out(
-    model: PreTrainedModel, model_dir: Path, n_stored: int, unexpected: Iterable[str], strict: bool
+    model: PreTrainedModel, source: Source, unexpected: Iterable[str], strict: bool
 ) -> None:
     """Name the stored tensors that decide nothing: those that the model has no place for and, of
     packed layers, those that its format or its settings do not use."""
@@ -131,7 +135,7 @@ def _tell_left_out(
     if not unused:
         return
     text = (
-        f"{model_dir}: {len(unused)} of {n_stored} tensors are not used by "
+        f"{source.folder}: {len(unused)} of {len(source.shards.names)} tensors are not used by "
         f"{type(model).__name__} as config.json describes it and are left out, the first being "
         f"{unused[0]}"
     )

@@ -45,9 +45,16 @@ def detect(settings: dict[str, Any]) -> Format | None:
     return next((fmt for fmt in all_formats() if fmt.detects(settings)), None)
 
 
-def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec | None = None) -> Format:
+def choose_format(
+    name: str,
+    plans: list[LayerPlan],
+    activations: ActSpec | None = None,
+    *,
+    act_order: bool = False,
+) -> Format:
     """The format by name; "auto" takes the first that holds every layer exactly and that other
-    engines load, else llmq's own. Raises `LlmqError` when the named one cannot hold a layer."""
+    engines load, else llmq's own. act_order: columns are not in the order of their groups. Raises
+    `LlmqError` when the named one cannot hold a layer."""
     from llmq.grid.spec import ActSpec
 
     activations = activations or ActSpec()
@@ -58,6 +65,8 @@ def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec | None
     fmt = format_named(name)
     if reason := fmt.refusal_of_activations(activations):
         raise LlmqError(f"format {name}: {reason}. {_ELSE}")
+    if act_order and not fmt.has_order and has_groups(plans):
+        raise LlmqError(f"format {name}: it stores no order of columns (act-order). {_ELSE}")
     for plan in plans:
         if plan.spec is None:
             continue
@@ -68,6 +77,13 @@ def choose_format(name: str, plans: list[LayerPlan], activations: ActSpec | None
     if reason := fmt.refusal_of_model(_specs(plans)):
         raise LlmqError(f"format {name} cannot hold this model: {reason}. {_ELSE}")
     return fmt
+
+
+def has_groups(plans: list[LayerPlan]) -> bool:
+    """Whether some layer has more than one group of columns, so that their order shows."""
+    return any(
+        plan.spec is not None and plan.spec.n_groups(plan.layer.shape[1]) > 1 for plan in plans
+    )
 
 
 def format_note(fmt: Format, plans: list[LayerPlan]) -> str | None:

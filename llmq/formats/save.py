@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats.base import Format
-from llmq.formats.registry import choose_format, detect
+from llmq.formats.registry import choose_format, detect, has_groups
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import quantized_modules
@@ -35,11 +36,8 @@ def checkpoint_config(
 ) -> dict[str, Any]:
     """The `quantization_config` for the linear layers of a model in a format. act_order: columns
     were rounded in true act-order, which shows in layers of more than one group."""
-    stores_g_idx = act_order and any(
-        plan.spec is not None and plan.spec.n_groups(plan.layer.shape[1]) > 1 for plan in plans
-    )
     specs = {plan.layer.name: plan.spec for plan in plans}
-    config = fmt.write_config(specs, act_order=stores_g_idx)
+    config = fmt.write_config(specs, act_order=act_order and has_groups(plans))
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
@@ -97,32 +95,10 @@ def save(
     files.check_output(target, overwrite)
     target = target.resolve()
     state_ties(model)
-    layers = {
-        layer.name: layer for layer in quantizable_layers(meta_model(model.config))
-    }  # those of the full-precision model: a kept layer is one that is not quantized
-    layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
-    plans = [
-        LayerPlan(layer, quantized[name].spec if name in quantized else None)
-        for name, layer in layers.items()
-    ]
-    activations = {module.activations for module in quantized_modules(model).values()}
-    if len(activations) != 1:
-        raise LlmqError(
-            "the layers of this model quantize their inputs in different ways, which no format "
-            "holds; give all the same ActSpec"
-        )
-    act_spec = activations.pop()
-    fmt = choose_format(format, plans, act_spec)
-
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        layer, _, suffix = name.rpartition(".")
-        if layer in quantized and suffix != "bias":
-            continue
-        if tensor.data_ptr() not in seen:  # tied weights are stored once
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor
+    plans, act_spec = _plans(model, quantized), _activations(model)
+    act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
+    fmt = choose_format(format, plans, act_spec, act_order=act_order)
+    tensors = _kept_tensors(model, quantized.keys())
     for name, qtensor in quantized.items():
         tensors.update(layer_tensors(name, qtensor, fmt))
 
@@ -138,7 +114,6 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(work_dir)
         _save_generation_config(model, work_dir)
-        act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
         write_configs(
             work_dir,
             model.config,
@@ -152,6 +127,41 @@ def save(
         shutil.rmtree(work_dir, ignore_errors=True)
         files.remove_empty(made)
     return Path(out_dir)
+
+
+def _plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> list[LayerPlan]:
+    """What became of each layer of the full-precision model: a kept one is not quantized."""
+    layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}
+    layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
+    return [
+        LayerPlan(layer, quantized[name].spec if name in quantized else None)
+        for name, layer in layers.items()
+    ]
+
+
+def _activations(model: PreTrainedModel) -> ActSpec:
+    """How the layers quantize their inputs. Raises `LlmqError` where they differ."""
+    activations = {module.activations for module in quantized_modules(model).values()}
+    if len(activations) != 1:
+        raise LlmqError(
+            "the layers of this model quantize their inputs in different ways, which no format "
+            "holds; give all the same ActSpec"
+        )
+    return activations.pop()
+
+
+def _kept_tensors(model: PreTrainedModel, quantized: Collection[str]) -> dict[str, Tensor]:
+    """What is stored as it is, tied weights once. quantized: names of layers."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in quantized and suffix != "bias":
+            continue
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor
+    return tensors
 
 
 def _source_of(model: PreTrainedModel) -> Path | None:

@@ -178,8 +178,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"spec={self.spec}, backend={self.backend}"
+            f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, "
+            f"backend={self.backend}"
         )
 
 

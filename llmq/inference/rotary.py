@@ -34,7 +34,8 @@ def take_turns(model: nn.Module) -> None:
     place."""
     for module in model.modules():
         if _changes(module) and not isinstance(module.forward, functools.partial):
-            module.forward = functools.partial(_alone, module.forward)  # type: ignore[method-assign]
+            alone = functools.partial(_alone, module.forward)
+            module.forward = alone  # type: ignore[method-assign]
 
 
 def _changes(module: nn.Module) -> bool:

@@ -236,10 +236,8 @@ def _unsuitable(decoder: PreTrainedModel) -> str | None:
     """Why the layers of a decoder are not of the kind that is known here, or None."""
     kinds = {type(layer).__name__ for layer in getattr(decoder, "layers", [])}
     if len(kinds) != 1 or not kinds.issubset(LAYERS):
-        return (
-            f"{type(decoder).__name__}: recorded steps know {', '.join(LAYERS)}, not "
-            f"{', '.join(sorted(kinds)) or 'these layers'}"
-        )
+        found = ", ".join(sorted(kinds)) or "these layers"
+        return f"{type(decoder).__name__}: recorded steps know {', '.join(LAYERS)}, not {found}"
     if (activation := decoder.config.hidden_act) != "silu":
         return f"{type(decoder).__name__}: recorded steps know silu, not {activation}"
     attention = attention_name(decoder.config)

@@ -19,9 +19,8 @@ from llmq.errors import LlmqError
 from llmq.grid.spec import ActSpec
 from llmq.inference.settings import read_settings
 from llmq.models.arch import quantizable_layers
-from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.source import Source
-from llmq.models.stored import source_model, source_remarks
+from llmq.models.stored import StoredModel
 from llmq.models.tokens import first_token, own_tokenizer
 from llmq.ptq.precision import multiplies_bfloat16
 from llmq.qat.losses import CHUNK_TOKENS
@@ -184,13 +183,11 @@ def prepare_job(
     read_settings(model_dir)  # it comes along, and the result has to load
     if getattr(stored_config, "quantization_config", None) is not None:
         raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
-    shards = source.shards
-    config, skeleton = source_model(stored_config, shards)
+    stored = StoredModel.of(source)
+    config, skeleton = stored.config, stored.skeleton
     check_student(skeleton)
-    matched = match_names(skeleton, shards.names)
-    check_shapes(skeleton, shards, matched)
-    check_dtypes(skeleton, shards.dtypes, matched, str(model_dir))
-    remarks = source_remarks(skeleton, stored_config, config, shards, matched, strict)
+    stored.check()
+    remarks = stored.remarks(strict)
     n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     activations = ActSpec(
         settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope

@@ -186,8 +186,8 @@ def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
 
         try:
             quantize_folder(ptq, start_dir, device=device, on_block=on_block)
-        # Too many layers fell back: nothing to train from, nor for the next attempt to find there.
         except VerificationError:
+            # Too many layers fell back: nothing to train from, nor for the next attempt to find.
             shutil.rmtree(start_dir, ignore_errors=True)
             raise
     return start_dir

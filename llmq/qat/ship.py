@@ -127,19 +127,24 @@ def _in_source_dtype(model: PreTrainedModel, source: Source) -> PreTrainedModel:
     return model.to(dtype)
 
 
+def _nothing_compared(job: QATJob) -> str:
+    asked = job.settings.n_held_out > 0
+    reason = "fewer than 10 windows" if asked else "none was asked for"
+    return f"no held-out text ({reason}): nothing was compared"
+
+
 def _report(
     job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Path, seconds: float
 ) -> dict[str, Any]:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     losses = [row["loss"] for row in rows if "loss" in row]
-    missing = "none was asked for" if job.settings.n_held_out == 0 else "fewer than 10 windows"
     return {
         "model": job.source.name,
         "teacher": job.teacher.name,
         "teacher_dtype": job.teacher_dtype,
         "method": "qat",
         "shipped": "trained" if improved else "start",
-        "verdict": None if scores else f"no held-out text ({missing}): nothing was compared",
+        "verdict": None if scores else _nothing_compared(job),
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
         "train": {

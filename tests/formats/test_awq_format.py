@@ -1,5 +1,4 @@
-"""The AWQ format against its definition, written out independently, and a folder from end to
-end."""
+"""The AWQ format against its definition, written out independently, and a whole folder."""
 
 import json
 from types import SimpleNamespace
@@ -24,8 +23,7 @@ ASYMMETRIC = QuantSpec.parse("w4g32-asym")
 
 
 def unpack_by_definition(words: torch.Tensor) -> np.ndarray:
-    """`[rows, columns * 8]` of `[rows, columns]`: bits 4 i to 4 i + 3 hold column 8 c +
-    order[i]."""
+    """`[rows, columns * 8]`: bits 4 i to 4 i + 3 of word c hold column 8 c + order[i]."""
     words = words.numpy().view(np.uint32)
     found = np.zeros((words.shape[0], words.shape[1] * 8), np.float32)
     for i, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
@@ -80,6 +78,8 @@ def test_what_it_cannot_hold_is_refused():
             choose_format("awq", refused)
     with pytest.raises(LlmqError, match="activations"):
         choose_format("awq", plans("w4g32"), ActSpec("int8-token"))
+    with pytest.raises(LlmqError, match="act-order"):
+        choose_format("awq", plans("w4g32"), act_order=True)
     tensor = QuantizedTensor.quantize(torch.randn(24, 96), ASYMMETRIC)
     order = torch.randperm(96).to(torch.int32) // 32
     moved = QuantizedTensor.from_codes(tensor.codes(), tensor.scale, tensor.zero, ASYMMETRIC, order)

@@ -3,6 +3,8 @@ fails here, by name."""
 
 import ast
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,12 +55,9 @@ def test_nobody_else_imports_from_inside_transformers():
 
 
 def test_importing_compat_imports_nothing_of_transformers():
-    import subprocess
-    import sys
-
     program = (
-        "import sys, llmq.models.compat; print(sorted({'transformers', 'torch'} & "
-        "set(sys.modules)))"
+        "import sys, llmq.models.compat; "
+        "print(sorted({'transformers', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True

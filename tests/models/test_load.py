@@ -286,10 +286,8 @@ def test_shapes_that_the_config_does_not_give_are_refused_before_anything_is_wri
     ):
         with pytest.raises(
             LlmqError,
-            match=(
-                r"tensor model\.layers\.0\.mlp\.down_proj\.weight has shape \[64, 128\], "
-                r"expected \[64, 96\]"
-            ),
+            match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has shape \[64, 128\], "
+            r"expected \[64, 96\]",
         ):
             read(folder)
     assert list(tmp_path.iterdir()) == [folder]

@@ -134,7 +134,7 @@ def test_json_that_is_no_recipe(data):
         {"rules": [["*", {"group_size": value}]]}
         for value in (32.0, True, "32", None, [], 10**20, -2)
     ]
-    + [{"rules": [["*", {"code": value}]]} for value in (4, None, [], "int5")]
+    + [{"rules": [["*", {"code": value}]]} for value in (4, None, [], "int7")]
     + [{"rules": [["*", {"symmetric": value}]]} for value in (1, 0.0, "true", None)]
     + [{"rules": [["*", {"scale_dtype": value}]]} for value in (16, "float64", {})]
     + [{"damping": value} for value in (10**400, "0.01", None, [0.01], True)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmq.commands import options, rendering, scoring
 from llmq.commands.parser import Parser
+
+if TYPE_CHECKING:
+    from llmq.models.source import Source
 
 HELP = (
     "How far a quantized model is from its base: perplexity ratio with a paired interval, KL "
@@ -27,33 +29,33 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
     from llmq.models.arch import check_length
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
     from llmq.storage.boundary import running
 
     options.check_device(args.device)
-    base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
+    sources = Source.open(args.base, args.revision), Source.open(args.quant)
     verified = {
-        "base": scoring.check_manifest(args, base_dir),
-        "quant": scoring.check_manifest(args, quant_dir),
+        "base": scoring.check_manifest(args, sources[0].folder),
+        "quant": scoring.check_manifest(args, sources[1].folder),
     }
-    windows = scoring.evaluation_windows(args, base_dir, load_config(base_dir))
-    _check_tokenizers(base_dir, quant_dir)
+    windows = scoring.evaluation_windows(args, sources[0])
+    _check_tokenizers(*sources)
     length = windows.tokens.shape[1]
-    check_length(load_config(quant_dir), length, f"windows of {length} tokens, {args.quant}")
+    check_length(sources[1].config, length, f"windows of {length} tokens, {args.quant}")
     base, quant = (
         load(
-            model_dir,
+            source,
             dtype=args.dtype,
             device=args.device,
             compute=args.compute,
             strict=args.strict,
         )
-        for model_dir in (base_dir, quant_dir)
+        for source in sources
     )
     quantize_head(quant, args.head_bits)
     with rendering.progress("windows") as show, running(f"{args.base} or {args.quant}"):
         result = compare(base, quant, windows, show)
-    sizes = {"base_bytes": _weight_bytes(base_dir), "quant_bytes": _weight_bytes(quant_dir)}
+    sizes = {"base_bytes": sources[0].weight_bytes, "quant_bytes": sources[1].weight_bytes}
     dtypes = " and ".join(
         dict.fromkeys(str(model.dtype).removeprefix("torch.") for model in (base, quant))
     )  # with --dtype auto they may differ
@@ -71,21 +73,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return summary, _text(summary)
 
 
-def _check_tokenizers(base_dir: Path, quant_dir: Path) -> None:
+def _check_tokenizers(base: Source, quant: Source) -> None:
     """Both models read the same tokens: those of the base's tokenizer. A folder without one is
     taken to belong to it."""
-    from llmq.models.source import load_config, load_tokenizer
-    from llmq.models.tokens import TOKENIZER_FILES, check_same_tokenizer, model_tokenizer
+    from llmq.models.tokens import TOKENIZER_FILES, check_same_tokenizer, own_tokenizer
 
-    if any((quant_dir / name).is_file() for name in TOKENIZER_FILES):
-        quant = model_tokenizer(quant_dir, load_config(quant_dir))
-        check_same_tokenizer(load_tokenizer(base_dir), quant, (str(base_dir), str(quant_dir)))
-
-
-def _weight_bytes(model_dir: Path) -> int:
-    from llmq.models.shards import ShardReader
-
-    return sum(path.stat().st_size for path in set(ShardReader(model_dir).names.values()))
+    if any((quant.folder / name).is_file() for name in TOKENIZER_FILES):
+        names = str(base.folder), str(quant.folder)
+        check_same_tokenizer(base.tokenizer, own_tokenizer(quant), names)
 
 
 def _text(summary: dict[str, Any]) -> str:

@@ -98,7 +98,7 @@ def _onednn() -> str:
 
 def _compiled_kernels() -> dict[str, Any]:
     """What the kernels that llmq compiles for the CPU have here."""
-    from llmq_kernels.compiled import jit
+    from llmq_kernels.compiled import jit, threads
     from llmq_kernels.core.cache import cache_dir
 
     forms = {
@@ -106,7 +106,7 @@ def _compiled_kernels() -> dict[str, Any]:
     }
     return {
         "forms": forms,
-        "threads": jit.threads_of(),
+        "threads": threads.threads_of(),
         "cache": str(cache_dir()),
         "cache_state": jit.cache_obstacle() or "used",
     }

@@ -31,15 +31,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
     from llmq.inference.module import backends_in_use
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
     from llmq.storage.boundary import running
 
     options.check_device(args.device)
-    model_dir = resolve(args.model, args.revision)
-    verified = scoring.check_manifest(args, model_dir)
-    windows = scoring.evaluation_windows(args, model_dir, load_config(model_dir))
+    source = Source.open(args.model, args.revision)
+    verified = scoring.check_manifest(args, source.folder)
+    windows = scoring.evaluation_windows(args, source)
     model = load(
-        model_dir,
+        source,
         dtype=args.dtype,
         device=args.device,
         compute=args.compute,

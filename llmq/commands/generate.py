@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from llmq.models.source import Source
+
 HELP = "Generate text; streams tokens to stdout, prints tokens/s and weight GB/s to stderr."
 DEFAULT_NEW_TOKENS = 64
 # Closer to 0 a score over the temperature leaves float32, and only the likeliest token is left
@@ -59,19 +61,19 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.inference.settings import check, read_settings
-    from llmq.models.source import load_config, resolve
-    from llmq.models.tokens import model_tokenizer
+    from llmq.models.source import Source
+    from llmq.models.tokens import own_tokenizer
     from llmq.text.documents import check_vocabulary
 
     options.check_device(args.device)
-    model_dir = resolve(args.model, args.revision)
-    config, stored = load_config(model_dir), read_settings(model_dir)
-    tokenizer = model_tokenizer(model_dir, config)
-    prompt = _read_prompt(args, model_dir, tokenizer)
+    source = Source.open(args.model, args.revision)
+    config, stored = source.config, read_settings(source.folder)
+    tokenizer = own_tokenizer(source)
+    prompt = _read_prompt(args, source.folder, tokenizer)
     is_sampled = args.temperature > NO_TEMPERATURE
     check({**stored, "do_sample": is_sampled}, args.device.partition(":")[0])  # before any weight
     max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], config, stored)
-    model = _load(args, model_dir)
+    model = _load(args, source)
     check_vocabulary(prompt, model.config.get_text_config().vocab_size, "--prompt")
     return _answer(args, model, tokenizer, prompt, max_new_tokens), ""
 
@@ -84,14 +86,14 @@ def _read_prompt(args: argparse.Namespace, model_dir: Path, tokenizer: Any) -> T
         return tokenizer(args.prompt, return_tensors="pt")["input_ids"]
 
 
-def _load(args: argparse.Namespace, model_dir: Path) -> PreTrainedModel:
+def _load(args: argparse.Namespace, source: Source) -> PreTrainedModel:
     """The model, ready for decoding."""
     from llmq.formats.load import load
     from llmq.inference.decoding import prepare_decoding
     from llmq.storage.boundary import running
 
     model = load(
-        model_dir,
+        source,
         dtype=args.dtype,
         device=args.device,
         compute=args.compute,

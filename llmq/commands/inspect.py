@@ -23,33 +23,28 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.formats.settings import quantization_settings
-    from llmq.models.shards import ShardReader, read_header
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
 
-    model_dir = resolve(args.model, args.revision)
-    config = load_config(model_dir)
+    source = Source.open(args.model, args.revision)
+    model_dir, config, shards = source.folder, source.config, source.shards
     settings = quantization_settings(config)
-    if (
-        settings is not None
-    ):  # read for loading, with llmq's own name in the place of the one that other engines go by
+    if settings is not None:
+        # Read for loading, with llmq's own name in the place of the one that other engines go by.
         stored = config.quantization_config
-        settings["quant_method"] = (stored if isinstance(stored, dict) else stored.to_dict())[
-            "quant_method"
-        ]
-    paths = sorted(set(ShardReader(model_dir).names.values()))
-    headers = {name: entry for path in paths for name, entry in read_header(path).items()}
-    suffixes = Counter(name.rpartition(".")[2] for name in headers)
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        settings["quant_method"] = stored["quant_method"]
+    suffixes = Counter(name.rpartition(".")[2] for name in shards.names)
     report = _report(model_dir / "report.json")
     result = {
         "model": str(model_dir),
         "model_type": config.model_type,
         "quantization": settings,
-        "files": {path.name: path.stat().st_size for path in paths},
-        "bytes": sum(path.stat().st_size for path in paths),
-        "tensors": len(headers),
+        "files": {path.name: path.stat().st_size for path in source.weight_paths},
+        "bytes": source.weight_bytes,
+        "tensors": len(shards.names),
         "tensor_kinds": dict(suffixes),
-        "dtypes": dict(Counter(entry["dtype"] for entry in headers.values())),
-        "elements": sum(prod(entry["shape"]) for entry in headers.values()),
+        "dtypes": dict(Counter(shards.dtypes.values())),
+        "elements": sum(map(prod, shards.shapes.values())),
         "specs": dict(Counter(str(layer["spec"]) for layer in report["layers"]))
         if report
         else None,

@@ -113,14 +113,14 @@ def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
     """The checked job of the options. check_scales: see `llmq.ptq.run.prepare`. Raises `LlmqError`
     also when the planned memory is above `--max-ram` or `--max-gpu-memory`."""
     from llmq.errors import LlmqError
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
     from llmq.ptq.budget import peak_bytes
     from llmq.ptq.job import prepare
 
-    model_dir = resolve(args.model, args.revision)
-    recipe = read_recipe(args, max_positions(load_config(model_dir)))
+    source = Source.open(args.model, args.revision)
+    recipe = read_recipe(args, max_positions(source.config))
     job = prepare(
-        str(model_dir),
+        source,
         recipe,
         calibration=args.calibration,
         format=args.format,

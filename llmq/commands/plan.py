@@ -21,10 +21,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.ptq.budget import flops, peak_bytes, stored_bytes, work_bytes
 
     job = jobs.prepare_job(args, check_scales=False)  # which would read all weights
-    source = sum(path.stat().st_size for path in set(job.shards.names.values()))
+    source = job.source.weight_bytes
     rate = jobs.measured_rate()
     result = {
-        "model": str(job.model_dir),
+        "model": str(job.source.folder),
         "model_type": job.model.config.model_type,
         "method": job.recipe.method,
         "format": job.fmt.name,

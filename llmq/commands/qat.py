@@ -45,7 +45,7 @@ def prepare(args: argparse.Namespace) -> QATJob:
 
     from llmq.benchmark.plot import check_plot
     from llmq.commands.qat_settings import read_settings
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
     from llmq.qat.job import prepare_job
     from llmq.qat.run import check_output
 
@@ -54,10 +54,10 @@ def prepare(args: argparse.Namespace) -> QATJob:
         check_plot(args.plot)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.check_device(device)
-    model_dir = resolve(args.model, args.revision)
-    settings, rules = read_settings(args, jobs.max_positions(load_config(model_dir)))
+    source = Source.open(args.model, args.revision)
+    settings, rules = read_settings(args, jobs.max_positions(source.config))
     return prepare_job(
-        str(model_dir),
+        source,
         settings,
         train=args.train,
         teacher=args.teacher,

@@ -12,22 +12,23 @@ from llmq.commands.jobs import max_positions
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from llmq.models.source import Source
     from llmq.text.windows import Windows
 
 
-def evaluation_windows(args: argparse.Namespace, model_dir: Any, config: Any) -> Windows:
+def evaluation_windows(args: argparse.Namespace, source: Source) -> Windows:
     """The windows that `eval` and `compare` score."""
     from dataclasses import replace
 
-    from llmq.models.tokens import model_tokenizer
+    from llmq.models.tokens import own_tokenizer
     from llmq.text.documents import load_documents
     from llmq.text.windows import cut_windows
 
-    length = args.sequence_length or min(2048, max_positions(config))
+    length = args.sequence_length or min(2048, max_positions(source.config))
     windows = cut_windows(
         load_documents(args.data, "eval"),
-        model_tokenizer(model_dir, config),
-        config,
+        own_tokenizer(source),
+        source.config,
         length,
         args.bos,
     )

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from pathlib import Path
 
     from llmq.errors import VerificationError
-    from llmq.models.source import resolve
+    from llmq.models.hub import resolve
     from llmq.storage.manifest import check_hashes, has_manifest
 
     folder = Path(args.checkpoint)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
-from llmq.formats import Format, choose_format
-from llmq.formats.gptq import with_act_order
+from llmq.formats.base import Format
+from llmq.formats.registry import choose_format, detect
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import quantized_modules
@@ -35,13 +35,14 @@ def checkpoint_config(
 ) -> dict[str, Any]:
     """The `quantization_config` for the linear layers of a model in a format. act_order: columns
     were rounded in true act-order, which shows in layers of more than one group."""
-    config = fmt.config({plan.layer.name: plan.spec for plan in plans})
-    if not activations.is_none and fmt.name != "bitnet":  # which implies them
-        config["activations"] = activations.to_json()
     stores_g_idx = act_order and any(
         plan.spec is not None and plan.spec.n_groups(plan.layer.shape[1]) > 1 for plan in plans
     )
-    return with_act_order(config) if stores_g_idx and config["quant_method"] == "gptq" else config
+    specs = {plan.layer.name: plan.spec for plan in plans}
+    config = fmt.write_config(specs, act_order=stores_g_idx)
+    if fmt.activations is None and not activations.is_none:
+        config["activations"] = activations.to_json()
+    return config
 
 
 def write_configs(
@@ -52,16 +53,17 @@ def write_configs(
     name: str | None = None,
     companions: Companions | None = None,
 ) -> None:
-    """Write config.json with the quantization config, and `quantize_config.json` where the format
-    has one. name: the Hub id of the source. companions: what came along beside the weights."""
+    """Write config.json with the quantization config, and what its format puts beside it. name: the
+    Hub id of the source. companions: what came along beside the weights."""
     data = without_places(model_config.to_dict(), name)
     data.pop("transformers_weights", None)
     if companions is not None:
         data = companions.adapt(data)
     data["quantization_config"] = quantization_config
     files.write_json(target_dir / "config.json", data)
-    if quantization_config["quant_method"] == "gptq":
-        files.write_json(target_dir / "quantize_config.json", quantization_config)
+    fmt = detect(quantization_config)
+    for file_name, content in (fmt.companions(quantization_config) if fmt else {}).items():
+        files.write_json(target_dir / file_name, content)
 
 
 def layer_tensors(name: str, qtensor: QuantizedTensor, fmt: Format) -> dict[str, Tensor]:
@@ -82,8 +84,8 @@ def save(
     folder appears complete and read back, or not at all. What belongs to the checkpoint comes along
     from the folder that the model was loaded from (see `llmq.models.companions`).
 
-    tokenizer: in place of that folder's. format: "auto", "gptq", "gptq_v2" or "llmq". Raises
-    `LlmqError` when the model is not quantized, the format cannot hold it, or the output
+    tokenizer: in place of that folder's. format: "auto" or one of `llmq.formats.registry.NAMES`.
+    Raises `LlmqError` when the model is not quantized, the format cannot hold it, or the output
     exists."""
     quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
     if not quantized:

@@ -23,11 +23,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmq.inference.attention import NAME
 from llmq.inference.cache import InPlaceLayer, in_place_cache
 from llmq.inference.module import quantized_modules
+from llmq.models.compat import BaseModelOutputWithPast, attention_name
 from llmq_kernels.compiled import decoding
 from llmq_kernels.compiled.recording import NotRecordable, Recording
 
@@ -236,9 +236,8 @@ def _unsuitable(decoder: PreTrainedModel) -> str | None:
         return f"{type(decoder).__name__}: recorded steps know {', '.join(LAYERS)}, not {', '.join(sorted(kinds)) or 'these layers'}"
     if (activation := decoder.config.hidden_act) != "silu":
         return f"{type(decoder).__name__}: recorded steps know silu, not {activation}"
-    if (
-        attention := decoder.config._attn_implementation
-    ) != NAME:  # such as one that quantizes keys and values
+    attention = attention_name(decoder.config)
+    if attention != NAME:  # such as one that quantizes keys and values
         return f"{type(decoder).__name__}: recorded steps know plain attention, not {attention}"
     if not all(
         isinstance(layer, InPlaceLayer) for layer in in_place_cache(decoder.config, 1).layers

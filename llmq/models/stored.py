@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
+from llmq.models import compat
 from llmq.models.names import left_out, match_names
 from llmq.models.shards import ShardReader
 from llmq.models.source import meta_model
@@ -33,7 +34,7 @@ def source_model(
     tensors are missing."""
     model = meta_model(config)
     matched = match_names(model, shards.names)
-    ties = dict(model.all_tied_weights_keys)
+    ties = compat.ties(model)
     separate = [
         target
         for target, source in ties.items()

@@ -23,6 +23,7 @@ from llmq.ptq.solver import SolverResult
 from llmq.ptq.stage import InputGroup, Recording, Stage, find_stages
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Stream, Streams
+from llmq.ptq.threads import total
 from llmq.recipe import LayerPlan, Recipe
 
 
@@ -206,7 +207,7 @@ class _Calibrated(_Rounded):
         self.parts.discard()
         error = None
         if (exact := self.exact_output) is not None:
-            error = float((output - exact).square().sum() / exact.square().sum())
+            error = total((output - exact).square()) / total(exact.square())
         return block_report(self.index, self.reports, error, self.tuning), output
 
     def _run_exact(self, stages: list[Stage]) -> Tensor:
@@ -227,7 +228,7 @@ class _Calibrated(_Rounded):
         for group, stats in measured:
             self.setup.release_freed_memory()
             self._solve_group(group, stats)
-            stats.cross = None  # what outlives the solve, for reports on tuned layers, is H
+            stats.forget_cross()
 
     def _take(self, layer: str, result: SolverResult, stats: LayerStats | None) -> None:
         if self.setup.needs.tuning and stats is not None:

@@ -15,7 +15,7 @@ from llmq.text.documents import TokenSet
 
 def stored_bytes(job: Job) -> int:
     """Bytes of the weight files that the job writes."""
-    source = sum(path.stat().st_size for path in set(job.shards.names.values()))
+    source = job.source.weight_bytes
     element = source / max(
         1,
         sum(

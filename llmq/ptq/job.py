@@ -4,46 +4,42 @@ format and the text, and every check that can be made by then."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
-from llmq.formats import Format, choose_format, format_note
+from llmq.formats.base import Format
+from llmq.formats.registry import choose_format, format_note
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
 from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.readers import CheckpointReader, weight_reader
-from llmq.models.shards import ShardReader
-from llmq.models.source import load_config, resolve
+from llmq.models.source import Source
 from llmq.models.stored import source_model, source_remarks
-from llmq.models.tokens import fingerprint, first_token, model_tokenizer
+from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.methods import method_of, needs_text
 from llmq.ptq.precision import Precision
 from llmq.ptq.scales import fitting_plans
 from llmq.recipe import LayerPlan, Recipe
-from llmq.storage.stamps import SourceFiles
 from llmq.text import documents
 from llmq_kernels.core import restricted
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything known before anything is computed. tokens: None for methods without data. remarks:
-    what is to be known of the model or the format. source: the files of the model as they were
-    before any was read."""
+    """Everything known before anything is computed. config, model: what the stored tensors are, on
+    the meta device. tokens: None for methods without data. remarks: what is to be known of the
+    model or the format."""
 
-    model_dir: Path
+    source: Source
     config: PretrainedConfig
     model: PreTrainedModel
-    shards: ShardReader
     recipe: Recipe
     plans: list[LayerPlan]
     fmt: Format
     tokens: documents.TokenSet | None
     remarks: dict[str, str]
-    source: SourceFiles
 
     @property
     def notes(self) -> dict[str, str]:
@@ -56,7 +52,7 @@ class Job:
 
 
 def prepare(
-    model: str,
+    model: str | Source,
     recipe: Recipe,
     *,
     calibration: str | documents.TokenSet = documents.BUNDLED,
@@ -74,16 +70,14 @@ def prepare(
     """
     restricted.adapt()
     method_of(recipe)  # or it is refused before anything is read
-    model_dir = resolve(model, revision)
-    source = SourceFiles.of(model_dir)
-    stored_config = load_config(model_dir)
-    read_settings(model_dir)  # it comes along, and the result has to load
+    source = Source.open(model, revision)
+    stored_config, shards = source.config, source.shards
+    read_settings(source.folder)  # it comes along, and the result has to load
     if getattr(stored_config, "quantization_config", None) is not None:
         raise LlmqError(
-            f"{model_dir}: is quantized already ({_method(stored_config)}); start from the "
+            f"{source.folder}: is quantized already ({_method(stored_config)}); start from the "
             "full-precision model"
         )
-    shards = ShardReader(model_dir)
     config, skeleton = source_model(stored_config, shards)
     plans = recipe.plan(quantizable_layers(skeleton))
     if not any(plan.spec for plan in plans):
@@ -93,7 +87,7 @@ def prepare(
         )
     matched = match_names(skeleton, shards.names)
     check_shapes(skeleton, shards, matched)
-    check_dtypes(skeleton, shards.dtypes, matched, str(model_dir))
+    check_dtypes(skeleton, shards.dtypes, matched, str(source.folder))
     choose_format(format, plans, recipe.activations)  # or it is refused before weights are read
     if check_scales:
         plans, changed = fitting_plans(
@@ -112,11 +106,11 @@ def prepare(
     tokens = None
     if needs_text(recipe):
         tokens = (
-            calibration_tokens(model_dir, config, recipe, calibration)
+            calibration_tokens(source, config, recipe, calibration)
             if isinstance(calibration, str)
             else calibration
         )
-    return Job(model_dir, config, skeleton, shards, recipe, plans, fmt, tokens, remarks, source)
+    return Job(source, config, skeleton, recipe, plans, fmt, tokens, remarks)
 
 
 def _check_scale_format(format: str, plans: list[LayerPlan], changed: list[str]) -> None:
@@ -139,12 +133,12 @@ def _method(config: Any) -> str:
 
 
 def calibration_tokens(
-    model_dir: Path, config: Any, recipe: Recipe, source: str
+    source: Source, config: Any, recipe: Recipe, text: str
 ) -> documents.TokenSet:
-    """The calibration windows of a recipe for a model folder."""
-    tokenizer = model_tokenizer(model_dir, config)
+    """The calibration windows of a recipe for a model, from a text."""
+    tokenizer = own_tokenizer(source)
     check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
-    return windows(tokenizer, config, recipe, source)
+    return windows(tokenizer, config, recipe, text)
 
 
 def windows(

@@ -17,6 +17,7 @@ from llmq.ptq.methods.gptq import row_blocks
 from llmq.ptq.methods.rtn import rtn
 from llmq.ptq.solver import RowErrors, SolverResult
 from llmq.ptq.stats import LayerStats, output_error
+from llmq.ptq.threads import total
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def better_of(result: SolverResult, weight: Tensor) -> SolverResult:
     """The result, or plain rounding of the full-precision weight `[N, K]` where that comes nearer
     to what the solver aimed at."""
     errors = result.errors
-    if errors is None or float(errors.result.sum()) <= float(errors.rounding.sum()):
+    if errors is None or total(errors.result) <= total(errors.rounding):
         return result
     rounded = rtn(weight, result.tensor.spec).tensor
     return replace(
@@ -128,14 +129,14 @@ def _ratio(error: float, energy: float) -> float:
 
 
 def _squares(values: Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))
+    return total(values.square())
 
 
 def _errors(original: Tensor, result: SolverResult, stats: LayerStats) -> tuple[float, float]:
     """Squared output errors of a result and of plain rounding: as the solver measured them, or from
     the weight's own outputs."""
     if result.errors is not None:
-        return float(result.errors.result.sum()), float(result.errors.rounding.sum())
+        return total(result.errors.result), total(result.errors.rounding)
     parts = [
         _row_errors(original, result.tensor, stats.hessian, rows)
         for rows in row_blocks(original, result.tensor.spec)

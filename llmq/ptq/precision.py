@@ -3,16 +3,11 @@
 What the quantized model computes is always float32. Two parts are not its results and may be faster
 where the model is stored in bfloat16 and the processor multiplies that natively:
 
-    stream    what the full-precision model computes beside it. GPTQ uses means of it over all
-              tokens, in which roundings average out (W4 g128 of a 6M-parameter Llama, perplexity of
-              three
-              calibration seeds: 42.051 against 42.055 in float32), and a run takes a tenth less
-              time. Block-wise tuning aims at single tokens of it and has it in float32.
+    stream    what the full-precision model computes beside it, where only means of it are used;
     training  the forward and backward passes of block-wise tuning, on float32 masters; the errors
               that decide whether its result is kept are measured in float32.
 
-The report names both.
-"""
+The report names both."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import llmq
-from llmq.models.identity import model_name, source_name
+from llmq.models.identity import source_name
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 
@@ -33,7 +33,7 @@ def build_report(
     needs = method_of(job.recipe).needs(job.recipe)
     bits = 8 * sum(layer["n_bytes"] for layer in layers) / n_weights
     return {
-        "model": model_name(job.model_dir),
+        "model": job.source.name,
         "method": job.recipe.method,
         "format": job.fmt.name,
         "recipe": job.recipe.to_json(),

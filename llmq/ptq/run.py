@@ -20,9 +20,6 @@ from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
 from llmq.models.readers import CheckpointReader
 from llmq.models.shards import ShardReader
-from llmq.models.source import (
-    load_tokenizer,
-)
 from llmq.models.stored import is_text_part
 from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.budget import stored_bytes, work_bytes
@@ -46,9 +43,9 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
     continued."""
     return {
         "model": {
-            "folder": str(job.model_dir.resolve()),
-            "size and time of": files.stamps(set(job.shards.names.values())),
-            "contents of": job.source.contents(),
+            "folder": str(job.source.folder.resolve()),
+            "size and time of": files.stamps(set(job.source.shards.names.values())),
+            "contents of": job.source.files.contents(),
         },
         "recipe": job.recipe.to_json(),
         "format": job.fmt.name,
@@ -57,7 +54,6 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
             "llmq": llmq.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
             "device": device,
             "precision": str(job.precision(device)),
         },
@@ -74,7 +70,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
     check_output(out_dir, overwrite)
     started = time.monotonic()
     prefix, blocks = find_blocks(job.model)
-    reader = CheckpointReader(job.model, job.shards, job.source)
+    reader = CheckpointReader(job.model, job.source.shards, job.source.files)
     partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks) + 1)
     try:
         sink = FolderSink(partial, reader, job.fmt, job.plans, job.recipe)
@@ -97,7 +93,7 @@ def quantize_folder(job: Job, out_dir: Path, *, device: str = "cpu", overwrite: 
             job.precision(device),
             _special_ids(job),
         )
-        running(job.model_dir)(quantize_blocks)(
+        running(job.source.folder)(quantize_blocks)(
             task,
             sink,
             partial.work_dir,
@@ -144,7 +140,7 @@ def _special_ids(job: Job) -> frozenset[int]:
     """Tokens that block-wise tuning watches on their own."""
     if not method_of(job.recipe).needs(job.recipe).tuning:
         return frozenset()
-    return special_ids(job.config, load_tokenizer(job.model_dir))
+    return special_ids(job.config, job.source.tokenizer)
 
 
 def _finish(
@@ -167,7 +163,7 @@ def _finish(
     unused = reader.unused()
     tensors = reader.stored_names(reader.read_parameters(outside))
     if is_text_part(job.model, job.config):  # the folder stays the wrapper that config.json says
-        tensors |= job.shards.read(unused)
+        tensors |= job.source.shards.read(unused)
         unused = []
     for _ in partial.written(last, tensors):
         pass
@@ -179,11 +175,10 @@ def _finish(
         for i in range(partial.n_shards)
     }
     files.write_index(target, shards, sum((target / name).stat().st_size for name in shards))
-    weights = {job.shards.start, *(path.name for path in set(job.shards.names.values()))}
-    companions = copy_companions(job.model_dir, target, weights)
-    job.source.check()  # what was copied and read is what the run began with
+    companions = copy_companions(job.source.folder, target, job.source.weight_names)
+    job.source.files.check()  # what was copied and read is what the run began with
     report = build_report(
-        job, partial.block_reports(), source_bytes=sum(path.stat().st_size for path in set(job.shards.names.values())), stored_bytes=sum((target / name).stat().st_size for name in shards),
+        job, partial.block_reports(), source_bytes=job.source.weight_bytes, stored_bytes=sum((target / name).stat().st_size for name in shards),
         unused=unused, resumed_at=resumed_at, seconds=seconds, device=device,
     )  # fmt: skip
     report["redone_blocks"] = partial.redone
@@ -199,7 +194,7 @@ def _finish(
             act_order=job.recipe.order == "act",
             activations=job.recipe.activations,
         ),
-        name=hub_id(job.model_dir),
+        name=hub_id(job.source.folder),
         companions=companions,
     )
     partial.publish()
@@ -211,6 +206,6 @@ def _tokenizer_hash(job: Job) -> str | None:
     if job.tokens is not None and job.tokens.tokenizer_sha256 is not None:
         return job.tokens.tokenizer_sha256
     try:
-        return fingerprint(load_tokenizer(job.model_dir))
+        return fingerprint(job.source.tokenizer)
     except LlmqError:
         return None

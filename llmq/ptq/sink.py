@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from llmq.formats import Format
+from llmq.formats.base import Format
 from llmq.formats.save import checkpoint_config, layer_tensors
 from llmq.grid.spec import ActSpec
 from llmq.inference.module import swap

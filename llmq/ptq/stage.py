@@ -106,4 +106,5 @@ class Recording:
             cross=self.both,
             projection=weight if self.both and narrows(block, group.layers) else None,
             ranges=RangeObserver() if self.ranges else None,
+            n_chunks=streams.n_batches,
         )

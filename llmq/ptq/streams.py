@@ -55,6 +55,10 @@ class Streams:
     def length(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def n_batches(self) -> int:
+        return -(-len(self.tokens) // self.batch_size)
+
     def inputs_of(self, index: int, stream: Stream = "quantized") -> ActivationFile:
         """The file of the inputs of block `index`."""
         path = self.work_dir / f"inputs-{stream}-{index:05d}.bin"

@@ -21,10 +21,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import get_available_reporting_integrations
 
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.perplexity import evaluate
+from llmq.models.compat import get_available_reporting_integrations
 from llmq.qat.rates import SCALES, parameter_groups
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import Student

@@ -141,7 +141,7 @@ def test_command_on_a_cpu(capsys):
         (["--decode"], "needs a CUDA device"),
         (["--tune"], "needs a CUDA device"),
         (["--shapes", "4096"], "expected outputs x inputs"),
-        (["--weights", "w5"], "cannot read the quantization"),
+        (["--weights", "w7"], "cannot read the quantization"),
     ],
 )
 def test_refusals_are_one_line(capsys, arguments, message):

@@ -530,3 +530,22 @@ def test_tied_and_sharded_models_lose_nothing(model_folder, calibration_file, tm
         "lm_head.weight"
         not in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "blockwise"])
+def test_any_number_of_threads_gives_the_same_bytes(method, tmp_path):
+    """A model that is large enough for all of them to take part."""
+    results, before = [], torch.get_num_threads()
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        job = prepare(
+            "tiny",
+            Recipe.uniform("w3g128", method=method, samples=20, sequence_length=128, iterations=6),
+        )
+        report = quantize_folder(job, tmp_path / str(n_threads))
+        results.append((load_file(tmp_path / str(n_threads) / "model.safetensors"), report))
+    torch.set_num_threads(before)
+    assert results[0][1]["layers"] == results[1][1]["layers"]
+    for name, tensor in results[0][0].items():
+        assert torch.equal(tensor, results[1][0][name]), name

@@ -2,36 +2,13 @@
 
 GPTQ answers for each layer alone. Here all layers of a block are trained together, by gradient
 descent through the quantizer, against what the block computes in the full-precision model: inputs
-from the quantized model, targets from the full-precision one, squared error (Block-AP in
-EfficientQAT, Chen et al., 2024; SignRound, Cheng et al., 2023). It takes some hundred steps on the
-calibration windows that GPTQ has seen already, and the memory of one block with its optimizer.
+from the quantized model, targets from the full-precision one (Block-AP in EfficientQAT, Chen et
+al., 2024; SignRound, Cheng et al., 2023). The error is the squared distance of each token over its
+squared length.
 
-The scales start where GPTQ left them, the weights where they were: off the grid, not in the cells
-of GPTQ's codes. From those cells the first error is lower and the last one higher (block 0 of a
-5.8M-parameter Llama at w2g64-asym, GPTQ 0.034: after 100 steps 0.039 from the cells and 0.035 from
-the weights, after 200 0.028). So few steps gain nothing; hundreds do. From 150 to 200 w3g128 gains
-0.03 of perplexity (42.56 and 42.53, two seeds), which is what seeds scatter by, for a quarter of
-the time; 300 steps of half as many tokens are no better (42.62).
-
-Zero points stay where the start has them unless they are asked for: learned ones cost 1% of
-perplexity (w2g64-asym of a novel 45.42 instead of 44.96), since they jump by whole codes. A start
-from plain rounding instead of GPTQ is a tenth of a percent worse at w3g128 (42.59 and 42.53, means
-of two seeds) and takes the same time, as it is the training that takes it.
-
-The error is relative per token, since the norm that comes next divides by the token's length:
-perplexity 46.2 at w2g64-asym, against 46.4 with a plain sum of squares and 48.3 of GPTQ (first 256
-windows of a novel). Targets halfway to what the full-precision block makes of the quantized model's
-inputs, which help GPTQ, cost 0.5% here.
-
-A block's result is kept only if it is better than the start on the windows of up to four steps: on
-average, and in no class of positions worse (`llmq.evaluation.position_classes`). The first token of
-a window is one of 256 in the mean, and where attention rests on it, all others follow it: of
-SmolLM2-135M at 3 bits its divergence after tuning was 4.00 instead of GPTQ's 0.026, while the mean
-fell. Both results are measured on the same positions in float32, so a class needs no margin. The
-check is a guard against divergence and no test of generalization. Held-out windows did not judge
-better, and are missing in training: perplexity 42.636 instead of 42.612 at w3g128, 42.005 instead
-of 41.994 at w4g128 (GPTQ 42.749 and 42.067; one seed each, so differences below 0.03 mean little).
-"""
+Scales start where the layer solver left them, weights where they were: off the grid. A result is
+kept only if it is better than the start, on average and in no class of positions worse. What was
+tried stands in the README of `llmq/ptq`."""
 
 from __future__ import annotations
 
@@ -64,6 +41,7 @@ from llmq.ptq.methods.gptq import METHOD as GPTQ
 from llmq.ptq.methods.rtn import rtn
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats
+from llmq.ptq.threads import one_thread
 from llmq.recipe import Recipe
 
 TOKENS_PER_STEP = 2048
@@ -237,8 +215,9 @@ class _Tuner:
         distances = torch.cat([distance for distance, _ in pairs]).cpu()
         lengths = torch.cat([squares for _, squares in pairs]).cpu().sqrt()
         special = self.special[torch.cat(self.checked)]
-        classes = classify(special, lengths, float(lengths.median()))
-        return _Errors(float(distances.double().mean()), class_means(distances, classes))
+        with one_thread():
+            classes = classify(special, lengths, float(lengths.median()))
+            return _Errors(float(distances.double().mean()), class_means(distances, classes))
 
     @torch.enable_grad()
     def train(self, masters: Mapping[str, _Master]) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from llmq.commands.parser import Parser, fold_into_recipes
 from llmq.ptq.methods import METHODS
 
+# Of the table of codes (llmq_kernels.core.codes), whose package takes torch to import.
+BITS = ("2", "3", "4", "5", "6", "8", "ternary")
 MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
 TEXT_HELP = "text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled'"
 LARGEST = 2**63 - 1  # torch's generators and sizes take no more
@@ -183,7 +185,7 @@ def _add_grid_arguments(parser: Parser) -> None:
         choices=tuple(METHODS),
         help=f"{'; '.join(f'{name}: {what}' for name, what in METHODS.items())} (default: gptq)",
     )
-    parser.add_argument("--bits", choices=("2", "3", "4", "8", "ternary"), help="default: 4")
+    parser.add_argument("--bits", choices=BITS, help="default: 4")
     parser.add_argument(
         "--group-size",
         type=whole(-1),

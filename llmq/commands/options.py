@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 from llmq.commands.parser import Parser, fold_into_recipes
+from llmq.formats.registry import AUTO, NAMES
 from llmq.ptq.methods import METHODS
 
 # Of the table of codes (llmq_kernels.core.codes), whose package takes torch to import.
@@ -284,7 +285,7 @@ def _add_activation_arguments(parser: Parser) -> None:
 
 def _add_limits(parser: Parser) -> None:
     parser.more.add_argument(
-        "--format", default="auto", help="auto, gptq, gptq_v2, bitnet or llmq (default: auto)"
+        "--format", default=AUTO, help=f"{AUTO}, {', '.join(NAMES)} (default: {AUTO})"
     )
     parser.more.add_argument(
         "--strict",

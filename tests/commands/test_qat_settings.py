@@ -79,7 +79,7 @@ BAD = [
     ({"loss": {"ce": None}}, "qat.loss.ce None: expected a finite number"),
     ({"scheme": "w5"}, "unknown scheme 'w5'"),
     ({"scheme": {"activations": "none"}}, "qat.scheme: weights are missing"),
-    ({"scheme": {"weights": "w5"}}, "cannot read the quantization 'w5'"),
+    ({"scheme": {"weights": "w7"}}, "cannot read the quantization 'w7'"),
     ({"scheme": {"weights": 5}}, "quantization 5: expected an object"),
     ({"scheme": 5}, "qat.scheme 5: expected an object"),
     ({"rules": ["w8"]}, r"rules\[0\]: rule 'w8': expected PATTERN=SPEC"),

@@ -62,16 +62,29 @@ def check_sizes(settings: dict[str, Any], model_dir: Path) -> None:
         limit = LIMITS.get(key)
         if limit is not None and not 0 <= value <= limit:
             raise LlmqError(f"{where}: expected a whole number up to {limit}; {_REMEDY}")
+    text = settings.get("text_config")
+    parts = [settings, text] if isinstance(text, dict) else [settings]
+    for part in parts:
+        _check_positions(part, model_dir)
     n_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors") if path.is_file())
     if not n_bytes:
         return
-    text = settings.get("text_config")
-    parts = [settings, text] if isinstance(text, dict) else [settings]
     for part in parts:
         _check_filled(part, n_bytes, model_dir)
 
 
 _REMEDY = "compare it with that of the original model"
+
+
+def _check_positions(part: dict[str, Any], model_dir: Path) -> None:
+    """Positions are counted against before anything of transformers looks at their type."""
+    for key in _POSITIONS:
+        value = part.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise LlmqError(
+                f"{model_dir / 'config.json'}: {key} = {value!r}: expected a whole number; "
+                f"{_REMEDY}"
+            )
 
 
 def _check_filled(part: dict[str, Any], n_bytes: int, model_dir: Path) -> None:

@@ -73,6 +73,13 @@ def test_sizes_of_other_types_are_typed_errors(value, model_folder):
         llmq.load(edited(model_folder(), hidden_size=value))
 
 
+@pytest.mark.parametrize("value", ["64", 64.0, [64], {}, True])
+def test_positions_are_whole_numbers(value, model_folder):
+    folder = edited(model_folder(), max_position_embeddings=value)
+    with pytest.raises(LlmqError, match=r"max_position_embeddings = .*: expected a whole number"):
+        load_config(folder)
+
+
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_long_contexts_are_no_absurdity(family, tmp_path):
     config = make_model(family).config

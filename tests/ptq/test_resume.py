@@ -47,7 +47,7 @@ sys.exit(main(sys.argv[4:]))
 NEVER = ("llmq.storage.files", "publish", 0)
 KILLS = [
     ("llmq.ptq.capture", "BlockRecorder.run", 2),  # while the embeddings are computed
-    ("llmq.ptq.layers", "gptq", 6),  # in the middle of block 1
+    ("llmq.ptq.methods.gptq", "gptq", 6),  # in the middle of block 1
     ("llmq.storage.workspace", "PartialCheckpoint.finish_shard", 2),  # block 1 written, not named
     ("llmq.storage.files", "sync", 12),  # inside a write
     ("llmq.storage.files", "write_manifest", 1),  # all but the last file
@@ -134,13 +134,13 @@ def test_block_wise_tuning_resumes_to_the_same_bytes(arguments, tmp_path):
         "--method",
         "blockwise",
         "--iterations",
-        "20",
+        "60",
         "--learning-rate",
         "0.05",
     ]
     assert run(tuned, tmp_path / "reference").returncode == 0
     assert (
-        run(tuned, tmp_path / "out", ("llmq.ptq.streams", "tune_block", 2)).returncode
+        run(tuned, tmp_path / "out", ("llmq.ptq.methods.blockwise", "tune_block", 2)).returncode
         == -signal.SIGKILL
     )  # GPTQ of block 1 done, its tuning not begun
     resumed = run(tuned, tmp_path / "out")

@@ -12,6 +12,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmq.models import compat
 from llmq.models.arch import find_blocks, weight_as_stored
 from llmq.models.readers import WeightReader
 from llmq.ptq.results import StoredBlock
@@ -73,7 +74,7 @@ class Blocks:
         """Real float32 weights for everything that may run before block 0. The output head does
         not, and may be the largest tensor of all."""
         head = self.model.get_output_embeddings()
-        tied = self.model.all_tied_weights_keys
+        tied = compat.ties(self.model)
         outside = [
             name
             for name, _ in self.model.named_parameters()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from math import prod
 
+from llmq.models import compat
 from llmq.models.arch import find_blocks
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
@@ -21,7 +22,7 @@ def stored_bytes(job: Job) -> int:
         sum(
             prod(parameter.shape)
             for name, parameter in job.model.named_parameters()
-            if name not in job.model.all_tied_weights_keys
+            if name not in compat.ties(job.model)
         ),
     )
     saved = sum(

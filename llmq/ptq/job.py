@@ -13,10 +13,9 @@ from llmq.formats.base import Format
 from llmq.formats.registry import choose_format, format_note
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
-from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.source import Source
-from llmq.models.stored import source_model, source_remarks
+from llmq.models.stored import StoredModel
 from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.methods import method_of, needs_text
 from llmq.ptq.precision import Precision
@@ -71,46 +70,54 @@ def prepare(
     restricted.adapt()
     method_of(recipe)  # or it is refused before anything is read
     source = Source.open(model, revision)
-    stored_config, shards = source.config, source.shards
+    _check_unquantized(source)
     read_settings(source.folder)  # it comes along, and the result has to load
-    if getattr(stored_config, "quantization_config", None) is not None:
-        raise LlmqError(
-            f"{source.folder}: is quantized already ({_method(stored_config)}); start from the "
-            "full-precision model"
-        )
-    config, skeleton = source_model(stored_config, shards)
-    plans = recipe.plan(quantizable_layers(skeleton))
+    stored = StoredModel.of(source)
+    plans = recipe.plan(quantizable_layers(stored.skeleton))
     if not any(plan.spec for plan in plans):
         raise LlmqError(
             f"none of the {len(plans)} linear layers would be quantized; see 'llmq plan' with the "
             "same options"
         )
-    matched = match_names(skeleton, shards.names)
-    check_shapes(skeleton, shards, matched)
-    check_dtypes(skeleton, shards.dtypes, matched, str(source.folder))
-    choose_format(format, plans, recipe.activations)  # or it is refused before weights are read
+    stored.check()
+    is_ordered = recipe.order == "act"
+    # or it is refused before weights are read
+    choose_format(format, plans, recipe.activations, act_order=is_ordered)
     if check_scales:
-        plans, changed = fitting_plans(
-            plans, weight_reader(skeleton, CheckpointReader(skeleton, shards))
-        )
+        reader = CheckpointReader(stored.skeleton, source.shards)
+        plans, changed = fitting_plans(plans, weight_reader(stored.skeleton, reader))
         _check_scale_format(format, plans, changed)
-    fmt = choose_format(format, plans, recipe.activations)
+    fmt = choose_format(format, plans, recipe.activations, act_order=is_ordered)
+    if strict:
+        _check_unchanged(plans)
+    remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
+    remarks |= stored.remarks(strict)
+    tokens = None
+    if needs_text(recipe):
+        tokens = (
+            calibration_tokens(source, stored.config, recipe, calibration)
+            if isinstance(calibration, str)
+            else calibration
+        )
+    return Job(source, stored.config, stored.skeleton, recipe, plans, fmt, tokens, remarks)
+
+
+def _check_unquantized(source: Source) -> None:
+    if getattr(source.config, "quantization_config", None) is not None:
+        raise LlmqError(
+            f"{source.folder}: is quantized already ({_method(source.config)}); start from the "
+            "full-precision model"
+        )
+
+
+def _check_unchanged(plans: list[LayerPlan]) -> None:
+    """Under --strict: every layer becomes what was asked."""
     notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.note]
-    if strict and notes:
+    if notes:
         raise LlmqError(
             f"--strict: {len(notes)} layers would differ from what was asked, the first being "
             f"{notes[0]}"
         )
-    remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
-    remarks |= source_remarks(skeleton, stored_config, config, shards, matched, strict)
-    tokens = None
-    if needs_text(recipe):
-        tokens = (
-            calibration_tokens(source, config, recipe, calibration)
-            if isinstance(calibration, str)
-            else calibration
-        )
-    return Job(source, config, skeleton, recipe, plans, fmt, tokens, remarks)
 
 
 def _check_scale_format(format: str, plans: list[LayerPlan], changed: list[str]) -> None:

@@ -15,6 +15,7 @@ import llmq
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import special_ids
 from llmq.formats.save import checkpoint_config, write_configs
+from llmq.models import compat
 from llmq.models.arch import find_blocks
 from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
@@ -164,7 +165,7 @@ def _finish(
     outside = [
         name
         for name in reader.names
-        if not name.startswith(prefix + ".") and name not in job.model.all_tied_weights_keys
+        if not name.startswith(prefix + ".") and name not in compat.ties(job.model)
     ]
     last = partial.n_shards - 1
     unused = reader.unused()

@@ -50,15 +50,9 @@ COMMANDS = {
 }
 
 
-_NOT_YET = pytest.mark.xfail(strict=True, reason="llmq.ptq.run.prepare opens the model again")
-
-
 @pytest.mark.parametrize(
     "command",
-    [
-        *("inspect", "eval", "compare", "generate"),
-        *(pytest.param(name, marks=_NOT_YET) for name in ("quantize", "qat")),
-    ],
+    ["inspect", "eval", "compare", "generate", "quantize", "qat"],
 )
 def test_a_command_opens_its_model_once(command, reads, model_folder, calibration_file, tmp_path):
     folder = model_folder()

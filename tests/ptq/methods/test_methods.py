@@ -28,7 +28,7 @@ class _Windows:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "awq"}, "unknown method 'awq': expected rtn, gptq"),
+        ({"method": "awq"}, "unknown method 'awq': expected rtn, "),
         (
             {"init": "rtn"},
             "what method blockwise starts from, and the method is gptq; give --method blockwise, "

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "rtn": "plain rounding, without text",
+    "hqq": "scales fitted to the weights alone, without text",
     "gptq": "solved layer by layer on calibration text",
     "blockwise": "GPTQ, then every block is trained; best below 4 bits",
 }

@@ -118,9 +118,13 @@ def _kernels(
         kind.spec.fit(1)  # reads the text now: a mistake should not come after minutes of tuning
     result: dict[str, Any] = dict(environment)
     if args.tune:
+        from llmq.benchmark import tuner
         from llmq_kernels.triton import tuning
 
-        result["tuning_seconds"] = kernels.tune(shapes, rows, kinds, device, args.tune_seconds)
+        report = tuner.tune(shapes, rows, kinds, device, args.tune_seconds)
+        result["tuning_seconds"] = report.seconds
+        result["tuning_refused"] = report.refused
+        result["tuning_not_reached"] = report.not_reached
         chip = tuning.chip_of(device)
         tuning.save(chip, tuning.tuned_dir() / f"{tuning.slug(chip.name)}.json", environment)
     table = []

@@ -27,6 +27,7 @@ POINTERS = {
     "x_sums": "i32",
     "x_scale": "fp32",
     "workspace": "fp32",
+    "scale": "fp32",
 }
 MATRIX_INSTRUCTION = {
     "sm_80": "HMMA|IMMA",
@@ -47,7 +48,7 @@ def compiled(kernel, chip, constants, warps, stages, **pointers):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    dtypes = POINTERS | {"x": "bf16", "out": "bf16", "bias": "bf16", "scale": "fp16"} | pointers
+    dtypes = POINTERS | {"x": "bf16", "out": "bf16", "bias": "bf16"} | pointers
     signature = {
         name: "constexpr" if name in constants else f"*{dtypes[name]}" if name in dtypes else "i32"
         for name in kernel.arg_names
@@ -113,7 +114,13 @@ FLOAT = [
     ("int4", 128, False, 1, "bf16"), ("ternary", 128, False, 4, "fp16"), ("int4", 128, False, 16, "bf16"), ("int4", 64, True, 64, "fp16"), ("int4", 128, False, 128, "bf16"), ("int3", 128, True,
     32, "bf16"), ("int8", 0, False, 16, "fp16"),
 ]  # fmt: skip
-INT8 = [("ternary", 0, False, 128), ("int4", 128, False, 8), ("int8", 0, True, 32)]
+INT8 = [
+    ("ternary", 0, False, 128),
+    ("int4", 128, False, 8),
+    ("int4", 128, False, 256),
+    ("int4", 128, True, 256),
+    ("int8", 0, True, 32),
+]
 
 
 @pytest.mark.parametrize("arch", CHIPS)
@@ -127,13 +134,15 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
     constants = float_constants(code, group, choice, chip, zero=zero)
     types = {"x": dtype, "out": dtype, "bias": dtype}
     if choice.method == "gemv":
+        constants["EVEN_K"] = True
         check_resources(
             compiled(gemv.gemv_kernel, chip, constants, choice.warps, choice.stages, **types),
             chip,
             tmp_path,
         )
         return
-    constants |= {"SPLIT_K": choice.split_k, "EVEN_K": True, "UPCAST": False}
+    constants |= {"IS_SPLIT": choice.split_k > 1, "FOLD": choice.fold}
+    constants |= {"EVEN_K": True, "UPCAST": False}
     binary = compiled(
         gemm.gemm_kernel,
         chip,
@@ -146,8 +155,11 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
     assert binary.metadata.shared <= shared_bytes(problem, choice)
 
 
-def check_tensor_cores(binary, chip, tmp_path, *, in_registers=True):
-    assert re.search(MATRIX_INSTRUCTION[chip.arch], check_resources(binary, chip, tmp_path))
+def check_tensor_cores(binary, chip, tmp_path, *, in_registers=True, kind="float"):
+    instruction = MATRIX_INSTRUCTION[chip.arch]
+    if kind == "int8" and chip.arch == "sm_100":
+        instruction += "|IMMA"  # Triton 3.6 has no fifth-generation products of integers
+    assert re.search(instruction, check_resources(binary, chip, tmp_path))
     if chip.arch == "sm_90" and in_registers:
         # The weight is the left operand in registers: two lists in braces, the sums and the weight,
         # where a left operand from shared memory would be a descriptor.
@@ -165,15 +177,14 @@ def test_int8_kernels(code, group, zero, m, arch, tmp_path):
     bits = CODES[code].bits
     problem = Problem("int8", bits, group, "bfloat16", 4096, 4096, m)
     choice = default_choice(problem, chip)
-    offset = int(CODES[code].offset) - (128 if bits == 8 else 0)
     constants = {
         "GROUP": group,
-        "OFFSET": offset,
+        "OFFSET": int(CODES[code].offset),
         "HAS_ZERO": zero,
         "HAS_BIAS": False,
         "BITS": bits,
         "USE_ASM": not chip.is_amd,
-        "SPLIT_K": choice.split_k,
+        "IS_SPLIT": choice.split_k > 1,
     }
     constants |= {"BLOCK_M": choice.block_m, "BLOCK_N": choice.block_n, "BLOCK_K": choice.block_k}
     binary = compiled(
@@ -186,7 +197,7 @@ def test_int8_kernels(code, group, zero, m, arch, tmp_path):
         **({"out": "fp32"} if choice.split_k > 1 else {}),
     )
     check_tensor_cores(
-        binary, chip, tmp_path, in_registers=bits < 8
+        binary, chip, tmp_path, in_registers=bits < 8, kind="int8"
     )  # INT8 codes need no unpacking and are multiplied where they arrive
     assert binary.metadata.shared <= shared_bytes(problem, choice)
 
@@ -205,10 +216,9 @@ def test_small_kernels(arch, tmp_path):
         compiled(
             int8.quantize_tokens_kernel,
             chip,
-            {"SUM_COLUMNS": 128, "BLOCK_K": 4096},
-            8,
+            {"AT_ONCE": True, "HAS_SUMS": True, "SUM_COLUMNS": 128, "BLOCK_K": 16384},
+            16,
             3,
-            scale="fp32",
         ),
         chip,
         tmp_path,
@@ -218,10 +228,9 @@ def test_small_kernels(arch, tmp_path):
             compiled(
                 int8.quantize_static_kernel,
                 chip,
-                {"SUM_COLUMNS": 128, "BLOCK_K": 4096},
+                {"HAS_SUMS": True, "SUM_COLUMNS": 128, "BLOCK_K": 4096},
                 8,
                 3,
-                scale="fp32",
                 input_range="fp32",
             ),
             chip,

@@ -99,7 +99,9 @@ def obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> 
 
 def int8_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the integer kernels cannot take a weight here, or None."""
-    k, most = weight.shape[1], (1 << 31) // (128 * weight.code.max)
+    # Codes lie at the top of their bytes, so every product is below 128 * 128, or 128 * 255 where a
+    # zero point moves them to one side.
+    k, most = weight.shape[1], (1 << 31) // (128 * (128 if weight.zero is None else 255))
     if _group(weight) == 0 and k >= most:
         return f"its sums of {most} and more columns would not fit 32 bits, and K is {k}"
     return obstacle(weight, dtype, device)
@@ -114,9 +116,9 @@ def _side_tensors(weight: PackedWeight) -> State:
     n, k = weight.shape
     group = _group(weight)
     missing = 0 if group == 0 else -(-layout.padded_columns(k) // group) - weight.scale.shape[1]
-    state = {
-        "scale_t": torch.nn.functional.pad(layout.transposed(weight.scale, n), (0, 0, 0, missing))
-    }
+    # In float32: the pipeline of loads has no copies of less than four bytes.
+    scale = layout.transposed(weight.scale.float(), n)
+    state = {"scale_t": torch.nn.functional.pad(scale, (0, 0, 0, missing))}
     if weight.zero is not None:
         state["zero_t"] = torch.nn.functional.pad(
             layout.transposed(weight.zero, n), (0, 0, 0, missing)
@@ -215,6 +217,13 @@ def _high_words(weight: PackedWeight) -> int:
     return packed_width(layout.padded_columns(weight.shape[1]), layout.PLANES[weight.code.bits][0])
 
 
+def _folds(choice: Choice, weight: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether scales are multiplied into the weight: where the choice says so, there are groups,
+    and the type of x holds the scales (bfloat16 holds all, in two parts)."""
+    held = dtype == torch.bfloat16 or weight.scale.dtype == dtype
+    return choice.fold and held and _group(weight) > 0
+
+
 def _launch_options(choice: Choice) -> dict[str, Any]:
     # Fusing multiplications and additions is said explicitly: Triton's default changes with 3.10.
     return {"num_warps": choice.warps, "num_stages": choice.stages, "enable_fp_fusion": True}
@@ -227,7 +236,8 @@ def _gemv(
     out = x.new_empty(m, n)
     _modules()[0].gemv_kernel[(-(-n // choice.block_n),)](
         x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, out, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
-        HAS_BIAS=bias is not None, BLOCK_M=min(tuning.bucket(m), 4), BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, **_meaning(weight, state), **_launch_options(choice),
+        HAS_BIAS=bias is not None, BLOCK_M=min(tuning.bucket(m), 4), BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, EVEN_K=k % choice.block_k == 0,
+        **_meaning(weight, state), **_launch_options(choice),
     )  # fmt: skip
     return out
 
@@ -265,17 +275,18 @@ def _gemm(
     grid = (-(-n // choice.block_n) * -(-m // choice.block_m), choice.split_k)
     _modules()[1].gemm_kernel[grid](
         x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
-        HAS_BIAS=bias is not None, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, SPLIT_K=choice.split_k, EVEN_K=k == layout.padded_columns(k),
-        UPCAST=interpreting(), **_meaning(weight, state), **_launch_options(choice),
+        HAS_BIAS=bias is not None, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, IS_SPLIT=choice.split_k > 1, FOLD=_folds(choice, weight, x.dtype),
+        EVEN_K=k == layout.padded_columns(k), UPCAST=interpreting(), **_meaning(weight, state), **_launch_options(choice),
     )  # fmt: skip
     return _reduce(target, out, bias, choice)
 
 
 def quantize_tokens(
-    x: Tensor, sum_columns: int, input_range: Tensor | None = None
+    x: Tensor, sum_columns: int, input_range: Tensor | None = None, *, has_sums: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x `[M, K]` as int8 codes `[M, padded K]`, float32 scales `[M]`, and int32 sums of the codes
-    over every `sum_columns` columns, `[M, padded K / sum_columns]`.
+    over every `sum_columns` columns, `[M, padded K / sum_columns]` (uninitialized without
+    has_sums).
 
     input_range: float32 `[2]`, one scale and zero point for all tokens (codes are then 128 lower
     than stored ones), or None for a scale per token."""
@@ -284,15 +295,20 @@ def quantize_tokens(
     codes = torch.empty(m, padded, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     sums = torch.empty(m, padded // sum_columns, dtype=torch.int32, device=x.device)
-    block = min(1 << (padded - 1).bit_length(), 4096)
+    whole = 1 << (padded - 1).bit_length()
+    at_once = input_range is None and whole <= 16384
+    block = whole if at_once else min(whole, 4096)
     options = {
+        "HAS_SUMS": has_sums,
         "SUM_COLUMNS": sum_columns,
         "BLOCK_K": block,
-        "num_warps": 8 if block > 1024 else 4,
+        "num_warps": 16 if block > 4096 else 8 if block > 1024 else 4,
         "enable_fp_fusion": True,
     }
     if input_range is None:
-        _modules()[2].quantize_tokens_kernel[(m,)](x, codes, scale, sums, k, padded, **options)
+        _modules()[2].quantize_tokens_kernel[(m,)](
+            x, codes, scale, sums, k, padded, AT_ONCE=at_once, **options
+        )
     else:
         _modules()[2].quantize_static_kernel[(m,)](
             x, input_range, codes, scale, sums, k, padded, **options
@@ -304,16 +320,17 @@ def _int8_gemm(
     x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice
 ) -> Tensor:
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
-    codes, scale, sums = quantize_tokens(x, choice.block_k, weight.input_range)
+    codes, scale, sums = quantize_tokens(
+        x, choice.block_k, weight.input_range, has_sums="zero_t" in state
+    )
     if "shift" in state:
         bias = state["shift"] if bias is None else state["shift"] + bias
     out, target = _workspace(x, n, choice)
     grid = (-(-n // choice.block_n) * -(-m // choice.block_m), choice.split_k)
-    offset = int(weight.code.offset) - (128 if weight.code.bits == 8 else 0)
     _modules()[2].int8_gemm_kernel[grid](
         codes, scale, sums, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, layout.padded_columns(k), packed.shape[1],
-        GROUP=_group(weight), OFFSET=offset, HAS_ZERO="zero_t" in state, HAS_BIAS=bias is not None, BITS=weight.code.bits, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k,
-        SPLIT_K=choice.split_k, USE_ASM=_use_asm(), **_launch_options(choice),
+        GROUP=_group(weight), OFFSET=int(weight.code.offset), HAS_ZERO="zero_t" in state, HAS_BIAS=bias is not None, BITS=weight.code.bits, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n,
+        BLOCK_K=choice.block_k, IS_SPLIT=choice.split_k > 1, USE_ASM=_use_asm(), **_launch_options(choice),
     )  # fmt: skip
     return _reduce(target, out, bias, choice)
 

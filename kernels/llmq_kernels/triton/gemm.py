@@ -1,4 +1,4 @@
-"""More rows of x: tensor cores, with the weight as the left operand.
+"""Rows of x by tensor cores, with the weight as the left operand.
 
 The product is computed transposed, `Y^T [BN, BM] = W [BN, BK] . X^T [BK, BM]`, because the left
 operand of Hopper's `wgmma` may lie in registers while the right one may not. Dequantized numbers
@@ -6,19 +6,24 @@ then go straight from the unpacking instructions into the tensor core; in the us
 every tile of W would have to be written to shared memory and read back. x, which is small and needs
 no work, takes the way through shared memory.
 
-BLOCK_K never crosses a group, so a tile's product of exact integers is multiplied by one float32
-scale per row afterwards: one multiplication per output instead of one per weight, and no rounding
-of `scale * code`. With one scale per row, all tiles add up in the tensor core and the scale waits
-for the end.
+BLOCK_K never crosses a group. Where scales go:
+- Few rows of x: a tile's product of exact integers is multiplied by one float32 scale per row
+  afterwards: no rounding of `scale * code`, but a second accumulator, and each tile waits for its
+  products.
+- Many rows (FOLD): the scale is multiplied into the weight, rounded once as where cuBLAS gets a
+  dequantized weight, and all tiles add up in the tensor core, whose products stay in flight.
+- One scale per row: all tiles add up in the tensor core and the scale waits for the end.
+A tile's scales are read one tile ahead (a value carried by the loop): their loads are too narrow
+for the asynchronous pipeline, and read where they are used each tile would wait for memory.
 
 When there are fewer tiles than the chip has room for, K is split over several programs. Each writes
-its partial sums to its own slice of a float32 workspace `[SPLIT_K, M, N]`, and a second kernel adds
+its partial sums to its own slice of a float32 workspace `[splits, M, N]`, and a second kernel adds
 them in order. Atomic additions would save that launch and make results differ from run to run."""
 
 import triton
 import triton.language as tl
 
-from llmq_kernels.triton.dequantize import plane_pointer, unit_values
+from llmq_kernels.triton.dequantize import plane_pointer, scaled_values, unit_values
 
 
 @triton.jit
@@ -33,10 +38,12 @@ def product(weights, x_tile, total, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr):
+def store_tile(
+    total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, IS_SPLIT: tl.constexpr
+):
     """Store `[BN, BM]` transposed: into the output with the bias, or into this split's slice of the
     workspace."""
-    if SPLIT_K > 1:
+    if IS_SPLIT:
         out += tl.program_id(1).to(tl.int64) * M * N
     elif HAS_BIAS:
         total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
@@ -46,6 +53,16 @@ def store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, SPL
         tl.trans(total).to(out.dtype.element_ty),
         mask=(tokens < M)[:, None] & (rows < N)[None, :],
     )
+
+
+@triton.jit
+def split_range(tiles_k, IS_SPLIT: tl.constexpr):
+    """The tiles of K that this program walks along: all, or its share of them."""
+    first, last = 0, tiles_k
+    if IS_SPLIT:
+        first = tl.program_id(1) * tiles_k // tl.num_programs(1)
+        last = (tl.program_id(1) + 1) * tiles_k // tl.num_programs(1)
+    return first, last
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -71,15 +88,17 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    FOLD: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_ASM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """x `[M, K]`, packed `[N, row_words]` with its second plane `high_words` into each row, scale
     and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`, out `[M, N]`
-    or the workspace. BLOCK_K divides GROUP. EVEN_K: K needs no padding, so x needs no mask. UPCAST:
-    see `product`."""
+    or the workspace, a slice for each program of the grid's second dimension. BLOCK_K divides
+    GROUP. FOLD: scales are multiplied into the weight (not with GROUP 0, where nothing is gained).
+    EVEN_K: K needs no padding, so x needs no mask. UPCAST: see `product`."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     # Programs that share rows of W are neighbours, so that W comes from device memory once.
     rows = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -87,8 +106,7 @@ def gemm_kernel(
     safe_rows = tl.where(rows < N, rows, 0)
     safe_tokens = tl.where(tokens < M, tokens, 0)
     tiles_k = K_padded // BLOCK_K
-    first = tl.program_id(1) * tiles_k // SPLIT_K
-    last = (tl.program_id(1) + 1) * tiles_k // SPLIT_K
+    first, last = split_range(tiles_k, IS_SPLIT)
 
     units = tl.arange(0, BLOCK_K // 8)
     columns = tl.arange(0, BLOCK_K)
@@ -102,33 +120,47 @@ def gemm_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for tile in range(first, last):
         k = tile * BLOCK_K
+        if GROUP > 0:
+            at = k // GROUP * N + safe_rows
+            factor = tl.load(scale + at)[:, None].to(tl.float32)
+            if HAS_ZERO:
+                shift = tl.load(zero + at)[:, None].to(tl.int32)
         low = tl.load(low_units + k // 8)
         high = low
         if HIGH_BITS > 0:
             high = tl.load(high_units + k // 8)
-        if EVEN_K:
-            x_tile = tl.load(x_columns + k)
-        else:
+        if not EVEN_K:
             x_tile = tl.load(x_columns + k, mask=(k + columns < K)[None, :], other=0.0)
-        if GROUP > 0:
-            at = k // GROUP * N + safe_rows
-            factor = tl.load(scale + at).to(tl.float32)[:, None]
-            if HAS_ZERO:
-                shift = tl.load(zero + at)[:, None].to(tl.int32)
-            numbers = unit_values(
-                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
-            )
-            total += (
-                product(numbers, x_tile, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), UPCAST) * factor
-            )
+        elif BLOCK_M == 16:
+            # Rows beyond M would be fetched from the second cache for nothing.
+            x_tile = tl.load(x_columns + k, mask=(tokens < M)[:, None], other=0.0)
         else:
-            numbers = unit_values(
-                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
+            x_tile = tl.load(x_columns + k)
+        if FOLD:
+            numbers = scaled_values(
+                low,
+                high,
+                shift,
+                factor,
+                x.dtype.element_ty,
+                LOW_BITS,
+                HIGH_BITS,
+                USE_ASM,
             )
             total = product(numbers, x_tile, total, UPCAST)
+        else:
+            numbers = unit_values(
+                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
+            )
+            if GROUP > 0:
+                integers = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                integers = product(numbers, x_tile, integers, UPCAST)
+                total += integers * factor
+            else:
+                total = product(numbers, x_tile, total, UPCAST)
     if GROUP == 0:
         total *= tl.load(scale + safe_rows).to(tl.float32)[:, None]
-    store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS, SPLIT_K)
+    store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS, IS_SPLIT)
 
 
 @triton.jit(do_not_specialize=["size"])

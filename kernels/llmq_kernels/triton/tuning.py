@@ -4,9 +4,10 @@ chip where none does.
 A problem is (integer or floating-point activations, code, group, dtype, N, K, M rounded up to a
 power of two). Its choice is looked up in this order: what this process has tuned; the user's file
 in `~/.cache/llmq/tuned/` (or `$LLMQ_CACHE_DIR/tuned/`); the file of this GPU in the package,
-`tuned/<gpu>.json`, which only ever holds measured entries; `default_choice`. No lookup measures
-anything, so a first call costs one compilation. `tune` measures, and is called before graphs are
-captured, never by a forward pass. Whether to dequantize and leave the product to cuBLAS is one of
+`tuned/<gpu>.json`, which only ever holds measured entries; the nearest problem that was measured,
+its split of K moved to this one; `default_choice`. No lookup measures anything, so a first call
+costs one compilation. Measuring (`llmq/benchmark/tuner`) comes before graphs are captured, never
+with a forward pass. Whether to dequantize and leave the product to cuBLAS is one of
 the candidates: the crossover in M is measured per GPU, N and K like every other choice.
 
 Nothing here imports Triton; candidates that cannot fit into the shared memory of a chip are left
@@ -15,9 +16,12 @@ out by arithmetic."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +86,7 @@ class Problem:
 class Choice:
     """method: "gemv", "gemm", or "dequantize" (and cuBLAS). block_m tokens by block_n rows of W by
     block_k columns per step; split_k programs share K; warps and stages (of the load pipeline) per
-    program."""
+    program. fold: scales are multiplied into the weight before the product (`triton/gemm`)."""
 
     method: str
     block_m: int = 16
@@ -91,6 +95,7 @@ class Choice:
     split_k: int = 1
     warps: int = 4
     stages: int = 3
+    fold: bool = False
 
 
 def bucket(m: int) -> int:
@@ -122,7 +127,25 @@ def shared_bytes(problem: Problem, choice: Choice) -> int:
 
 
 def fits(problem: Problem, choice: Choice, chip: Chip) -> bool:
-    return choice.method != "gemm" or shared_bytes(problem, choice) <= chip.shared_bytes
+    """Whether a choice can be right for a problem: tiles that end with groups and rows, and fit
+    into the chip's shared memory."""
+    if choice.method == "gemv":
+        return problem.kind == "float" and problem.m <= GEMV_MAX_ROWS
+    if choice.method == "dequantize":
+        return problem.kind == "float"
+    padded = -(-problem.k // 128) * 128
+    return (
+        problem.group % choice.block_k == 0
+        and padded % choice.block_k == 0
+        and choice.block_m >= 16
+        and choice.split_k <= padded // choice.block_k
+        and shared_bytes(problem, choice) <= chip.shared_bytes
+    )
+
+
+FOLD_MIN_ROWS = 64  # rows of x from which a second accumulator costs more than rounded weights
+SPLIT_MAX_ROWS = 512
+_ON_WGMMA = ("sm_90", "sm_100")
 
 
 def _split(problem: Problem, chip: Chip, block_m: int, block_n: int, block_k: int) -> int:
@@ -132,7 +155,7 @@ def _split(problem: Problem, chip: Chip, block_m: int, block_n: int, block_k: in
     split = 1
     while (
         split < 8
-        and problem.m <= 64
+        and problem.m <= SPLIT_MAX_ROWS
         and 2 * programs * split < 3 * chip.processors
         and problem.k // block_k >= 8 * split
     ):
@@ -140,42 +163,21 @@ def _split(problem: Problem, chip: Chip, block_m: int, block_n: int, block_k: in
     return split
 
 
+def _folds(problem: Problem) -> bool:
+    return problem.kind == "float" and problem.group > 0 and problem.m >= FOLD_MIN_ROWS
+
+
 def default_choice(problem: Problem, chip: Chip) -> Choice:
     """A choice without measurements."""
     m = problem.m
-    if problem.kind == "float" and m <= GEMV_MAX_ROWS:
+    if problem.kind == "float" and m <= GEMV_MAX_ROWS and chip.arch not in _ON_WGMMA:
         # A warp reads 512 bytes of one row at a time (4 bits: 1024 columns); four rows per program,
         # one for each warp.
-        return Choice(
-            "gemv",
-            block_m=m,
-            block_n=4,
-            block_k=1024 if problem.bits != 2 else 2048,
-            warps=4,
-            stages=1,
-        )
+        block_k = 1024 if problem.bits != 2 else 2048
+        return Choice("gemv", m, 4, block_k, warps=4, stages=1)
     if problem.kind == "float" and m > FUSED_MAX_ROWS[chip.arch]:
         return Choice("dequantize")
-    # Tensor cores take eight columns from Ampere on; AMD's take 16, and Triton 3.6 does not reach
-    # Hopper's with eight columns of bytes.
-    smallest = 16 if chip.is_amd or problem.kind == "int8" else 8
-    # Before Hopper, sums, weights and x all lie in the registers of a warp: of the larger tiles,
-    # Triton 3.6 or 3.9 spills at 64 x 128 and 128 x 128, at 64 x 64 neither does.
-    wide = chip.arch in ("sm_90", "sm_100")
-    block_m = min(max(m, smallest), 128 if wide or chip.is_amd else 64)
-    block_n = 128 if m >= 64 and wide else 64
-    block_k = tile_columns(problem.group)
-    warps = 8 if block_m * block_n >= 128 * 64 else 4
-    stages = 2 if chip.is_amd else 4 if m <= 32 else 3
-    choice = Choice(
-        "gemm",
-        block_m,
-        block_n,
-        block_k,
-        _split(problem, chip, block_m, block_n, block_k),
-        warps,
-        stages,
-    )
+    choice = _default_gemm(problem, chip)
     while not fits(problem, choice, chip):
         choice = (
             replace(choice, stages=choice.stages - 1)
@@ -185,23 +187,39 @@ def default_choice(problem: Problem, chip: Chip) -> Choice:
     return choice
 
 
+def _default_gemm(problem: Problem, chip: Chip) -> Choice:
+    m = problem.m
+    # Before Hopper, sums, weights and x all lie in the registers of a warp: of the larger tiles,
+    # Triton 3.6 or 3.9 spills at 64 x 128 and 128 x 128, at 64 x 64 neither does.
+    wide = chip.arch in _ON_WGMMA
+    # Groups of integer sums need a second accumulator, and with zero points sums of x beside it.
+    large = (wide or chip.is_amd) and not (problem.kind == "int8" and problem.group)
+    block_m = min(max(m, 16), 128 if large else 64)
+    block_n = 128 if wide and (m <= 16 or m >= 64) else 64
+    block_k = tile_columns(problem.group)
+    warps = 8 if block_m * block_n >= 128 * 64 else 4
+    stages = 2 if chip.is_amd else 6 if wide and m <= 16 else 4 if m <= 32 else 3
+    split = _split(problem, chip, block_m, block_n, block_k)
+    return Choice("gemm", block_m, block_n, block_k, split, warps, stages, _folds(problem))
+
+
 def candidates(problem: Problem, chip: Chip) -> Iterator[Choice]:
-    """What `tune` measures: the default first, then around two dozen others that fit the chip."""
+    """What `tune` measures: the default first, then some dozens of others that fit the chip."""
     default = default_choice(problem, chip)
+    seen = {default}
     yield default
     for choice in _variations(problem, chip):
-        if choice != default and fits(problem, choice, chip):
+        if choice not in seen and fits(problem, choice, chip):
+            seen.add(choice)
             yield choice
 
 
 def _variations(problem: Problem, chip: Chip) -> Iterator[Choice]:
     if problem.kind == "float" and problem.m <= GEMV_MAX_ROWS:
         for block_n, block_k, warps in (
-            (1, 2048, 2),
             (2, 1024, 2),
             (4, 1024, 4),
             (8, 1024, 4),
-            (8, 1024, 8),
             (16, 512, 4),
             (4, 2048, 4),
             (8, 512, 4),
@@ -209,21 +227,57 @@ def _variations(problem: Problem, chip: Chip) -> Iterator[Choice]:
             yield Choice("gemv", problem.m, block_n, block_k, 1, warps, 1)
     if problem.kind == "float" and problem.m >= 64:
         yield Choice("dequantize")
-    block_k = tile_columns(problem.group)
-    smallest = 16 if chip.is_amd or problem.kind == "int8" else 8
-    sizes = sorted(
-        {
-            min(max(problem.m, smallest), limit)
-            for limit in ((16, 32) if problem.m <= 32 else (64, 128, 256))
-        }
-    )
-    for block_m in sizes:
-        for block_n, warps in ((64, 4), (128, 4), (128, 8)):
-            base = _split(problem, chip, block_m, block_n, block_k)
-            splits = sorted({max(base // 2, 1), base, 2 * base}) if problem.m <= 64 else [1]
-            for split_k in splits:
+    for shape in _shapes(problem, chip):
+        base = _split(problem, chip, shape.block_m, shape.block_n, shape.block_k)
+        tiles = -(-problem.k // shape.block_k)
+        more = 2 * base if problem.m < 128 else base
+        for split_k in sorted({max(base // 2, 1), base, more}):
+            if split_k == 1 or (problem.m <= SPLIT_MAX_ROWS and split_k * 2 <= tiles):
+                yield replace(shape, split_k=split_k)
+
+
+def _shapes(problem: Problem, chip: Chip) -> Iterator[Choice]:
+    """Tiles of the GEMM, before K is split. On chips whose tensor cores read x from shared memory
+    tiles can be larger and pipelines deeper."""
+    block_k, m = tile_columns(problem.group), problem.m
+    if chip.arch not in _ON_WGMMA:
+        limits = (16, 32) if m <= 32 else (64, 128)
+        for block_m in sorted({min(max(m, 16), limit) for limit in limits}):
+            for block_n, warps in ((64, 4), (128, 4), (128, 8)):
                 for stages in (2, 3) if chip.is_amd else (3, 5):
-                    yield Choice("gemm", block_m, block_n, block_k, split_k, warps, stages)
+                    yield Choice(
+                        "gemm", block_m, block_n, block_k, 1, warps, stages, _folds(problem)
+                    )
+        return
+    if m <= 32:
+        for block_m in sorted({max(m, 16), 16}):
+            for block_n, warps, stages in (
+                (64, 4, 4),
+                (64, 4, 7),
+                (128, 4, 4),
+                (128, 4, 6),
+                (128, 8, 4),
+                (128, 8, 6),
+            ):
+                yield Choice("gemm", block_m, block_n, block_k, 1, warps, stages)
+        if problem.kind == "int8" and problem.group == 0 and problem.k % 256 == 0:
+            for block_n, warps in ((64, 4), (128, 4), (128, 8)):
+                yield Choice("gemm", max(m, 16), block_n, 256, 1, warps, 4)
+        return
+    for block_m, block_n, warps in (
+        (64, 64, 4),
+        (64, 128, 8),
+        (64, 128, 4),
+        (128, 64, 4),
+        (128, 128, 8),
+        (128, 128, 4),
+        (256, 64, 4),
+        (256, 128, 8),
+    ):
+        if block_m > max(m, 64):
+            continue
+        for columns, stages in ((block_k, 3), (block_k, 4), (min(block_k, 64), 4)):
+            yield Choice("gemm", block_m, block_n, columns, 1, warps, stages, _folds(problem))
 
 
 # --- where choices are kept -----------------------------------------------------------------------------------------------
@@ -253,6 +307,8 @@ def _choice(value: Any) -> Choice:
     sizes = {**asdict(choice)}
     if sizes.pop("method") not in METHODS:
         raise ValueError(f"method {str(choice.method)[:40]!r}")
+    if type(sizes.pop("fold")) is not bool:
+        raise ValueError(f"fold {str(choice.fold)[:40]}")
     for name, size in sizes.items():
         is_size = type(size) is int and 0 < size <= _MOST
         if not is_size or (name not in ("split_k", "stages") and size & (size - 1)):
@@ -267,7 +323,9 @@ def _read(path: Path, *, of_user: bool) -> dict[str, Choice]:
         content = json.loads(
             read_private(private_folder(path.parent) / path.name) if of_user else path.read_bytes()
         )
-        return {str(key): _choice(value) for key, value in content["choices"].items()}
+        choices = {str(key): _choice(value) for key, value in content["choices"].items()}
+        _compare_versions(path, content.get("triton"))
+        return choices
     except FileNotFoundError:
         return {}
     except (Unsafe, OSError) as error:
@@ -276,6 +334,24 @@ def _read(path: Path, *, of_user: bool) -> dict[str, Choice]:
         told = f"{path} is not a file of tuned choices ({type(error).__name__}: {error})"
     tell(f"{told[:300]}; it is ignored, scripts/benchmark_kernels.py --tune writes a new one")
     return {}
+
+
+def _compare_versions(path: Path, measured: object) -> None:
+    """Say so where choices were measured with another minor version of Triton: they are right with
+    any, but another compiler may have another fastest one."""
+    here = _triton_version()
+    if here and isinstance(measured, str) and measured.split(".")[:2] != here.split(".")[:2]:
+        tell(
+            f"{path.name}: tiles were measured with Triton {measured[:40]}, and {here} is "
+            "installed; 'llmq bench --tune' measures again"
+        )
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def tuned(chip: Chip) -> dict[str, Choice]:
@@ -297,10 +373,66 @@ def choose(problem: Problem, chip: Chip) -> Choice:
     """The choice for a problem."""
     known = _chosen.get((chip.name or chip.arch, problem))
     if known is None:
-        known = _chosen[(chip.name or chip.arch, problem)] = tuned(chip).get(
-            problem.key
-        ) or default_choice(problem, chip)
+        measured = tuned(chip).get(problem.key)
+        if measured is None or not fits(problem, measured, chip):
+            measured = _nearest(problem, chip)
+        known = measured or default_choice(problem, chip)
+        _chosen[(chip.name or chip.arch, problem)] = known
     return known
+
+
+_KEY = re.compile(r"(float|int8)/w(\d+)/g(\d+)/(\w+)/(\d+)x(\d+)/m(\d+)")
+_FAR = 5.0  # doublings of N, K and (twice) M, beyond which a measurement says nothing
+
+
+def _problem(key: str) -> Problem | None:
+    """A problem from its key."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    kind, bits, group, dtype, *sizes = match.groups()
+    return Problem(kind, int(bits), int(group), dtype, *map(int, sizes))
+
+
+def _distance(one: Problem, other: Problem) -> float:
+    """Doublings between two problems of one kind; infinite between kinds."""
+    if (one.kind, one.bits, one.group) != (other.kind, other.bits, other.group):
+        return math.inf
+    if min(one.n, one.k, one.m, other.n, other.k, other.m) < 1:
+        return math.inf
+    doublings = abs(math.log2(one.n / other.n)) + abs(math.log2(one.k / other.k))
+    doublings += 2 * abs(math.log2(one.m / other.m))
+    return doublings + (0.01 if one.dtype != other.dtype else 0.0)  # both types have 16 bits
+
+
+def _nearest(problem: Problem, chip: Chip) -> Choice | None:
+    """What was measured fastest for the nearest problem, for this one."""
+    near: tuple[float, Problem, Choice] | None = None
+    for key, choice in tuned(chip).items():
+        other = _problem(key)
+        distance = math.inf if other is None else _distance(problem, other)
+        if other is not None and distance <= _FAR and (near is None or distance < near[0]):
+            near = (distance, other, choice)
+    if near is None:
+        return None
+    _, other, choice = near
+    if choice.method == "gemm":
+        choice = replace(choice, split_k=_moved_split(choice, other, problem))
+    return choice if fits(problem, choice, chip) else None
+
+
+def _moved_split(choice: Choice, measured: Problem, problem: Problem) -> int:
+    """As many programs for this problem as were fastest for the measured one, if they can be had by
+    splitting K and each keeps four tiles."""
+    if problem.m > SPLIT_MAX_ROWS:
+        return 1
+
+    def tiles(one: Problem) -> int:
+        return -(-one.n // choice.block_n) * -(-one.m // choice.block_m)
+
+    wanted = choice.split_k * tiles(measured) / tiles(problem)
+    split = 1 << max(round(math.log2(wanted)), 0)
+    return max(min(split, 8, problem.k // choice.block_k // 4), 1)
 
 
 def forget() -> None:
@@ -310,10 +442,11 @@ def forget() -> None:
 
 
 def save(chip: Chip, path: Path, details: dict[str, Any]) -> None:
-    """Write every measured choice of a GPU, atomically. details: versions and conditions of the
-    measurement."""
+    """Write every measured choice of a GPU, atomically, with Triton's version. details: other
+    versions and conditions of the measurement."""
     content = {
         "gpu": chip.name,
+        "triton": _triton_version(),
         **details,
         "choices": {key: asdict(choice) for key, choice in sorted(tuned(chip).items())},
     }
@@ -327,28 +460,12 @@ def save(chip: Chip, path: Path, details: dict[str, Any]) -> None:
     write_private(folder / path.name, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def tune(
-    problem: Problem, chip: Chip, measure: Callable[[Choice], float]
-) -> tuple[Choice, dict[str, float]]:
-    """Measure every candidate and remember the fastest. measure: seconds of a choice; a choice that
-    the compiler or driver refuses may raise RuntimeError and is left out.
-
-    Returns the choice and the seconds of all candidates by their description.
-    """
-    seconds: dict[Choice, float] = {}
-    problems: list[str] = []
-    for choice in candidates(problem, chip):
-        try:
-            seconds[choice] = measure(choice)
-        except RuntimeError as error:
-            problems.append(f"{choice}: {error}")
-    if not seconds:
-        raise RuntimeError(
-            f"no candidate for {problem.key} runs on {chip.name or chip.arch}: {problems[0]}"
-        )
+def keep(problem: Problem, chip: Chip, seconds: Mapping[Choice, float]) -> Choice:
+    """Remember the fastest of the measured choices for this process and for `save`."""
     best = min(seconds, key=seconds.__getitem__)
-    tuned(chip)[problem.key] = _chosen[(chip.name or chip.arch, problem)] = best
-    return best, {str(choice): value for choice, value in seconds.items()}
+    tuned(chip)[problem.key] = best
+    _chosen.clear()  # others may have it as their nearest
+    return best
 
 
 @cache

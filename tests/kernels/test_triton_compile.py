@@ -91,6 +91,11 @@ def check_resources(binary, chip, tmp_path):
     return code
 
 
+def early(chip):
+    """As on that chip: see `triton/gemm`."""
+    return chip.arch in ("sm_90", "sm_100")
+
+
 def float_constants(code, group, choice, chip, *, zero):
     low, *high = PLANES[CODES[code].bits]
     blocks = {
@@ -142,7 +147,7 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
         )
         return
     constants |= {"IS_SPLIT": choice.split_k > 1, "FOLD": choice.fold}
-    constants |= {"EVEN_K": True, "UPCAST": False}
+    constants |= {"EVEN_K": True, "EARLY": early(chip), "UPCAST": False}
     binary = compiled(
         gemm.gemm_kernel,
         chip,
@@ -185,6 +190,7 @@ def test_int8_kernels(code, group, zero, m, arch, tmp_path):
         "BITS": bits,
         "USE_ASM": not chip.is_amd,
         "IS_SPLIT": choice.split_k > 1,
+        "EARLY": early(chip),
     }
     constants |= {"BLOCK_M": choice.block_m, "BLOCK_N": choice.block_n, "BLOCK_K": choice.block_k}
     binary = compiled(
@@ -208,7 +214,13 @@ def test_small_kernels(arch, tmp_path):
 
     chip = CHIPS[arch]
     check_resources(
-        compiled(gemm.reduce_kernel, chip, {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}, 4, 3),
+        compiled(
+            gemm.reduce_kernel,
+            chip,
+            {"HAS_BIAS": True, "SPLIT_K": 8, "EARLY": early(chip), "BLOCK": 1024},
+            4,
+            3,
+        ),
         chip,
         tmp_path,
     )
@@ -216,7 +228,13 @@ def test_small_kernels(arch, tmp_path):
         compiled(
             int8.quantize_tokens_kernel,
             chip,
-            {"AT_ONCE": True, "HAS_SUMS": True, "SUM_COLUMNS": 128, "BLOCK_K": 16384},
+            {
+                "AT_ONCE": True,
+                "HAS_SUMS": True,
+                "SUM_COLUMNS": 128,
+                "BLOCK_K": 16384,
+                "EARLY": early(chip),
+            },
             16,
             3,
         ),
@@ -228,7 +246,7 @@ def test_small_kernels(arch, tmp_path):
             compiled(
                 int8.quantize_static_kernel,
                 chip,
-                {"HAS_SUMS": True, "SUM_COLUMNS": 128, "BLOCK_K": 4096},
+                {"HAS_SUMS": True, "SUM_COLUMNS": 128, "BLOCK_K": 4096, "EARLY": True},
                 8,
                 3,
                 input_range="fp32",

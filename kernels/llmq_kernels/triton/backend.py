@@ -53,6 +53,22 @@ def _use_asm() -> bool:
     return not interpreting() and torch.version.hip is None
 
 
+@cache
+def _early(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one it waits for has ended: from Hopper on."""
+    return (
+        not interpreting()
+        and torch.version.hip is None
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def _launched_early(device: torch.device) -> dict[str, bool]:
+    """The launch option of a kernel that waits in the device for the one before it."""
+    return {"launch_pdl": True} if _early(device) else {}
+
+
 # --- what is accepted -----------------------------------------------------------------------------------------------------
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -260,9 +276,11 @@ def _reduce(workspace: Tensor, out: Tensor, bias: Tensor | None, choice: Choice)
             out.shape[1],
             HAS_BIAS=bias is not None,
             SPLIT_K=choice.split_k,
+            EARLY=_early(out.device),
             BLOCK=1024,
             num_warps=4,
             enable_fp_fusion=True,
+            **_launched_early(out.device),
         )
     return out
 
@@ -276,7 +294,7 @@ def _gemm(
     _modules()[1].gemm_kernel[grid](
         x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
         HAS_BIAS=bias is not None, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, IS_SPLIT=choice.split_k > 1, FOLD=_folds(choice, weight, x.dtype),
-        EVEN_K=k == layout.padded_columns(k), UPCAST=interpreting(), **_meaning(weight, state), **_launch_options(choice),
+        EVEN_K=k == layout.padded_columns(k), EARLY=_early(x.device), UPCAST=interpreting(), **_meaning(weight, state), **_launch_options(choice),
     )  # fmt: skip
     return _reduce(target, out, bias, choice)
 
@@ -302,6 +320,7 @@ def quantize_tokens(
         "HAS_SUMS": has_sums,
         "SUM_COLUMNS": sum_columns,
         "BLOCK_K": block,
+        "EARLY": _early(x.device),
         "num_warps": 16 if block > 4096 else 8 if block > 1024 else 4,
         "enable_fp_fusion": True,
     }
@@ -330,7 +349,8 @@ def _int8_gemm(
     _modules()[2].int8_gemm_kernel[grid](
         codes, scale, sums, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, layout.padded_columns(k), packed.shape[1],
         GROUP=_group(weight), OFFSET=int(weight.code.offset), HAS_ZERO="zero_t" in state, HAS_BIAS=bias is not None, BITS=weight.code.bits, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n,
-        BLOCK_K=choice.block_k, IS_SPLIT=choice.split_k > 1, USE_ASM=_use_asm(), **_launch_options(choice),
+        BLOCK_K=choice.block_k, IS_SPLIT=choice.split_k > 1, USE_ASM=_use_asm(), EARLY=_early(x.device), **_launch_options(choice),
+        **_launched_early(x.device),
     )  # fmt: skip
     return _reduce(target, out, bias, choice)
 

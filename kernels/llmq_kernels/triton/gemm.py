@@ -18,7 +18,9 @@ for the asynchronous pipeline, and read where they are used each tile would wait
 
 When there are fewer tiles than the chip has room for, K is split over several programs. Each writes
 its partial sums to its own slice of a float32 workspace `[splits, M, N]`, and a second kernel adds
-them in order. Atomic additions would save that launch and make results differ from run to run."""
+them in order. Atomic additions would save that launch and make results differ from run to run. From
+Hopper on (EARLY) the second kernel is launched while the first one runs, and waits in the device
+for its end: what a launch takes is hidden."""
 
 import triton
 import triton.language as tl
@@ -56,10 +58,13 @@ def store_tile(
 
 
 @triton.jit
-def split_range(tiles_k, IS_SPLIT: tl.constexpr):
-    """The tiles of K that this program walks along: all, or its share of them."""
+def split_range(tiles_k, IS_SPLIT: tl.constexpr, EARLY: tl.constexpr):
+    """The tiles of K that this program walks along: all, or its share of them, and then with EARLY
+    the kernel that adds the shares may be launched already."""
     first, last = 0, tiles_k
     if IS_SPLIT:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         first = tl.program_id(1) * tiles_k // tl.num_programs(1)
         last = (tl.program_id(1) + 1) * tiles_k // tl.num_programs(1)
     return first, last
@@ -92,6 +97,7 @@ def gemm_kernel(
     FOLD: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_ASM: tl.constexpr,
+    EARLY: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """x `[M, K]`, packed `[N, row_words]` with its second plane `high_words` into each row, scale
@@ -106,7 +112,7 @@ def gemm_kernel(
     safe_rows = tl.where(rows < N, rows, 0)
     safe_tokens = tl.where(tokens < M, tokens, 0)
     tiles_k = K_padded // BLOCK_K
-    first, last = split_range(tiles_k, IS_SPLIT)
+    first, last = split_range(tiles_k, IS_SPLIT, EARLY)
 
     units = tl.arange(0, BLOCK_K // 8)
     columns = tl.arange(0, BLOCK_K)
@@ -172,13 +178,16 @@ def reduce_kernel(
     N,
     HAS_BIAS: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out `[M, N]`, `size` elements: the sum over the first dimension of workspace `[SPLIT_K, M,
-    N]`, always in the same order, and the bias."""
+    N]`, always in the same order, and the bias. EARLY: launched before the workspace is written."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = at < size
     total = tl.zeros((BLOCK,), tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     for split in tl.static_range(SPLIT_K):
         total += tl.load(workspace + split * size.to(tl.int64) + at, mask=ok, other=0.0)
     if HAS_BIAS:

@@ -76,13 +76,17 @@ def quantize_tokens_kernel(
     HAS_SUMS: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per token: codes int8 `[M, K_padded]` (zero beyond K), scale float32 `[M]` with x
     = scale * code, and where HAS_SUMS sums int32 `[M, K_padded / SUM_COLUMNS]` of the codes.
-    AT_ONCE: a block holds the whole token, which is then read once.
+    AT_ONCE: a block holds the whole token, which is then read once. EARLY: the product may be
+    launched already.
 
     Division and rounding (to nearest, ties to even) are those of `reference.quantize_tokens`, so
     that both give the same codes."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK_K,), tl.float32)
     if AT_ONCE:
@@ -115,9 +119,12 @@ def quantize_static_kernel(
     HAS_SUMS: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The same with one scale and zero point z for all, input_range float32 `[2]`: x = scale *
     (code + 128 - z), rounded as by `reference.quantize_static`. Codes beyond K are zero."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     static_scale, zero = tl.load(input_range), tl.load(input_range + 1)
@@ -224,20 +231,23 @@ def int8_gemm_kernel(
     BLOCK_K: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     USE_ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """x int8 `[M, K_padded]`, x_scale float32 `[M]`, x_sums int32 `[M, K_padded / BLOCK_K]` (read
     where HAS_ZERO), packed `[N, row_words]`, scale and zero `[G, N]`, out `[M, N]` or the
     workspace.
 
     OFFSET: the zero point of symmetric codes, which stored codes lack. BLOCK_K divides GROUP (0:
-    one scale per row)."""
+    one scale per row). EARLY: launched before x is written."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     tiles_m = tl.cdiv(M, BLOCK_M)
     rows = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_rows = tl.where(rows < N, rows, 0)
     safe_tokens = tl.where(tokens < M, tokens, 0).to(tl.int64)
     tiles_k = K_padded // BLOCK_K
-    first, last = split_range(tiles_k, IS_SPLIT)
+    first, last = split_range(tiles_k, IS_SPLIT, EARLY)
     # Stored codes are multiplied where they lie, at the top of a byte.
     too_large: tl.constexpr = 1 << (8 - BITS)
 

@@ -32,7 +32,7 @@ sys.path[:0] = ROOTS
 
 from llmq.benchmark import kernels, plot, tuner  # noqa: E402
 from llmq.benchmark.decode import compare_decode  # noqa: E402
-from llmq_kernels.triton import tuning  # noqa: E402
+from llmq_kernels.triton import choices, tuning  # noqa: E402
 
 STEPS = ("tests", "defaults", "tune", "kernels", "decode")
 
@@ -73,7 +73,7 @@ def tune(device: torch.device, seconds: float, out: Path) -> dict[str, Any]:
     """Tuned choices, for this user and as a file to ship."""
     kinds = [kernels.Kind(text) for text in kernels.GPU_WEIGHTS]
     report = tuner.tune(kernels.GPU_SHAPES, kernels.GPU_ROWS, kinds, device, seconds)
-    chip = tuning.chip_of(device)
+    chip = choices.chip_of(device)
     name = f"{tuning.slug(chip.name)}.json"
     for path in (tuning.tuned_dir() / name, out / name):
         tuning.save(chip, path, versions())

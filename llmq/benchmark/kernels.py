@@ -15,7 +15,7 @@ from llmq.benchmark import rivals, timing
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq_kernels import PackedWeight, PreparedWeight, packed_width
-from llmq_kernels.triton import backend, tuning
+from llmq_kernels.triton import backend, choices, tuning
 
 # Llama-3-8B's layers, and two squares.
 GPU_SHAPES = ((4096, 4096), (8192, 8192), (6144, 4096), (28672, 4096), (4096, 14336))
@@ -146,4 +146,4 @@ def choice_of(prepared: PreparedWeight, x: Tensor) -> str | None:
     """The tiles that were used, where the Triton kernels ran."""
     if not prepared.backend.name.startswith("triton"):
         return None
-    return str(tuning.choose(backend.problem_of(x, prepared.weight), tuning.chip_of(x.device)))
+    return str(tuning.choose(backend.problem_of(x, prepared.weight), choices.chip_of(x.device)))

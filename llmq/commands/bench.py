@@ -119,13 +119,13 @@ def _kernels(
     result: dict[str, Any] = dict(environment)
     if args.tune:
         from llmq.benchmark import tuner
-        from llmq_kernels.triton import tuning
+        from llmq_kernels.triton import choices, tuning
 
         report = tuner.tune(shapes, rows, kinds, device, args.tune_seconds)
         result["tuning_seconds"] = report.seconds
         result["tuning_refused"] = report.refused
         result["tuning_not_reached"] = report.not_reached
-        chip = tuning.chip_of(device)
+        chip = choices.chip_of(device)
         tuning.save(chip, tuning.tuned_dir() / f"{tuning.slug(chip.name)}.json", environment)
     table = []
     with common.progress("bench") as show:

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from llmq_kernels import CODES
+from llmq_kernels.triton.choices import CHIPS, Choice, Problem, default_choice, shared_bytes
 from llmq_kernels.triton.layout import PLANES
-from llmq_kernels.triton.tuning import CHIPS, Choice, Problem, default_choice, shared_bytes
 
 triton = pytest.importorskip("triton", reason="needs Triton (pip install '.[triton]')")
 pytestmark = [
@@ -27,7 +27,7 @@ POINTERS = {
     "x_sums": "i32",
     "x_scale": "fp32",
     "workspace": "fp32",
-    "scale": "fp32",
+    "scale": "fp16",
 }
 MATRIX_INSTRUCTION = {
     "sm_80": "HMMA|IMMA",
@@ -56,7 +56,7 @@ def compiled(kernel, chip, constants, warps, stages, **pointers):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name not in ("M", "size")
+        if kind != "constexpr" and name not in ("M", "size", "split_tiles")
     }
     target = (
         GPUTarget("hip", chip.arch, 64)
@@ -116,8 +116,7 @@ def float_constants(code, group, choice, chip, *, zero):
 
 
 FLOAT = [
-    ("int4", 128, False, 1, "bf16"), ("ternary", 128, False, 4, "fp16"), ("int4", 128, False, 16, "bf16"), ("int4", 64, True, 64, "fp16"), ("int4", 128, False, 128, "bf16"), ("int3", 128, True,
-    32, "bf16"), ("int8", 0, False, 16, "fp16"),
+    ("int4", 128, False, 1, "bf16"), ("ternary", 128, False, 4, "fp16"), ("int4", 128, False, 16, "bf16"), ("int4", 64, True, 64, "fp16"), ("int4", 128, False, 128, "bf16"), ("ternary", 128, False, 64, "bf16"), ("int3", 128, True, 32, "bf16"), ("int8", 0, False, 16, "fp16"),
 ]  # fmt: skip
 INT8 = [
     ("ternary", 0, False, 128),
@@ -148,13 +147,18 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
         return
     constants |= {"IS_SPLIT": choice.split_k > 1, "FOLD": choice.fold}
     constants |= {"EVEN_K": True, "EARLY": early(chip), "UPCAST": False}
+    constants["SETTLE"] = chip.arch == "sm_90"
+    if choice.split_k > 1:
+        types["out"] = "fp32"
+    if choice.fold:
+        types["scale"] = "fp32"
     binary = compiled(
         gemm.gemm_kernel,
         chip,
         constants,
         choice.warps,
         choice.stages,
-        **types | ({"out": "fp32"} if choice.split_k > 1 else {}),
+        **types,
     )
     check_tensor_cores(binary, chip, tmp_path)
     assert binary.metadata.shared <= shared_bytes(problem, choice)
@@ -171,6 +175,8 @@ def check_tensor_cores(binary, chip, tmp_path, *, in_registers=True, kind="float
         products = re.findall(r"wgmma\.mma_async\S* .*", binary.asm["ptx"])
         assert products
         assert all(line.count("{") == 2 for line in products)
+        # The registers of the weight are free again where the next tile is unpacked into them.
+        assert set(re.findall(r"wgmma\.wait_group\S* (\d+)", binary.asm["ptx"])) == {"0"}
 
 
 @pytest.mark.parametrize("arch", CHIPS)

@@ -11,8 +11,8 @@ from packed_weights import make_weight
 from llmq_kernels import unpack
 from llmq_kernels.core import errors
 from llmq_kernels.core.packing import packed_width
-from llmq_kernels.triton import layout, tuning
-from llmq_kernels.triton.tuning import CHIPS, Choice, Problem
+from llmq_kernels.triton import choices, layout, tuning
+from llmq_kernels.triton.choices import CHIPS, Choice, Problem
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -85,29 +85,29 @@ def problems():
 def test_choices_fit_their_chip(arch):
     chip = CHIPS[arch]
     for problem in problems():
-        choices = list(tuning.candidates(problem, chip))
-        assert choices[0] == tuning.default_choice(problem, chip)
-        assert len(choices) == len(set(choices)) <= 64
-        for choice in choices:
-            assert tuning.fits(problem, choice, chip)
+        every = list(choices.candidates(problem, chip))
+        assert every[0] == choices.default_choice(problem, chip)
+        assert len(every) == len(set(every)) <= 144
+        for choice in every:
+            assert choices.fits(problem, choice, chip)
             assert problem.group % choice.block_k == 0 or choice.method != "gemm"
 
 
 def test_rows_of_x_are_rounded_up():
-    assert [tuning.bucket(m) for m in (1, 2, 3, 5, 64, 65, 100000)] == [1, 2, 4, 8, 64, 128, 4096]
+    assert [choices.bucket(m) for m in (1, 2, 3, 5, 64, 65, 100000)] == [1, 2, 4, 8, 64, 128, 4096]
 
 
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path))
     tuning.forget()
-    yield tuning.Chip("sm_90", 132, 227 << 10, "Some GPU 3000")
+    yield choices.Chip("sm_90", 132, 227 << 10, "Some GPU 3000")
     tuning.forget()
 
 
 def test_the_fastest_candidate_is_kept_on_disk(gpu):
     problem = Problem("float", 4, 128, "bfloat16", 4096, 4096, 16)
-    every = list(tuning.candidates(problem, gpu))
+    every = list(choices.candidates(problem, gpu))
     seconds = dict.fromkeys(every[:-1], 2.0) | {every[-1]: 1.0}
     assert tuning.keep(problem, gpu, seconds) == every[-1] == tuning.choose(problem, gpu)
     path = tuning.tuned_dir() / f"{tuning.slug(gpu.name)}.json"
@@ -135,7 +135,7 @@ def test_what_was_not_measured_takes_the_choice_of_the_nearest(gpu):
     far = replace(measured, m=256)
     other = replace(measured, bits=2)
     for problem in (far, other):
-        assert tuning.choose(problem, gpu) == tuning.default_choice(problem, gpu)
+        assert tuning.choose(problem, gpu) == choices.default_choice(problem, gpu)
 
 
 WRONG = {
@@ -150,7 +150,7 @@ WRONG = {
 def test_a_choice_that_cannot_be_right_is_not_taken(gpu, choice):
     problem = Problem("float", 4, 128, "bfloat16", 4096, 4096, 16)
     tuning.keep(problem, gpu, {choice: 1.0})
-    assert tuning.choose(problem, gpu) == tuning.default_choice(problem, gpu)
+    assert tuning.choose(problem, gpu) == choices.default_choice(problem, gpu)
 
 
 def test_another_version_of_triton_is_named(gpu):
@@ -183,7 +183,7 @@ def test_a_damaged_file_is_named_and_ignored(gpu, content):
     problem = Problem("float", 4, 128, "bfloat16", 64, 64, 1)
     errors._told.clear()
     with pytest.warns(errors.KernelWarning, match=r"some_gpu_3000\.json is not a file of tuned"):
-        assert tuning.choose(problem, gpu) == tuning.default_choice(problem, gpu)
+        assert tuning.choose(problem, gpu) == choices.default_choice(problem, gpu)
 
 
 def test_a_file_that_others_can_write_is_named_and_ignored(gpu):
@@ -198,7 +198,7 @@ def test_a_file_that_others_can_write_is_named_and_ignored(gpu):
     tuning.forget()
     errors._told.clear()
     with pytest.warns(errors.KernelWarning, match=r"can be written by others \(mode 0666"):
-        assert tuning.choose(problem, gpu) == tuning.default_choice(problem, gpu)
+        assert tuning.choose(problem, gpu) == choices.default_choice(problem, gpu)
 
 
 def test_choice_is_one_line_of_json():

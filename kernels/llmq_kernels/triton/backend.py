@@ -22,8 +22,8 @@ from llmq_kernels.core.capability import Takes
 from llmq_kernels.core.codes import CODES
 from llmq_kernels.core.packing import packed_width
 from llmq_kernels.core.weight import PackedWeight
-from llmq_kernels.triton import layout, tuning
-from llmq_kernels.triton.tuning import Choice, Problem
+from llmq_kernels.triton import choices, layout, tuning
+from llmq_kernels.triton.choices import Choice, Problem
 
 State = dict[str, Tensor]
 
@@ -54,19 +54,22 @@ def _use_asm() -> bool:
 
 
 @cache
-def _early(device: torch.device) -> bool:
-    """Whether a kernel can be launched before the one it waits for has ended: from Hopper on."""
-    return (
-        not interpreting()
-        and torch.version.hip is None
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+def _capability(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA chip, 0 elsewhere."""
+    if not _use_asm() or device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
-def _launched_early(device: torch.device) -> dict[str, bool]:
+def _early(choice: Choice, device: torch.device) -> bool:
+    """Whether kernels are launched before those they wait for have ended: where the choice says so
+    and chips can, from Hopper on."""
+    return choice.early and _capability(device) >= 9
+
+
+def _launched_early(choice: Choice, device: torch.device) -> dict[str, bool]:
     """The launch option of a kernel that waits in the device for the one before it."""
-    return {"launch_pdl": True} if _early(device) else {}
+    return {"launch_pdl": True} if _early(choice, device) else {}
 
 
 # --- what is accepted -----------------------------------------------------------------------------------------------------
@@ -132,9 +135,8 @@ def _side_tensors(weight: PackedWeight) -> State:
     n, k = weight.shape
     group = _group(weight)
     missing = 0 if group == 0 else -(-layout.padded_columns(k) // group) - weight.scale.shape[1]
-    # In float32: the pipeline of loads has no copies of less than four bytes.
-    scale = layout.transposed(weight.scale.float(), n)
-    state = {"scale_t": torch.nn.functional.pad(scale, (0, 0, 0, missing))}
+    scale = torch.nn.functional.pad(layout.transposed(weight.scale, n), (0, 0, 0, missing))
+    state = {"scale_t": scale}
     if weight.zero is not None:
         state["zero_t"] = torch.nn.functional.pad(
             layout.transposed(weight.zero, n), (0, 0, 0, missing)
@@ -145,8 +147,12 @@ def _side_tensors(weight: PackedWeight) -> State:
 
 
 def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
-    """Units of eight codes in place of the canonical words."""
-    return {"packed": layout.pack_units(weight), **_side_tensors(weight)}
+    """Units of eight codes in place of the canonical words, and, where scales can be multiplied
+    into the weight, these in float32, too: the pipeline of loads copies no less than four bytes."""
+    state = {"packed": layout.pack_units(weight), **_side_tensors(weight)}
+    if _group(weight):
+        state["scale_fold"] = state["scale_t"].float()
+    return state
 
 
 def restore(weight: PackedWeight, state: State) -> Tensor:
@@ -176,14 +182,14 @@ def problem_of(x: Tensor, weight: PackedWeight) -> Problem:
         _group(weight),
         str(x.dtype).removeprefix("torch."),
         *weight.shape,
-        tuning.bucket(x.shape[0]),
+        choices.bucket(x.shape[0]),
     )
 
 
 def linear(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` for x `[M, K]`, float16 or bfloat16."""
     return run(
-        x, weight, state, bias, tuning.choose(problem_of(x, weight), tuning.chip_of(x.device))
+        x, weight, state, bias, tuning.choose(problem_of(x, weight), choices.chip_of(x.device))
     )
 
 
@@ -252,7 +258,7 @@ def _gemv(
     out = x.new_empty(m, n)
     _modules()[0].gemv_kernel[(-(-n // choice.block_n),)](
         x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, out, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
-        HAS_BIAS=bias is not None, BLOCK_M=min(tuning.bucket(m), 4), BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, EVEN_K=k % choice.block_k == 0,
+        HAS_BIAS=bias is not None, BLOCK_M=min(choices.bucket(m), 4), BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, EVEN_K=k % choice.block_k == 0,
         **_meaning(weight, state), **_launch_options(choice),
     )  # fmt: skip
     return out
@@ -276,13 +282,23 @@ def _reduce(workspace: Tensor, out: Tensor, bias: Tensor | None, choice: Choice)
             out.shape[1],
             HAS_BIAS=bias is not None,
             SPLIT_K=choice.split_k,
-            EARLY=_early(out.device),
+            EARLY=_early(choice, out.device),
             BLOCK=1024,
             num_warps=4,
             enable_fp_fusion=True,
-            **_launched_early(out.device),
+            **_launched_early(choice, out.device),
         )
     return out
+
+
+def _grid(m: int, n: int, choice: Choice) -> tuple[int, int, int]:
+    """Tiles of M, tiles of N, splits of K."""
+    return -(-m // choice.block_m), -(-n // choice.block_n), choice.split_k
+
+
+def _split_tiles(k: int, choice: Choice) -> int:
+    """Tiles of K of one split."""
+    return -(-layout.padded_columns(k) // choice.block_k // choice.split_k)
 
 
 def _gemm(
@@ -290,24 +306,52 @@ def _gemm(
 ) -> Tensor:
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
     out, target = _workspace(x, n, choice)
-    grid = (-(-n // choice.block_n) * -(-m // choice.block_m), choice.split_k)
-    _modules()[1].gemm_kernel[grid](
-        x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
-        HAS_BIAS=bias is not None, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, IS_SPLIT=choice.split_k > 1, FOLD=_folds(choice, weight, x.dtype),
-        EVEN_K=k == layout.padded_columns(k), EARLY=_early(x.device), UPCAST=interpreting(), **_meaning(weight, state), **_launch_options(choice),
-    )  # fmt: skip
+    fold = _folds(choice, weight, x.dtype)
+    _modules()[1].gemm_kernel[_grid(m, n, choice)](
+        x,
+        packed,
+        state["scale_fold" if fold else "scale_t"],
+        state.get("zero_t", packed),
+        out if bias is None else bias,
+        target,
+        m,
+        n,
+        k,
+        layout.padded_columns(k),
+        packed.shape[1],
+        _high_words(weight),
+        _split_tiles(k, choice),
+        HAS_BIAS=bias is not None,
+        BLOCK_M=choice.block_m,
+        BLOCK_N=choice.block_n,
+        BLOCK_K=choice.block_k,
+        IS_SPLIT=choice.split_k > 1,
+        FOLD=fold,
+        EVEN_K=k == layout.padded_columns(k),
+        EARLY=_early(choice, x.device),
+        SETTLE=_capability(x.device) == 9,
+        UPCAST=interpreting(),
+        **_meaning(weight, state),
+        **_launch_options(choice),
+    )
     return _reduce(target, out, bias, choice)
 
 
 def quantize_tokens(
-    x: Tensor, sum_columns: int, input_range: Tensor | None = None, *, has_sums: bool = True
+    x: Tensor,
+    sum_columns: int,
+    input_range: Tensor | None = None,
+    *,
+    has_sums: bool = True,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x `[M, K]` as int8 codes `[M, padded K]`, float32 scales `[M]`, and int32 sums of the codes
     over every `sum_columns` columns, `[M, padded K / sum_columns]` (uninitialized without
     has_sums).
 
     input_range: float32 `[2]`, one scale and zero point for all tokens (codes are then 128 lower
-    than stored ones), or None for a scale per token."""
+    than stored ones), or None for a scale per token. early: the next kernel may be launched while
+    this one runs."""
     m, k = x.shape
     padded = layout.padded_columns(k)
     codes = torch.empty(m, padded, dtype=torch.int8, device=x.device)
@@ -320,7 +364,7 @@ def quantize_tokens(
         "HAS_SUMS": has_sums,
         "SUM_COLUMNS": sum_columns,
         "BLOCK_K": block,
-        "EARLY": _early(x.device),
+        "EARLY": early,
         "num_warps": 16 if block > 4096 else 8 if block > 1024 else 4,
         "enable_fp_fusion": True,
     }
@@ -339,19 +383,41 @@ def _int8_gemm(
     x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice
 ) -> Tensor:
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
+    early = _early(choice, x.device)
     codes, scale, sums = quantize_tokens(
-        x, choice.block_k, weight.input_range, has_sums="zero_t" in state
+        x, choice.block_k, weight.input_range, has_sums="zero_t" in state, early=early
     )
     if "shift" in state:
         bias = state["shift"] if bias is None else state["shift"] + bias
     out, target = _workspace(x, n, choice)
-    grid = (-(-n // choice.block_n) * -(-m // choice.block_m), choice.split_k)
-    _modules()[2].int8_gemm_kernel[grid](
-        codes, scale, sums, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, layout.padded_columns(k), packed.shape[1],
-        GROUP=_group(weight), OFFSET=int(weight.code.offset), HAS_ZERO="zero_t" in state, HAS_BIAS=bias is not None, BITS=weight.code.bits, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n,
-        BLOCK_K=choice.block_k, IS_SPLIT=choice.split_k > 1, USE_ASM=_use_asm(), EARLY=_early(x.device), **_launch_options(choice),
-        **_launched_early(x.device),
-    )  # fmt: skip
+    _modules()[2].int8_gemm_kernel[_grid(m, n, choice)](
+        codes,
+        scale,
+        sums,
+        packed,
+        state["scale_t"],
+        state.get("zero_t", packed),
+        out if bias is None else bias,
+        target,
+        m,
+        n,
+        layout.padded_columns(k),
+        packed.shape[1],
+        _split_tiles(k, choice),
+        GROUP=_group(weight),
+        OFFSET=int(weight.code.offset),
+        HAS_ZERO="zero_t" in state,
+        HAS_BIAS=bias is not None,
+        BITS=weight.code.bits,
+        BLOCK_M=choice.block_m,
+        BLOCK_N=choice.block_n,
+        BLOCK_K=choice.block_k,
+        IS_SPLIT=choice.split_k > 1,
+        USE_ASM=_use_asm(),
+        EARLY=early,
+        **_launch_options(choice),
+        **_launched_early(choice, x.device),
+    )
     return _reduce(target, out, bias, choice)
 
 
@@ -359,7 +425,7 @@ def _dequantize(weight: PackedWeight, state: State, dtype: torch.dtype) -> Tenso
     """`[N, K]` in the kernels' column order."""
     (n, k), packed = weight.shape, state["packed"]
     out = torch.empty(n, k, dtype=dtype, device=packed.device)
-    block_n, block_k = 64, tuning.tile_columns(_group(weight))
+    block_n, block_k = 64, choices.tile_columns(_group(weight))
     grid = (-(-n // block_n), layout.padded_columns(k) // block_k)
     _modules()[1].dequantize_kernel[grid](
         packed, state["scale_t"], state.get("zero_t", packed), out, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),

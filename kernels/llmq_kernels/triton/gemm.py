@@ -40,13 +40,25 @@ def product(weights, x_tile, total, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def settled(total):
+    """The same sums, once the tensor core has written them.
+
+    Hopper's products run on while the program goes on. Triton 3.6 lets those of one tile run into
+    the next tile when only they use the sums, although that tile's weights are unpacked into the
+    registers which they still read: its own assembler either notices, and waits after each product
+    (int4), or does not, and sums are wrong (ternary). A use of the sums within the loop makes
+    Triton wait for them where the tile ends. The move itself is optimized away."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], tl.float32, True, 1)
+
+
+@triton.jit
 def store_tile(
     total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, IS_SPLIT: tl.constexpr
 ):
     """Store `[BN, BM]` transposed: into the output with the bias, or into this split's slice of the
     workspace."""
     if IS_SPLIT:
-        out += tl.program_id(1).to(tl.int64) * M * N
+        out += tl.program_id(2).to(tl.int64) * M * N
     elif HAS_BIAS:
         total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     at = out + tokens.to(tl.int64)[:, None] * N + rows[None, :]
@@ -58,19 +70,19 @@ def store_tile(
 
 
 @triton.jit
-def split_range(tiles_k, IS_SPLIT: tl.constexpr, EARLY: tl.constexpr):
+def split_range(tiles_k, split_tiles, IS_SPLIT: tl.constexpr, EARLY: tl.constexpr):
     """The tiles of K that this program walks along: all, or its share of them, and then with EARLY
     the kernel that adds the shares may be launched already."""
     first, last = 0, tiles_k
     if IS_SPLIT:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
-        first = tl.program_id(1) * tiles_k // tl.num_programs(1)
-        last = (tl.program_id(1) + 1) * tiles_k // tl.num_programs(1)
+        first = tl.program_id(2) * split_tiles
+        last = tl.minimum(first + split_tiles, tiles_k)
     return first, last
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "split_tiles"])
 def gemm_kernel(
     x,
     packed,
@@ -84,6 +96,7 @@ def gemm_kernel(
     K_padded,
     row_words,
     high_words,
+    split_tiles,
     GROUP: tl.constexpr,
     OFFSET: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -98,21 +111,22 @@ def gemm_kernel(
     EVEN_K: tl.constexpr,
     USE_ASM: tl.constexpr,
     EARLY: tl.constexpr,
+    SETTLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """x `[M, K]`, packed `[N, row_words]` with its second plane `high_words` into each row, scale
     and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`, out `[M, N]`
-    or the workspace, a slice for each program of the grid's second dimension. BLOCK_K divides
-    GROUP. FOLD: scales are multiplied into the weight (not with GROUP 0, where nothing is gained).
-    EVEN_K: K needs no padding, so x needs no mask. UPCAST: see `product`."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    or the workspace. The grid is tiles of M, tiles of N, splits of K, each of split_tiles tiles and
+    with its own slice of the workspace. BLOCK_K divides GROUP. FOLD: scales, float32 then, are
+    multiplied into the weight (not with GROUP 0, where nothing is gained). EVEN_K: K needs no
+    padding, so x needs no mask. SETTLE: see `settled`. UPCAST: see `product`."""
     # Programs that share rows of W are neighbours, so that W comes from device memory once.
-    rows = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_rows = tl.where(rows < N, rows, 0)
     safe_tokens = tl.where(tokens < M, tokens, 0)
     tiles_k = K_padded // BLOCK_K
-    first, last = split_range(tiles_k, IS_SPLIT, EARLY)
+    first, last = split_range(tiles_k, split_tiles, IS_SPLIT, EARLY)
 
     units = tl.arange(0, BLOCK_K // 8)
     columns = tl.arange(0, BLOCK_K)
@@ -154,6 +168,8 @@ def gemm_kernel(
                 USE_ASM,
             )
             total = product(numbers, x_tile, total, UPCAST)
+            if SETTLE:
+                total = settled(total)
         else:
             numbers = unit_values(
                 low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
@@ -164,6 +180,8 @@ def gemm_kernel(
                 total += integers * factor
             else:
                 total = product(numbers, x_tile, total, UPCAST)
+                if SETTLE:
+                    total = settled(total)
     if GROUP == 0:
         total *= tl.load(scale + safe_rows).to(tl.float32)[:, None]
     store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS, IS_SPLIT)

@@ -207,7 +207,7 @@ def byte_codes(packed, BITS: tl.constexpr, USE_ASM: tl.constexpr):
         )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "split_tiles"])
 def int8_gemm_kernel(
     x,
     x_scale,
@@ -221,6 +221,7 @@ def int8_gemm_kernel(
     N,
     K_padded,
     row_words,
+    split_tiles,
     GROUP: tl.constexpr,
     OFFSET: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -235,19 +236,18 @@ def int8_gemm_kernel(
 ):
     """x int8 `[M, K_padded]`, x_scale float32 `[M]`, x_sums int32 `[M, K_padded / BLOCK_K]` (read
     where HAS_ZERO), packed `[N, row_words]`, scale and zero `[G, N]`, out `[M, N]` or the
-    workspace.
+    workspace. The grid is that of `triton/gemm`.
 
     OFFSET: the zero point of symmetric codes, which stored codes lack. BLOCK_K divides GROUP (0:
     one scale per row). EARLY: launched before x is written."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    rows = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_rows = tl.where(rows < N, rows, 0)
     safe_tokens = tl.where(tokens < M, tokens, 0).to(tl.int64)
     tiles_k = K_padded // BLOCK_K
-    first, last = split_range(tiles_k, IS_SPLIT, EARLY)
+    first, last = split_range(tiles_k, split_tiles, IS_SPLIT, EARLY)
     # Stored codes are multiplied where they lie, at the top of a byte.
     too_large: tl.constexpr = 1 << (8 - BITS)
 

@@ -37,14 +37,13 @@ def _magic(is_bf16, bits=0):
 
 @triton.constexpr_function
 def _assembly(is_bf16, low_bits, high_bits, scaled):
-    """PTX with operands: $0..$7 numbers, then inputs: the low plane's word, its shift; for two
-    planes the same of the high plane; and where the numbers are to be scaled the high and the low
-    part of the scale, each twice in a word."""
+    """PTX with operands: $0..$7 numbers, then inputs: $8, $9 the low plane's word and its shift,
+    $10, $11 the same of the high plane, $12, $13 the high and the low part of the scale, each twice
+    in a word. What is not needed is not read."""
     kind = "bf16x2" if is_bf16 else "f16x2"
     magic = 0x10001 * (0x4300 if is_bf16 else 0x6400)
     one = 0x10001 * (0x3F80 if is_bf16 else 0x3C00)
     weight = 0x10001 * (0x3F80 + (low_bits << 7) if is_bf16 else 0x3C00 + (low_bits << 10))
-    scale = 12 if high_bits else 10
     lines = [
         f"{{ .reg .b32 a, b, one, weight, nought; mov.b32 one, {one:#x}; "
         f"mov.b32 weight, {weight:#x}; mov.b32 nought, 0x80008000;"
@@ -63,9 +62,9 @@ def _assembly(is_bf16, low_bits, high_bits, scaled):
             lines.append(f"fma.rn.{kind} a, b, one, a;")
         if scaled:
             if is_bf16:
-                lines.append(f"fma.rn.{kind} b, a, ${scale + 1}, nought;")
+                lines.append(f"fma.rn.{kind} b, a, $13, nought;")
             addend = "b" if is_bf16 else "nought"
-            lines.append(f"fma.rn.{kind} a, a, ${scale}, {addend};")
+            lines.append(f"fma.rn.{kind} a, a, $12, {addend};")
         lines.append(f"mov.b32 {{${2 * t}, ${2 * t + 1}}}, a;")
     return " ".join(lines) + " }"
 
@@ -140,32 +139,20 @@ def _eight_numbers(
     high = _halves(high_unit, HIGH_BITS)
     if USE_ASM:
         is_bf16: tl.constexpr = DTYPE == tl.bfloat16
-        kinds: tl.constexpr = (tl.int16,) * 8
-        names: tl.constexpr = "=h,=h,=h,=h,=h,=h,=h,=h,r,r" + ",r,r" * (
-            (HIGH_BITS > 0) + (SCALED > 0)
-        )
-        assembly: tl.constexpr = _assembly(is_bf16, LOW_BITS, HIGH_BITS, SCALED)
         shift = ((zero & ((1 << LOW_BITS) - 1)) | (_magic(is_bf16) | 0x8000)) * 0x10001
         high_shift = ((zero >> LOW_BITS) | (_magic(is_bf16, LOW_BITS) | 0x8000)) * 0x10001
+        upper, lower = shift, shift
         if SCALED:
             upper = _pairs(factor, DTYPE)
             lower = _pairs(factor - factor.to(DTYPE).to(tl.float32), DTYPE)
-            if HIGH_BITS > 0:
-                a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-                    assembly, names, [word, shift, high, high_shift, upper, lower], kinds, True, 1
-                )
-            else:
-                a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-                    assembly, names, [word, shift, upper, lower], kinds, True, 1
-                )
-        elif HIGH_BITS > 0:
-            a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-                assembly, names, [word, shift, high, high_shift], kinds, True, 1
-            )
-        else:
-            a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-                assembly, names, [word, shift], kinds, True, 1
-            )
+        a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
+            _assembly(is_bf16, LOW_BITS, HIGH_BITS, SCALED),
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r",
+            [word, shift, high, high_shift, upper, lower],
+            (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
         a0, b0, a1, b1 = (
             a0.to(DTYPE, bitcast=True),
             b0.to(DTYPE, bitcast=True),

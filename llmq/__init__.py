@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmq.formats.save import save
     from llmq.grid.spec import QuantSpec
     from llmq.grid.tensor import QuantizedTensor
-    from llmq.ptq.run import quantize
+    from llmq.ptq.in_memory import quantize
     from llmq.qat.prepare import prepare_qat
     from llmq.qat.weights import freeze
     from llmq.recipe import Recipe, Rule
@@ -45,7 +45,7 @@ _HOMES = {
     "load": "llmq.formats.load",
     "perplexity": "llmq.evaluation.perplexity",
     "prepare_qat": "llmq.qat.prepare",
-    "quantize": "llmq.ptq.run",
+    "quantize": "llmq.ptq.in_memory",
     "save": "llmq.formats.save",
 }
 __all__ = [

@@ -21,6 +21,21 @@ def check_fields(settings: Any, what: str = "") -> None:
         check_value(getattr(settings, name), hint, f"{what}{name.replace('_', ' ')}")
 
 
+def check_keys(data: Any, cls: type, path: str = "") -> None:
+    """Raise `LlmqError` unless `data` is an object whose keys are fields of a dataclass and whose
+    values are of their types, as far as `check_fields` looks. path: of the object, which the error
+    names before the key: "phases.warmup"."""
+    hints = get_type_hints(cls)
+    known = ", ".join(hints)
+    if not isinstance(data, dict):
+        raise LlmqError(f"{path} {data!r}: expected an object with some of the keys {known}")
+    if unknown := sorted(map(str, set(data) - set(hints))):
+        where = f"{path}: " if path else ""
+        raise LlmqError(f"{where}unknown keys {', '.join(unknown)}; known are {known}")
+    for key, value in data.items():
+        check_value(value, hints[key], f"{path}.{key}" if path else key)
+
+
 def check_value(value: Any, hint: Any, name: str) -> None:
     """`check_fields` for one value."""
     if get_origin(hint) in (Union, UnionType):

@@ -68,8 +68,8 @@ def check_length(pattern: str, where: str) -> None:
 
 def repetitions(pattern: str) -> int:
     """How many characters and groups a pattern has when its counted repetitions are written out:
-    `(a{3}b){2}` has 8. An estimate from above, without parsing. Raises `ValueError` for groups nested
-    deeper than `MAX_DEPTH`."""
+    `(a{3}b){2}` has 8. An estimate from above, without parsing. Raises `ValueError` for groups
+    nested deeper than `MAX_DEPTH`."""
     sizes, last = [0], 0  # of the open groups, and of the item before
     position = 0
     while position < len(pattern):

@@ -18,6 +18,7 @@ from llmq.grid.spec import ActSpec, QuantSpec
 KEEP = "keep"
 MAX_RULES = 10_000
 MAX_TOKENS = 1 << 40
+_RULE_FORMS = "expected 'PATTERN=SPEC', or a pair of a pattern and a spec"
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,26 @@ class Recipe:
     """Everything that decides the result, apart from model, texts and, where `autocast` is None,
     the machine.
 
-    rules: ordered, first match wins. method: "rtn", "gptq", or "blockwise" (see
-    `llmq.ptq.methods.blockwise`), which starts from `init`. order: the column order of GPTQ (see
-    `llmq.ptq.methods.gptq`). damping: share of the mean diagonal added to the Hessian. search: choose
-    scales by Hessian-weighted error, not by range. sweeps: passes of coordinate descent over codes
-    and scales after GPTQ (see `llmq.ptq.methods.refine`). inputs: where layers are measured: on the
-    "quantized" outputs of the blocks before, on the "full-precision" ones, or on "both", which
-    corrects each layer for what the layers before it lost (GPTAQ), by the share alpha. samples,
-    sequence_length, seed: the calibration windows. iterations, learning_rate, autocast: of
-    block-wise tuning: steps per block, their size as a share of the distance between two codes, and
-    whether blocks run in bfloat16 meanwhile (None: see `llmq.ptq.precision`). activations: their
-    treatment at inference; activation_range: how static ranges are chosen, "minmax", "percentile"
-    or "mse" (see `llmq.activations.ranges`)."""
+    rules: ordered; the first that matches a layer decides.
+    method: its name in `llmq.ptq.methods`, which says what goes with it.
+    init: what method "blockwise" starts from.
+    order: the column order of GPTQ (see `llmq.ptq.methods.gptq`).
+    damping: share of the mean diagonal that is added to the Hessian.
+    search: choose scales by Hessian-weighted error, not by range.
+    sweeps: passes of coordinate descent after GPTQ (see `llmq.ptq.methods.refine`).
+    inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the
+        "full-precision" ones, or on "both", which corrects for what was lost before (GPTAQ).
+    alpha: the share of that correction.
+    samples, sequence_length, seed: the calibration windows.
+    iterations, learning_rate: steps per block of block-wise tuning, and their size as a share of
+        the distance between two codes.
+    tune_zero_points: it trains these, too.
+    autocast: blocks run in bfloat16 meanwhile (None: see `llmq.ptq.precision`).
+    activations: their treatment at inference.
+    activation_range: how static ranges are chosen (see `llmq.activations.ranges`)."""
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
-    method: Literal["rtn", "gptq", "blockwise"] = "gptq"
+    method: str = "gptq"
     init: Literal["rtn", "gptq"] = "gptq"
     order: Literal["group", "static", "none", "act"] = "group"
     damping: float = 0.01
@@ -115,55 +121,41 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if not 0 <= self.seed < 1 << 63:
-            raise LlmqError(f"seed {self.seed}: expected a whole number from 0 to 2^63 - 1")
+        self._check_shares()
+        self._check_windows()
+        if self.sweeps < 0:
+            raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
+        if self.iterations < 1:
+            raise LlmqError(
+                f"iterations {self.iterations}: expected 1 or more steps per block; use --method "
+                "gptq for none"
+            )
+
+    def _check_shares(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise LlmqError(
                 f"alpha {self.alpha}: expected a share of the correction, from 0 to 1 (0.5 is "
                 "usual)"
             )
-        if self.method == "rtn" and self.order == "act":
-            raise LlmqError(
-                "method rtn has no order of columns: leave out --act-order, or use --method gptq"
-            )
-        if self.samples < 1 or self.sequence_length < 2:
-            raise LlmqError(
-                f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected "
-                "at least 1 sample of 2 tokens"
-            )
-        if self.samples * self.sequence_length > MAX_TOKENS:
-            raise LlmqError(
-                f"calibration of {self.samples} samples of {self.sequence_length} tokens: expected "
-                f"at most {MAX_TOKENS} tokens together"
-            )
-        if self.sweeps < 0:
-            raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
         if not 0 < self.damping <= 1:
             raise LlmqError(
                 f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at "
                 "most 1 (0.01 is usual)"
-            )
-        if self.iterations < 1:
-            raise LlmqError(
-                f"iterations {self.iterations}: expected 1 or more steps per block; use --method "
-                "gptq for none"
             )
         if not 0 < self.learning_rate <= 1:
             raise LlmqError(
                 f"learning rate {self.learning_rate}: expected a share of a step between two "
                 "codes, above 0 and at most 1 (0.02 is usual)"
             )
-        if self.init == "rtn" and self.method != "blockwise":
-            raise LlmqError(
-                f"init rtn is what method blockwise starts from, and the method is {self.method}; "
-                "give --method blockwise, or --init gptq to leave it out"
-            )
-        if self.method == "blockwise" and self.order == "act":
-            raise LlmqError(
-                "block-wise tuning needs groups of consecutive columns, and true act-order stores "
-                "other ones: leave out --act-order (--order group sorts columns too), or use "
-                "--method gptq"
-            )
+
+    def _check_windows(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise LlmqError(f"seed {self.seed}: expected a whole number from 0 to 2^63 - 1")
+        windows = f"calibration of {self.samples} samples of {self.sequence_length} tokens"
+        if self.samples < 1 or self.sequence_length < 2:
+            raise LlmqError(f"{windows}: expected at least 1 sample of 2 tokens")
+        if self.samples * self.sequence_length > MAX_TOKENS:
+            raise LlmqError(f"{windows}: expected at most {MAX_TOKENS} tokens together")
 
     def _check_types(self) -> None:
         """Recipes come from JSON, too, where every value can be of any type."""
@@ -179,16 +171,6 @@ class Recipe:
                 f"{len(self.rules)} rules: expected at most {MAX_RULES}; patterns with * cover "
                 "many layers"
             )
-
-    @property
-    def corrects_targets(self) -> bool:
-        """Whether layers are solved with the means of both input streams."""
-        return self.inputs == "both" and self.method != "rtn" and self.init != "rtn"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether text is read: plain rounding needs it for static activation ranges only."""
-        return self.method != "rtn" or self.activations.kind == "int8-static"
 
     @classmethod
     def uniform(cls, spec: str | QuantSpec, **options: Any) -> Recipe:
@@ -257,7 +239,7 @@ class Recipe:
         values = dict(data)
         try:
             if "rules" in values:
-                values["rules"] = _rules_of(values["rules"])
+                values["rules"] = rules_of(values["rules"])
             if "activations" in values:
                 values["activations"] = ActSpec.from_json(values["activations"])
         except LlmqError as error:
@@ -265,14 +247,26 @@ class Recipe:
         return cls(**values)
 
 
-def _rules_of(data: Any) -> tuple[Rule, ...]:
-    expected = "expected pairs of a pattern and a spec, as report.json holds them under 'recipe'"
+def rules_of(data: Any) -> tuple[Rule, ...]:
+    """The rules of a recipe file: each a text `PATTERN=SPEC`, or a pair of a pattern and a spec, as
+    a report holds them. Raises `LlmqError` that names the rule by its place."""
     if not isinstance(data, list | tuple):
-        raise LlmqError(f"rules {data!r}: {expected}")
+        raise LlmqError(f"rules {data!r}: expected a list; {_RULE_FORMS}")
     rules = []
-    for pair in data:
-        if not (isinstance(pair, list | tuple) and len(pair) == 2):
-            raise LlmqError(f"rule {pair!r}: {expected}")
-        pattern, spec = pair
-        rules.append(Rule(pattern, None if spec is None else QuantSpec.from_json(spec)))
+    for i, rule in enumerate(data):
+        try:
+            rules.append(_rule_of(rule))
+        except LlmqError as error:
+            raise LlmqError(f"rules[{i}]: {error}") from None
     return tuple(rules)
+
+
+def _rule_of(data: Any) -> Rule:
+    if isinstance(data, str):
+        return Rule.parse(data)
+    if not (isinstance(data, list | tuple) and len(data) == 2):
+        raise LlmqError(f"rule {data!r}: {_RULE_FORMS}")
+    pattern, spec = data
+    if isinstance(spec, str):
+        return Rule(pattern, None if spec == KEEP else QuantSpec.parse(spec))
+    return Rule(pattern, None if spec is None else QuantSpec.from_json(spec))

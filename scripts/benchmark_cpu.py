@@ -116,7 +116,10 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="count processor time instead of the clock on the wall, for one thread on a machine that others use, too",
+        help=(
+            "count processor time instead of the clock on the wall, for one thread on a machine "
+            "that others use, too"
+        ),
     )
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=tuple(CANDIDATES))

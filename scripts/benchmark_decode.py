@@ -50,18 +50,26 @@ import json, sys, time
 from llama_cpp import Llama
 path, n_threads, n_prompt, n_new = sys.argv[1], *map(int, sys.argv[2:])
 def resident():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 before = resident()
-model = Llama(path, n_ctx=n_prompt + n_new + 64, n_batch=512, n_threads=n_threads, n_threads_batch=n_threads, use_mmap=False, verbose=False)
+threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
+size = {"n_ctx": n_prompt + n_new + 64, "n_batch": 512}
+model = Llama(path, **size, **threads, use_mmap=False, verbose=False)
 prompt = [(7 * i) % 31000 + 3 for i in range(n_prompt)]
 model.eval(prompt)
 model.reset()
-start = time.perf_counter(); model.eval(prompt); prefill = time.perf_counter() - start
+start = time.perf_counter()
+model.eval(prompt)
+prefill = time.perf_counter() - start
 times = []
 for i in range(n_new):
-    start = time.perf_counter(); model.eval([(11 * i) % 31000 + 3]); times.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    model.eval([(11 * i) % 31000 + 3])
+    times.append(time.perf_counter() - start)
 times.sort()
-print(json.dumps({"decode": 1 / times[len(times) // 2], "prefill": n_prompt / prefill, "resident": resident() - before}))
+result = {"decode": 1 / times[len(times) // 2], "prefill": n_prompt / prefill}
+print(json.dumps(result | {"resident": resident() - before}))
 """
 
 

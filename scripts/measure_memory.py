@@ -26,7 +26,10 @@ from llmq.models.source import meta_model, resolve
 # The peak is the kernel's own count of resident pages, shared libraries included.
 _BASELINE = "import torch, transformers, llmq.ptq.run, datasets"
 _RUN = "import sys; from llmq.commands.cli import main; code = main(sys.argv[1:])"
-_PEAK = "; import resource, sys; print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+_PEAK = (
+    "; import resource, sys; print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "
+    "file=sys.stderr)"
+)
 
 
 def write_model(folder: Path, depth: int, width: int, intermediate: int, vocabulary: int) -> int:
@@ -35,8 +38,18 @@ def write_model(folder: Path, depth: int, width: int, intermediate: int, vocabul
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"))
     tokenizer.save_pretrained(folder)
-    config = LlamaConfig(hidden_size=width, intermediate_size=intermediate, num_hidden_layers=depth, num_attention_heads=width // 64, num_key_value_heads=width // 64, vocab_size=vocabulary,
-                         max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, dtype="bfloat16")  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+        dtype="bfloat16",
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 import llmq
-from llmq.commands.common import progress
 from llmq.commands.qat import budget_line
+from llmq.commands.rendering import progress
 from llmq.qat.job import prepare_job
 from llmq.qat.run import fine_tune
 from llmq.qat.settings import QATSettings, Scheme

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 import llmq
 from llmq.evaluation.perplexity import evaluate
 from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.qat.job import prepare_job
 from llmq.qat.losses import LossWeights
 from llmq.qat.run import fine_tune, train
@@ -110,7 +111,10 @@ def main() -> None:
     parser.add_argument("--eval", default="bundled")
     parser.add_argument(
         "--calibration",
-        help="text that the PTQ rows are calibrated on (default: the training text, on which QAT's own start is calibrated too)",
+        help=(
+            "text that the PTQ rows are calibrated on (default: the training text, on which "
+            "QAT's own start is calibrated too)"
+        ),
     )
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)

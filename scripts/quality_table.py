@@ -24,7 +24,8 @@ import llmq
 from llmq.evaluation.perplexity import Perplexity, evaluate
 from llmq.inference.module import quantized_modules
 from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.ptq.run import windows
+from llmq.ptq.job import windows
+from llmq.ptq.methods import needs_text
 from llmq.recipe import Recipe
 from llmq.text.documents import load_documents
 from llmq.text.windows import Windows, cut_windows
@@ -53,7 +54,7 @@ def measure(
     model_dir = resolve(model_name)
     tokens = (
         windows(load_tokenizer(model_dir), load_config(model_dir), recipe, calibration).tokens
-        if recipe.needs_calibration
+        if needs_text(recipe)
         else None
     )
     started = time.perf_counter()
@@ -82,7 +83,10 @@ class Column:
         return sum(self.values) / len(self.values)
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} | {', '.join(f'{value:.3f}' for value in self.values)} | {self.seconds:.1f} | {self.worst_layer:.2f}"
+        return (
+            f"{self.mean:.3f} | {', '.join(f'{value:.3f}' for value in self.values)} | "
+            f"{self.seconds:.1f} | {self.worst_layer:.2f}"
+        )
 
 
 def measure_seeds(args: argparse.Namespace, method: str, spec: str, text: Windows) -> Column:

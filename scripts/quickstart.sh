@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a clone to a quantized model: installs llmq into .venv, quantizes the bundled model to INT4 with GPTQ, measures it before and after, reloads it and generates text.
+# From a clone to a quantized model: installs llmq into .venv, quantizes the bundled model to INT4
+# with GPTQ, measures it before and after, reloads it and generates text.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" "[cpu]"
 OUT=${1:-$(mktemp -d)/tiny-int4}

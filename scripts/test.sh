@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
-# Installs llmq with its development tools into .venv and runs linters, type checker and the tests that are neither slow nor for a GPU. --slow: the slow ones instead. Other arguments go to pytest.
+# Installs llmq with its development tools into .venv and runs linters, type checker and the tests
+# that are neither slow nor for a GPU.
+#
+#   bash scripts/test.sh               as a pull request has to pass it
+#   bash scripts/test.sh --slow        the slow tests instead
+#   bash scripts/test.sh --coverage    also the share of lines that ran; below 90% is a failure
+#
+# Other arguments go to pytest.
 set -euo pipefail
 MARKS="not gpu and not slow"
 ARGUMENTS=()
 for argument in "$@"; do
-    if [ "$argument" = --slow ]; then
-        MARKS="slow and not gpu"
-    else
-        ARGUMENTS+=("$argument")
-    fi
+    case $argument in
+        --slow) MARKS="slow and not gpu" ;;
+        --coverage) ARGUMENTS+=(--cov --cov-report=term:skip-covered) ;;
+        *) ARGUMENTS+=("$argument") ;;
+    esac
 done
 . "$(dirname "$0")/setup.sh" "[dev]"
 ruff check .

@@ -81,9 +81,19 @@ def main() -> None:
     tokenizer = train_tokenizer(documents, vocab_size=2048)
     tokens = torch.tensor(tokenizer(END_OF_TEXT.join(documents), verbose=False)["input_ids"])
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, rms_norm_eps=1e-6,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        rms_norm_eps=1e-6,
+    )
     model = LlamaForCausalLM(config)
     print(
         f"{len(tokens):,} tokens of text, {model.num_parameters():,} parameters, "
@@ -92,9 +102,22 @@ def main() -> None:
     )
 
     arguments = TrainingArguments(
-        output_dir=args.out_dir, max_steps=args.steps, per_device_train_batch_size=args.batch_size, learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=100,
-        weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, bf16=True, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_steps=50, report_to=[], seed=0,
-    )  # fmt: skip
+        output_dir=args.out_dir,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        logging_steps=50,
+        report_to=[],
+        seed=0,
+    )
     result = Trainer(
         model=model, args=arguments, train_dataset=Windows(tokens, args.steps * args.batch_size)
     ).train()

@@ -37,7 +37,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TEXT = ["--calibration", "TEXT"]
 SHAPE = ["--group-size", "32", "--sequence-length", "32"]
-WEAK = ["--no-search", "--sweeps", "0", "--damping", "1", "--bits", "2"]  # something left to tune
+WEAK = ["--recipe", "RECIPE", "--bits", "2"]
+WEAK_START = {"search": False, "sweeps": 0, "damping": 1.0}  # something left to tune
 TUNING = ["--method", "blockwise", "--iterations", "5", "--learning-rate", "0.05"]
 TRAINING = ["--batch-size", "4", "--max-steps", "6", "--save-every", "2", "--log-every", "1"]
 RATE = ["--lr-weights", "1e-3"]
@@ -198,6 +199,7 @@ class Lab:
         AutoTokenizer.from_pretrained(resolve("tiny")).save_pretrained(self.inputs / "model")
         lines = [f"def function_{i}(value, other={i}):\n    return value + {i}" for i in range(400)]
         (self.inputs / "text.txt").write_text("\n".join(lines))
+        (self.inputs / "recipe.json").write_text(json.dumps(WEAK_START))
 
     def in_fork(self, work, output: Path | None = None) -> int:
         """The exit code of work in a fork; negative: the signal."""
@@ -229,6 +231,7 @@ class Lab:
         names = {
             "MODEL": str(self.inputs / "model"),
             "TEXT": str(self.inputs / "text.txt"),
+            "RECIPE": str(self.inputs / "recipe.json"),
             "OUT": str(self.root / "out"),
         }
         arguments = [names.get(argument, argument) for argument in command]

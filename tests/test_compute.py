@@ -13,7 +13,7 @@ from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import QuantLinear, backends_in_use, quantized_modules
-from llmq_kernels.compiled import backends, jit
+from llmq_kernels.compiled import int8_backend, jit
 from llmq_kernels.core.compute import default_mode
 
 
@@ -28,7 +28,7 @@ def folder(model_folder, tokenizer, tmp_path):
 
 
 def need_integer_kernels():
-    if reason := backends.int8_machine_refusal():
+    if reason := int8_backend.machine_refusal():
         pytest.skip(reason)
 
 

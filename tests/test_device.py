@@ -20,7 +20,8 @@ from llmq.evaluation.perplexity import evaluate
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.inference.module import quantized_modules
 from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 from llmq.text.documents import load_documents
 from llmq.text.windows import cut_windows

@@ -2,13 +2,16 @@
 and the code is clean."""
 
 import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,8 +27,9 @@ ROOMS = [
     "formats",
     "activations",
     "text",
-    "models",
     "inference",
+    "models",
+    "recipes",
     "recipe",
     "grid",
     "storage",
@@ -35,6 +39,7 @@ ROOMS = [
     "messages",
 ]
 KERNELS = ROOT / "kernels" / "llmq_kernels"
+TESTS = ROOT / "tests"
 
 
 def imports_of(path: Path):
@@ -68,6 +73,59 @@ def test_imports_go_downwards(path):
             assert ROOMS.index(other) >= ROOMS.index(own), f"{path.name} in {own} imports {module}"
 
 
+def at_import(path: Path) -> set[str]:
+    """What a module imports when it is imported itself, as far as it is ours."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in found if name.split(".")[0] in ("llmq", "llmq_kernels")}
+
+
+def test_no_module_imports_itself_on_the_way():
+    paths = {name_of(path): path for path in modules()}
+    graph = {name: at_import(path) & paths.keys() for name, path in paths.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(paths)
+
+
+def modules() -> list[Path]:
+    """Every module but the `__init__`s, which only name what a package has."""
+    found = [*(ROOT / "llmq").rglob("*.py"), *KERNELS.rglob("*.py")]
+    return sorted(path for path in found if path.stem != "__init__")
+
+
+def name_of(path: Path) -> str:
+    root = KERNELS.parent if path.is_relative_to(KERNELS) else ROOT
+    return ".".join(path.relative_to(root).with_suffix("").parts)
+
+
+def room_and_name(path: Path) -> tuple[str, str]:
+    """The first folder of a path, and the name of a module or of its test."""
+    return path.parts[0] if len(path.parts) > 1 else "", path.stem.removeprefix("test_")
+
+
+def test_every_module_has_a_test():
+    """Of its own name in the folder of its room, or as tests/README.md says."""
+    rows = re.findall(r"^\| (`.*\.py`) \| (`.*`) \|$", (TESTS / "README.md").read_text(), re.M)
+    table = {}
+    for left, right in rows:
+        tests = re.findall(r"`([^`]+)`", right)
+        assert [name for name in tests if not (TESTS / name).is_file()] == []
+        table |= dict.fromkeys(re.findall(r"`([^`]+)`", left), tests)
+    own = {room_and_name(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py")}
+    without = set()
+    for path in modules():
+        module = Path(*name_of(path).split("."))
+        room = Path("kernels") if module.parts[0] == "llmq_kernels" else Path()
+        if room_and_name(room / Path(*module.parts[1:])) not in own:
+            without.add(f"{module}.py")
+    missing, useless = sorted(without - table.keys()), sorted(table.keys() - without)
+    assert missing == [], "give them a test, or a line in tests/README.md"
+    assert useless == [], "these lines of tests/README.md are of no use"
+
+
 # Modules of device code: Triton's functions need it when they are defined, so nothing but a launch
 # may import these.
 DEVICE_CODE = {f"llmq_kernels.triton.{name}" for name in ("dequantize", "gemv", "gemm", "int8")}
@@ -96,66 +154,57 @@ def test_kernels_is_a_source_root_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder with an sdist, and the wheel that is made from it."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"  # a copy, because building leaves its files where it builds
+    ignored = shutil.ignore_patterns(".git", ".*cache", ".venv", "build", "tests", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    call(sys.executable, "-m", "build", "--outdir", folder, source, timeout=600)
+    return folder
+
+
+def call(*command, timeout=120, **settings):
+    """What a command prints."""
+    settings |= {"capture_output": True, "text": True, "timeout": timeout}
+    done = subprocess.run([str(part) for part in command], **settings)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
-def test_wheel_and_editable_install_import_from_elsewhere(tmp_path):
-    source = tmp_path / "source"  # a copy, because building leaves its files where it builds
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "tests", "*.egg-info")
-    )
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--wheel-dir",
-            tmp_path,
-            source,
-        ],
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    wheel = next(tmp_path.glob("llmq-*.whl"))
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {
-        "llmq/assets/tiny/model.safetensors",
-        "llmq_kernels/core/codes.py",
-        "llmq/py.typed",
-    } <= set(names)
+def test_what_a_wheel_holds(built):
+    names = zipfile.ZipFile(next(built.glob("llmq-*.whl"))).namelist()
+    expected = ["assets/tiny/model.safetensors", "py.typed", "recipes/w4-gptq.yaml"]
+    expected += ["recipes/README.md", "commands/cli.py"]
+    assert {f"llmq/{name}" for name in expected} | {"llmq_kernels/core/codes.py"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "scripts", "kernels"))]
-    program = "import llmq, llmq_kernels, transformers; from llmq.models.source import resolve; assert (resolve('tiny') / 'config.json').is_file(); print(llmq.__file__)"
-    for path in (
-        str(wheel),
-        None,
-    ):  # the wheel itself on the path; then the editable install of this environment
-        if path:
-            target = tmp_path / "site"
-            zipfile.ZipFile(wheel).extractall(target)
-        environment = {**os.environ, "PYTHONPATH": str(target) if path else ""}
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(str(target) if path else str(ROOT))
-    assert "llmq/commands/cli.py" in names
-    entry = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "llmq = llmq.commands.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
-    done = subprocess.run(
-        [Path(sys.executable).parent / "llmq", "--version"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout.startswith("llmq "), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_installed_in_a_fresh_environment_it_quantizes_tiny(kind, built, tmp_path):
+    """What it depends on comes from this environment, behind the fresh one's own packages."""
+    call(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "behind.pth").write_text(sysconfig.get_path("purelib"))
+    package = next(built.glob(f"llmq-{kind}"))
+    call(python, "-m", "pip", "install", "--no-deps", "--quiet", package, timeout=600)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    settings = {"cwd": tmp_path, "env": environment, "timeout": 300}
+    llmq = tmp_path / "venv" / "bin" / "llmq"
+    where = call(python, "-c", "import llmq, llmq_kernels; print(llmq.__file__)", **settings)
+    assert where.startswith(str(site))
+    call(llmq, "quantize", "tiny", "out", "--recipe", "w4-gptq", "--samples", "2", **settings)
+    evaluation = json.loads(call(llmq, "eval", "out", "--max-windows", "2", "--json", **settings))
+    assert 1 < evaluation["perplexity"] < 100
+
+
+def test_an_editable_install_is_this_checkout():
+    program = "import llmq; print(llmq.__file__)"
+    assert call(sys.executable, "-c", program, cwd="/").startswith(str(ROOT))
 
 
 def test_help_answers_at_once():

@@ -8,7 +8,7 @@ import pytest
 
 from llmq import patterns
 from llmq.errors import LlmqError
-from llmq.formats.gptq import settings_of
+from llmq.formats.gptq_settings import settings_of
 from llmq.recipe import Layer, Recipe, Rule
 
 NAMES = ["model.layers.0.mlp.up_proj", "model.layers.10.self_attn.q_proj", "lm_head", "", "a[b]"]

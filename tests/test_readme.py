@@ -5,15 +5,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import SUPPRESS
 from pathlib import Path
 
 import pytest
 import torch
 
-from llmq.commands.cli import main
+from llmq.commands.cli import build_parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+OF_SCRIPTS = {"--slow", "--train", "--eval"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -22,12 +24,8 @@ def blocks(language):
 
 
 def commands():
-    return [
-        line.split("  #")[0].strip()
-        for block in blocks("bash")
-        for line in block.splitlines()
-        if line.strip()
-    ]
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
 def run(command):
@@ -67,7 +65,7 @@ def test_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
     ran = [command for command in commands() if command.startswith("llmq ")]
-    assert len(ran) >= 14
+    assert len(ran) >= 24
     for command in ran:
         run(command)
     scripts = [command.split()[1] for command in commands() if command.startswith("bash ")]
@@ -132,3 +130,24 @@ def test_scripts(command, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_no_line_is_longer_than_a_hundred_columns():
+    """But for rows of tables, which cannot be broken."""
+    for path in [ROOT / "README.md", *ROOT.glob(".github/*.md"), *(ROOT / "llmq").rglob("*.md")]:
+        prose = [line for line in path.read_text().splitlines() if not line.startswith("|")]
+        assert max(map(len, prose)) <= 100, path
+
+
+def test_every_option_of_the_readme_exists():
+    (commands,) = (action.choices for action in build_parser()._actions if action.dest == "command")
+    known = {
+        option
+        for parser in commands.values()
+        for action in parser._actions
+        if action.help != SUPPRESS
+        for option in action.option_strings
+    }
+    text = re.sub(r"`python scripts/[^`]*`|^python scripts.*$", "", README, flags=re.M)
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+    assert named - known <= OF_SCRIPTS

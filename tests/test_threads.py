@@ -233,7 +233,8 @@ for thread in threads: thread.join()
 import torch
 results.append(llmq.load("tiny").state_dict())
 first = results[0]
-same = all(r.keys() == first.keys() and all(torch.equal(r[k], first[k]) for k in r) for r in results)
+same = all(r.keys() == first.keys() for r in results)
+same = same and all(torch.equal(r[k], first[k]) for r in results for k in r)
 print(len(results), same, errors, torch.get_default_dtype())
 """
 

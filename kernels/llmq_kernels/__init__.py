@@ -4,9 +4,11 @@ backends that are checked against it.
 Imports torch and nothing of transformers or llmq. Triton is imported where it is used, never here,
 so that every machine can import this package."""
 
+from llmq_kernels.core.backend import Backend
 from llmq_kernels.core.codes import CODES, Code
-from llmq_kernels.core.dispatch import BACKENDS, Backend, PreparedWeight, linear, select_backend
+from llmq_kernels.core.dispatch import PreparedWeight, linear, select_backend
 from llmq_kernels.core.packing import pack, packed_width, unpack
+from llmq_kernels.core.registry import BACKENDS
 from llmq_kernels.core.weight import PackedWeight
 
 __all__ = [

@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmq.errors import LlmqError
 from llmq.grid.fakequant import straight_through
 from llmq.inference.attention import replace_sdpa
+from llmq.models.compat import sdpa_attention_forward
 
 KV_BITS = (8, 4)
 

@@ -25,9 +25,15 @@ from llmq.grid.tensor import QuantizedTensor, stack_rows
 from llmq.inference.module import QuantLinear, prepare, swap
 
 LLAMA_3_8B: dict[str, Any] = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "max_position_embeddings": 8192, "rope_theta": 5e5,
-}  # fmt: skip
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 5e5,
+}
 
 Product = Callable[[Tensor], Tensor]
 

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from llmq.commands import common
-from llmq.commands.values import real, whole
+from llmq.commands import options, rendering
+from llmq.commands.options import real, whole
+from llmq.commands.parser import Parser
 
-HELP = "Time the packed kernels beside torch's bfloat16 linear on this machine (--kernels, the default), or decoding with a synthetic Llama (--decode)."
+if TYPE_CHECKING:
+    from llmq.benchmark.kernels import Kind
+
+HELP = (
+    "Time the packed kernels beside torch's bfloat16 linear on this machine (--kernels, the "
+    "default), or decoding with a synthetic Llama (--decode)."
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--kernels", action="store_true", help="products of single layers (default)"
     )
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="tokens per second of a synthetic Llama-3-8B-shaped model, bfloat16 and quantized; needs a GPU",
+        help="tokens per second of a synthetic Llama-3-8B-shaped model, bfloat16 and quantized; "
+        "needs a GPU",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
         "--shapes",
         nargs="+",
         metavar="NxK",
-        help="outputs x inputs of the layers (default: Llama-3-8B's and two squares on a GPU, 4096x4096 on a CPU)",
+        help="outputs x inputs of the layers (default: Llama-3-8B's and two squares on a GPU, "
+        "4096x4096 on a CPU)",
     )
     parser.add_argument("--rows", nargs="+", type=whole(1), metavar="M", help="rows of x")
     parser.add_argument(
         "--weights",
         nargs="+",
         metavar="SPEC",
-        help="such as w4g128, w3g64-asym, w8; +a8 for INT8 activations, +a8g for those of --compute int8: w8+a8, ternary+a8g",
+        help="such as w4g128, w3g64-asym, w8; +a8 for INT8 activations, +a8g for those of "
+        "--compute int8: w8+a8, ternary+a8g",
     )
-    parser.add_argument(
+    parser.more.add_argument(
         "--repeats",
         type=whole(1),
         default=20,
@@ -44,9 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="first measure the candidate tiles of every kernel and keep the fastest in ~/.cache/llmq; needs a GPU",
+        help="first measure the candidate tiles of every kernel and keep the fastest in "
+        "~/.cache/llmq; needs a GPU",
     )
-    parser.add_argument(
+    parser.more.add_argument(
         "--tune-seconds",
         type=real(),
         default=240,
@@ -75,7 +87,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.errors import LlmqError
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    common.check_device(str(device))
+    options.check_device(str(device))
     for option in ("decode", "tune"):
         if getattr(args, option) and device.type != "cuda":
             raise LlmqError(
@@ -92,8 +104,36 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from llmq.benchmark.decode import compare_decode
 
         result = environment | compare_decode(device)
-        return result, common.render_pairs(result)
+        return result, rendering.render_pairs(result)
     return _kernels(args, device, environment)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured: shapes of layers `(N, K)`, rows of x, and kinds of weights."""
+
+    shapes: list[tuple[int, int]]
+    rows: list[int]
+    kinds: list[Kind]
+
+    @property
+    def n_cases(self) -> int:
+        return len(self.shapes) * len(self.rows) * len(self.kinds)
+
+
+def _plan(args: argparse.Namespace, is_on_gpu: bool) -> _Plan:
+    """That of the options, with the defaults of the device."""
+    from llmq.benchmark import kernels
+
+    shapes = list(kernels.GPU_SHAPES if is_on_gpu else kernels.CPU_SHAPES)
+    rows = list(kernels.GPU_ROWS if is_on_gpu else kernels.CPU_ROWS)
+    weights = list(kernels.GPU_WEIGHTS if is_on_gpu else kernels.CPU_WEIGHTS)
+    kinds = [kernels.Kind(text) for text in args.weights or weights]
+    for kind in kinds:
+        kind.spec.fit(1)  # reads the text now: a mistake should not come after minutes of tuning
+    if args.shapes:
+        shapes = _shapes(args.shapes)
+    return _Plan(shapes, args.rows or rows, kinds)
 
 
 def _kernels(
@@ -103,39 +143,26 @@ def _kernels(
 
     if args.plot:
         plot.check_plot(args.plot)
-    on_gpu = device.type == "cuda"
-    shapes = (
-        _shapes(args.shapes)
-        if args.shapes
-        else list(kernels.GPU_SHAPES if on_gpu else kernels.CPU_SHAPES)
-    )
-    rows = args.rows or list(kernels.GPU_ROWS if on_gpu else kernels.CPU_ROWS)
-    kinds = [
-        kernels.Kind(text)
-        for text in args.weights or (kernels.GPU_WEIGHTS if on_gpu else kernels.CPU_WEIGHTS)
-    ]
-    for kind in kinds:
-        kind.spec.fit(1)  # reads the text now: a mistake should not come after minutes of tuning
+    plan = _plan(args, device.type == "cuda")
     result: dict[str, Any] = dict(environment)
     if args.tune:
         from llmq.benchmark import tuner
         from llmq_kernels.triton import choices, tuning
 
-        report = tuner.tune(shapes, rows, kinds, device, args.tune_seconds)
+        report = tuner.tune(plan.shapes, plan.rows, plan.kinds, device, args.tune_seconds)
         result["tuning_seconds"] = report.seconds
         result["tuning_refused"] = report.refused
         result["tuning_not_reached"] = report.not_reached
         chip = choices.chip_of(device)
         tuning.save(chip, tuning.tuned_dir() / f"{tuning.slug(chip.name)}.json", environment)
     table = []
-    with common.progress("bench") as show:
-        for row in kernels.measure(shapes, rows, kinds, device, repeats=args.repeats):
+    with rendering.progress("bench") as show:
+        for row in kernels.measure(
+            plan.shapes, plan.rows, plan.kinds, device, repeats=args.repeats
+        ):
             table.append(row)
-            show(
-                len(table),
-                len(shapes) * len(rows) * len(kinds),
-                f"{row['n']}x{row['k']} {row['weights']} M={row['m']}: {row['ratio']:.2f}",
-            )
+            remark = f"{row['n']}x{row['k']} {row['weights']} M={row['m']}: {row['ratio']:.2f}"
+            show(len(table), plan.n_cases, remark)
     result["rows"] = table
     if args.plot:
         plot.ratios(table, args.plot)
@@ -143,45 +170,32 @@ def _kernels(
 
 
 def _text(table: list[dict[str, Any]], environment: dict[str, Any]) -> str:
-    rivals = sorted(
-        {name for row in table for name, other in row["others"].items() if "seconds" in other}
-    )
-    header = [
-        "shape",
-        "weights",
-        "M",
-        "backend",
-        "us",
-        "bf16 us",
-        "ratio",
-        "share of copy",
-        *(f"{name} ratio" for name in rivals),
-    ]
-    lines = [
-        [
-            f"{row['n']}x{row['k']}",
-            row["weights"],
-            row["m"],
-            row["backend"],
-            f"{row['seconds'] * 1e6:.1f}",
-            f"{row['bf16_seconds'] * 1e6:.1f}",
-            f"{row['ratio']:.2f}",
-        ]
-        + [f"{row['share_of_copy_bandwidth']:.0%}"]
-        + [
-            f"{row['bf16_seconds'] / row['others'][name]['seconds']:.2f}"
-            if "seconds" in row["others"].get(name, {})
-            else "-"
-            for name in rivals
-        ]
-        for row in table
-    ]
-    missing = {
-        name: other["missing"]
-        for row in table
-        for name, other in row["others"].items()
-        if "missing" in other
-    }
+    measured: set[str] = set()
+    missing: dict[str, str] = {}
+    for row in table:
+        for name, other in row["others"].items():
+            if "seconds" in other:
+                measured.add(name)
+            else:
+                missing[name] = other["missing"]
+    rivals = sorted(measured)
+    header = ["shape", "weights", "M", "backend", "us", "bf16 us", "ratio", "share of copy"]
+    header += [f"{name} ratio" for name in rivals]
     notes = [f"{name}: not measured ({reason})" for name, reason in missing.items()]
-    title = f"{environment['device']}, torch {environment['torch']}; ratio: speed-up over torch's bfloat16 linear"
-    return "\n".join([title, common.render(lines, header), *notes])
+    title = (
+        f"{environment['device']}, torch {environment['torch']}; ratio: speed-up over torch's "
+        "bfloat16 linear"
+    )
+    lines = [_line(row, rivals) for row in table]
+    return "\n".join([title, rendering.render(lines, header), *notes])
+
+
+def _line(row: dict[str, Any], rivals: list[str]) -> list[object]:
+    """A row of the table as it is printed."""
+    line = [f"{row['n']}x{row['k']}", row["weights"], row["m"], row["backend"]]
+    line += [f"{row['seconds'] * 1e6:.1f}", f"{row['bf16_seconds'] * 1e6:.1f}"]
+    line += [f"{row['ratio']:.2f}", f"{row['share_of_copy_bandwidth']:.0%}"]
+    for name in rivals:
+        seconds = row["others"].get(name, {}).get("seconds")
+        line.append("-" if seconds is None else f"{row['bf16_seconds'] / seconds:.2f}")
+    return line

@@ -20,9 +20,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from llmq import __version__
+from llmq.commands.parser import Parser
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.messages import escaped, one_line
 from llmq.storage.boundary import out_of_memory
@@ -41,31 +42,24 @@ COMMANDS = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises its errors, so that bad usage is reported like bad input: one line, and as JSON where
-    that was asked for."""
-
-    def error(self, message: str) -> NoReturn:
-        raise LlmqError(f"{message.removeprefix('argument ')}; see '{self.prog} --help'")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def build_parser() -> Parser:
+    """The parser of every command."""
+    parser = Parser(
         prog="llmq",
         description="Quantize Hugging Face causal language models, with proof of what was lost.",
+        epilog="llmq COMMAND --help shows the options of a command that most people need, "
+        "--help-all all.",
     )
     parser.add_argument("--version", action="version", version=f"llmq {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"llmq.commands.{name}")
         subparser = subparsers.add_parser(
-            name,
-            help=module.HELP.splitlines()[0],
-            description=module.HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=module.HELP.splitlines()[0], description=module.HELP
         )
         module.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print one JSON object")
+        subparser.add_help_all()
         subparser.set_defaults(module=module, parser=subparser)
     return parser
 

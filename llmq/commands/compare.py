@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmq.commands import common
+from llmq.commands import options, rendering, scoring
+from llmq.commands.parser import Parser
 
-HELP = "How far a quantized model is from its base: perplexity ratio with a paired interval, KL divergence, top-1 agreement, size."
+if TYPE_CHECKING:
+    from llmq.models.source import Source
+
+HELP = (
+    "How far a quantized model is from its base: perplexity ratio with a paired interval, KL "
+    "divergence, top-1 agreement, size."
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", help=common.MODEL_HELP)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("base", help=options.MODEL_HELP)
     parser.add_argument("quant", help="the quantized model: a folder or Hub id")
-    common.add_evaluation_arguments(parser)
+    options.add_evaluation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -23,33 +29,33 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
     from llmq.models.arch import check_length
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
     from llmq.storage.boundary import running
 
-    common.check_device(args.device)
-    base_dir, quant_dir = resolve(args.base, args.revision), resolve(args.quant)
+    options.check_device(args.device)
+    sources = Source.open(args.base, args.revision), Source.open(args.quant)
     verified = {
-        "base": common.check_manifest(args, base_dir),
-        "quant": common.check_manifest(args, quant_dir),
+        "base": scoring.check_manifest(args, sources[0].folder),
+        "quant": scoring.check_manifest(args, sources[1].folder),
     }
-    windows = common.evaluation_windows(args, base_dir, load_config(base_dir))
-    _check_tokenizers(base_dir, quant_dir)
+    windows = scoring.evaluation_windows(args, sources[0])
+    _check_tokenizers(*sources)
     length = windows.tokens.shape[1]
-    check_length(load_config(quant_dir), length, f"windows of {length} tokens, {args.quant}")
+    check_length(sources[1].config, length, f"windows of {length} tokens, {args.quant}")
     base, quant = (
         load(
-            model_dir,
+            source,
             dtype=args.dtype,
             device=args.device,
             compute=args.compute,
             strict=args.strict,
         )
-        for model_dir in (base_dir, quant_dir)
+        for source in sources
     )
     quantize_head(quant, args.head_bits)
-    with common.progress("windows") as show, running(f"{args.base} or {args.quant}"):
+    with rendering.progress("windows") as show, running(f"{args.base} or {args.quant}"):
         result = compare(base, quant, windows, show)
-    sizes = {"base_bytes": _weight_bytes(base_dir), "quant_bytes": _weight_bytes(quant_dir)}
+    sizes = {"base_bytes": sources[0].weight_bytes, "quant_bytes": sources[1].weight_bytes}
     dtypes = " and ".join(
         dict.fromkeys(str(model.dtype).removeprefix("torch.") for model in (base, quant))
     )  # with --dtype auto they may differ
@@ -60,42 +66,36 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **result,
         **sizes,
         "dtype": dtypes,
-        **common.conditions(args),
+        **scoring.conditions(args),
         **windows.identity(),
         "verified": verified,
     }
     return summary, _text(summary)
 
 
-def _check_tokenizers(base_dir: Path, quant_dir: Path) -> None:
+def _check_tokenizers(base: Source, quant: Source) -> None:
     """Both models read the same tokens: those of the base's tokenizer. A folder without one is
     taken to belong to it."""
-    from llmq.models.source import load_config, load_tokenizer
-    from llmq.models.tokens import TOKENIZER_FILES, check_same_tokenizer, model_tokenizer
+    from llmq.models.tokens import TOKENIZER_FILES, check_same_tokenizer, own_tokenizer
 
-    if any((quant_dir / name).is_file() for name in TOKENIZER_FILES):
-        quant = model_tokenizer(quant_dir, load_config(quant_dir))
-        check_same_tokenizer(load_tokenizer(base_dir), quant, (str(base_dir), str(quant_dir)))
-
-
-def _weight_bytes(model_dir: Path) -> int:
-    from llmq.models.shards import ShardReader
-
-    return sum(path.stat().st_size for path in set(ShardReader(model_dir).names.values()))
+    if any((quant.folder / name).is_file() for name in TOKENIZER_FILES):
+        names = str(base.folder), str(quant.folder)
+        check_same_tokenizer(base.tokenizer, own_tokenizer(quant), names)
 
 
 def _text(summary: dict[str, Any]) -> str:
-    ratio, kl = (
-        common.render_interval(summary["perplexity_ratio_ci95"], ".5f"),
-        common.render_interval(summary["kl_mean_ci95"], ".3e"),
-    )
-    return common.render_pairs(
+    ratio = rendering.render_interval(summary["perplexity_ratio_ci95"], ".5f")
+    kl = rendering.render_interval(summary["kl_mean_ci95"], ".3e")
+    return rendering.render_pairs(
         {
-            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, ratio {summary['perplexity_ratio']:.5f} ({ratio})",
-            "KL divergence": f"mean {summary['kl_mean']:.3e} ({kl}), p99 {summary['kl_p99']:.3e}, max {summary['kl_max']:.3e} nats",
+            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, "
+            f"ratio {summary['perplexity_ratio']:.5f} ({ratio})",
+            "KL divergence": f"mean {summary['kl_mean']:.3e} ({kl}), p99 {summary['kl_p99']:.3e}, "
+            f"max {summary['kl_max']:.3e} nats",
             "top-1 agreement": f"{summary['top1_agreement']:.2%}",
             "RMS change of the target's probability": f"{summary['rms_probability_change']:.2%}",
-            "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> {summary['quant_bytes'] / 1e6:.1f} MB",
-            "measured on": common.render_conditions(summary),
+            "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> "
+            f"{summary['quant_bytes'] / 1e6:.1f} MB",
+            "measured on": rendering.render_conditions(summary),
         }
     )

@@ -8,7 +8,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from llmq.commands import common
+from llmq.commands import rendering
+from llmq.commands.parser import Parser
 
 HELP = "Print versions, devices, the backends that work here, and what is missing."
 
@@ -31,7 +32,7 @@ OPTIONAL = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """No options of its own."""
 
 
@@ -97,7 +98,7 @@ def _onednn() -> str:
 
 def _compiled_kernels() -> dict[str, Any]:
     """What the kernels that llmq compiles for the CPU have here."""
-    from llmq_kernels.compiled import jit
+    from llmq_kernels.compiled import jit, threads
     from llmq_kernels.core.cache import cache_dir
 
     forms = {
@@ -105,7 +106,7 @@ def _compiled_kernels() -> dict[str, Any]:
     }
     return {
         "forms": forms,
-        "threads": jit.threads_of(),
+        "threads": threads.threads_of(),
         "cache": str(cache_dir()),
         "cache_state": jit.cache_obstacle() or "used",
     }
@@ -137,4 +138,4 @@ def _text(result: dict[str, Any]) -> str:
         )
     for name, purpose in result["missing_optional"].items():
         pairs[f"optional {name}"] = f"not installed ({purpose})"
-    return common.render_pairs(pairs)
+    return rendering.render_pairs(pairs)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llmq.commands import common
+from llmq.commands import options, rendering, scoring
+from llmq.commands.parser import Parser
 
-HELP = "Perplexity of a model, quantized or not, with a 95 percent interval and what identifies the figure."
+HELP = (
+    "Perplexity of a model, quantized or not, with a 95 percent interval and what identifies the "
+    "figure."
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=common.MODEL_HELP)
-    parser.add_argument(
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", help=options.MODEL_HELP)
+    parser.more.add_argument(
         "--protocol",
         choices=("gptq",),
         default="gptq",
         help="gptq: disjoint windows, all but the first token of each scored",
     )
-    common.add_evaluation_arguments(parser)
+    options.add_evaluation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -27,33 +31,33 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
     from llmq.inference.module import backends_in_use
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
     from llmq.storage.boundary import running
 
-    common.check_device(args.device)
-    model_dir = resolve(args.model, args.revision)
-    verified = common.check_manifest(args, model_dir)
-    windows = common.evaluation_windows(args, model_dir, load_config(model_dir))
+    options.check_device(args.device)
+    source = Source.open(args.model, args.revision)
+    verified = scoring.check_manifest(args, source.folder)
+    windows = scoring.evaluation_windows(args, source)
     model = load(
-        model_dir,
+        source,
         dtype=args.dtype,
         device=args.device,
         compute=args.compute,
         strict=args.strict,
     )
     quantize_head(model, args.head_bits)
-    with common.progress("windows") as show, running(args.model):
+    with rendering.progress("windows") as show, running(args.model):
         result = evaluate(model, windows, show)
     summary = {
         "model": args.model,
         "data": args.data,
         **result.to_json(),
-        **common.conditions(args),
+        **scoring.conditions(args),
         "backends": backends_in_use(model),
         "verified": verified,
     }
     return (
         summary,
-        f"perplexity {result.value:.4f}  ({common.render_interval(summary['ci95'], '.4f')}; "
-        f"{common.render_conditions(summary)})",
+        f"perplexity {result.value:.4f}  ({rendering.render_interval(summary['ci95'], '.4f')}; "
+        f"{rendering.render_conditions(summary)})",
     )

@@ -10,15 +10,19 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import common
-from llmq.commands.values import real, whole
+from llmq.commands import options
+from llmq.commands.options import real, whole
+from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from llmq.models.source import Source
 
 HELP = "Generate text; streams tokens to stdout, prints tokens/s and weight GB/s to stderr."
 DEFAULT_NEW_TOKENS = 64
@@ -28,20 +32,22 @@ NO_TEMPERATURE = 1e-6
 _USUAL = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=common.MODEL_HELP)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", help=options.MODEL_HELP)
     parser.add_argument("--prompt", required=True)
     parser.add_argument(
         "--max-new-tokens",
         type=whole(1),
         metavar="N",
-        help=f"(default: max_new_tokens of the model's generation config, else {DEFAULT_NEW_TOKENS}; at most what it has positions for)",
+        help="(default: max_new_tokens of the model's generation config, else "
+        f"{DEFAULT_NEW_TOKENS}; at most what it has positions for)",
     )
     parser.add_argument(
         "--temperature",
         type=real(),
         default=0.0,
-        help="0: the likeliest token each time, or the likeliest beam (default, whatever the generation config says of sampling); above, samples with its top_k, top_p and so on",
+        help="0: the likeliest token each time, or the likeliest beam (default, whatever the "
+        "generation config says of sampling); above, samples with its top_k, top_p and so on",
     )
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument(
@@ -49,75 +55,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto, float32, bfloat16 or float16 (default: auto, as stored)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--revision", help="revision of a Hub model")
-    common.add_compute_argument(parser)
-    common.add_head_argument(parser)
-    common.add_strict_argument(parser)
+    options.add_inference_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    import torch
-
-    from llmq.formats.load import load
-    from llmq.inference.decoding import prepare_decoding
-    from llmq.inference.module import backends_in_use
-    from llmq.inference.settings import check, effective, read_settings
-    from llmq.inference.step import report
-    from llmq.models.source import load_config, resolve
-    from llmq.models.tokens import model_tokenizer
-    from llmq.storage.boundary import reading, running
+    from llmq.inference.settings import check, read_settings
+    from llmq.models.source import Source
+    from llmq.models.tokens import own_tokenizer
     from llmq.text.documents import check_vocabulary
 
-    common.check_device(args.device)
-    model_dir = resolve(args.model, args.revision)
-    config, stored = load_config(model_dir), read_settings(model_dir)
-    tokenizer = model_tokenizer(model_dir, config)
-    with reading(model_dir, "its tokenizer cannot read the prompt", "give another --prompt"):
-        prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
+    options.check_device(args.device)
+    source = Source.open(args.model, args.revision)
+    config, stored = source.config, read_settings(source.folder)
+    tokenizer = own_tokenizer(source)
+    prompt = _read_prompt(args, source.folder, tokenizer)
     is_sampled = args.temperature > NO_TEMPERATURE
     check({**stored, "do_sample": is_sampled}, args.device.partition(":")[0])  # before any weight
     max_new_tokens = _new_tokens(args.max_new_tokens, prompt.shape[1], config, stored)
-    model = running(args.model)(prepare_decoding)(
-        load(
-            model_dir,
-            dtype=args.dtype,
-            device=args.device,
-            compute=args.compute,
-            strict=args.strict,
-        ),
-        head_bits=args.head_bits,
-    )
+    model = _load(args, source)
     check_vocabulary(prompt, model.config.get_text_config().vocab_size, "--prompt")
-    torch.manual_seed(args.seed)
+    return _answer(args, model, tokenizer, prompt, max_new_tokens), ""
+
+
+def _read_prompt(args: argparse.Namespace, model_dir: Path, tokenizer: Any) -> Tensor:
+    """Token ids of the prompt, int64 `[1, T]`."""
+    from llmq.storage.boundary import reading
+
+    with reading(model_dir, "its tokenizer cannot read the prompt", "give another --prompt"):
+        return tokenizer(args.prompt, return_tensors="pt")["input_ids"]
+
+
+def _load(args: argparse.Namespace, source: Source) -> PreTrainedModel:
+    """The model, ready for decoding."""
+    from llmq.formats.load import load
+    from llmq.inference.decoding import prepare_decoding
+    from llmq.storage.boundary import running
+
+    model = load(
+        source,
+        dtype=args.dtype,
+        device=args.device,
+        compute=args.compute,
+        strict=args.strict,
+    )
+    return running(args.model)(prepare_decoding)(model, head_bits=args.head_bits)
+
+
+def _answer(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: Tensor,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Generate, print the text where it is not the JSON that is asked for, and report."""
+    import torch
+
+    from llmq.inference.module import backends_in_use
+    from llmq.inference.settings import effective
+    from llmq.inference.step import report
+    from llmq.storage.boundary import running
+
+    overrides = _overrides(args.temperature, model, tokenizer)
+    settings = effective(model, overrides)
+    is_one = (settings["num_return_sequences"] or 1) == (settings["num_beams"] or 1) == 1
+    is_streamed = is_one and not args.json
     first_look = _FirstLook(args.model, model.dtype)
-    options = _options(args.temperature, model, tokenizer)
-    settings = effective(model, options)
-    n_sequences = settings["num_return_sequences"] or 1
-    is_streamed = not args.json and n_sequences == 1 and (settings["num_beams"] or 1) == 1
-    streamer = _streamer(tokenizer) if is_streamed else None
+    overrides["streamer"] = _streamer(tokenizer) if is_streamed else None
+    overrides["logits_processor"] = first_look.as_processors()
+    torch.manual_seed(args.seed)
     started = time.perf_counter()
     sequences = running(args.model)(_generated)(
-        model,
-        prompt.to(model.device),
-        max_new_tokens,
-        {**options, "streamer": streamer, "logits_processor": first_look.as_processors()},
+        model, prompt.to(model.device), max_new_tokens, overrides
     )
     seconds = time.perf_counter() - started
     n_prompt = prompt.shape[1] if first_look.n_prompt is None else first_look.n_prompt
-    ends = [_end(row, n_prompt, settings) for row in sequences]
-    texts = [
-        running(args.model)(tokenizer.decode)(row[:end], skip_special_tokens=True)
-        for row, end in zip(sequences, ends, strict=True)
-    ]
-    speed = _speed(model, ends[0] - n_prompt, seconds)
-    print(
-        f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: "
-        f"{speed['tokens_per_second']:.1f} tokens/s, {speed['weight_gb_per_second']:.2f} GB/s of "
-        "weights",
-        file=sys.stderr,
-    )
+    texts = []
+    for row in sequences:
+        kept = row[: _end(row, n_prompt, settings)]
+        texts.append(running(args.model)(tokenizer.decode)(kept, skip_special_tokens=True))
+    speed = _speed(model, _end(sequences[0], n_prompt, settings) - n_prompt, seconds)
+    _tell(speed)
     if not args.json and not is_streamed:
         print(_shown("\n".join(texts)), end="", flush=True)  # the command line ends it
     return {
@@ -126,7 +145,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **speed,
         "backends": backends_in_use(model),
         "recorded_steps": report(model),
-    }, ""
+    }
+
+
+def _tell(speed: dict[str, Any]) -> None:
+    print(
+        f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: "
+        f"{speed['tokens_per_second']:.1f} tokens/s, {speed['weight_gb_per_second']:.2f} GB/s of "
+        "weights",
+        file=sys.stderr,
+    )
 
 
 def _shown(text: str) -> str:
@@ -179,11 +207,11 @@ def _stored_new_tokens(n_prompt: int, stored: Mapping[str, Any]) -> int:
     return DEFAULT_NEW_TOKENS if most is None else min(DEFAULT_NEW_TOKENS, most - n_prompt)
 
 
-def _options(temperature: float, model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
+def _overrides(temperature: float, model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
     """What goes before the generation config of `model`."""
     stored = model.generation_config
     assert stored is not None
-    options: dict[str, Any] = {
+    overrides: dict[str, Any] = {
         "do_sample": temperature > NO_TEMPERATURE,
         "return_dict_in_generate": False,
         "output_scores": False,
@@ -192,18 +220,18 @@ def _options(temperature: float, model: PreTrainedModel, tokenizer: Any) -> dict
         "output_hidden_states": False,
     }
     if temperature > NO_TEMPERATURE:
-        options["temperature"] = temperature
+        overrides["temperature"] = temperature
     if stored.stop_strings or stored.token_healing:
-        options["tokenizer"] = tokenizer
+        overrides["tokenizer"] = tokenizer
     if stored.pad_token_id is None and stored.eos_token_id is None:
         # Rows of several texts end with something.
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        options["pad_token_id"] = next(token for token in pads if token is not None)
-    return options
+        overrides["pad_token_id"] = next(token for token in pads if token is not None)
+    return overrides
 
 
 def _generated(
-    model: PreTrainedModel, prompt: Tensor, max_new_tokens: int, options: dict[str, Any]
+    model: PreTrainedModel, prompt: Tensor, max_new_tokens: int, overrides: dict[str, Any]
 ) -> list[list[int]]:
     """Token ids of every text, the prompt's among them. All of the prompt counts, whatever its ids
     are: transformers would guess padding where one is that of the padding. Raises `LlmqError` with
@@ -219,7 +247,7 @@ def _generated(
     assert stored is not None
     try:
         output = generate(
-            model, prompt, max_new_tokens, attention_mask=torch.ones_like(prompt), **options
+            model, prompt, max_new_tokens, attention_mask=torch.ones_like(prompt), **overrides
         )
     except (LlmqError, SettingError, OSError, MemoryError):
         raise

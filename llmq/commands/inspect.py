@@ -9,46 +9,42 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmq.commands import common
+from llmq.commands import options, rendering
+from llmq.commands.parser import Parser
 
 HELP = "Show what is stored in a model folder: format, layers, dtypes, sizes, and how it was made."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=common.MODEL_HELP)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", help=options.MODEL_HELP)
     parser.add_argument("--revision", help="revision of a Hub model")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.formats.settings import quantization_settings
-    from llmq.models.shards import ShardReader, read_header
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
 
-    model_dir = resolve(args.model, args.revision)
-    config = load_config(model_dir)
+    source = Source.open(args.model, args.revision)
+    model_dir, config, shards = source.folder, source.config, source.shards
     settings = quantization_settings(config)
-    if (
-        settings is not None
-    ):  # read for loading, with llmq's own name in the place of the one that other engines go by
+    if settings is not None:
+        # Read for loading, with llmq's own name in the place of the one that other engines go by.
         stored = config.quantization_config
-        settings["quant_method"] = (stored if isinstance(stored, dict) else stored.to_dict())[
-            "quant_method"
-        ]
-    paths = sorted(set(ShardReader(model_dir).names.values()))
-    headers = {name: entry for path in paths for name, entry in read_header(path).items()}
-    suffixes = Counter(name.rpartition(".")[2] for name in headers)
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        settings["quant_method"] = stored["quant_method"]
+    suffixes = Counter(name.rpartition(".")[2] for name in shards.names)
     report = _report(model_dir / "report.json")
     result = {
         "model": str(model_dir),
         "model_type": config.model_type,
         "quantization": settings,
-        "files": {path.name: path.stat().st_size for path in paths},
-        "bytes": sum(path.stat().st_size for path in paths),
-        "tensors": len(headers),
+        "files": {path.name: path.stat().st_size for path in source.weight_paths},
+        "bytes": source.weight_bytes,
+        "tensors": len(shards.names),
         "tensor_kinds": dict(suffixes),
-        "dtypes": dict(Counter(entry["dtype"] for entry in headers.values())),
-        "elements": sum(prod(entry["shape"]) for entry in headers.values()),
+        "dtypes": dict(Counter(shards.dtypes.values())),
+        "elements": sum(map(prod, shards.shapes.values())),
         "specs": dict(Counter(str(layer["spec"]) for layer in report["layers"]))
         if report
         else None,
@@ -83,15 +79,24 @@ def _text(result: dict[str, Any]) -> str:
     settings = result["quantization"]
     pairs: dict[str, object] = {
         "model": f"{result['model']} ({result['model_type']})",
-        "format": "full precision" if settings is None else settings.get("format", "llmq"),
-        "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, {result['tensors']} tensors",
+        "format": "full precision" if settings is None else _format(settings),
+        "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, "
+        f"{result['tensors']} tensors",
         "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
     }
     if result["specs"]:
         pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
     if report := result["report"]:
         pairs |= _origin(report)
-    return common.render_pairs(pairs)
+    return rendering.render_pairs(pairs)
+
+
+def _format(settings: dict[str, Any]) -> str:
+    """The format of a folder and whom it is meant for."""
+    from llmq.formats.settings import format_of
+
+    fmt = format_of(settings)
+    return f"{fmt.name}, meant for {', '.join(fmt.readers)}" if fmt.readers else fmt.name
 
 
 def _origin(report: dict[str, Any]) -> dict[str, object]:
@@ -100,7 +105,8 @@ def _origin(report: dict[str, Any]) -> dict[str, object]:
         f"{len(report[name])} {name}" for name in ("fallbacks", "notes") if name in report
     )
     pairs: dict[str, object] = {
-        "made by": f"{report['method']} in {report['seconds']:.0f} s, llmq {report['versions']['llmq']}, {counts}"
+        "made by": f"{report['method']} in {report['seconds']:.0f} s, "
+        f"llmq {report['versions']['llmq']}, {counts}"
     }
     if report["method"] == "qat":
         pairs["training"] = (

@@ -1,30 +1,126 @@
-"""What the commands that quantize and the one that plans share: the checked job of the options, and
-how fast this machine is."""
+"""What the commands that quantize and the one that plans share: the recipe and the checked job of
+the options, and how fast this machine is."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING
-
-from llmq.commands import common
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmq.ptq.run import Job
+    from llmq.grid.spec import QuantSpec
+    from llmq.ptq.job import Job
+    from llmq.recipe import Recipe, Rule
+
+# Options that are named as the field of the recipe that they set.
+_FIELDS = (
+    "method",
+    "init",
+    "damping",
+    "inputs",
+    "samples",
+    "sequence_length",
+    "seed",
+    "iterations",
+    "learning_rate",
+    "autocast",
+)
+
+
+def max_positions(config: Any) -> int:
+    """Tokens that a model has positions for; models without a limit get 2048."""
+    from llmq.models.arch import position_limit
+
+    return position_limit(config) or 2048
+
+
+def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
+    """The recipe of the options. max_length: tokens the model has positions for, the cap of the
+    default window."""
+    from dataclasses import replace
+
+    from llmq.recipe import Recipe, Rule
+
+    recipe = Recipe(sequence_length=min(2048, max_length), rules=(Rule("*", _spec(args)),))
+    if args.recipe:
+        recipe = _recipe_of_file(args, recipe)
+    options = {name: getattr(args, name) for name in _FIELDS}
+    options["order"] = "act" if args.act_order else None
+    options["search"] = False if args.no_search else None
+    recipe = replace(recipe, **_given(options), activations=_activations(args, recipe))
+    return replace(recipe, rules=(*(Rule.parse(text) for text in args.rule), *recipe.rules))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that have a value."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _spec(args: argparse.Namespace) -> QuantSpec:
+    from llmq.grid.spec import PER_ROW, QuantSpec
+
+    bits = args.bits or "4"
+    group_size = PER_ROW if bits == "8" else 128
+    if args.group_size is not None:
+        group_size = args.group_size
+    return QuantSpec(_code(bits), group_size, not args.asymmetric)
+
+
+def _code(bits: str) -> str:
+    return bits if bits == "ternary" else f"int{bits}"
+
+
+def _activations(args: argparse.Namespace, recipe: Recipe) -> Any:
+    from dataclasses import replace
+
+    options = {"kind": args.activations, "kv_bits": args.kv_bits}
+    return replace(recipe.activations, **_given(options))
+
+
+def _recipe_of_file(args: argparse.Namespace, defaults: Recipe) -> Recipe:
+    """The recipe of a file: what it leaves out from the defaults, and in the specs of its rules
+    what the options give; layers that it keeps stay kept."""
+    from dataclasses import replace
+
+    from llmq.errors import LlmqError
+    from llmq.recipe import Recipe
+    from llmq.recipes.files import read_recipe_file
+
+    data = read_recipe_file(args.recipe).for_quantize()
+    try:
+        recipe = Recipe.from_json({"sequence_length": defaults.sequence_length, **data})
+        if "rules" not in data:
+            return replace(recipe, rules=defaults.rules)
+        return replace(recipe, rules=tuple(_with_options(rule, args) for rule in recipe.rules))
+    except LlmqError as error:
+        raise LlmqError(f"--recipe {args.recipe}, with the options beside it: {error}") from None
+
+
+def _with_options(rule: Rule, args: argparse.Namespace) -> Rule:
+    from dataclasses import replace
+
+    if rule.spec is None:
+        return rule
+    given = {
+        "code": _code(args.bits) if args.bits else None,
+        "group_size": args.group_size,
+        "symmetric": False if args.asymmetric else None,
+    }
+    return replace(rule, spec=replace(rule.spec, **_given(given)))
 
 
 def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
     """The checked job of the options. check_scales: see `llmq.ptq.run.prepare`. Raises `LlmqError`
     also when the planned memory is above `--max-ram` or `--max-gpu-memory`."""
     from llmq.errors import LlmqError
-    from llmq.models.source import load_config, resolve
+    from llmq.models.source import Source
     from llmq.ptq.budget import peak_bytes
-    from llmq.ptq.run import prepare
+    from llmq.ptq.job import prepare
 
-    model_dir = resolve(args.model, args.revision)
-    recipe = common.read_recipe(args, common.max_positions(load_config(model_dir)))
+    source = Source.open(args.model, args.revision)
+    recipe = read_recipe(args, max_positions(source.config))
     job = prepare(
-        str(model_dir),
+        source,
         recipe,
         calibration=args.calibration,
         format=args.format,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llmq.commands import common, jobs
+from llmq.commands import jobs, options, rendering
+from llmq.commands.parser import Parser
 
 HELP = "Show what would be quantized and what not, the size, peak memory and time. Nothing is run."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=common.MODEL_HELP)
-    common.add_quantization_arguments(parser)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", help=options.MODEL_HELP)
+    options.add_quantization_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -20,10 +21,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.ptq.budget import flops, peak_bytes, stored_bytes, work_bytes
 
     job = jobs.prepare_job(args, check_scales=False)  # which would read all weights
-    source = sum(path.stat().st_size for path in set(job.shards.names.values()))
+    source = job.source.weight_bytes
     rate = jobs.measured_rate()
     result = {
-        "model": str(job.model_dir),
+        "model": str(job.source.folder),
         "model_type": job.model.config.model_type,
         "method": job.recipe.method,
         "format": job.fmt.name,
@@ -52,16 +53,18 @@ def _text(result: dict[str, Any]) -> str:
         kind = ".".join("*" if part.isdigit() else part for part in layer["name"].split("."))
         key = (kind, "x".join(map(str, layer["shape"])), layer["spec"] or "keep", layer["note"])
         groups[key] = groups.get(key, 0) + 1
-    table = common.render(
+    table = rendering.render(
         [(*key[:3], count, key[3]) for key, count in groups.items()],
         ("layers", "N x K", "spec", "count", "note"),
     )
-    pairs = common.render_pairs(
+    disk = result["planned_bytes"] + result["planned_work_bytes"]
+    pairs = rendering.render_pairs(
         {
             "method, format": f"{result['method']}, {result['format']}",
-            "weight files": f"{result['source_bytes'] / 1e6:.1f} MB -> about {result['planned_bytes'] / 1e6:.1f} MB",
+            "weight files": f"{result['source_bytes'] / 1e6:.1f} MB -> about "
+            f"{result['planned_bytes'] / 1e6:.1f} MB",
             "peak memory": f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries",
-            "disk": f"about {(result['planned_bytes'] + result['planned_work_bytes']) / 1e9:.2f} GB while it runs",
+            "disk": f"about {disk / 1e9:.2f} GB while it runs",
             "time": f"about {result['planned_seconds']:.0f} s on this machine's CPU",
         }
     )

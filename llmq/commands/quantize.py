@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import common, jobs
+from llmq.commands import jobs, options, rendering
+from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
-    from llmq.ptq.engine import BlockReport
+    from llmq.ptq.results import BlockReport
 
-HELP = "Quantize a model into a folder. An interrupted run continues when the same command is given again."
+HELP = (
+    "Quantize a model into a folder. An interrupted run continues when the same command is given "
+    "again."
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=common.MODEL_HELP)
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", help=options.MODEL_HELP)
     parser.add_argument("out", help="the folder to write")
-    common.add_quantization_arguments(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output that llmq wrote earlier"
-    )
+    options.add_quantization_arguments(parser)
+    options.add_overwrite_argument(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -32,11 +35,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.storage.workspace import check_output
 
     check_output(Path(args.out), args.overwrite)
-    common.check_device(args.device)
+    options.check_device(args.device)
     job = jobs.prepare_job(args)
     for name, note in job.notes.items():
         print(one_line(f"note: {name}: {note}"), file=sys.stderr)
-    with common.progress("blocks") as show:
+    with rendering.progress("blocks") as show:
         done = total = 0
 
         def on_start(finished: int, n_blocks: int) -> None:
@@ -66,74 +69,89 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _remark(report: BlockReport, n_left: int) -> str:
-    errors = "  ".join(
+    errors = [
         f"{layer.name.rpartition('.')[2]} {layer.error:.1e}"
         for layer in report.layers
         if layer.error is not None
-    )
-    tuned = (
-        ""
-        if report.tuned_error is None
-        else f"block {report.start_error:.1e} -> {report.tuned_error:.1e}  "
-    )
-    return (
-        f"{report.seconds:.1f} s/block, about {report.seconds * n_left:.0f} s left  {tuned}{errors}"
-    )
+    ]
+    tuned = ""
+    if report.tuned_error is not None:
+        tuned = f"block {report.start_error:.1e} -> {report.tuned_error:.1e}  "
+    left = f"{report.seconds:.1f} s/block, about {report.seconds * n_left:.0f} s left"
+    return f"{left}  {tuned}{'  '.join(errors)}"
 
 
 def _summary(out: str, report: dict[str, Any]) -> str:
-    errors = [
-        (layer["error"], layer["rtn_error"])
-        for layer in report["layers"]
-        if layer["error"] is not None
-    ]
+    n_kept = len(report["kept_layers"])
     pairs: dict[str, object] = {
         "written": f"{out} ({report['format']} format), verified block by block",
-        "layers": f"{report['n_quantized_layers']} quantized, {len(report['kept_layers'])} kept in full precision",
-        "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> {report['stored_bytes'] / 1e6:.1f} MB, {report['bits_per_quantized_weight']:.2f} bits per quantized weight",
+        "layers": f"{report['n_quantized_layers']} quantized, {n_kept} kept in full precision",
+        "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> "
+        f"{report['stored_bytes'] / 1e6:.1f} MB, "
+        f"{report['bits_per_quantized_weight']:.2f} bits per quantized weight",
         "seconds": f"{report['seconds']:.1f}",
     }
-    pairs |= common.companion_lines(report)
-    if errors:
-        ours, rounded = (sum(column) / len(errors) for column in zip(*errors, strict=True))
-        pairs["output error"] = (
-            f"{ours:.2e} of the layers' output on average; plain rounding: {rounded:.2e}"
+    pairs |= rendering.companion_lines(report)
+    pairs |= _errors(report)
+    pairs |= _tuning(report)
+    pairs |= _deviations(report)
+    return rendering.render_pairs(pairs)
+
+
+def _errors(report: dict[str, Any]) -> dict[str, object]:
+    """The layers' own errors beside those of rounding."""
+    measured = [layer for layer in report["layers"] if layer["error"] is not None]
+    if not measured:
+        return {}
+    ours = sum(layer["error"] for layer in measured) / len(measured)
+    rounded = sum(layer["rtn_error"] for layer in measured) / len(measured)
+    text = f"{ours:.2e} of the layers' output on average; plain rounding: {rounded:.2e}"
+    return {"output error": text}
+
+
+def _tuning(report: dict[str, Any]) -> dict[str, object]:
+    """What became of the blocks as a whole."""
+    tuned = report["tuned_blocks"]
+    if not tuned:
+        return {}
+    n_lower = sum(block["tuned_error"] < block["start_error"] for block in tuned)
+    before = sum(block["start_error"] for block in tuned) / len(tuned)
+    after = sum(block["tuned_error"] for block in tuned) / len(tuned)
+    pairs: dict[str, object] = {
+        "block error": f"{before:.2e} -> {after:.2e} of the blocks' output; tuning helped in "
+        f"{n_lower} of {len(tuned)} blocks"
+    }
+    rejected = [block["tuning_worse_in"] for block in tuned if block["tuning_worse_in"]]
+    if rejected:
+        classes = sorted(set(itertools.chain.from_iterable(rejected)))
+        pairs["tuning not kept"] = (
+            f"in {len(rejected)} blocks, where positions of some kind became worse: "
+            f"{', '.join(classes)}"
         )
-    if tuned := report["tuned_blocks"]:
-        n_lower = sum(block["tuned_error"] < block["start_error"] for block in tuned)
-        before, after = (
-            sum(block[key] for block in tuned) / len(tuned)
-            for key in ("start_error", "tuned_error")
-        )
-        pairs["block error"] = (
-            f"{before:.2e} -> {after:.2e} of the blocks' output; tuning helped in {n_lower} of "
-            f"{len(tuned)} blocks"
-        )
-        if rejected := [block for block in tuned if block["tuning_worse_in"]]:
-            classes = sorted({name for block in rejected for name in block["tuning_worse_in"]})
-            pairs["tuning not kept"] = (
-                f"in {len(rejected)} blocks, where positions of some kind became worse: "
-                f"{', '.join(classes)}"
-            )
-    if report["fallbacks"]:
+    return pairs
+
+
+def _deviations(report: dict[str, Any]) -> dict[str, object]:
+    """Where something went otherwise than usual, and what to do about it."""
+    pairs: dict[str, object] = {}
+    if names := report["fallbacks"]:
         pairs["fallbacks"] = (
-            f"{len(report['fallbacks'])} layers fell back to plain rounding: "
-            f"{', '.join(report['fallbacks'][:3])}"
+            f"{len(names)} layers fell back to plain rounding: {', '.join(names[:3])}"
         )
     if large := report["layers_with_large_error"]:
+        more = ", ..." if len(large) > 3 else ""
         pairs["large errors"] = (
-            f"{len(large)} layers lost more than half of their output: "
-            f"{', '.join(large[:3])}{', ...' if len(large) > 3 else ''}; keep them (--rule "
-            f"'{large[0]}=keep') or give them more bits"
+            f"{len(large)} layers lost more than half of their output: {', '.join(large[:3])}"
+            f"{more}; keep them (--rule '{large[0]}=keep') or give them more bits"
         )
-    if report["n_worse_than_rounding"] or report["n_kept_rounding"]:
+    n_kept = report["n_kept_rounding"]
+    if n_better := n_kept + report["n_worse_than_rounding"]:
         pairs["plain rounding"] = (
-            f"was better in {report['n_kept_rounding'] + report['n_worse_than_rounding']} layers, "
-            f"and is kept in {report['n_kept_rounding']} of them"
+            f"was better in {n_better} layers, and is kept in {n_kept} of them"
         )
     if report["n_dead_columns"] or report["n_dropped_rows"]:
         pairs["calibration"] = (
             f"{report['n_dead_columns']} input channels were always zero, "
             f"{report['n_dropped_rows']} rows with NaN or infinity were left out"
         )
-    return common.render_pairs(pairs)
+    return pairs

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llmq.commands import common
+from llmq.commands import rendering
+from llmq.commands.parser import Parser
 
-HELP = "Check every file of a folder that llmq wrote against the hashes of its manifest. Exit code 1 when one differs."
+HELP = (
+    "Check every file of a folder that llmq wrote against the hashes of its manifest. Exit code 1 "
+    "when one differs."
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", help="a folder that llmq wrote, or a Hub id of one")
     parser.add_argument("--revision", help="revision of a Hub model")
 
@@ -21,7 +25,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from pathlib import Path
 
     from llmq.errors import VerificationError
-    from llmq.models.source import resolve
+    from llmq.models.hub import resolve
     from llmq.storage.manifest import check_hashes, has_manifest
 
     folder = Path(args.checkpoint)
@@ -32,7 +36,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if not verdict.is_good:
         raise VerificationError(f"{args.checkpoint}: {verdict.describe()}", details=result)
     pairs: dict[str, object] = {
-        "verified": f"{args.checkpoint}: {len(verdict.ok)} of {verdict.n_files} files are as llmq wrote them",
+        "verified": f"{args.checkpoint}: {len(verdict.ok)} of {verdict.n_files} files are as llmq "
+        "wrote them",
         "seconds": f"{verdict.seconds:.1f}",
     }
     if verdict.edited:
@@ -41,4 +46,4 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         pairs["left behind"] = ", ".join(verdict.absent)
     if verdict.extra:
         pairs["not by llmq"] = ", ".join(verdict.extra)
-    return result, common.render_pairs(pairs)
+    return result, rendering.render_pairs(pairs)

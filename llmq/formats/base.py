@@ -1,39 +1,97 @@
-"""What an on-disk format is: a name, a reason to refuse, and a pair of pure functions between a
-`QuantizedTensor` and named tensors."""
+"""What an on-disk format is: how it is recognised, how a weight and the config are written and
+read back, what it cannot hold, and who else reads the result.
+
+A format is one module with one instance of a class like this, and one line in
+`llmq.formats.registry`. Nobody else asks for a format by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from llmq.grid.spec import QuantSpec
+from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 
+Settings = dict[str, Any]
+"""A `quantization_config`."""
 Specs = Mapping[str, QuantSpec | None]
+"""Every linear layer of a model by name; None: kept in full precision."""
+OWN_METHOD = "llmq"
+"""The `quant_method` under which transformers gives a folder to llmq, whoever wrote it."""
 
 
-def _as_stored(bias: Tensor, tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
-    return bias
-
-
-@dataclass(frozen=True)
-class Format:
+class Format(ABC):
     """name: as in `--format`. marker: the tensor suffix by which a stored layer is recognised.
-    refusal(spec, shape): why a layer cannot be stored exactly, or None. write(qtensor): tensors by
-    suffix. read(name, tensors, config, shape): a layer back from its tensors, the
-    `quantization_config` and the weight's shape (N, K). config(specs): the `quantization_config` of
-    config.json from the specs of all linear layers (None: kept in full precision). suffixes: of the
-    tensors that `read` uses. bias(bias, tensors, config): what is added to a layer's output, from
-    what is stored."""
+    suffixes: of the tensors that `read` uses. quant_method: what its config.json says. readers:
+    engines beside llmq that it is meant for (`note` says when they will not load a folder).
+    activations: those that a folder of this format always implies, None where the config says
+    which. has_order: whether it stores which group a column belongs to. is_own: whether a model in
+    memory is in it."""
 
     name: str
     marker: str
-    refusal: Callable[[QuantSpec, tuple[int, int]], str | None]
-    write: Callable[[QuantizedTensor], dict[str, Tensor]]
-    read: Callable[[str, dict[str, Tensor], dict[str, Any], tuple[int, int]], QuantizedTensor]
-    config: Callable[[Specs], dict[str, Any]]
     suffixes: frozenset[str]
-    bias: Callable[[Tensor, dict[str, Tensor], dict[str, Any]], Tensor] = _as_stored
+    quant_method: str
+    readers: tuple[str, ...] = ()
+    activations: ActSpec | None = ActSpec()
+    has_order: bool = True
+    is_own: bool = False
+
+    @abstractmethod
+    def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        """Why a layer of weight shape (N, K) cannot be stored exactly, or None."""
+
+    @abstractmethod
+    def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
+        """The tensors of a layer by suffix."""
+
+    @abstractmethod
+    def read(
+        self, name: str, tensors: dict[str, Tensor], config: Settings, shape: tuple[int, int]
+    ) -> QuantizedTensor:
+        """The layer back from its tensors by suffix. config: as `write_config` or `read_config`
+        gives it. Raises `LlmqError` for anything damaged."""
+
+    @abstractmethod
+    def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
+        """The `quantization_config` of config.json. act_order: some layer has a `g_idx`."""
+
+    def read_config(self, settings: Settings) -> Settings:
+        """The `quantization_config` of a folder that `detects` claimed, every value that decides a
+        weight checked. Raises `LlmqError` for what llmq cannot read."""
+        return settings
+
+    def detects(self, settings: Settings) -> bool:
+        """Whether a `quantization_config` is that of a folder of this format."""
+        return settings.get("quant_method") == self.quant_method
+
+    def companions(self, config: Settings) -> dict[str, Settings]:
+        """Files that go beside config.json, by name. config: as it was written."""
+        return {}
+
+    def refusal_of_model(self, specs: Specs) -> str | None:
+        """Why layers that could each be stored cannot be stored together, or None."""
+        return None
+
+    def refusal_of_activations(self, activations: ActSpec) -> str | None:
+        """Why a folder cannot say how activations are quantized, or None."""
+        if self.activations is None or activations == self.activations:
+            return None
+        return f"it cannot say that activations are quantized ({activations})"
+
+    def is_first_choice(self, specs: Specs) -> bool:
+        """Whether "auto" takes this format for a model that it holds, before those that come after
+        it in the registry."""
+        return False
+
+    def note(self, specs: Specs) -> str | None:
+        """Why the engines that are meant will not load a folder, as far as the layers decide it, or
+        None."""
+        return None
+
+    def bias(self, bias: Tensor, tensors: dict[str, Tensor], config: Settings) -> Tensor:
+        """What is added to a layer's output, from what is stored."""
+        return bias

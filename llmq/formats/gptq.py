@@ -11,8 +11,6 @@ written as version 2. When reading version 1, decoded zero points are shifted, n
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -20,9 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import patterns
 from llmq.errors import LlmqError
-from llmq.formats.base import Format, Specs
+from llmq.formats.base import Format, Settings, Specs
+from llmq.formats.engines import fused_disagreement
+from llmq.formats.gptq_settings import (
+    AUTO_ROUND,
+    BITS,
+    VERSION_1,
+    VERSION_2,
+    read_auto_round,
+    read_gptq,
+    settings_of,
+    stated_version,
+)
+from llmq.formats.native import most_common_spec
 from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq_kernels.core.packing import pack, unpack
@@ -30,71 +39,150 @@ from llmq_kernels.core.packing import pack, unpack
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
-def _refusal(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+class Gptq(Format):
+    """name: of the version. shift: what is taken from a zero point when it is stored."""
+
+    marker = "qweight"
+    suffixes = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+    quant_method = "gptq"
+
+    def __init__(self, name: str, shift: int, readers: tuple[str, ...]) -> None:
+        self.name, self.shift, self.readers = name, shift, readers
+
+    def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        n, k = shape
+        if self.shift and not spec.symmetric:
+            return "version 1 cannot hold every zero point; use gptq_v2"
+        if spec.code == "ternary":
+            return "it has no ternary codes"
+        if spec.levels.offset % 1:
+            return "it has whole zero points only"
+        if spec.bits not in BITS:
+            return f"it holds codes of 2, 3, 4 and 8 bits, not {spec.bits}"
+        if spec.group_size == PER_TENSOR:
+            return "it has no scale per tensor"
+        if spec.scale_dtype != "float16":
+            return f"its scales are float16, not {spec.scale_dtype}"
+        if k % 32 or n % 32:
+            return f"it needs N and K divisible by 32, not {n} x {k}"
+        return None
+
+    def is_first_choice(self, specs: Specs) -> bool:
+        """Version 1, where the other engines load all of the model: version 2 is asked for."""
+        quantized = [spec for spec in specs.values() if spec is not None]
+        return bool(self.shift) and all(map(engines_load, quantized)) and not self.note(specs)
+
+    def note(self, specs: Specs) -> str | None:
+        return fused_disagreement(specs)
+
+    def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
+        _n, k = qtensor.shape
+        spec = qtensor.spec
+        zero = _zero_points(qtensor)
+        if self.shift and bool((zero == 0).any()):
+            raise LlmqError(
+                "GPTQ version 1 stores zero points minus one and cannot hold a zero point of 0; "
+                "write --format gptq_v2 or llmq"
+            )
+        g_idx = qtensor.g_idx
+        if g_idx is None:
+            g_idx = torch.arange(k, dtype=torch.int32) // spec.columns_per_group(k)
+        return {
+            "qweight": qtensor.packed.T.contiguous(),
+            "qzeros": pack((zero - self.shift).T.contiguous(), spec.bits),
+            "scales": qtensor.scale.T.contiguous(),
+            "g_idx": g_idx.to(torch.int32).contiguous(),
+        }
+
+    def read(
+        self, name: str, tensors: dict[str, Tensor], config: Settings, shape: tuple[int, int]
+    ) -> QuantizedTensor:
+        n, k = shape
+        settings = settings_of(name, config)
+        bits = int(settings.get("bits", 4))
+        _check_tensors(name, tensors, bits, shape)
+        qweight, scales = tensors["qweight"], tensors["scales"]
+        group_size = _group_size(name, int(settings.get("group_size", -1)), k, scales.shape[0])
+        zero = (unpack(tensors["qzeros"], bits, n) + self.shift).T.contiguous()
+        spec = QuantSpec(
+            f"int{bits}",
+            group_size,
+            symmetric=bool((zero == 1 << (bits - 1)).all()),
+            scale_dtype=_DTYPE_NAMES[scales.dtype],  # type: ignore[arg-type]
+        )
+        return QuantizedTensor(
+            qweight.T.contiguous(),
+            scales.T.contiguous(),
+            None if spec.symmetric else zero,
+            spec,
+            shape,
+            _needed_g_idx(tensors.get("g_idx"), spec, k),
+        )
+
+    def detects(self, settings: Settings) -> bool:
+        """By the version that is stated; what is neither is version 1's to refuse."""
+        method = settings.get("quant_method")
+        if method == AUTO_ROUND:
+            return self.name == VERSION_1
+        return method == self.quant_method and self.name == _version_of(settings)
+
+    def read_config(self, settings: Settings) -> Settings:
+        if settings.get("quant_method") == AUTO_ROUND:
+            return read_auto_round(settings)
+        return read_gptq(settings)
+
+    def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
+        default = most_common_spec(specs)
+        dynamic: dict[str, dict[str, Any]] = {}
+        for name, spec in specs.items():
+            pattern = re.escape(name) + "$"
+            if spec is None:
+                dynamic["-:" + pattern] = {}
+            elif spec != default:
+                dynamic["+:" + pattern] = {
+                    "bits": spec.bits,
+                    "group_size": spec.group_size,
+                    "sym": spec.symmetric,
+                }
+        return {
+            "quant_method": self.quant_method,
+            "bits": default.bits,
+            "group_size": default.group_size,
+            "desc_act": act_order,
+            "sym": default.symmetric,
+            "lm_head": False,
+            "checkpoint_format": self.name,
+            "pack_dtype": "int32",
+            "dynamic": dynamic,
+            "meta": {"quantizer": [f"llmq:{package_version()}"]},
+        }
+
+    def companions(self, config: Settings) -> dict[str, Settings]:
+        return {"quantize_config.json": config}
+
+
+GPTQ_V1 = Gptq(VERSION_1, shift=1, readers=("vLLM", "SGLang", "GPTQModel"))
+GPTQ_V2 = Gptq(VERSION_2, shift=0, readers=("GPTQModel",))
+
+
+def _version_of(settings: Settings) -> str:
+    stated = stated_version(settings)
+    return stated if stated == VERSION_2 else VERSION_1
+
+
+def _zero_points(qtensor: QuantizedTensor) -> Tensor:
+    """uint8 `[N, G]`, also of a symmetric tensor."""
+    if qtensor.zero is not None:
+        return qtensor.zero
+    middle = int(qtensor.spec.levels.offset)
+    return torch.full_like(qtensor.scale, middle, dtype=torch.uint8)
+
+
+def _check_tensors(
+    name: str, tensors: dict[str, Tensor], bits: int, shape: tuple[int, int]
+) -> None:
+    """Raise `LlmqError` for tensors that are not those of a weight of this shape."""
     n, k = shape
-    if spec.code == "ternary":
-        return "it has no ternary codes"
-    if spec.levels.offset % 1:
-        return "it has whole zero points only"
-    if spec.group_size == PER_TENSOR:
-        return "it has no scale per tensor"
-    if spec.scale_dtype != "float16":
-        return f"its scales are float16, not {spec.scale_dtype}"
-    if k % 32 or n % 32:
-        return f"it needs N and K divisible by 32, not {n} x {k}"
-    return None
-
-
-def _offset(is_v2: bool) -> int:
-    return 0 if is_v2 else 1
-
-
-def _write(qtensor: QuantizedTensor, *, v2: bool) -> dict[str, Tensor]:
-    _n, k = qtensor.shape
-    spec = qtensor.spec
-    zero = (
-        torch.full(
-            qtensor.scale.shape,
-            int(spec.levels.offset),
-            dtype=torch.uint8,
-            device=qtensor.scale.device,
-        )
-        if qtensor.zero is None
-        else qtensor.zero
-    )
-    if not v2 and bool((zero == 0).any()):
-        raise LlmqError(
-            "GPTQ version 1 stores zero points minus one and cannot hold a zero point of 0; write "
-            "--format gptq_v2 or llmq"
-        )
-    g_idx = (
-        qtensor.g_idx
-        if qtensor.g_idx is not None
-        else torch.arange(k, dtype=torch.int32) // spec.columns_per_group(k)
-    )
-    return {
-        "qweight": qtensor.packed.T.contiguous(),
-        "qzeros": pack((zero - _offset(v2)).T.contiguous(), spec.bits),
-        "scales": qtensor.scale.T.contiguous(),
-        "g_idx": g_idx.to(torch.int32).contiguous(),
-    }
-
-
-def settings_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """bits, group_size and sym of a layer, the `dynamic` overrides included (regular expressions;
-    the first that matches wins)."""
-    settings = dict(config)
-    for pattern, overrides in (config.get("dynamic") or {}).items():
-        expression = pattern.removeprefix("+:").removeprefix("-:")
-        if patterns.matches(expression, name, "quantization_config: dynamic"):
-            settings.update(overrides)
-            break
-    return settings
-
-
-def _read(
-    name: str, tensors: dict[str, Tensor], config: dict[str, Any], shape: tuple[int, int]
-) -> QuantizedTensor:
     if missing := {"qweight", "qzeros", "scales"} - tensors.keys():
         raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")
     for suffix in ("qweight", "qzeros", "g_idx"):
@@ -103,12 +191,10 @@ def _read(
                 f"{name}.{suffix}: expected torch.int32, got {tensors[suffix].dtype}; the "
                 "checkpoint is damaged"
             )
-    n, k = shape
-    settings = settings_of(name, config)
-    bits, qweight, scales = int(settings.get("bits", 4)), tensors["qweight"], tensors["scales"]
+    qweight, scales, qzeros = (tensors[key] for key in ("qweight", "scales", "qzeros"))
     n_groups = scales.shape[0]
     if (
-        bits not in (2, 3, 4, 8)
+        bits not in BITS
         or tuple(qweight.shape) != (k * bits // 32, n)
         or tuple(scales.shape) != (n_groups, n)
         or scales.dtype not in _DTYPE_NAMES
@@ -117,33 +203,18 @@ def _read(
             f"{name}: {bits}-bit GPTQ tensors for a weight of {n} x {k} expected, got qweight "
             f"{list(qweight.shape)} and scales {list(scales.shape)} {scales.dtype}"
         )
-    if tuple(tensors["qzeros"].shape) != (n_groups, n * bits // 32):
+    if tuple(qzeros.shape) != (n_groups, n * bits // 32):
         raise LlmqError(
-            f"{name}.qzeros: expected shape {[n_groups, n * bits // 32]}, got "
-            f"{list(tensors['qzeros'].shape)}"
+            f"{name}.qzeros: expected shape {[n_groups, n * bits // 32]}, got {list(qzeros.shape)}"
         )
-    group_size = _group_size(name, int(settings.get("group_size", -1)), k, n_groups)
-    is_v2 = config.get("checkpoint_format") == "gptq_v2"
-    zero = (unpack(tensors["qzeros"], bits, n) + _offset(is_v2)).T.contiguous()
-    spec = QuantSpec(
-        f"int{bits}",
-        group_size,
-        symmetric=bool((zero == 1 << (bits - 1)).all()),
-        scale_dtype=_DTYPE_NAMES[scales.dtype],  # type: ignore[arg-type]
-    )
-    g_idx = tensors.get("g_idx")
-    if g_idx is not None and torch.equal(
-        g_idx.long(), torch.arange(k, device=g_idx.device) // spec.columns_per_group(k)
-    ):
-        g_idx = None
-    return QuantizedTensor(
-        qweight.T.contiguous(),
-        scales.T.contiguous(),
-        None if spec.symmetric else zero,
-        spec,
-        shape,
-        g_idx,
-    )
+
+
+def _needed_g_idx(g_idx: Tensor | None, spec: QuantSpec, k: int) -> Tensor | None:
+    """`g_idx`, or None where it says no more than the group size does."""
+    if g_idx is None:
+        return None
+    plain = torch.arange(k, device=g_idx.device) // spec.columns_per_group(k)
+    return None if torch.equal(g_idx.long(), plain) else g_idx
 
 
 def _group_size(name: str, asked: int, k: int, n_groups: int) -> int:
@@ -158,84 +229,11 @@ def _group_size(name: str, asked: int, k: int, n_groups: int) -> int:
 
 
 def package_version() -> str:
+    """The version that is installed, or "0" where llmq is not installed."""
     try:
         return version("llmq")
     except PackageNotFoundError:
         return "0"
-
-
-def _config(specs: Specs, *, v2: bool) -> dict[str, Any]:
-    used = Counter(spec for spec in specs.values() if spec is not None)
-    default = used.most_common(1)[0][0] if used else QuantSpec()
-    dynamic: dict[str, dict[str, Any]] = {}
-    for name, spec in specs.items():
-        pattern = re.escape(name) + "$"
-        if spec is None:
-            dynamic["-:" + pattern] = {}
-        elif spec != default:
-            dynamic["+:" + pattern] = {
-                "bits": spec.bits,
-                "group_size": spec.group_size,
-                "sym": spec.symmetric,
-            }
-    return {
-        "quant_method": "gptq",
-        "bits": default.bits,
-        "group_size": default.group_size,
-        "desc_act": False,
-        "sym": default.symmetric,
-        "lm_head": False,
-        "checkpoint_format": "gptq_v2" if v2 else "gptq",
-        "pack_dtype": "int32",
-        "dynamic": dynamic,
-        "meta": {"quantizer": [f"llmq:{package_version()}"]},
-    }
-
-
-def _format(name: str, *, v2: bool) -> Format:
-    def refusal(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
-        if not v2 and not spec.symmetric:
-            return "version 1 cannot hold every zero point; use gptq_v2"
-        return _refusal(spec, shape)
-
-    return Format(
-        name,
-        "qweight",
-        refusal,
-        lambda qtensor: _write(qtensor, v2=v2),
-        _read,
-        lambda specs: _config(specs, v2=v2),
-        frozenset({"qweight", "qzeros", "scales", "g_idx"}),
-    )
-
-
-GPTQ_V1 = _format("gptq", v2=False)
-GPTQ_V2 = _format("gptq_v2", v2=True)
-
-
-def with_act_order(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint whose `g_idx` are not trivial."""
-    return {**config, "desc_act": True}
-
-
-_FUSED = {
-    name: members
-    for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-    for name in members
-}
-
-
-def fused_disagreement(specs: Iterable[tuple[str, QuantSpec | None]]) -> str | None:
-    """Layers that vLLM and SGLang join into one although they are quantized differently (or one of
-    them is not), so that these engines cannot load the folder; None where there are none."""
-    first: dict[tuple[str, tuple[str, ...]], tuple[str, QuantSpec | None]] = {}
-    for name, spec in specs:
-        parent, _, leaf = name.rpartition(".")
-        if leaf in _FUSED:
-            other, expected = first.setdefault((parent, _FUSED[leaf]), (name, spec))
-            if spec != expected:
-                return f"{other} ({expected or 'kept'}) and {name} ({spec or 'kept'}) are one layer there, whose parts must be quantized alike"
-    return None
 
 
 def engines_load(spec: QuantSpec) -> bool:

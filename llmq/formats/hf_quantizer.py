@@ -11,17 +11,28 @@ here, before and after, and every fault is an error."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-METHOD = "llmq"
+from llmq.models.compat import (
+    HfQuantizer,
+    QuantizationConfigMixin,
+    register_quantization_config,
+    register_quantizer,
+)
+
+if TYPE_CHECKING:
+    from llmq.formats.base import Format
+    from llmq.models.shards import ShardReader
+
+METHOD = "llmq"  # what registers it; as in `llmq.formats.base`
 _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -33,6 +44,33 @@ _DTYPES = {
 }
 
 
+_KNOWN: ContextVar[ShardReader | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def knowing(shards: ShardReader) -> Iterator[None]:
+    """While transformers loads a folder whose headers are read already."""
+    token = _KNOWN.set(shards)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def _headers(paths: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype, as safetensors calls it, and shape of every tensor of some files."""
+    from llmq.models.shards import read_header
+
+    known = _KNOWN.get()
+    if known is not None and set(paths) == set(known.names.values()):
+        return {name: (known.dtypes[name], known.shapes[name]) for name in known.names}
+    return {
+        name: (entry["dtype"], entry["shape"])
+        for path in paths
+        for name, entry in read_header(path).items()
+    }
+
+
 class StoredLinear(nn.Module):
     """A place for the stored tensors of one layer while transformers loads them. shape: (N, K) of
     the weight."""
@@ -42,11 +80,9 @@ class StoredLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shape
-        if (
-            "weight" not in headers
-            # some models reach into their layers while they are initialised (GPT-2 into c_proj);
-            # this takes what they write
-        ):
+        # Some models reach into their layers while they are initialised (GPT-2 into c_proj); this
+        # takes what they write.
+        if "weight" not in headers:
             self.weight = torch.empty(0)
         for suffix, (dtype, tensor_shape) in headers.items():
             self.register_buffer(suffix, torch.empty(tensor_shape, dtype=dtype, device="meta"))
@@ -76,7 +112,7 @@ class LlmqQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: LlmqConfig
     # the format of the folder that the model came from, None for one that was quantized in memory
-    stored_format: str | None = None
+    stored_format: Format | None = None
     # why the model cannot be written as it is, or None
     unsavable: str | None = None
     # stored tensors of packed layers that decide nothing
@@ -86,61 +122,53 @@ class LlmqQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         from llmq.errors import LlmqError
-        from llmq.formats import FORMATS
-        from llmq.formats.settings import check_format
-        from llmq.models.arch import linear_shape
+        from llmq.formats.settings import format_of
         from llmq.models.names import check_dtypes, match_names, stored_to_model_names
-        from llmq.models.shards import read_header
+        from llmq.models.site import site_of
 
         if not checkpoint_files:
             raise LlmqError(
                 "a quantized checkpoint can only be loaded from safetensors files; use "
                 "llmq.load(folder)"
             )
-        self.stored_format = check_format(self.quantization_config.settings().get("format", METHOD))
-        fmt = FORMATS[self.stored_format]
-        headers = {
-            name: entry
-            for path in checkpoint_files
-            for name, entry in read_header(Path(path)).items()
-        }
+        fmt = self.stored_format = format_of(self.quantization_config.settings())
+        headers = _headers([Path(path) for path in checkpoint_files])
         layers: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
-        for name, entry in headers.items():
+        for name, (dtype, stored_shape) in headers.items():
             layer, _, suffix = name.rpartition(".")
-            if f"{layer}.{fmt.marker}" in headers:
-                if entry["dtype"] not in _DTYPES:
-                    raise LlmqError(
-                        f"{name}: dtype {entry['dtype']} is not used by any quantized format; the "
-                        "checkpoint is damaged"
-                    )
-                layers.setdefault(layer, {})[suffix] = (_DTYPES[entry["dtype"]], entry["shape"])
+            if f"{layer}.{fmt.marker}" not in headers:
+                continue
+            if dtype not in _DTYPES:
+                raise LlmqError(
+                    f"{name}: dtype {dtype} is not used by any quantized format; the checkpoint is "
+                    "damaged"
+                )
+            layers.setdefault(layer, {})[suffix] = (_DTYPES[dtype], stored_shape)
         names = stored_to_model_names(model, [f"{layer}.weight" for layer in layers])
+        state = model.state_dict()
         for layer, tensors in layers.items():
             name = names[f"{layer}.weight"].removesuffix(".weight")
-            shape = (
-                linear_shape(model.get_submodule(name))
-                if f"{name}.weight" in model.state_dict()
-                else None
-            )
-            if shape is None:
+            is_there = f"{name}.weight" in state
+            site = site_of(model.get_submodule(name)) if is_there else None
+            if site is None:
                 raise LlmqError(
                     f"{layer}: packed tensors are stored for it, but {type(model).__name__} has no "
                     "such linear layer; config.json does not belong to these weights"
                 )
-            model.set_submodule(name, StoredLinear(tensors, shape))
+            model.set_submodule(name, StoredLinear(tensors, site.shape))
         matched = match_names(model, headers)
-        dtypes = {name: entry["dtype"] for name, entry in headers.items()}
+        dtypes = {name: dtype for name, (dtype, _) in headers.items()}
         check_dtypes(model, dtypes, matched, str(Path(checkpoint_files[0]).parent))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from llmq.activations.keys_values import quantize_kv
         from llmq.errors import LlmqError
-        from llmq.formats import FORMATS
+        from llmq.formats.settings import format_of
         from llmq.grid.spec import ActSpec
         from llmq.inference.module import QuantLinear
 
         settings = self.quantization_config.settings()
-        fmt = FORMATS[settings.get("format", METHOD)]
+        fmt = format_of(settings)
         activations = ActSpec.from_json(settings.get("activations") or {})
         left_out: list[str] = []
         for name, module in list(model.named_modules()):
@@ -179,11 +207,12 @@ class LlmqQuantizer(HfQuantizer):
 
         if self.unsavable is not None:
             raise LlmqError(self.unsavable)
-        if self.stored_format not in (METHOD, None):
+        if self.stored_format is not None and not self.stored_format.is_own:
+            name = self.stored_format.name
             raise LlmqError(
-                "save_pretrained would turn this model, which was loaded from a "
-                f"{self.stored_format} folder, into the llmq format; llmq.save(model, OUT, "
-                f"format={self.stored_format!r}) keeps the format, and format='llmq' changes it"
+                f"save_pretrained would turn this model, which was loaded from a {name} folder, "
+                f"into the llmq format; llmq.save(model, OUT, format={name!r}) keeps the format, "
+                "and format='llmq' changes it"
             )
         return True
 
@@ -197,20 +226,16 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
     `save_pretrained` writes then loads as what it is. In memory every format is the native one."""
     from llmq.formats.native import NATIVE
     from llmq.inference.module import quantized_modules
-    from llmq.models.arch import linear_shape
+    from llmq.models.site import sites_in
 
     layers = quantized_modules(model)
     activations = {module.activations for module in layers.values()}
     head = model.get_output_embeddings()
     # What is linear still is kept as it is, whether or not a config says so: GPTQ's has no list of
     # such layers.
-    specs: dict[str, Any] = {
-        name: None
-        for name, module in model.named_modules()
-        if linear_shape(module) is not None and module is not head
-    }
+    specs: dict[str, Any] = {site.name: None for site in sites_in(model) if site.module is not head}
     specs |= {name: module.spec for name, module in layers.items()}
-    settings = NATIVE.config(specs)
+    settings = NATIVE.write_config(specs)
     if len(activations) == 1:
         settings["activations"] = next(iter(activations)).to_json()
     config = LlmqConfig(**settings)
@@ -219,6 +244,9 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
         model.hf_quantizer = quantizer
         model.quantization_method = METHOD
     if len(activations) > 1:
-        quantizer.unsavable = "the layers of this model quantize their inputs in different ways, which no format holds; give all the same ActSpec"
+        quantizer.unsavable = (
+            "the layers of this model quantize their inputs in different ways, which no format "
+            "holds; give all the same ActSpec"
+        )
     quantizer.quantization_config = config
     model.config.quantization_config = config

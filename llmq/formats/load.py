@@ -3,24 +3,26 @@ was made up."""
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from llmq.errors import LlmqError, LlmqWarning
+from llmq.formats.hf_quantizer import knowing
+from llmq.formats.registry import all_formats
 from llmq.formats.settings import quantization_settings
 from llmq.inference.module import quantized_modules
 from llmq.inference.rotary import take_turns
 from llmq.inference.settings import read_settings
 from llmq.models.building import one_at_a_time
+from llmq.models.compat import only_errors
 from llmq.models.names import check_dtypes, left_out, stored_to_model_names
-from llmq.models.shards import ShardReader
-from llmq.models.source import load_config, resolve
+from llmq.models.source import Source
 from llmq.models.stored import state_ties
 from llmq.storage.boundary import reading
 from llmq.storage.manifest import check_folder, check_sizes
@@ -37,7 +39,7 @@ _DTYPES = {
 
 @one_at_a_time
 def load(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Source,
     *,
     revision: str | None = None,
     dtype: str = "auto",
@@ -46,8 +48,8 @@ def load(
     verify: bool = False,
     strict: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM from a folder, a Hub id or "tiny": quantized in `llmq` or `gptq` format (also
-    GPTQModel's and AutoRound's), or in full precision.
+    """A causal LM from a folder, a Hub id, "tiny" or a `Source` that is open: quantized in one of
+    `llmq.formats.registry.NAMES` (also by other tools), or in full precision.
 
     dtype: of activations and unquantized weights: "auto" (as stored), "float32", "bfloat16",
     "float16". compute: "exact", or "int8" to let quantized layers round their activations to INT8
@@ -59,55 +61,38 @@ def load(
         raise LlmqError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     restricted.adapt()
     compute = _checked_compute(compute, device)
-    model_dir = resolve(model, revision)
+    source = Source.open(model, revision)
+    model_dir = source.folder
     (check_folder if verify else check_sizes)(model_dir)
-    config = load_config(model_dir)
+    config = copy.deepcopy(source.config)  # of this one load
     settings = quantization_settings(config)
-    shards = ShardReader(model_dir)  # every shard is there and readable
+    shards = source.shards  # every shard is there and readable
     read_settings(model_dir)
     for part in (config, config.get_text_config()):
         part.transformers_weights = shards.start  # so that transformers opens the same file
     if settings is not None:
         config.quantization_config = settings
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with reading(
-            model_dir, "transformers cannot load it", "compare its config.json with the original's"
-        ):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                model_dir,
-                config=config,
-                dtype=_DTYPES[dtype],
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-            )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    if missing := info.get("missing_keys"):
-        packed = any(name.endswith(".qweight") for name in shards.names) and settings is None
-        reason = (
-            "the tensors are packed, but neither config.json nor quantize_config.json says how"
-            if packed
-            else "the checkpoint is incomplete"
+    remedy = "compare its config.json with the original's"
+    with (
+        reading(model_dir, "transformers cannot load it", remedy),
+        knowing(shards),
+        only_errors(),
+    ):
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            config=config,
+            dtype=_DTYPES[dtype],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
-        raise LlmqError(
-            f"{model_dir}: {len(missing)} missing keys, the first being {sorted(missing)[0]}; "
-            f"{reason}"
-        )
-    if mismatched := info.get("mismatched_keys"):
-        name, found, expected = min(mismatched)
-        raise LlmqError(
-            f"{model_dir}: tensor {name} has shape {list(found)}, expected {list(expected)}; "
-            "config.json does not belong to these weights"
-        )
+    _check_complete(info, source, is_quantized=settings is not None)
     if settings is None:
         names = stored_to_model_names(loaded, shards.names)
         state = loaded.state_dict()
         matched = {name: stored for stored, name in names.items() if name in state}
         check_dtypes(loaded, shards.dtypes, matched, str(model_dir))
-    _tell_left_out(loaded, model_dir, len(shards.names), info.get("unexpected_keys") or (), strict)
+    _tell_left_out(loaded, source, info.get("unexpected_keys") or (), strict)
     state_ties(loaded)
     for part in (loaded.config, loaded.config.get_text_config()):
         vars(part).pop("transformers_weights", None)
@@ -118,8 +103,30 @@ def load(
     return quantized
 
 
+def _check_complete(info: dict[str, Any], source: Source, *, is_quantized: bool) -> None:
+    """Raise `LlmqError` where transformers made something up. info: what it found while loading."""
+    if missing := info.get("missing_keys"):
+        markers = {fmt.marker for fmt in all_formats()}
+        suffixes = {name.rpartition(".")[2] for name in source.shards.names}
+        reason = "the checkpoint is incomplete"
+        if not is_quantized and not markers.isdisjoint(suffixes):
+            reason = (
+                "the tensors are packed, but neither config.json nor quantize_config.json says how"
+            )
+        raise LlmqError(
+            f"{source.folder}: {len(missing)} missing keys, the first being {sorted(missing)[0]}; "
+            f"{reason}"
+        )
+    if mismatched := info.get("mismatched_keys"):
+        name, found, expected = min(mismatched)
+        raise LlmqError(
+            f"{source.folder}: tensor {name} has shape {list(found)}, expected {list(expected)}; "
+            "config.json does not belong to these weights"
+        )
+
+
 def _tell_left_out(
-    model: PreTrainedModel, model_dir: Path, n_stored: int, unexpected: Iterable[str], strict: bool
+    model: PreTrainedModel, source: Source, unexpected: Iterable[str], strict: bool
 ) -> None:
     """Name the stored tensors that decide nothing: those that the model has no place for and, of
     packed layers, those that its format or its settings do not use."""
@@ -127,7 +134,11 @@ def _tell_left_out(
     unused = sorted({*left_out(model, unexpected), *getattr(quantizer, "left_out", ())})
     if not unused:
         return
-    text = f"{model_dir}: {len(unused)} of {n_stored} tensors are not used by {type(model).__name__} as config.json describes it and are left out, the first being {unused[0]}"
+    text = (
+        f"{source.folder}: {len(unused)} of {len(source.shards.names)} tensors are not used by "
+        f"{type(model).__name__} as config.json describes it and are left out, the first being "
+        f"{unused[0]}"
+    )
     if strict:
         raise LlmqError(f"--strict: {text}")
     warnings.warn(text, LlmqWarning, stacklevel=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
-from llmq.formats import Format, choose_format
-from llmq.formats.gptq import with_act_order
+from llmq.formats.base import Format
+from llmq.formats.registry import choose_format, detect, has_groups
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import quantized_modules
@@ -35,13 +36,11 @@ def checkpoint_config(
 ) -> dict[str, Any]:
     """The `quantization_config` for the linear layers of a model in a format. act_order: columns
     were rounded in true act-order, which shows in layers of more than one group."""
-    config = fmt.config({plan.layer.name: plan.spec for plan in plans})
-    if not activations.is_none and fmt.name != "bitnet":  # which implies them
+    specs = {plan.layer.name: plan.spec for plan in plans}
+    config = fmt.write_config(specs, act_order=act_order and has_groups(plans))
+    if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
-    stores_g_idx = act_order and any(
-        plan.spec is not None and plan.spec.n_groups(plan.layer.shape[1]) > 1 for plan in plans
-    )
-    return with_act_order(config) if stores_g_idx and config["quant_method"] == "gptq" else config
+    return config
 
 
 def write_configs(
@@ -52,16 +51,17 @@ def write_configs(
     name: str | None = None,
     companions: Companions | None = None,
 ) -> None:
-    """Write config.json with the quantization config, and `quantize_config.json` where the format
-    has one. name: the Hub id of the source. companions: what came along beside the weights."""
+    """Write config.json with the quantization config, and what its format puts beside it. name: the
+    Hub id of the source. companions: what came along beside the weights."""
     data = without_places(model_config.to_dict(), name)
     data.pop("transformers_weights", None)
     if companions is not None:
         data = companions.adapt(data)
     data["quantization_config"] = quantization_config
     files.write_json(target_dir / "config.json", data)
-    if quantization_config["quant_method"] == "gptq":
-        files.write_json(target_dir / "quantize_config.json", quantization_config)
+    fmt = detect(quantization_config)
+    for file_name, content in (fmt.companions(quantization_config) if fmt else {}).items():
+        files.write_json(target_dir / file_name, content)
 
 
 def layer_tensors(name: str, qtensor: QuantizedTensor, fmt: Format) -> dict[str, Tensor]:
@@ -82,8 +82,8 @@ def save(
     folder appears complete and read back, or not at all. What belongs to the checkpoint comes along
     from the folder that the model was loaded from (see `llmq.models.companions`).
 
-    tokenizer: in place of that folder's. format: "auto", "gptq", "gptq_v2" or "llmq". Raises
-    `LlmqError` when the model is not quantized, the format cannot hold it, or the output
+    tokenizer: in place of that folder's. format: "auto" or one of `llmq.formats.registry.NAMES`.
+    Raises `LlmqError` when the model is not quantized, the format cannot hold it, or the output
     exists."""
     quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
     if not quantized:
@@ -95,32 +95,10 @@ def save(
     files.check_output(target, overwrite)
     target = target.resolve()
     state_ties(model)
-    layers = {
-        layer.name: layer for layer in quantizable_layers(meta_model(model.config))
-    }  # those of the full-precision model: a kept layer is one that is not quantized
-    layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
-    plans = [
-        LayerPlan(layer, quantized[name].spec if name in quantized else None)
-        for name, layer in layers.items()
-    ]
-    activations = {module.activations for module in quantized_modules(model).values()}
-    if len(activations) != 1:
-        raise LlmqError(
-            "the layers of this model quantize their inputs in different ways, which no format "
-            "holds; give all the same ActSpec"
-        )
-    act_spec = activations.pop()
-    fmt = choose_format(format, plans, act_spec)
-
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        layer, _, suffix = name.rpartition(".")
-        if layer in quantized and suffix != "bias":
-            continue
-        if tensor.data_ptr() not in seen:  # tied weights are stored once
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor
+    plans, act_spec = _plans(model, quantized), _activations(model)
+    act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
+    fmt = choose_format(format, plans, act_spec, act_order=act_order)
+    tensors = _kept_tensors(model, quantized.keys())
     for name, qtensor in quantized.items():
         tensors.update(layer_tensors(name, qtensor, fmt))
 
@@ -136,7 +114,6 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(work_dir)
         _save_generation_config(model, work_dir)
-        act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
         write_configs(
             work_dir,
             model.config,
@@ -150,6 +127,41 @@ def save(
         shutil.rmtree(work_dir, ignore_errors=True)
         files.remove_empty(made)
     return Path(out_dir)
+
+
+def _plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> list[LayerPlan]:
+    """What became of each layer of the full-precision model: a kept one is not quantized."""
+    layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}
+    layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
+    return [
+        LayerPlan(layer, quantized[name].spec if name in quantized else None)
+        for name, layer in layers.items()
+    ]
+
+
+def _activations(model: PreTrainedModel) -> ActSpec:
+    """How the layers quantize their inputs. Raises `LlmqError` where they differ."""
+    activations = {module.activations for module in quantized_modules(model).values()}
+    if len(activations) != 1:
+        raise LlmqError(
+            "the layers of this model quantize their inputs in different ways, which no format "
+            "holds; give all the same ActSpec"
+        )
+    return activations.pop()
+
+
+def _kept_tensors(model: PreTrainedModel, quantized: Collection[str]) -> dict[str, Tensor]:
+    """What is stored as it is, tied weights once. quantized: names of layers."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in quantized and suffix != "bias":
+            continue
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor
+    return tensors
 
 
 def _source_of(model: PreTrainedModel) -> Path | None:

@@ -74,3 +74,16 @@ def _check_container(settings: dict[str, Any], name: str, kind: type, expected: 
         raise LlmqError(
             f"quantization_config: {name} {value!r}: expected {expected} or null; {REMEDY}"
         )
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def wrong(what: str, value: object, expected: str) -> LlmqError:
+    """The error for a value that no tool writes there."""
+    return LlmqError(
+        f"{what} is {str(value)[:80]!r}, expected {expected}; the config is damaged: download it "
+        "again"
+    )

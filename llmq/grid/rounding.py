@@ -6,12 +6,9 @@ the whole way. Two rules make that possible: scales are rounded to the dtype the
 before any code is computed, and every code is `clamp(round_half_even(w / scale) + zero, 0, levels -
 1)` in float32.
 
-Choosing the scale is a one-dimensional problem per group. The textbook choice maps the largest
-magnitude to the last code; on a Gaussian row the best 3-bit scale is about 0.75 of that, the best
-2-bit scale about 0.57 (groups of 128), because a few clipped outliers cost less than a coarser grid
-for everybody else. `choose_scale` therefore searches shrink factors down to 0.4 when it is given an
-importance per column, the diagonal of the layer's Hessian: weighing by plain magnitude error
-instead can make a model worse."""
+Choosing the scale is a one-dimensional problem per group: a few clipped outliers cost less than a
+coarser grid for everybody else. `choose_scale` searches shrink factors down to 0.4 when it is given
+an importance per column, the diagonal of the layer's Hessian."""
 
 from __future__ import annotations
 
@@ -43,7 +40,10 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     when a scale does not fit into its dtype."""
     stored = scale.to(getattr(torch, spec.scale_dtype))
     if not torch.isfinite(stored).all():
-        remedy = 'quantize with scales in bfloat16 ("scale_dtype": "bfloat16" in the rules of a recipe), or keep this layer'
+        remedy = (
+            'quantize with scales in bfloat16 ("scale_dtype": "bfloat16" in the rules of a '
+            "recipe), or keep this layer"
+        )
         raise LlmqError(
             f"a scale of {scale.abs().max().item():.3g} does not fit into {spec.scale_dtype}: "
             f"{remedy}"

@@ -26,7 +26,9 @@ LARGEST_GROUP = 2**31 - 1
 MAX_TEXT = 64  # characters of the short form
 
 _TEXT = re.compile(
-    r"(?:w(?P<bits>\d+h?)|(?P<ternary>ternary))(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?(?P<asymmetric>-asym)?"
+    r"(?:w(?P<bits>\d+h?)|(?P<ternary>ternary))"
+    r"(?:-?g(?P<group>\d+)|-(?P<whole>row|tensor))?"
+    r"(?P<asymmetric>-asym)?"
 )
 
 
@@ -52,7 +54,7 @@ class QuantSpec:
                 f"group size {self.group_size}: expected a number of columns from 2 up, -1 (one "
                 "scale per row) or 0 (one per tensor)"
             )
-        if self.code in ("ternary", "int2h") and not self.symmetric:
+        if not self.symmetric and not self.levels.has_zero_points:
             raise LlmqError(
                 f"{self.code} codes are symmetric: they have no zero point to move; leave out "
                 "--asymmetric"
@@ -90,8 +92,9 @@ class QuantSpec:
 
     def __str__(self) -> str:
         name = "ternary" if self.code == "ternary" else self.code.replace("int", "w")
+        dash = "-" if name[-1].isalpha() else ""
         group = {PER_ROW: "", PER_TENSOR: "-tensor"}.get(
-            self.group_size, f"{'-' if self.code in ('ternary', 'int2h') else ''}g{self.group_size}"
+            self.group_size, f"{dash}g{self.group_size}"
         )
         return name + group + ("" if self.symmetric else "-asym")
 
@@ -103,7 +106,7 @@ class QuantSpec:
         if not match or code not in CODES:
             raise LlmqError(
                 f"cannot read the quantization {text!r}: expected forms are w4g128, w3g64-asym, "
-                "w8, w4-tensor, ternary-g128 (bits 2, 3, 4, 8), or keep"
+                f"w8, w4-tensor, ternary-g128 (bits {_widths()}), or keep"
             )
         group_size = (
             int(match["group"])
@@ -121,6 +124,13 @@ class QuantSpec:
     def from_json(cls, data: dict[str, Any]) -> QuantSpec:
         """The inverse of `to_json`. Raises `LlmqError` for what makes no spec."""
         return cls(**known_fields(data, cls, "quantization"))
+
+
+def _widths() -> str:
+    """Bits of the codes of whole steps, in words."""
+    return ", ".join(
+        str(bits) for bits in sorted({c.bits for c in CODES.values() if c.has_zero_points})
+    )
 
 
 @dataclass(frozen=True)

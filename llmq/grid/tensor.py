@@ -172,10 +172,11 @@ class QuantizedTensor:
                 f"{name}.g_idx: values from {int(self.g_idx.min())} to {int(self.g_idx.max())}, "
                 f"expected 0 to {n_groups - 1}"
             )
-        if self.spec.code == "ternary" and bool((self.codes() == 3).any()):
+        code = self.spec.levels
+        if code.levels < 1 << code.bits and (largest := int(self.codes().max())) > code.max:
             raise LlmqError(
-                f"{name}.packed: holds the code 3, which ternary does not have; the checkpoint is "
-                "damaged"
+                f"{name}.packed: holds the code {largest}, which {code.name} does not have; the "
+                "checkpoint is damaged"
             )
 
 

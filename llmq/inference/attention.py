@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from llmq.models import compat
+from llmq.models.compat import AttentionMaskInterface, sdpa_attention_forward, sdpa_mask
 from llmq_kernels.compiled import decoding
 
 NAME = "llmq_decode"
-_UNUSUAL = (
-    "softcap",
-    "s_aux",
-    "sinks",
-    "position_bias",
-)  # what some families add to attention and the kernel does not have
+# What some families add to attention and the kernel does not have.
+_UNUSUAL = ("softcap", "s_aux", "sinks", "position_bias")
 
 
 def attention_forward(
@@ -58,7 +54,7 @@ def use_decode_attention(model: PreTrainedModel) -> bool:
 def replace_sdpa(model: PreTrainedModel, name: str, forward: Any) -> bool:
     """Register an attention function that takes SDPA's masks and have every SDPA layer of `model`
     use it. False where the model does not use SDPA."""
-    if model.config.get_text_config()._attn_implementation != "sdpa":
+    if compat.attention_name(model.config.get_text_config()) != compat.SDPA:
         return False
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -71,6 +67,6 @@ def replace_sdpa(model: PreTrainedModel, name: str, forward: Any) -> bool:
         if config is not None
     }
     for config in configs.values():
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = name
+        if compat.attention_name(config) == compat.SDPA:
+            compat.set_attention_name(config, name)
     return True

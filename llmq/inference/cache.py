@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+
+from llmq.models.compat import DynamicLayer
 
 
 class InPlaceLayer(DynamicLayer):  # type: ignore[misc]

@@ -50,4 +50,5 @@ def generate(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, **o
         options["past_key_values"] = in_place_cache(model.config, n_tokens)
         if settings["cache_implementation"] == "dynamic":
             options["cache_implementation"] = None  # it is what this cache is, beside which it errs
-    return model.generate(input_ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
+    options["max_new_tokens"] = max_new_tokens
+    return model.generate(input_ids, **options)  # type: ignore[operator]

@@ -107,7 +107,8 @@ def _stand_ins(
         return forward
 
     for name, module in modules.items():
-        module.forward = stand_in(name, module.out_features)  # type: ignore[assignment,method-assign]
+        replacement = stand_in(name, module.out_features)
+        module.forward = replacement  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

@@ -177,7 +177,10 @@ class QuantLinear(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, backend={self.backend}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, "
+            f"backend={self.backend}"
+        )
 
 
 @torch.compiler.assume_constant_result

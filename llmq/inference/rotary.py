@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmq.models.compat import rotary_types
+
 _ROTATING = threading.Lock()
 
 
@@ -32,10 +34,9 @@ def take_turns(model: nn.Module) -> None:
     place."""
     for module in model.modules():
         if _changes(module) and not isinstance(module.forward, functools.partial):
-            module.forward = functools.partial(_alone, module.forward)  # type: ignore[method-assign]
+            alone = functools.partial(_alone, module.forward)
+            module.forward = alone  # type: ignore[method-assign]
 
 
 def _changes(module: nn.Module) -> bool:
-    found = getattr(module, "rope_type", None)
-    kinds = list(found.values()) if isinstance(found, dict) else [found]
-    return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
+    return any(kind == "longrope" or "dynamic" in str(kind) for kind in rotary_types(module))

@@ -3,10 +3,10 @@
 Around the products of a small model's token lies half as much time again: modules called, tensors
 allocated, operators started, some 25 in every layer. For decoder layers of Llama's kind all of it
 is known beforehand. So the first token of a text is computed by the model and once more by llmq's
-own kernels, recorded on the way (`llmq_kernels.compiled.recording`); if both agree, later tokens repeat the
-recording: 0.85B parameters on two cores take 19 ms instead of 31, of which 15 are products. What is
-not like Llama, what the kernels cannot do and what does not agree goes on as before, and
-`DecodeStep.reason` says why.
+own kernels, recorded on the way (`llmq_kernels.compiled.recording`); if both agree, later tokens
+repeat the recording: 0.85B parameters on two cores take 19 ms instead of 31, of which 15 are
+products. What is not like Llama, what the kernels cannot do and what does not agree goes on as
+before, and `DecodeStep.reason` says why.
 
 The recording reads weights where they are and keys and values where `cache.InPlaceLayer` holds
 them. Every cache has its own, made anew when cache or weights move and for another number of
@@ -23,11 +23,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmq.inference.attention import NAME
 from llmq.inference.cache import InPlaceLayer, in_place_cache
 from llmq.inference.module import quantized_modules
+from llmq.models.compat import BaseModelOutputWithPast, attention_name
 from llmq_kernels.compiled import decoding
 from llmq_kernels.compiled.recording import NotRecordable, Recording
 
@@ -129,7 +129,10 @@ class DecodeStep:
         if difference <= TOLERANCE:
             self._recorded[cache] = recorded
         else:
-            self.reason = f"the recorded step is off by {difference:.2g} of what the model computes, more than {TOLERANCE}"
+            self.reason = (
+                f"the recorded step is off by {difference:.2g} of what the model computes, more "
+                f"than {TOLERANCE}"
+            )
 
 
 class _RecordedStep:
@@ -233,12 +236,12 @@ def _unsuitable(decoder: PreTrainedModel) -> str | None:
     """Why the layers of a decoder are not of the kind that is known here, or None."""
     kinds = {type(layer).__name__ for layer in getattr(decoder, "layers", [])}
     if len(kinds) != 1 or not kinds.issubset(LAYERS):
-        return f"{type(decoder).__name__}: recorded steps know {', '.join(LAYERS)}, not {', '.join(sorted(kinds)) or 'these layers'}"
+        found = ", ".join(sorted(kinds)) or "these layers"
+        return f"{type(decoder).__name__}: recorded steps know {', '.join(LAYERS)}, not {found}"
     if (activation := decoder.config.hidden_act) != "silu":
         return f"{type(decoder).__name__}: recorded steps know silu, not {activation}"
-    if (
-        attention := decoder.config._attn_implementation
-    ) != NAME:  # such as one that quantizes keys and values
+    attention = attention_name(decoder.config)
+    if attention != NAME:  # such as one that quantizes keys and values
         return f"{type(decoder).__name__}: recorded steps know plain attention, not {attention}"
     if not all(
         isinstance(layer, InPlaceLayer) for layer in in_place_cache(decoder.config, 1).layers

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmq.errors import LlmqError
+from llmq.models import compat
+from llmq.models.site import Site, site_of, sites_in
 from llmq.recipe import Layer
 
 MOST_STRETCHED = 1e6  # factors of rotary positions beyond are no factors
@@ -59,16 +60,17 @@ _NEED_BOS = {
     "vaultgemma",
 }
 _UNSUPPORTED = {
-    "rwkv": "it divides the weights of its layers in place when it runs, which packed weights do not allow",
+    "rwkv": (
+        "it divides the weights of its layers in place when it runs, which packed weights do not "
+        "allow"
+    ),
 }
 
 
 def check_type(model_type: str) -> None:
     """Refuse a `model_type` that transformers has no causal language model for, naming the nearest
     family. Raises `LlmqError`."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in compat.causal_models():
         nearest = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
         hint = f" (the nearest is {nearest[0]})" if nearest else ""
         raise LlmqError(
@@ -81,11 +83,6 @@ def check_type(model_type: str) -> None:
 def check_supported(config: PretrainedConfig) -> None:
     """Refuse, from the config alone, what cannot be quantized as a whole, of a type that passed
     `check_type`. Raises `LlmqError`."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
     text_config = config.get_text_config()
     if reason := _UNSUPPORTED.get(text_config.model_type):
         raise LlmqError(f"{text_config.model_type}: {reason}; this architecture is not supported")
@@ -99,14 +96,14 @@ def check_supported(config: PretrainedConfig) -> None:
             )
     found = config.architectures or []
     generating = {
-        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *compat.causal_models().values(),
         # A wrapper, whose text model predicts the next token like any other.
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type),
+        compat.wrapper_models().get(config.model_type),
     }
     if found and not generating.intersection(found):
         raise LlmqError(
             f"{found[0]} is not a causal language model; expected weights of "
-            f"{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]}, or of another that predicts "
+            f"{compat.causal_models()[config.model_type]}, or of another that predicts "
             "the next token"
         )
 
@@ -117,7 +114,7 @@ def position_limit(config: PretrainedConfig) -> int | None:
     trained with; they are never fewer."""
     text_config = config.get_text_config()
     limit: int | None = getattr(text_config, "max_position_embeddings", None)
-    if not limit or not hasattr(type(text_config), "rope_parameters"):  # learned ones just end
+    if not limit or not compat.has_rotary_positions(text_config):  # learned ones just end
         return limit
     scaled = [_scaled_limit(limit, *rope) for rope in _rotary_positions(text_config)]
     return max(limit, min(scaled, default=limit))
@@ -126,12 +123,10 @@ def position_limit(config: PretrainedConfig) -> int | None:
 def _rotary_positions(config: PretrainedConfig) -> list[tuple[dict[str, Any], bool]]:
     """What each kind of layer rotates by, and whether it is the same for all layers. Of several
     kinds only those that see the whole text: no token is far away in a sliding window."""
-    stored = getattr(config, "rope_parameters", None)
-    if not isinstance(stored, dict):
-        return []
+    stored = compat.rotary_parameters(config)
     kinds = {name: rope for name, rope in stored.items() if isinstance(rope, dict)}
     if not kinds:
-        return [(stored, True)]
+        return [(stored, True)] if stored else []
     return [(rope, False) for name, rope in kinds.items() if "sliding" not in name]
 
 
@@ -173,25 +168,25 @@ def needs_bos(config: PretrainedConfig) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """`(N, K)` of a linear layer, or None for any other module. GPT-2's Conv1D stores its weight as
-    `[K, N]`."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return None
+    """`(N, K)` of a site, or None for any other module."""
+    site = site_of(module)
+    return None if site is None else site.shape
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as `[N, K]` (a view)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(module, Conv1D) else weight
+    """The weight of a site as `[N, K]` (a view)."""
+    return _site(module).weight
 
 
 def weight_as_stored(module: nn.Module, weight: Tensor) -> Tensor:
     """The inverse of `linear_weight`: `[N, K]` as the layer's own `weight` has it (a view)."""
-    return weight.T if isinstance(module, Conv1D) else weight
+    return _site(module).stored(weight)
+
+
+def _site(module: nn.Module) -> Site:
+    site = site_of(module)
+    assert site is not None
+    return site
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -204,7 +199,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
         and len(module) > 0
-        and any(block_layers(module[0]))
+        and any(sites_in(module[0]))
     ]
     if len(found) > 1:  # towers of a multimodal model may be as deep as its text model
         found = [each for each in found if _is_inside(each[1], model.get_decoder())] or found
@@ -222,10 +217,8 @@ def _is_inside(module: nn.Module, whole: nn.Module | None) -> bool:
 
 
 def block_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names, relative to the block, and modules of its linear layers."""
-    return (
-        (name, module) for name, module in block.named_modules() if linear_shape(module) is not None
-    )
+    """Names, relative to the block, and modules of its sites."""
+    return ((site.name, site.module) for site in sites_in(block))
 
 
 def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
@@ -235,9 +228,7 @@ def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
     refuse_fused_experts(blocks)
     refuse_shared_weights(model, prefix)
     return [
-        Layer(f"{prefix}.{i}.{name}", _shape(module))
-        for i, block in enumerate(blocks)
-        for name, module in block_layers(block)
+        site.as_layer(f"{prefix}.{i}") for i, block in enumerate(blocks) for site in sites_in(block)
     ]
 
 
@@ -269,16 +260,10 @@ def _is_expert(name: str) -> bool:
 def refuse_shared_weights(model: PreTrainedModel, prefix: str) -> None:
     """Raise for blocks that share weights: each would be quantized for its own inputs, and one
     result would replace the other."""
-    for name, source in model.all_tied_weights_keys.items():
+    for name, source in compat.ties(model).items():
         if name.startswith(prefix + "."):
             raise LlmqError(
                 f"{type(model).__name__}: {name} is the same tensor as {source}, and blocks that "
                 "share weights cannot be quantized block by block; this architecture is not "
                 "supported"
             )
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    shape = linear_shape(module)
-    assert shape is not None
-    return shape

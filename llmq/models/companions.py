@@ -49,7 +49,9 @@ OTHERS = (
     "*feature_extractor_config.json",
 )
 _LEGAL = re.compile(
-    r"(.*[-_. ])?(licen[sc]es?|copying|copyright|notices?|(acceptable[-_ ])?use[-_ ]policy)([-_. ].*)?",
+    r"(.*[-_. ])?"
+    r"(licen[sc]es?|copying|copyright|notices?|(acceptable[-_ ])?use[-_ ]policy)"
+    r"([-_. ].*)?",
     re.IGNORECASE,
 )
 _TEXT_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf")

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
 
 from llmq.errors import LlmqError
+from llmq.models import compat
 from llmq.models.shards import ShardReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of real numbers
@@ -22,23 +16,18 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of r
 def stored_to_model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """Stored name -> model name, by transformers' own renaming rules (base prefixes, `embed_out` of
     GPT-NeoX). Tensors that need more than a new name raise `LlmqError`."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     state = model.state_dict()
-    renamed = {}
-    for name in stored:
-        renamed[name], converter = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
-        if converter is not None and renamed[name] in state:
+    names = {}
+    for name, new_name, is_converted in compat.renamed(model, stored):
+        names[name] = new_name
+        if is_converted and new_name in state:
             raise LlmqError(
                 f"tensor {name} is stored in another layout than {type(model).__name__} computes "
                 "with (transformers converts it while it loads); load the model with "
                 "transformers, save it with save_pretrained(FOLDER, save_original_format=False), "
                 "and quantize that"
             )
-    return renamed
+    return names
 
 
 def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
@@ -50,12 +39,12 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
         for stored_name, name in stored_to_model_names(model, stored).items()
         if name in state
     }
-    for target, source in model.all_tied_weights_keys.items():
+    ties = compat.ties(model)
+    for target, source in ties.items():
         # Of two tied tensors either may be the one that is stored, as transformers has it.
         if source not in matched and target in matched:
             matched[source] = matched.pop(target)
     # Of tied parameters named_parameters gives the first alone, which need not be the source.
-    ties = model.all_tied_weights_keys
     needed = dict.fromkeys([*(name for name, _ in model.named_parameters()), *ties.values()])
     missing = [name for name in needed if name not in matched and name not in ties]
     if missing:
@@ -68,10 +57,12 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
 
 def _hint(model: PreTrainedModel, missing: list[str]) -> str:
     """What to do about a missing output head, which may only be tied in truth."""
-    ties = getattr(model, "_tied_weights_keys", None)
-    if isinstance(ties, dict) and all(name in ties for name in missing):
-        return "; config.json says tie_word_embeddings false: where the original ties them, set it to true"
-    return ""
+    possible = compat.possible_ties(model)
+    if not all(name in possible for name in missing):
+        return ""
+    return (
+        "; config.json says tie_word_embeddings false: where the original ties them, set it to true"
+    )
 
 
 def check_shapes(model: PreTrainedModel, shards: ShardReader, matched: Mapping[str, str]) -> None:
@@ -109,15 +100,5 @@ def check_dtypes(
 def left_out(model: PreTrainedModel, unused: Iterable[str]) -> list[str]:
     """Those of the stored tensors without a place in the model that hold something of their own:
     not the buffers that models compute themselves, nor what transformers leaves out on purpose."""
-    computed = [re.escape(name) + "$" for name, _ in model.named_buffers()]
-    redundant = re.compile(
-        "|".join(
-            [
-                *computed,
-                r"rotary_emb\.inv_freq$",
-                r"attn\.masked_bias$",
-                *(model._keys_to_ignore_on_load_unexpected or ()),
-            ]
-        )
-    )
+    redundant = compat.redundant_names(model)
     return [name for name in unused if not redundant.search(name)]

@@ -26,11 +26,12 @@ MAX_INDEX_BYTES = 256 << 20
 class ShardReader:
     """Tensors of a folder of safetensors by name. `names`: every tensor, with the file that holds
     it; `shapes`, `dtypes`: its shape and what safetensors calls its dtype. `start`: the file to
-    begin with, the index or the one that holds all. Every fault of the files is a `LlmqError` that
-    names the file."""
+    begin with, the index or the one that holds all. stated: the object in config.json, where that
+    has been read already. Every fault of the files is a `LlmqError` that names the file."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, stated: dict[str, Any] | None = None) -> None:
         self.model_dir = model_dir
+        self._stated = stated
         self.names: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -74,9 +75,9 @@ class ShardReader:
     def _named_by_config(self) -> str | None:
         """The file that config.json names as the one to load, which transformers goes by."""
         path = self.model_dir / "config.json"
-        if not path.is_file():
-            return None
-        name = read_object(path, "a model config").get("transformers_weights")
+        if self._stated is None:
+            self._stated = read_object(path, "a model config") if path.is_file() else {}
+        name = self._stated.get("transformers_weights")
         if name is None:
             return None
         if (

@@ -1,13 +1,14 @@
-"""From a name to a model: a Hub id, a folder or the bundled `tiny`; its config, its tokenizer, and
-the model on the meta device."""
+"""A model as it is stored, opened once: its files, its config, its tokenizer, its tensors, and the
+model on the meta device."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import os
-from importlib.resources import files
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -24,25 +25,17 @@ from llmq.errors import LlmqError
 from llmq.messages import escaped
 from llmq.models.arch import check_supported, check_type
 from llmq.models.building import one_at_a_time
+from llmq.models.companions import Companions, find_companions
+from llmq.models.hub import resolve
+from llmq.models.identity import model_name
 from llmq.models.shards import ShardReader
 from llmq.models.sizes import check_buffers, check_sizes
 from llmq.storage.boundary import check_folder, reading
 from llmq.storage.json_files import read_object
+from llmq.storage.stamps import SourceFiles
 
-BUNDLED = {"tiny": "assets/tiny"}
-_HUB_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "*.py",
-    "README.md",
-]
-_HUB_FILES += ["*[Ll][Ii][Cc][Ee][NnSs]*", "*[Nn][Oo][Tt][Ii][Cc][Ee]*", "*COPYING*", "*POLICY*"]
-# No folder but additional_chat_templates.
-_HUB_IGNORED = ["consolidated*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
+__all__ = ["Source", "load_config", "load_tokenizer", "meta_model", "resolve"]
+
 MAX_CONFIG_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 512 << 20
 TOKENIZER_FILES = (
@@ -70,92 +63,97 @@ for _handler in logging.getLogger("transformers").handlers:
     _handler.addFilter(_Printable())
 
 
-def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder that holds a model. `model`: a folder, the name of the bundled model, or a Hub id
-    (downloaded to the usual cache, token from the usual places).
+class Source:
+    """A resolved model, opened once per command and handed on: every part is read when it is first
+    asked for, and then kept. folder: where it lies. files: its files as they were when it was
+    opened, before anything was read.
 
-    Raises `LlmqError` when it cannot be found, with the reason that the Hub gave.
-    """
-    name = os.fspath(model)
-    if name in BUNDLED and not Path(name).exists():
-        return Path(str(files("llmq").joinpath(BUNDLED[name])))
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise LlmqError(
-                f"{name}: no config.json in this folder; expected a Hugging Face model folder "
-                "(config.json, *.safetensors, tokenizer files)"
-            )
-        return Path(name)
-    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise LlmqError(
-            f"{name}: no such folder; give a folder with config.json, a Hub id such as "
-            "Qwen/Qwen3-0.6B, or 'tiny' for the bundled model"
-        )
-    return _download(name, revision)
+    What is in it is shared: who wants another config copies it. Every fault is a `LlmqError` that
+    names the file."""
+
+    def __init__(self, folder: Path) -> None:
+        check_folder(folder)
+        self.folder = folder
+        self.files = SourceFiles.of(folder)
+
+    @classmethod
+    def open(cls, model: str | os.PathLike[str] | Source, revision: str | None = None) -> Source:
+        """The model of a name (see `llmq.models.hub.resolve`), or the one that is open already."""
+        return model if isinstance(model, Source) else cls(resolve(model, revision))
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return model_name(self.folder)
+
+    @cached_property
+    def stated(self) -> dict[str, Any]:
+        """The object in config.json, as it is written."""
+        path = self.folder / "config.json"
+        return read_object(path, "a model config", _CONFIG_REMEDY, max_bytes=MAX_CONFIG_BYTES)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The config of a causal LM. Raises `LlmqError` for what is damaged, not a causal LM or not
+        supported. Remote code is never run."""
+        return _read_config(self)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the folder. Raises `LlmqError` when it has none."""
+        return _read_tokenizer(self.folder, self.config)
+
+    @cached_property
+    def shards(self) -> ShardReader:
+        """Every stored tensor: its file, its shape, its dtype."""
+        return ShardReader(self.folder, self.stated)
+
+    @property
+    def weight_paths(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self.shards.names.values()))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of these files."""
+        return sum(path.stat().st_size for path in self.weight_paths)
+
+    @property
+    def weight_names(self) -> set[str]:
+        """Names of what is read to get at the tensors: these files, and their index."""
+        return {self.shards.start, *(path.name for path in self.weight_paths)}
+
+    @cached_property
+    def companions(self) -> Companions:
+        """What belongs to it beside the weights, and what stays behind."""
+        return find_companions(self.folder, self.weight_names)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def load_config(model_dir: Path) -> PretrainedConfig:
+    """`Source.config` of a folder that is opened for it alone."""
+    return Source(model_dir).config
 
-    try:
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
-            )
-        )
-    except GatedRepoError:
-        raise LlmqError(
-            f"{repo_id}: access is gated; accept its licence on the Hub, then log in with 'hf auth "
-            "login' or set HF_TOKEN"
-        ) from None
-    except RevisionNotFoundError:
-        raise LlmqError(
-            f"{repo_id}: no revision {revision!r}; give a branch, tag or commit that the Hub lists "
-            "for it"
-        ) from None
-    except RepositoryNotFoundError:
-        raise LlmqError(
-            f"{repo_id}: neither a folder here nor a model on the Hub (a private one needs "
-            "HF_TOKEN)"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise LlmqError(
-            f"{repo_id}: not in the local cache and the Hub cannot be reached; check the network "
-            "and HF_ENDPOINT, or give a folder"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise LlmqError(
-            f"{repo_id}: download failed ({str(error).splitlines()[0]}); check the name, the "
-            "network and the free space of the cache"
-        ) from None
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, whatever its model is."""
+    check_folder(model_dir)
+    return _read_tokenizer(model_dir)
 
 
 @one_at_a_time
-def load_config(model_dir: Path) -> PretrainedConfig:
-    """The config of a causal LM. Raises `LlmqError` for what is damaged, not a causal LM or not
-    supported. Remote code is never run."""
-    path = model_dir / "config.json"
-    check_folder(model_dir)
-    settings = read_object(path, "a model config", _CONFIG_REMEDY, max_bytes=MAX_CONFIG_BYTES)
+def _read_config(source: Source) -> PretrainedConfig:
+    path, stated = source.folder / "config.json", source.stated
     with reading(path, "not a model config that transformers can read", _CONFIG_REMEDY):
-        check_type(settings.get("model_type"))  # type: ignore[arg-type]
-        check_sizes(settings, model_dir)
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        check_type(stated.get("model_type"))  # type: ignore[arg-type]
+        check_sizes(stated, source.folder)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         text = config.get_text_config()
         if not isinstance(text, PretrainedConfig):
             raise TypeError(f"the config of its text model is no object but {text!r}")
         check_supported(config)
         check_buffers(config, path)
-        _refuse_adapter(model_dir)
-        _find_quantization(config, model_dir)
+        _refuse_adapter(source.folder)
+        _find_quantization(config, source)
     return config
 
 
@@ -172,7 +170,7 @@ def _refuse_adapter(model_dir: Path) -> None:
             )
 
 
-def _find_quantization(config: PretrainedConfig, model_dir: Path) -> None:
+def _find_quantization(config: PretrainedConfig, source: Source) -> None:
     """Put quantization settings where everybody looks for them: those of a text model's own config,
     and those that AutoGPTQ wrote into a file beside it until 2023."""
     if getattr(config, "quantization_config", None) is not None:
@@ -181,11 +179,10 @@ def _find_quantization(config: PretrainedConfig, model_dir: Path) -> None:
     if inner is not None:
         config.quantization_config = inner
         return
-    path = model_dir / "quantize_config.json"
+    path = source.folder / "quantize_config.json"
     if not path.is_file():
         return
-    names = ShardReader(model_dir).names
-    if not any(name.endswith(".qweight") for name in names):
+    if not any(name.endswith(".qweight") for name in source.shards.names):
         return  # of another model, or of the way that this one went
     settings = read_object(path, "the settings of a GPTQ folder", _CONFIG_REMEDY)
     bits = settings.get("bits")
@@ -198,9 +195,10 @@ def _find_quantization(config: PretrainedConfig, model_dir: Path) -> None:
 
 
 @one_at_a_time
-def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. Raises `LlmqError` when it has none."""
-    check_folder(model_dir)
+def _read_tokenizer(
+    model_dir: Path, config: PretrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """config: where it has been read already; transformers reads it once more without."""
     for name in TOKENIZER_FILES:
         if (model_dir / name).exists():
             read_object(
@@ -211,7 +209,7 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
             )
     with reading(model_dir, "no tokenizer that transformers can read", _TOKENIZER_REMEDY):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_dir, trust_remote_code=False
+            model_dir, config=config, trust_remote_code=False
         )
         check_tokenizer(tokenizer)
     return tokenizer

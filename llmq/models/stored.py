@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,11 +19,42 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
-from llmq.models.names import left_out, match_names
+from llmq.models import compat
+from llmq.models.names import check_dtypes, check_shapes, left_out, match_names
 from llmq.models.shards import ShardReader
-from llmq.models.source import meta_model
+from llmq.models.source import Source, meta_model
 
 ROWS_AT_A_TIME = 4096  # of two stored matrices that are compared: 134 MB at a width of 4096
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The model that the tensors of a source belong to. config: the source's, or a copy without
+    ties where a tied tensor is stored with values of its own. skeleton: on the meta device. names:
+    of parameters and persistent buffers -> those they are stored under."""
+
+    source: Source
+    config: PretrainedConfig
+    skeleton: PreTrainedModel
+    names: dict[str, str]
+
+    @classmethod
+    def of(cls, source: Source) -> StoredModel:
+        """Raises `LlmqError` when tensors are missing."""
+        config, skeleton = source_model(source.config, source.shards)
+        return cls(source, config, skeleton, match_names(skeleton, source.shards.names))
+
+    def check(self) -> None:
+        """Raise `LlmqError` for the first tensor of another shape than the config gives, or that
+        holds no real numbers where the model does."""
+        shards = self.source.shards
+        check_shapes(self.skeleton, shards, self.names)
+        check_dtypes(self.skeleton, shards.dtypes, self.names, str(self.source.folder))
+
+    def remarks(self, strict: bool = False) -> dict[str, str]:
+        """What is to be known of the stored tensors (see `source_remarks`)."""
+        stored_config, shards = self.source.config, self.source.shards
+        return source_remarks(self.skeleton, stored_config, self.config, shards, self.names, strict)
 
 
 def source_model(
@@ -33,7 +65,7 @@ def source_model(
     tensors are missing."""
     model = meta_model(config)
     matched = match_names(model, shards.names)
-    ties = dict(model.all_tied_weights_keys)
+    ties = compat.ties(model)
     separate = [
         target
         for target, source in ties.items()

@@ -90,7 +90,10 @@ def _compare(
         reason = f"block {index} needs what earlier blocks leave behind ({first_line(error)})"
         raise cannot_run_alone(model, reason) from error
     if alone.shape != own.shape or own.shape != hidden.shape:
-        reason = f"block {index} gives {list(alone.shape)} on its own and {list(own.shape)} in the model from hidden states of shape {list(hidden.shape)}"
+        reason = (
+            f"block {index} gives {list(alone.shape)} on its own and {list(own.shape)} in the "
+            f"model from hidden states of shape {list(hidden.shape)}"
+        )
         raise cannot_run_alone(model, reason)
     finite = torch.isfinite(own) & torch.isfinite(alone)
     difference = float((alone - own)[finite].double().norm())

@@ -4,32 +4,18 @@ Estimates; what was measured is in the report."""
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
 
 from llmq.models.arch import find_blocks
-from llmq.ptq.engine import batch_size
-from llmq.ptq.methods.blockwise import sequences_per_step
-
-if TYPE_CHECKING:
-    from llmq.ptq.run import Job
-
-_HEADERS = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U8": 1,
-    "I8": 1,
-    "BOOL": 1,
-}
+from llmq.ptq.job import Job
+from llmq.ptq.methods import method_of
+from llmq.ptq.methods.base import Windows
+from llmq.ptq.streams import batch_size
+from llmq.text.documents import TokenSet
 
 
 def stored_bytes(job: Job) -> int:
     """Bytes of the weight files that the job writes."""
-    source = sum(path.stat().st_size for path in set(job.shards.names.values()))
+    source = job.source.weight_bytes
     element = source / max(
         1,
         sum(
@@ -71,13 +57,12 @@ def peak_bytes(job: Job) -> int:
     block = 6 * sum(prod(parameter.shape) for parameter in blocks[0].parameters())
     if job.tokens is None:
         return int(block * 1.5)
+    method, windows = method_of(job.recipe), _windows(job.tokens)
     shapes = [plan.layer.shape for plan in job.plans if plan.spec]
-    # Hessian, its reordered copy, factor and inverse factor (rounding, which wants ranges only: the
-    # first); then W, W^T, errors and codes of up to two stacked layers.
-    squares = 4 if job.recipe.method == "rtn" else 16
-    solve = max(squares * k * k + 2 * 13 * n * k for n, k in shapes)
+    solve = max(method.solve_bytes(shape) for shape in shapes)
+    tuning = method.tuning_bytes(_first_block(job), windows)
     widest = max(max(shape) for shape in shapes)
-    length = job.tokens.tokens.shape[1]
+    length = windows.length
     batch = 4 * batch_size(job.plans, length) * length * widest * 4
     embedding = (
         4
@@ -88,25 +73,11 @@ def peak_bytes(job: Job) -> int:
         )
         * 2
     )
-    return int(max(embedding, block + max(solve, _tuning_bytes(job)) + batch))
+    return int(max(embedding, block + max(solve, tuning) + batch))
 
 
-def _tuning_bytes(job: Job) -> int:
-    """What block-wise tuning holds beside the block: the full-precision weights and Hessians, and
-    of each weight a master, its gradient, two moments, its value and the value's gradient; and the
-    activations of a step, about twelve of the widest kind."""
-    if job.recipe.method != "blockwise" or job.tokens is None:
-        return 0
-    first = _first_block(job)
-    n_sequences, length = job.tokens.tokens.shape
-    step = (
-        12
-        * 4
-        * sequences_per_step(n_sequences, length)
-        * length
-        * max(max(shape) for shape in first)
-    )
-    return 7 * 4 * sum(prod(shape) for shape in first) + 4 * sum(k * k for _, k in first) + step
+def _windows(tokens: TokenSet) -> Windows:
+    return Windows(*tokens.tokens.shape)
 
 
 def _first_block(job: Job) -> list[tuple[int, int]]:
@@ -127,22 +98,8 @@ def flops(job: Job) -> float:
     hessians = (
         sum(2 * n_tokens * plan.layer.shape[1] ** 2 for plan in job.plans if plan.spec) / 2
     )  # about half of the layers share an input
-    if job.recipe.method == "rtn":  # measures the ranges of activations
-        return float(forward + hessians)
-    solves = sum(
-        k**3 + 6 * n * k * k for n, k in (plan.layer.shape for plan in job.plans if plan.spec)
-    )
-    search = (
-        sum(31 * 8 * prod(plan.layer.shape) for plan in job.plans if plan.spec) * 8
-    )  # memory-bound: counted eightfold
-    return float(forward + hessians + solves + search) + _tuning_flops(job)
-
-
-def _tuning_flops(job: Job) -> float:
-    """Three matmuls per weight and token of every step, doubled: attention, the quantizer and the
-    optimizer take about as long on small blocks."""
-    if job.recipe.method != "blockwise" or job.tokens is None:
-        return 0.0
-    n_sequences, length = job.tokens.tokens.shape
-    n_tokens = job.recipe.iterations * sequences_per_step(n_sequences, length) * length
-    return 2.0 * 3 * 2 * n_tokens * sum(prod(plan.layer.shape) for plan in job.plans)
+    method = method_of(job.recipe)
+    layers = [plan.layer.shape for plan in job.plans]
+    solves = sum(method.solve_flops(plan.layer.shape) for plan in job.plans if plan.spec)
+    tuning = method.tuning_flops(layers, _windows(job.tokens), job.recipe)
+    return float(forward + hessians + solves) + tuning

@@ -70,9 +70,15 @@ class BlockRecorder:
         if hidden is None:
             reason = f"it cannot be run with its blocks replaced ({error})"
         elif hidden.shape[:-1] != input_ids.shape:
-            reason = f"its blocks pass on hidden states of shape {list(hidden.shape)} for tokens {list(input_ids.shape)} instead of one vector per token"
+            reason = (
+                f"its blocks pass on hidden states of shape {list(hidden.shape)} for tokens "
+                f"{list(input_ids.shape)} instead of one vector per token"
+            )
         elif len(calls) < len(self.blocks):
-            reason = f"block {len(calls)} does not take the outputs of the block before it as they are{error and f' ({error})'}"
+            reason = (
+                f"block {len(calls)} does not take the outputs of the block before it as they "
+                f"are{error and f' ({error})'}"
+            )
         else:
             return hidden, calls
         raise cannot_run_alone(self.model, reason)
@@ -179,15 +185,18 @@ def run_and_record(
     return output, seen
 
 
-def run_until(block: nn.Module, layer: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
-    """The input of `layer` when the block runs on `hidden`; nothing after that layer is
-    computed."""
-    found: list[Tensor] = []
+def record_inputs(
+    block: nn.Module, layers: dict[str, nn.Module], call: BlockCall, hidden: Tensor
+) -> dict[str, Tensor]:
+    """The inputs of `layers` by name when the block runs on `hidden`; nothing after the last of
+    them is computed."""
+    found: dict[str, Tensor] = {}
 
-    def stop(_: str, x: Tensor) -> None:
-        found.append(x)
-        raise _Stop
+    def note(name: str, x: Tensor) -> None:
+        found[name] = x
+        if len(found) == len(layers):
+            raise _Stop
 
-    with _input_hooks({"layer": layer}, stop), suppress(_Stop):
+    with _input_hooks(layers, note), suppress(_Stop):
         call.run(block, hidden)
-    return found[0]
+    return found

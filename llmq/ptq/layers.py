@@ -3,7 +3,7 @@ and what is reported of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from llmq.grid.spec import PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import linear_shape
-from llmq.ptq.methods.gptq import GPTQOptions, gptq, row_blocks
+from llmq.ptq.methods.gptq import row_blocks
 from llmq.ptq.methods.rtn import rtn
 from llmq.ptq.solver import RowErrors, SolverResult
 from llmq.ptq.stats import LayerStats, output_error
-from llmq.recipe import Recipe
+from llmq.ptq.threads import total
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LayerReport:
 
 
 def by_spec(
-    group: list[str], targets: dict[str, QuantSpec]
+    group: Sequence[str], targets: dict[str, QuantSpec]
 ) -> Iterator[tuple[list[str], QuantSpec]]:
     """Parts of a group that can be solved in one call: equal specs, and never several tensors under
     one scale."""
@@ -62,23 +62,6 @@ def by_spec(
             yield from (([layer], spec) for layer in layers)
         else:
             yield layers, spec
-
-
-def solve(
-    weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
-) -> SolverResult:
-    """Quantize a float32 weight `[N, K]` by the recipe's layer solver, which block-wise tuning
-    starts from; without statistics by plain rounding."""
-    if recipe.method == "rtn" or stats is None:
-        return rtn(weight, spec)
-    if recipe.init == "rtn":
-        return rtn(weight, spec, stats.hessian.diagonal() if recipe.search else None)
-    return gptq(
-        weight,
-        stats,
-        spec,
-        GPTQOptions(recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha),
-    )
 
 
 def split(result: SolverResult, rows: list[int]) -> list[SolverResult]:
@@ -100,7 +83,7 @@ def better_of(result: SolverResult, weight: Tensor) -> SolverResult:
     """The result, or plain rounding of the full-precision weight `[N, K]` where that comes nearer
     to what the solver aimed at."""
     errors = result.errors
-    if errors is None or float(errors.result.sum()) <= float(errors.rounding.sum()):
+    if errors is None or total(errors.result) <= total(errors.rounding):
         return result
     rounded = rtn(weight, result.tensor.spec).tensor
     return replace(
@@ -136,9 +119,18 @@ def report_layer(
             "exact_error": stats.exact_error(original, result.tensor.dequantize()),
         }
     return LayerReport(
-        name, str(result.tensor.spec), (n, k), result.tensor.n_bytes, 8 * result.tensor.n_bytes / (n * k), damping=result.damping, fallback=result.fallback,
-        kept_rounding=result.is_rounding, n_dead_columns=result.n_dead, n_dropped_rows=0 if stats is None else stats.n_dropped, **known,
-    )  # fmt: skip
+        name,
+        str(result.tensor.spec),
+        (n, k),
+        result.tensor.n_bytes,
+        8 * result.tensor.n_bytes / (n * k),
+        damping=result.damping,
+        fallback=result.fallback,
+        kept_rounding=result.is_rounding,
+        n_dead_columns=result.n_dead,
+        n_dropped_rows=0 if stats is None else stats.n_dropped,
+        **known,
+    )
 
 
 def _ratio(error: float, energy: float) -> float:
@@ -146,14 +138,14 @@ def _ratio(error: float, energy: float) -> float:
 
 
 def _squares(values: Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))
+    return total(values.square())
 
 
 def _errors(original: Tensor, result: SolverResult, stats: LayerStats) -> tuple[float, float]:
     """Squared output errors of a result and of plain rounding: as the solver measured them, or from
     the weight's own outputs."""
     if result.errors is not None:
-        return float(result.errors.result.sum()), float(result.errors.rounding.sum())
+        return total(result.errors.result), total(result.errors.rounding)
     parts = [
         _row_errors(original, result.tensor, stats.hessian, rows)
         for rows in row_blocks(original, result.tensor.spec)

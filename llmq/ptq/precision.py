@@ -3,16 +3,11 @@
 What the quantized model computes is always float32. Two parts are not its results and may be faster
 where the model is stored in bfloat16 and the processor multiplies that natively:
 
-    stream    what the full-precision model computes beside it. GPTQ uses means of it over all
-              tokens, in which roundings average out (W4 g128 of a 6M-parameter Llama, perplexity of
-              three
-              calibration seeds: 42.051 against 42.055 in float32), and a run takes a tenth less
-              time. Block-wise tuning aims at single tokens of it and has it in float32.
+    stream    what the full-precision model computes beside it, where only means of it are used;
     training  the forward and backward passes of block-wise tuning, on float32 masters; the errors
               that decide whether its result is kept are measured in float32.
 
-The report names both.
-"""
+The report names both."""
 
 from __future__ import annotations
 
@@ -21,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from llmq.ptq.methods import method_of
 from llmq.recipe import Recipe
 
 
@@ -39,8 +35,9 @@ class Precision:
         is_native = (
             config.dtype or config.get_text_config().dtype
         ) == torch.bfloat16 and multiplies_bfloat16(device)
-        needs_means_only = recipe.inputs == "both" and recipe.method == "gptq"
-        trains_in_bfloat16 = recipe.method == "blockwise" and (
+        needs = method_of(recipe).needs(recipe)
+        needs_means_only = needs.both_streams and not needs.tuning
+        trains_in_bfloat16 = needs.tuning and (
             is_native if recipe.autocast is None else recipe.autocast
         )
         return cls(

@@ -10,108 +10,108 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 from llmq.errors import LlmqWarning
-from llmq.models.arch import weight_as_stored
-
-if TYPE_CHECKING:
-    from llmq.ptq.engine import Engine, StoredBlock
-
-
-class FinishedBlocks(Protocol):
-    """What an earlier run stored. read_block: a block from the stored bytes. forget_after: blocks
-    behind one count as finished no more."""
-
-    def read_block(self, index: int) -> StoredBlock: ...
-
-    def forget_after(self, index: int) -> None: ...
+from llmq.ptq.block import Setup
+from llmq.ptq.results import Sink
+from llmq.ptq.streams import Stream, Streams
 
 
-def blocks_to_run(engine: Engine, first_block: int, damaged: Sequence[int]) -> Iterator[int]:
-    """The blocks to solve, in order; the inputs of each lie there when it is yielded.
+@dataclass
+class Rebuild:
+    """sink: has the blocks of an earlier run, where there are any. first_block: that is not
+    finished. damaged: blocks among the finished that are not as they were."""
 
-    A damaged block that gives other outputs than it did takes those behind it along."""
-    n_blocks = len(engine.blocks)
-    todo = [*damaged, *range(first_block, n_blocks)]
-    if not todo:
-        return
-    if engine.tokens is None:
-        yield from todo
-        return
-    start = _nearest_inputs(engine, todo[0])
-    engine._record_calls(start)
-    _advance(engine, start, todo[0])
-    while todo:
-        index = todo.pop(0)
-        before = _recorded(engine, index + 1)
-        yield index
-        is_redone = index < first_block
-        if is_redone and index + 1 < n_blocks and _recorded(engine, index + 1) != before:
+    setup: Setup
+    sink: Sink
+    first_block: int
+    damaged: Sequence[int]
+
+    @property
+    def todo(self) -> list[int]:
+        """Blocks to solve."""
+        return [*self.damaged, *range(self.first_block, len(self.setup.blocks))]
+
+    @cached_property
+    def start(self) -> int | None:
+        """The block whose inputs the run begins with: 0 for the embeddings, computed anew; None
+        when no inputs are needed."""
+        if not self.todo or self.setup.streams is None:
+            return None
+        return self._nearest_inputs(self.setup.streams, self.todo[0])
+
+    def blocks_to_run(self) -> Iterator[int]:
+        """The blocks to solve, in order; the inputs of each lie there when it is yielded.
+
+        A damaged block that gives other outputs than it did takes those behind it along."""
+        todo, first_block = self.todo, self.first_block
+        streams = self.setup.streams
+        if streams is None or self.start is None:
+            yield from todo
+            return
+        n_blocks = len(self.setup.blocks)
+        self._advance(streams, self.start, todo[0])
+        while todo:
+            index = todo.pop(0)
+            before = _recorded(streams, index + 1)
+            yield index
+            is_redone = index < first_block
+            if is_redone and index + 1 < n_blocks and _recorded(streams, index + 1) != before:
+                _warn(
+                    f"block {index}, done again, does not give the outputs that it gave: the "
+                    "finished blocks behind it are done again, too"
+                )
+                self.sink.forget_after(index)
+                first_block, todo = index + 1, list(range(index + 1, n_blocks))
+            if todo and todo[0] != index + 1:
+                start = self._nearest_inputs(streams, todo[0], index + 1)
+                self._advance(streams, start, todo[0])
+
+    def _nearest_inputs(self, streams: Streams, index: int, lowest: int = 1) -> int:
+        """The last block up to `index` whose inputs are there as they were sealed; `lowest` - 1 for
+        none."""
+        for candidate in range(index, lowest - 1, -1):
+            if all(streams.inputs_of(candidate, stream).is_sound for stream in streams.names):
+                return candidate
+        return lowest - 1
+
+    def _advance(self, streams: Streams, start: int, stop: int) -> None:
+        """Run finished blocks from the inputs of block `start` to those of block `stop`."""
+        if start < stop:
             _warn(
-                f"block {index}, done again, does not give the outputs that it gave: the finished "
-                "blocks behind it are done again, too"
+                f"the inputs of block {stop} are not there as they were left; they are computed "
+                "again from the finished blocks before it"
             )
-            assert engine.finished is not None
-            engine.finished.forget_after(index)
-            first_block, todo = index + 1, list(range(index + 1, n_blocks))
-        if todo and todo[0] != index + 1:
-            _advance(engine, _nearest_inputs(engine, todo[0], index + 1), todo[0])
+        for index in range(start, stop):
+            before = _recorded(streams, index + 1)
+            for stream in streams.names:
+                streams.advance(self._block(index, stream), index, stream)
+            streams.recycle(index)
+            if None not in before and _recorded(streams, index + 1) != before:
+                _warn(
+                    f"block {index} does not give the outputs that it gave when it was finished: "
+                    "this machine computes otherwise now, and what follows is measured on what it "
+                    "gives"
+                )
 
-
-def _nearest_inputs(engine: Engine, index: int, lowest: int = 1) -> int:
-    """The last block up to `index` whose inputs are there as they were sealed; 0 for none: those of
-    block 0 are the embeddings, computed anew."""
-    for candidate in range(index, lowest - 1, -1):
-        if all(engine.inputs_of(candidate, stream).is_sound for stream in engine.streams):
-            return candidate
-    return lowest - 1
-
-
-def _advance(engine: Engine, start: int, stop: int) -> None:
-    """Run finished blocks from the inputs of block `start` to those of block `stop`."""
-    if start < stop:
-        _warn(
-            f"the inputs of block {stop} are not there as they were left; they are computed again "
-            "from the finished blocks before it"
-        )
-    for index in range(start, stop):
-        before = _recorded(engine, index + 1)
-        for stream in engine.streams:
-            engine._advance(_block(engine, index, stream), index, stream)
-            engine.inputs_of(index, stream).recycle(engine.inputs_of(index + 2, stream))
-        if None not in before and _recorded(engine, index + 1) != before:
-            _warn(
-                f"block {index} does not give the outputs that it gave when it was finished: this "
-                "machine computes otherwise now, and what follows is measured on what it gives"
-            )
-
-
-def _block(engine: Engine, index: int, stream: str) -> nn.Module:
-    """A finished block as a stream runs through it."""
-    name = f"{engine.prefix}.{index}"
-    if stream == "full-precision":
-        block = engine._materialize(index, engine._read_block(name))
-        dtype = engine.precision.stream
+    def _block(self, index: int, stream: Stream) -> nn.Module:
+        """A finished block as a stream runs through it."""
+        blocks = self.setup.blocks
+        if stream == "quantized":
+            return blocks.rebuild(index, self.sink.read_block(index))
+        block, dtype = blocks.load(index), self.setup.precision.stream
         return block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
-    assert engine.finished is not None
-    stored = engine.finished.read_block(index)
-    parameters = dict(stored.kept)
-    for layer, tensor in stored.quantized.items():
-        module = engine.model.get_submodule(layer)
-        weight = tensor.to(engine.device).dequantize()
-        parameters[f"{layer}.weight"] = weight_as_stored(module, weight).contiguous()
-    return engine._materialize(
-        index, {key.removeprefix(name + "."): value for key, value in parameters.items()}
-    )
 
 
-def _recorded(engine: Engine, index: int) -> list[Any]:
+def _recorded(streams: Streams, index: int) -> list[Any]:
     """The digests of the inputs of a block by stream, None where there is none."""
-    return [engine.inputs_of(index, stream).recorded for stream in engine.streams]
+    return [streams.inputs_of(index, stream).recorded for stream in streams.names]
 
 
 def _warn(message: str) -> None:

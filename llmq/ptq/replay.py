@@ -112,15 +112,21 @@ class SolvedParts:
         )
 
     @contextmanager
-    def keeping(self, layer: str) -> Iterator[Callable[[Tensor], object]]:
-        """A function that takes the inputs of `layer`, batch by batch, and keeps them if it is a
-        tail."""
-        if any(tail.layer == layer for tail in self.tails.values()):
-            with self._inputs(layer).appender(durable=False) as append:
-                yield append
-            self._with_inputs.add(layer)
-        else:
-            yield lambda batch: None
+    def keeping(self, layers: Collection[str]) -> Iterator[Callable[[str, Tensor], None]]:
+        """A function that takes the inputs of a layer, batch by batch, and keeps those of tails."""
+        tails = {tail.layer for tail in self.tails.values()} & set(layers)
+        with ExitStack() as stack:
+            append = {
+                layer: stack.enter_context(self._inputs(layer).appender(durable=False))
+                for layer in tails
+            }
+
+            def keep(layer: str, batch: Tensor) -> None:
+                if layer in append:
+                    append[layer](batch)
+
+            yield keep
+        self._with_inputs |= tails
 
     @contextmanager
     def playing(self, solved: Collection[str]) -> Iterator[None]:

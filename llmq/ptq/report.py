@@ -4,16 +4,15 @@ values."""
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 
 import llmq
-from llmq.models.identity import model_name, source_name
-
-if TYPE_CHECKING:
-    from llmq.ptq.run import Job
+from llmq.models.identity import source_name
+from llmq.ptq.job import Job
+from llmq.ptq.methods import method_of
 
 
 def build_report(
@@ -31,9 +30,10 @@ def build_report(
     weight files before and after."""
     layers = [layer for block in blocks for layer in block["layers"]]
     n_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    needs = method_of(job.recipe).needs(job.recipe)
     bits = 8 * sum(layer["n_bytes"] for layer in layers) / n_weights
     return {
-        "model": model_name(job.model_dir),
+        "model": job.source.name,
         "method": job.recipe.method,
         "format": job.fmt.name,
         "recipe": job.recipe.to_json(),
@@ -82,10 +82,10 @@ def build_report(
         "layers": layers,
         "device": device,
         "full_precision_stream": None
-        if job.recipe.method == "rtn"
+        if not needs.hessian
         else str(job.precision(device).stream).removeprefix("torch."),
         "tuned_in": str(job.precision(device).training).removeprefix("torch.")
-        if job.recipe.method == "blockwise"
+        if needs.tuning
         else None,
         "versions": versions(),
     }
@@ -116,12 +116,14 @@ def model_card(report: dict[str, Any]) -> str:
     specs = sorted({layer["spec"] for layer in report["layers"]})
     errors = [layer["error"] for layer in report["layers"] if layer["error"] is not None]
     calibration = report["calibration"]
+    before, after = report["source_bytes"] / 1e6, report["stored_bytes"] / 1e6
+    n_kept = len(report["kept_layers"])
     rows = {
         "method": report["method"],
         "specs": ", ".join(specs),
         "bits per quantized weight, scales included": f"{report['bits_per_quantized_weight']:.2f}",
-        "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> {report['stored_bytes'] / 1e6:.1f} MB",
-        "layers quantized / kept in full precision": f"{report['n_quantized_layers']} / {len(report['kept_layers'])}",
+        "weight files": f"{before:.1f} MB -> {after:.1f} MB",
+        "layers quantized / kept in full precision": f"{report['n_quantized_layers']} / {n_kept}",
         "layers that fell back to plain rounding": str(len(report["fallbacks"])),
         "mean relative output error of the layers": f"{sum(errors) / len(errors):.2e}"
         if errors
@@ -129,7 +131,10 @@ def model_card(report: dict[str, Any]) -> str:
         "layers that lost more than half of their output": str(
             len(report["layers_with_large_error"])
         ),
-        "calibration": f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of {calibration['source']}, sha256 {calibration['sha256'][:16]}"
+        "calibration": (
+            f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of "
+            f"{calibration['source']}, sha256 {calibration['sha256'][:16]}"
+        )
         if calibration
         else "none",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
@@ -147,6 +152,7 @@ tags: [quantized, {report["method"]}]
 |---|---|
 {table}
 
-Load it with `llmq.load(folder)`. Every block was read back from disk and reproduced the outputs recorded when it was quantized. Errors of each layer are in `report.json`;
-what the quantization cost in perplexity is measured by `llmq compare BASE THIS`.
+Load it with `llmq.load(folder)`. Every block was read back from disk and reproduced the outputs
+recorded when it was quantized. Errors of each layer are in `report.json`; what the quantization
+cost in perplexity is measured by `llmq compare BASE THIS`.
 """

@@ -64,7 +64,10 @@ def fitting_plans(
             spec = fitting_spec(weight, plan.spec)
             if spec != plan.spec:
                 changed.append(plan.layer.name)
-                note = f"scales in {spec.scale_dtype}: {plan.spec.scale_dtype} does not hold those of weights of up to {float(weight.abs().max()):.2g}"
+                note = (
+                    f"scales in {spec.scale_dtype}: {plan.spec.scale_dtype} does not hold those "
+                    f"of weights of up to {float(weight.abs().max()):.2g}"
+                )
                 plan = replace(plan, spec=spec, note=f"{plan.note}; {note}" if plan.note else note)
         fitting.append(plan)
     return fitting, changed

@@ -3,10 +3,13 @@ by all layers that read the same input."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from llmq.activations.ranges import RangeObserver
+from llmq.ptq.threads import total
 
 
 def block_columns(k: int) -> int:
@@ -15,9 +18,50 @@ def block_columns(k: int) -> int:
     return min(256, max(128, k // 8))
 
 
+N_BRANCHES = 8  # of the tree of sums: what up to eight processes can each take whole parts of
+
+
+@dataclass
+class _Moments:
+    """Means over some rows: what is summed of one branch, or of several. hessian: float32 `[K, K]`,
+    on and below the diagonal. cross: `[K or N, K]`. exact_energy: of the projected rows."""
+
+    hessian: Tensor
+    cross: Tensor | None
+    exact_energy: float = 0.0
+    n_tokens: int = 0
+
+    def add(self, rows: Tensor, exact: Tensor, keeps_energy: bool) -> None:
+        """Fold in a chunk of rows: product, then sum."""
+        n_total = self.n_tokens + len(rows)
+        kept, share = self.n_tokens / n_total, 2 / n_total
+        step = block_columns(rows.shape[1])
+        for start in range(0, rows.shape[1], step):
+            block = slice(start, start + step)
+            product = rows[:, start:].T @ rows[:, block]
+            self.hessian[start:, block].mul_(kept).add_(product, alpha=share)
+        if self.cross is not None:
+            self.cross.mul_(kept).add_(exact.T @ rows, alpha=share)
+            if keeps_energy:
+                self.exact_energy = self.exact_energy * kept + total(exact.square()) / n_total
+        self.n_tokens = n_total
+
+    def merge(self, other: _Moments) -> None:
+        """Take the rows of another branch."""
+        n_total = self.n_tokens + other.n_tokens
+        if n_total == 0:
+            return
+        kept, share = self.n_tokens / n_total, other.n_tokens / n_total
+        self.hessian.mul_(kept).add_(other.hessian, alpha=share)
+        if self.cross is not None and other.cross is not None:
+            self.cross.mul_(kept).add_(other.cross, alpha=share)
+        self.exact_energy = self.exact_energy * kept + other.exact_energy * share
+        self.n_tokens = n_total
+
+
 class LayerStats:
-    """Running `H = 2 / n * sum_t x_t x_t^T` in float32 over the rows of every batch added (Frantar
-    et al., GPTQ, 2022, section 3).
+    """`H = 2 / n * sum_t x_t x_t^T` in float32 over the rows of every chunk added (Frantar et al.,
+    GPTQ, 2022, section 3).
 
     hessian: float32 `[K, K]`; H is symmetric, so only blocks on and below the diagonal are
     accumulated, and `finish` mirrors them. cross: None, or what the layer's inputs x lack of the
@@ -30,7 +74,11 @@ class LayerStats:
     full-precision rows that are added are the layer's outputs W y instead of y, and `cross` is W C
     `[N, K]`. For a layer that narrows (down_proj) that is less to keep and to multiply. In both
     cases sum y x^T is accumulated and H subtracted once at the end. The difference is some percent
-    of either, float32 holds each to 1e-6, and no batch of differences has to be computed."""
+    of either, float32 holds each to 1e-6, and no batch of differences has to be computed.
+
+    The sum is a tree that the number of chunks alone decides: `n_chunks` of them are shared out
+    over eight branches, one after the other inside a branch, and branches are merged in pairs. At
+    most three finished ones wait beside the one that grows."""
 
     def __init__(
         self,
@@ -40,24 +88,37 @@ class LayerStats:
         cross: bool = False,
         projection: Tensor | None = None,
         ranges: RangeObserver | None = None,
+        n_chunks: int = 1,
     ) -> None:
-        self.hessian = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self.k, self.device = k, device
+        self.has_cross, self.n_chunks = cross, n_chunks
         self.projection = None if projection is None else projection.float()
-        self.cross = (
-            torch.zeros(
-                k if projection is None else len(projection), k, dtype=torch.float32, device=device
-            )
-            if cross
-            else None
-        )
         self.ranges = ranges
-        self.exact_energy = 0.0
-        self.n_tokens = 0
         self.n_dropped = 0
+        self._n_added = 0
+        self._branch = 0
+        self._moments = self._empty()
+        self._waiting: list[tuple[int, _Moments]] = []  # height in the tree, means
+        self.hessian, self.cross = self._moments.hessian, self._moments.cross
+        self.exact_energy = 0.0
+
+    @property
+    def n_tokens(self) -> int:
+        return self._moments.n_tokens + sum(moments.n_tokens for _, moments in self._waiting)
+
+    def forget_cross(self) -> None:
+        """Give C up; what outlives a solve is H."""
+        self.cross = self._moments.cross = None
 
     def add(self, x: Tensor, full_precision: Tensor | None = None) -> None:
-        """Add inputs `[..., K]`, and `[..., K or N]` of the full-precision model. A running mean,
-        not a sum: 262,144 tokens of magnitude 100 would not fit the 24 bits of a float32 sum."""
+        """Add a chunk of inputs `[..., K]`, and `[..., K or N]` of the full-precision model. Means,
+        not sums: 262,144 tokens of magnitude 100 would not fit the 24 bits of a float32 sum."""
+        n_branches = min(N_BRANCHES, self.n_chunks)
+        branch = min(self._n_added * n_branches // self.n_chunks, n_branches - 1)
+        if branch != self._branch:
+            self._close_branch()
+            self._branch = branch
+        self._n_added += 1
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
         exact = (
             rows
@@ -70,35 +131,47 @@ class LayerStats:
             finite = torch.isfinite(rows).all(dim=1) & torch.isfinite(exact).all(dim=1)
             self.n_dropped += int((~finite).sum())
             rows, exact = rows[finite], exact[finite]
-        n_new = rows.shape[0]
-        if n_new == 0:
+        if not len(rows):
             return
         if self.ranges is not None:
             self.ranges.add(rows)
-        n_total = self.n_tokens + n_new
-        share = {"beta": self.n_tokens / n_total, "alpha": 2 / n_total}
-        step = block_columns(rows.shape[1])
-        for start in range(0, rows.shape[1], step):
-            block = slice(start, start + step)
-            self.hessian[start:, block].addmm_(rows[:, start:].T, rows[:, block], **share)
-        if self.cross is not None:
-            self.cross.addmm_(exact.T, rows, **share)
-            if self.projection is not None:
-                energy = float(exact.square().sum(dtype=torch.float64)) / n_total
-                self.exact_energy = self.exact_energy * self.n_tokens / n_total + energy
-        self.n_tokens = n_total
+        self._moments.add(rows, exact, self.projection is not None)
 
     def finish(self) -> LayerStats:
         """Complete H above its diagonal and C, once all inputs are added."""
-        step = block_columns(len(self.hessian))
-        for start in range(0, len(self.hessian), step):
+        while self._waiting:
+            _, earlier = self._waiting.pop()
+            earlier.merge(self._moments)
+            self._moments = earlier
+        hessian = self.hessian = self._moments.hessian
+        self.cross, self.exact_energy = self._moments.cross, self._moments.exact_energy
+        step = block_columns(self.k)
+        for start in range(0, self.k, step):
             stop = start + step
-            self.hessian[start:stop, stop:] = self.hessian[stop:, start:stop].T
+            hessian[start:stop, stop:] = hessian[stop:, start:stop].T
         if self.cross is not None:
-            self.cross.sub_(self.hessian) if self.projection is None else self.cross.addmm_(
-                self.projection, self.hessian, alpha=-1
-            )
+            if self.projection is None:
+                self.cross.sub_(hessian)
+            else:
+                self.cross.addmm_(self.projection, hessian, alpha=-1)
         return self
+
+    def _empty(self) -> _Moments:
+        cross = None
+        if self.has_cross:
+            n = self.k if self.projection is None else len(self.projection)
+            cross = torch.zeros(n, self.k, dtype=torch.float32, device=self.device)
+        return _Moments(torch.zeros(self.k, self.k, dtype=torch.float32, device=self.device), cross)
+
+    def _close_branch(self) -> None:
+        """Put the grown branch into the tree, whose equal heights are merged at once."""
+        height, grown = 0, self._moments
+        while self._waiting and self._waiting[-1][0] == height:
+            _, earlier = self._waiting.pop()
+            earlier.merge(grown)
+            height, grown = height + 1, earlier
+        self._waiting.append((height, grown))
+        self._moments = self._empty()
 
     def exact_error(self, weight: Tensor, quantized: Tensor) -> float | None:
         """Mean squared distance of a quantized layer's outputs Q x from those that its weight W
@@ -108,7 +181,7 @@ class LayerStats:
         if self.cross is None or self.projection is None or not self.exact_energy:
             return None
         moved = quantized - weight
-        correlated = float((quantized * self.cross).sum(dtype=torch.float64))
+        correlated = total(quantized * self.cross)
         own = output_error(weight, self.hessian)
         distance = output_error(moved, self.hessian) - correlated + self.exact_energy - own
         return max(0.0, distance) / self.exact_energy
@@ -128,4 +201,4 @@ def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
     """The same summed over rows."""
-    return float(row_errors(difference, hessian).sum())
+    return total(row_errors(difference, hessian))

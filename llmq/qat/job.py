@@ -19,11 +19,9 @@ from llmq.errors import LlmqError
 from llmq.grid.spec import ActSpec
 from llmq.inference.settings import read_settings
 from llmq.models.arch import quantizable_layers
-from llmq.models.names import check_dtypes, check_shapes, match_names
-from llmq.models.shards import ShardReader
-from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.models.stored import source_model, source_remarks
-from llmq.models.tokens import first_token, model_tokenizer
+from llmq.models.source import Source
+from llmq.models.stored import StoredModel
+from llmq.models.tokens import first_token, own_tokenizer
 from llmq.ptq.precision import multiplies_bfloat16
 from llmq.qat.losses import CHUNK_TOKENS
 from llmq.qat.settings import QATSettings
@@ -31,7 +29,6 @@ from llmq.qat.student import check_same_vocabulary, check_student
 from llmq.qat.weights import check_quantizer
 from llmq.recipe import LayerPlan, Recipe, Rule
 from llmq.storage import files
-from llmq.storage.stamps import SourceFiles
 from llmq.text import documents as data
 from llmq.text.training import split_windows
 from llmq.text.windows import Windows, identified
@@ -44,10 +41,10 @@ GENERATED = "generated"
 class QATJob:
     """Everything known before anything is trained. windows: int64 `[n, T]`, or None while they are
     still to be generated. held_out: windows of the same text, or None where there are none.
-    sources: the files of model and teacher as they were before any was read."""
+    teacher: the source itself where the model teaches itself."""
 
-    model_dir: Path
-    teacher_dir: Path
+    source: Source
+    teacher: Source
     settings: QATSettings
     recipe: Recipe
     train: str
@@ -56,13 +53,27 @@ class QATJob:
     n_parameters: int
     plans: list[LayerPlan]
     device: str
-    sources: tuple[SourceFiles, ...] = ()
     remarks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[Source]:
+        """The models that the run reads."""
+        return [self.source] if self.teacher is self.source else [self.source, self.teacher]
+
+    @property
+    def model_dir(self) -> Path:
+        """The folder of the model."""
+        return self.source.folder
+
+    @property
+    def teacher_dir(self) -> Path:
+        """The folder of the teacher."""
+        return self.teacher.folder
 
     def check_sources(self) -> None:
         """Raise `LlmqError` when a file of model or teacher is no longer the one it was."""
         for source in self.sources:
-            source.check()
+            source.files.check()
 
     @property
     def notes(self) -> dict[str, str]:
@@ -75,8 +86,7 @@ class QATJob:
         of the run is bfloat16 anyway, else float32."""
         return (
             "bfloat16"
-            if self.settings.precision == "bf16"
-            and load_config(self.teacher_dir).dtype == torch.bfloat16
+            if self.settings.precision == "bf16" and self.teacher.config.dtype == torch.bfloat16
             else "float32"
         )
 
@@ -100,12 +110,25 @@ class QATJob:
     def identity(self) -> dict[str, Any]:
         """What decides the result: a started run is continued only with all of it the same."""
         return {
-            "model": str(self.model_dir), "teacher": str(self.teacher_dir), "train": self.train, "windows": None if self.windows is None else data.token_hash(self.windows),
-            "recipe": self.recipe.to_json(), "processes": self.processes.num_processes, **self.settings.to_json(), "device": self.device,
-            "weights of the model": files.stamps(self.model_dir.glob("*.safetensors")), "weights of the teacher": files.stamps(self.teacher_dir.glob("*.safetensors")),
-            "contents of configs and tokenizers": [source.contents() for source in self.sources],
-            "software": {"llmq": llmq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        }  # fmt: skip
+            "model": str(self.model_dir),
+            "teacher": str(self.teacher_dir),
+            "train": self.train,
+            "windows": None if self.windows is None else data.token_hash(self.windows),
+            "recipe": self.recipe.to_json(),
+            "processes": self.processes.num_processes,
+            **self.settings.to_json(),
+            "device": self.device,
+            "weights of the model": files.stamps(self.model_dir.glob("*.safetensors")),
+            "weights of the teacher": files.stamps(self.teacher_dir.glob("*.safetensors")),
+            "contents of configs and tokenizers": [
+                source.files.contents() for source in self.sources
+            ],
+            "software": {
+                "llmq": llmq.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
 
     def budget(self) -> dict[str, Any]:
         """tokens, steps, peak memory in bytes of weights and optimizer and of activations, and
@@ -124,7 +147,7 @@ class QATJob:
             * sum(sum(plan.layer.shape) for plan in self.plans)
             * (4 if self.settings.precision == "fp32" else 2)
         )
-        config = load_config(self.model_dir).get_text_config()
+        config = self.source.config.get_text_config()
         kept = (
             self.settings.tokens_per_batch
             * per_token
@@ -141,7 +164,7 @@ class QATJob:
 
 
 def prepare_job(
-    model: str,
+    model: str | Source,
     settings: QATSettings,
     *,
     train: str = data.BUNDLED,
@@ -155,19 +178,16 @@ def prepare_job(
     differ from what was asked and stored tensors that are left out. Raises `LlmqError`."""
     restricted.adapt()
     check_engine()
-    model_dir = resolve(model, revision)
-    sources = [SourceFiles.of(model_dir)]
-    stored_config = load_config(model_dir)
+    source = Source.open(model, revision)
+    model_dir, stored_config = source.folder, source.config
     read_settings(model_dir)  # it comes along, and the result has to load
     if getattr(stored_config, "quantization_config", None) is not None:
         raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
-    shards = ShardReader(model_dir)
-    config, skeleton = source_model(stored_config, shards)
+    stored = StoredModel.of(source)
+    config, skeleton = stored.config, stored.skeleton
     check_student(skeleton)
-    matched = match_names(skeleton, shards.names)
-    check_shapes(skeleton, shards, matched)
-    check_dtypes(skeleton, shards.dtypes, matched, str(model_dir))
-    remarks = source_remarks(skeleton, stored_config, config, shards, matched, strict)
+    stored.check()
+    remarks = stored.remarks(strict)
     n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     activations = ActSpec(
         settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope
@@ -209,26 +229,25 @@ def prepare_job(
         raise LlmqError(
             f"--precision bf16: {device} does not multiply bfloat16; use --precision fp16, or fp32"
         )
-    teacher_dir = resolve(teacher, None) if teacher else model_dir
-    if teacher_dir != model_dir:
-        sources.append(SourceFiles.of(teacher_dir))
-    check_same_vocabulary(config, load_config(teacher_dir))
-    if teacher and load_tokenizer(teacher_dir).get_vocab() != load_tokenizer(model_dir).get_vocab():
+    taught_by = _teacher(source, teacher)
+    check_same_vocabulary(config, taught_by.config)
+    if teacher and taught_by.tokenizer.get_vocab() != source.tokenizer.get_vocab():
         raise LlmqError(
-            f"{teacher_dir}: the teacher's tokenizer has other tokens than that of {model_dir}; "
-            "distillation needs the same tokenizer, so take a teacher of the same family"
+            f"{taught_by.folder}: the teacher's tokenizer has other tokens than that of "
+            f"{model_dir}; distillation needs the same tokenizer, so take a teacher of the same "
+            "family"
         )
     windows, held_out = None, None
     if train != GENERATED:
         windows, held_out = _read_text(
-            model_dir, config, settings, train, processes(device).num_processes
+            source, config, settings, train, processes(device).num_processes
         )
     settings.n_steps(
         0 if windows is None else len(windows), processes(device).num_processes
     )  # or there is less than one
     return QATJob(
-        model_dir,
-        teacher_dir,
+        source,
+        taught_by,
         settings,
         recipe,
         train,
@@ -237,9 +256,16 @@ def prepare_job(
         n_parameters,
         plans,
         device,
-        tuple(sources),
         remarks,
     )
+
+
+def _teacher(source: Source, teacher: str | None) -> Source:
+    """The model that is learned from: the source itself where none is named, or its own folder."""
+    if not teacher:
+        return source
+    opened = Source.open(teacher)
+    return source if opened.folder == source.folder else opened
 
 
 def processes(device: str) -> PartialState:
@@ -260,9 +286,9 @@ def check_engine() -> None:
 
 
 def _read_text(
-    model_dir: Path, config: Any, settings: QATSettings, train: str, n_processes: int
+    source: Source, config: Any, settings: QATSettings, train: str, n_processes: int
 ) -> tuple[Tensor, Windows | None]:
-    documents, tokenizer = data.load_documents(train, "train"), model_tokenizer(model_dir, config)
+    documents, tokenizer = data.load_documents(train, "train"), own_tokenizer(source)
     row = data.tokenize(documents, tokenizer)
     data.check_vocabulary(row, config.get_text_config().vocab_size, train)
     windows, held_out = split_windows(

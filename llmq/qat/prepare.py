@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from llmq.activations.keys_values import quantize_kv
 from llmq.inference.module import quantized_modules
-from llmq.ptq.run import quantize
+from llmq.ptq.in_memory import quantize
 from llmq.qat.weights import QuantizerName, prepare
 from llmq.recipe import Recipe
 

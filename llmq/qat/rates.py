@@ -30,15 +30,17 @@ SCALES = "scales"  # marks groups of scales and zero points, which stop moving b
 
 def grid_rate(spec: QuantSpec) -> float:
     """Peak learning rate of the weights in steps of their grid. Those of 4 and 2 bits and ternary
-    are measured, see above; the others, half-integer levels among them, stand beside them."""
-    return {
+    are measured, see above; the others, half-integer levels among them, stand beside them, and
+    codes between 4 and 8 bits take that of 8."""
+    rates = {
         "int8": 1e-3,
         "int4": 2e-3,
         "int3": 1.5e-3,
         "int2": 4e-3,
         "int2h": 4e-3,
         "ternary": 2e-3,
-    }[spec.code]
+    }
+    return rates.get(spec.code, rates["int8"])
 
 
 @torch.no_grad()

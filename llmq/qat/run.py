@@ -38,9 +38,9 @@ from llmq.errors import LlmqError, VerificationError
 from llmq.formats.load import load
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import find_blocks
-from llmq.models.source import load_config, load_tokenizer
-from llmq.models.tokens import fingerprint, first_token, model_tokenizer
-from llmq.ptq.run import prepare as prepare_ptq
+from llmq.models.source import Source
+from llmq.models.tokens import fingerprint, first_token, own_tokenizer
+from llmq.ptq.job import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
 from llmq.qat.generate import generate_windows
 from llmq.qat.job import QATJob
@@ -145,15 +145,15 @@ def _fine_tune(
     state.wait_for_everyone()
     with state.main_process_first(), _nothing_kept_of_bad_input(work_dir):
         job = _with_text(job, work_dir, device, show)
-        start_dir = _start(job, work_dir, device, show)
-    model = student_model(job, start_dir)
+        start = Source(_start(job, work_dir, device, show))
+    model = student_model(job, start)
     assert job.windows is not None
     job.check_sources()
     train(model, job, job.windows, work_dir, report_to=report_to, show=show)
     if not state.is_main_process:
         return {}
     seconds = time.monotonic() - started
-    return ship(model.to("cpu"), job, start_dir, work_dir, out_dir, overwrite, seconds)
+    return ship(model.to("cpu"), job, start, work_dir, out_dir, overwrite, seconds)
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
         files.remove(start_dir)
     if not start_dir.exists():
         assert job.windows is not None
-        ptq = prepare_ptq(str(job.model_dir), job.recipe, calibration=_calibration(job))
+        ptq = prepare_ptq(job.source, job.recipe, calibration=_calibration(job))
         total, done = len(find_blocks(ptq.model)[1]), 0
 
         def on_block(report: Any) -> None:
@@ -186,7 +186,8 @@ def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
 
         try:
             quantize_folder(ptq, start_dir, device=device, on_block=on_block)
-        except VerificationError:  # too many layers fell back: nothing to train from, nor to be found there by the next attempt
+        except VerificationError:
+            # Too many layers fell back: nothing to train from, nor for the next attempt to find.
             shutil.rmtree(start_dir, ignore_errors=True)
             raise
     return start_dir
@@ -206,8 +207,9 @@ def _calibration(job: QATJob) -> documents.TokenSet:
     chosen = torch.randperm(
         len(job.windows), generator=torch.Generator().manual_seed(job.recipe.seed)
     )[: job.recipe.samples]
-    tokenizer = load_tokenizer(job.model_dir)  # windows begin with BOS where the family needs it
-    return documents.TokenSet(job.windows[chosen], job.train, fingerprint(tokenizer))
+    # The windows begin with BOS where the family needs it.
+    vocabulary = fingerprint(job.source.tokenizer)
+    return documents.TokenSet(job.windows[chosen], job.train, vocabulary)
 
 
 def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
@@ -215,10 +217,9 @@ def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
     few more than are trained on decide whether training helped."""
     if job.windows is not None:
         return job
-    teacher = load(job.teacher_dir, dtype="float32").to(device)
-    config = load_config(job.model_dir)
-    tokenizer = model_tokenizer(job.model_dir, config)
-    bos = first_token(tokenizer, config)
+    teacher = load(job.teacher, dtype="float32").to(device)
+    tokenizer = own_tokenizer(job.source)
+    bos = first_token(tokenizer, job.source.config)
     n_held_out = min(job.settings.n_held_out, -(-job.n_windows // 9))
     n = job.n_windows + n_held_out
     tokens = generate_windows(
@@ -240,14 +241,14 @@ def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
     )
 
 
-def student_model(job: QATJob, start_dir: Path) -> PreTrainedModel:
+def student_model(job: QATJob, start_from: Source) -> PreTrainedModel:
     """The model in float32 with its quantized layers in training, starting from the PTQ result."""
     settings = job.settings
     start = {
         name: module.qtensor()
-        for name, module in quantized_modules(load(start_dir, dtype="float32")).items()
+        for name, module in quantized_modules(load(start_from, dtype="float32")).items()
     }
-    model = load(job.model_dir, dtype="float32")
+    model = load(job.source, dtype="float32")
     prepare(model, start, settings.quantizer, settings.scheme.activations)
     quantize_kv(model, settings.scheme.kv_bits, before_rope=settings.kv_before_rope)
     if settings.gradient_checkpointing:
@@ -287,7 +288,7 @@ def train(
     n_steps = settings.n_steps(len(windows), job.processes.num_processes)
     trainer_dir = work_dir / "trainer"
     teacher = (
-        load(job.teacher_dir, dtype=job.teacher_dtype).to(job.processes.device)
+        load(job.teacher, dtype=job.teacher_dtype).to(job.processes.device)
         if settings.loss.kl
         else None
     )

@@ -24,10 +24,8 @@ from llmq.evaluation.position_classes import (
 )
 from llmq.formats.load import load
 from llmq.formats.save import save
-from llmq.models.companions import find_companions
-from llmq.models.identity import model_name, source_name
-from llmq.models.shards import ShardReader
-from llmq.models.source import load_config, load_tokenizer
+from llmq.models.identity import source_name
+from llmq.models.source import Source
 from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.report import versions
 from llmq.qat.job import QATJob
@@ -41,7 +39,7 @@ from llmq.text.windows import Windows
 def ship(
     model: PreTrainedModel,
     job: QATJob,
-    start_dir: Path,
+    start: Source,
     work_dir: Path,
     out_dir: Path,
     overwrite: bool,
@@ -52,22 +50,22 @@ def ship(
     staging = work_dir / "out"
     files.remove(staging)
     model.config._name_or_path = str(job.model_dir)  # where its tokenizer and licence come from
-    save(_in_source_dtype(model, job.model_dir), staging)
+    save(_in_source_dtype(model, job.source), staging)
     scores: dict[str, Perplexity] = {}
     by_class: HeldOutLosses | None = None
     if (
         job.held_out is not None
     ):  # of what is on the disk: embeddings and norms are rounded to the source's dtype there
-        folders = {"full_precision": job.model_dir, "start": start_dir, "trained": staging}
-        scores, by_class = _score(job, job.held_out, folders)
+        scored = {"full_precision": job.source, "start": start, "trained": Source(staging)}
+        scores, by_class = _score(job, job.held_out, scored)
     worse = [] if by_class is None else by_class.worse("start", "trained")
     improved = not scores or (scores["trained"].value < scores["start"].value and not worse)
     if not improved:
         shutil.rmtree(staging)
-        shutil.copytree(start_dir, staging)
+        shutil.copytree(start.folder, staging)
     log = work_dir / "log.jsonl"
     report = _report(job, scores, improved, log, seconds)
-    report["notes"] = json.loads((start_dir / "report.json").read_text())["notes"] | report["notes"]
+    report["notes"] = _notes(start) | report["notes"]
     report["held_out_by_class"] = {} if by_class is None else by_class.by_class()
     report["trained_worse_in"] = worse
     if log.exists():
@@ -86,6 +84,12 @@ def ship(
     return report
 
 
+def _notes(start: Source) -> dict[str, str]:
+    """What the report of the PTQ start remarks."""
+    notes: dict[str, str] = json.loads((start.folder / "report.json").read_text())["notes"]
+    return notes
+
+
 def is_published(work_dir: Path, out_dir: Path) -> bool:
     """Whether an output is what the run in a work folder was about to put there."""
     try:
@@ -97,35 +101,36 @@ def is_published(work_dir: Path, out_dir: Path) -> bool:
 
 
 def _score(
-    job: QATJob, held_out: Windows, folders: dict[str, Path]
+    job: QATJob, held_out: Windows, scored: dict[str, Source]
 ) -> tuple[dict[str, Perplexity], HeldOutLosses]:
-    """Perplexities of the models in some folders, and their losses by class of positions. What is
+    """Perplexities of some models, and their losses by class of positions. What is
     an outlier is seen in the full-precision model."""
     scores: dict[str, Perplexity] = {}
     losses: dict[str, Tensor] = {}
     ratios: list[Tensor] = []
-    for name, folder in folders.items():
-        model, parts = load(folder, dtype="float32"), list[Tensor]()
+    for name, source in scored.items():
+        model, parts = load(source, dtype="float32"), list[Tensor]()
         is_full = name == "full_precision"
         with watching_lengths(model, ratios) if is_full else nullcontext():
             scores[name] = evaluate(model, held_out, on_losses=parts.append)
         losses[name] = torch.cat(parts)
-    ids = special_ids(load_config(job.model_dir), load_tokenizer(job.model_dir))
+    ids = special_ids(job.source.config, job.source.tokenizer)
     classes = classify(is_special(held_out.tokens, ids), torch.cat(ratios), 1.0)
     return scores, HeldOutLosses(losses, classes[:, :-1])
 
 
-def _in_source_dtype(model: PreTrainedModel, model_dir: Path) -> PreTrainedModel:
+def _in_source_dtype(model: PreTrainedModel, source: Source) -> PreTrainedModel:
     """Embeddings, norms and biases go back to the dtype that the source stores; packed weights and
     scales stay as they are."""
-    dtype = load_config(model_dir).dtype or torch.float32
+    dtype = source.config.dtype or torch.float32
     model.config.dtype = dtype
     return model.to(dtype)
 
 
-def _weights(model_dir: Path) -> set[str]:
-    shards = ShardReader(model_dir)
-    return {shards.start, *(path.name for path in set(shards.names.values()))}
+def _nothing_compared(job: QATJob) -> str:
+    asked = job.settings.n_held_out > 0
+    reason = "fewer than 10 windows" if asked else "none was asked for"
+    return f"no held-out text ({reason}): nothing was compared"
 
 
 def _report(
@@ -134,14 +139,12 @@ def _report(
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     losses = [row["loss"] for row in rows if "loss" in row]
     return {
-        "model": model_name(job.model_dir),
-        "teacher": model_name(job.teacher_dir),
+        "model": job.source.name,
+        "teacher": job.teacher.name,
         "teacher_dtype": job.teacher_dtype,
         "method": "qat",
         "shipped": "trained" if improved else "start",
-        "verdict": None
-        if scores
-        else f"no held-out text ({'none was asked for' if job.settings.n_held_out == 0 else 'fewer than 10 windows'}): nothing was compared",
+        "verdict": None if scores else _nothing_compared(job),
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
         "train": {
@@ -157,8 +160,8 @@ def _report(
             for plan in job.plans
         ],
         "notes": job.notes,
-        FINGERPRINT: fingerprint(load_tokenizer(job.model_dir)),
-        **find_companions(job.model_dir, _weights(job.model_dir)).to_json(),
+        FINGERPRINT: fingerprint(job.source.tokenizer),
+        **job.source.companions.to_json(),
         "seconds": round(seconds, 2),
         "versions": versions(),
     }

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmq.activations.nodes import ActivationQuantizer
 from llmq.errors import LlmqError
+from llmq.models.compat import BaseModelOutputWithPast
 from llmq.qat.losses import Head, LossWeights, distillation_loss
 
 

@@ -21,10 +21,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import get_available_reporting_integrations
 
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.perplexity import evaluate
+from llmq.models.compat import get_available_reporting_integrations
 from llmq.qat.rates import SCALES, parameter_groups
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import Student
@@ -46,11 +46,29 @@ def training_arguments(
     """The Trainer's own arguments."""
     log_every, save_every = settings.cadence(n_steps)
     arguments = TrainingArguments(
-        output_dir=str(out_dir), max_steps=n_steps, per_device_train_batch_size=settings.batch_size, gradient_accumulation_steps=settings.accumulation, bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16", use_cpu=device == "cpu", max_grad_norm=settings.max_grad_norm, seed=settings.seed, data_seed=settings.seed, save_strategy="steps",
-        save_steps=save_every, save_total_limit=2, logging_steps=log_every, logging_nan_inf_filter=False, report_to=report_to,
-        remove_unused_columns=False, label_names=[], disable_tqdm=True, dataloader_drop_last=True, dataloader_pin_memory=device != "cpu", ddp_find_unused_parameters=False,
-    )  # fmt: skip
+        output_dir=str(out_dir),
+        max_steps=n_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        use_cpu=device == "cpu",
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=2,
+        logging_steps=log_every,
+        logging_nan_inf_filter=False,
+        report_to=report_to,
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device != "cpu",
+        ddp_find_unused_parameters=False,
+    )
     # One GPU per process: with more in sight the Trainer would split batches over threads
     # (DataParallel), whose copies of the student all have the teacher on the first GPU.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -70,7 +88,10 @@ def check_reporter(name: str) -> None:
 def remedy(args: TrainingArguments) -> str:
     """What to do about numbers that are not finite."""
     last = last_checkpoint(Path(args.output_dir))
-    return f"{f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}; give a lower --lr-weights or use --precision fp32"
+    return (
+        f"{f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}; "
+        "give a lower --lr-weights or use --precision fp32"
+    )
 
 
 def last_checkpoint(folder: Path) -> Path | None:

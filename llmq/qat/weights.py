@@ -38,7 +38,7 @@ from llmq.grid.fakequant import fake_quantize_ste, lsq_factor, straight_through
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import QuantLinear
-from llmq.models.arch import linear_weight
+from llmq.models.site import site_of
 from llmq.models.stored import state_ties
 from llmq_kernels.core.reference import expand_groups
 
@@ -160,7 +160,10 @@ class FakeQuantLinear(nn.Module):
         return replace(packed, input_range=self.activations.input_range())
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.quantizer.spec}, quantizer={self.quantizer.name}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"spec={self.quantizer.spec}, quantizer={self.quantizer.name}"
+        )
 
 
 def masters(original: Tensor, start: QuantizedTensor) -> Tensor:
@@ -203,8 +206,10 @@ def prepare(
                 f"{layer}: weights with a stored g_idx (act-order) cannot be trained; start from a "
                 "result without --act-order"
             )
-        old = model.get_submodule(layer)
-        original, bias = linear_weight(old), getattr(old, "bias", None)
+        site = site_of(model.get_submodule(layer), layer)
+        if site is None:
+            raise LlmqError(f"{layer}: {type(model).__name__} has no linear layer of this name")
+        original, bias = site.weight, site.bias
         weight = masters(original, qtensor) if name == "lsq" else original
         scale = stretched_scale(original.float(), qtensor.spec) if name == "seq" else qtensor.scale
         weight_quantizer = WeightQuantizer(qtensor.spec, name, scale, qtensor.zero)

@@ -75,7 +75,10 @@ def out_of_memory(error: BaseException) -> str | None:
     if not (told or is_errno or isinstance(error, MemoryError)):
         return None
     said = f" ({brief(error)})" if text else ""
-    return f"out of memory{said}; free some, or give less to do at a time: fewer --samples, a shorter --sequence-length, a smaller model"
+    return (
+        f"out of memory{said}; free some, or give less to do at a time: fewer --samples, a "
+        "shorter --sequence-length, a smaller model"
+    )
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

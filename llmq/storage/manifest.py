@@ -58,7 +58,10 @@ class Verdict:
         faults = [f"{name} {reason}" for name, reason in self.damaged.items()]
         faults += [f"{name} is missing" for name in self.missing]
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        return f"{len(faults)} of {self.n_files} files are not as llmq wrote them: {'; '.join(faults[:_SHOWN])}{more}"
+        return (
+            f"{len(faults)} of {self.n_files} files are not as llmq wrote them: "
+            f"{'; '.join(faults[:_SHOWN])}{more}"
+        )
 
 
 def has_manifest(folder: Path) -> bool:

@@ -75,7 +75,8 @@ def _read_hub(source: str, revision: str | None) -> list[str]:
         documents = texts(islice(rows, MAX_HUB_DOCUMENTS + 1), source)
     except LlmqError:
         raise
-    except Exception as error:  # datasets raises whatever its file systems raise; every one of them means that the data cannot be had.
+    # datasets raises whatever its file systems raise; each means that the data cannot be had.
+    except Exception as error:
         raise LlmqError(
             f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: "
             f"{brief(error)}); expected name:config:split"

@@ -37,7 +37,10 @@ def split_windows(
     if n_held_out:
         held[(torch.arange(n_held_out) * n) // n_held_out + n // (2 * n_held_out)] = True
     if n - n_held_out < n_per_step:
-        has = f"{len(row)} tokens make {n - n_held_out} windows of {length} to train on, but one step needs {n_per_step}"
+        has = (
+            f"{len(row)} tokens make {n - n_held_out} windows of {length} to train on, but one "
+            f"step needs {n_per_step}"
+        )
         raise LlmqError(
             f"training text {source}: {has}; give more text, a smaller --batch-size or "
             "--sequence-length"

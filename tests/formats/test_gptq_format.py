@@ -6,8 +6,8 @@ import torch
 from conftest import make_model
 
 from llmq.errors import LlmqError
-from llmq.formats import FORMATS, choose_format, format_note
-from llmq.formats.gptq import settings_of
+from llmq.formats.gptq_settings import settings_of
+from llmq.formats.registry import choose_format, format_named, format_note
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
@@ -38,16 +38,16 @@ def test_definition_and_round_trip(fmt, bits, group_size, symmetric):
     spec = QuantSpec(f"int{bits}", group_size, symmetric)
     tensor = QuantizedTensor.quantize(torch.randn(64, 96), spec)
     if fmt == "gptq" and not symmetric:
-        assert "gptq_v2" in FORMATS[fmt].refusal(spec, (64, 96))
+        assert "gptq_v2" in format_named(fmt).refusal(spec, (64, 96))
         return
-    stored = FORMATS[fmt].write(tensor)
+    stored = format_named(fmt).write(tensor)
     assert stored["qweight"].shape == (96 * bits // 32, 64)
     assert stored["qzeros"].shape == (spec.n_groups(96), 64 * bits // 32)
     assert torch.equal(
         dequantize_by_definition(stored, bits, fmt == "gptq_v2"), tensor.dequantize()
     )
-    config = FORMATS[fmt].config({"layer": spec})
-    read = FORMATS[fmt].read("layer", stored, config, (64, 96))
+    config = format_named(fmt).write_config({"layer": spec})
+    read = format_named(fmt).read("layer", stored, config, (64, 96))
     read.validate("layer")
     assert read.spec == spec
     assert torch.equal(read.packed, tensor.packed)
@@ -57,22 +57,22 @@ def test_definition_and_round_trip(fmt, bits, group_size, symmetric):
 def test_symmetric_zero_points_have_the_known_words():
     tensor = QuantizedTensor.quantize(torch.randn(32, 32), QuantSpec("int4", 32))
     for fmt, word in (("gptq", 0x77777777), ("gptq_v2", 0x88888888 - (1 << 32))):
-        assert set(FORMATS[fmt].write(tensor)["qzeros"].flatten().tolist()) == {word}
+        assert set(format_named(fmt).write(tensor)["qzeros"].flatten().tolist()) == {word}
 
 
 def test_version_1_refuses_a_zero_point_of_zero():
     tensor = QuantizedTensor.quantize(torch.rand(32, 32), QuantSpec("int4", 32, symmetric=False))
     with pytest.raises(LlmqError, match="gptq_v2"):
-        FORMATS["gptq"].write(tensor)
+        format_named("gptq").write(tensor)
 
 
 def test_version_1_asymmetric_of_other_tools_is_read_value_by_value():
     """z = 16 is stored as 15 by old tools: shifting the decoded value gives 16, shifting the word
     would give 0."""
     tensor = QuantizedTensor.quantize(torch.randn(32, 32), QuantSpec("int4", 32))
-    stored = FORMATS["gptq"].write(tensor)
+    stored = format_named("gptq").write(tensor)
     stored["qzeros"] = torch.full_like(stored["qzeros"], -1)
-    read = FORMATS["gptq"].read(
+    read = format_named("gptq").read(
         "layer", stored, {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}, (32, 32)
     )
     assert set(read.zero.flatten().tolist()) == {16}
@@ -93,7 +93,7 @@ def test_dynamic_overrides_first_match_wins():
 def test_damage_is_named(change):
     tensor = QuantizedTensor.quantize(torch.randn(32, 64), QuantSpec("int4", 32))
     stored, config = (
-        FORMATS["gptq"].write(tensor),
+        format_named("gptq").write(tensor),
         {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
     )
     if change == "missing":
@@ -103,7 +103,7 @@ def test_damage_is_named(change):
     else:
         config[change] = {"bits": 8, "group_size": 64}[change]
     with pytest.raises(LlmqError, match="layer"):
-        FORMATS["gptq"].read("layer", stored, config, (32, 64))
+        format_named("gptq").read("layer", stored, config, (32, 64))
 
 
 def test_choice_of_format():
@@ -143,7 +143,7 @@ def test_parts_of_one_layer_in_other_engines_agree_or_are_written_as_llmq():
         down_proj="w4g128",
     )
     assert choose_format("auto", alike).name == "gptq"
-    assert format_note(FORMATS["gptq"], alike) is None
+    assert format_note(format_named("gptq"), alike) is None
     for unlike in (
         plans(q_proj="w4g128", k_proj="w4g128", v_proj="w8"),
         plans(gate_proj="w4g128", up_proj="w4g64"),
@@ -151,7 +151,7 @@ def test_parts_of_one_layer_in_other_engines_agree_or_are_written_as_llmq():
     ):
         assert choose_format("auto", unlike).name == "llmq"
         assert unlike[-1].layer.name in format_note(choose_format("gptq", unlike), unlike)
-        assert format_note(FORMATS["llmq"], unlike) is None
+        assert format_note(format_named("llmq"), unlike) is None
 
 
 def write_foreign_folder(folder, tokenizer, quantization_config, v2=False, **kept):
@@ -169,7 +169,9 @@ def write_foreign_folder(folder, tokenizer, quantization_config, v2=False, **kep
             expected[layer] = quantized.dequantize()
             tensors |= {
                 f"{layer}.{suffix}": part
-                for suffix, part in FORMATS["gptq_v2" if v2 else "gptq"].write(quantized).items()
+                for suffix, part in format_named("gptq_v2" if v2 else "gptq")
+                .write(quantized)
+                .items()
             }
         else:
             tensors[name] = tensor

@@ -9,7 +9,7 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.formats.setting_types import as_settings
 from llmq.formats.settings import quantization_settings
-from llmq.ptq.run import prepare
+from llmq.ptq.job import prepare
 from llmq.recipe import Recipe
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "dynamic": {}}

@@ -9,7 +9,7 @@ from conftest import make_model
 
 import llmq
 from llmq.errors import LlmqError
-from llmq.formats.gptq import settings_of
+from llmq.formats.gptq_settings import settings_of
 from llmq.formats.settings import quantization_settings
 from llmq.grid.spec import QuantSpec
 from llmq.recipe import Recipe, Rule

@@ -83,9 +83,11 @@ def make_input(random: Random, bases: Path, root: Path) -> list[str]:
     if kind == "folder":
         mutate.mutate_folder(random, model)
     elif kind == "recipe":
-        shutil.copyfile(bases / "recipe.json", root / "recipe.json")
-        mutate.mutate_json(random, root / "recipe.json")
-        recipe = ["--recipe", str(root / "recipe.json"), "--calibration", str(bases / "text.txt")]
+        written = Path(shutil.copyfile(bases / "recipe.json", root / "recipe.json"))
+        mutate.mutate_json(random, written)
+        if random.random() < 0.3:  # most JSON is YAML, too
+            written = Path(shutil.move(written, root / "recipe.yaml"))
+        recipe = ["--recipe", str(written), "--calibration", str(bases / "text.txt")]
         command = random.choice(["plan", "plan", "quantize"])
     elif kind == "text":
         source = bases / random.choice(["text.txt", "rows.jsonl", "rows.json", "rows.parquet"])

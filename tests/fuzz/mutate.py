@@ -27,7 +27,8 @@ sym desc_act format checkpoint_format dynamic exceptions spec version modules_to
 linear_class quantization_mode model normalizer pre_tokenizer post_processor decoder added_tokens
 truncation padding vocab merges unk_token byte_fallback extra_special_tokens bos_token eos_token
 model_max_length model_input_names added_tokens_decoder special_tokens add_prefix_space
-continuing_subword_prefix clean_up_tokenization_spaces processor_class backend rules method samples damping weight_map metadata"""
+continuing_subword_prefix clean_up_tokenization_spaces processor_class backend rules method samples
+damping weight_map metadata"""
 _WORDS = """llama gpt2 gemma3_text qwen2 mamba t5 mixtral bert llava gptq gptq_v2 llmq bitnet awq
 compressed-tensors int4 int8 ternary float16 bfloat16 int8-static int8-token offline online
 LlamaTokenizer GPT2Tokenizer PreTrainedTokenizerFast BertTokenizer LlamaForCausalLM

@@ -11,6 +11,7 @@ import dataclasses
 
 import pytest
 import torch
+from packed_weights import make_weight, relative_error
 
 from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, linear, pack, select_backend
 from llmq_kernels.core.reference import fake_quantize_static, fake_quantize_tokens, quantize_tokens
@@ -20,37 +21,26 @@ BY_NAME = {backend.name: backend for backend in BACKENDS}
 CPU = torch.device("cpu")
 
 
-def make_weight(code_name, group_size, n, k, asymmetric=False, seed=0, activations="none"):
-    generator = torch.Generator().manual_seed(seed)
-    code = CODES[code_name]
-    n_groups = -(-k // group_size)
-    codes = torch.randint(0, code.levels, (n, k), generator=generator, dtype=torch.uint8)
-    scale = (torch.rand(n, n_groups, generator=generator) * 0.02 + 0.005).half()
-    zero = (
-        torch.randint(0, code.levels, (n, n_groups), generator=generator, dtype=torch.uint8)
-        if asymmetric
-        else None
-    )
-    return PackedWeight(
-        pack(codes, code.bits), scale, zero, None, code, group_size, (n, k), activations
-    )
-
-
-def relative_error(out, expected):
-    return float((out.double() - expected).norm() / expected.norm())
-
-
 INT4_CASES = [
-    ("int4", 128, 256, 512, False), ("int4", 128, 192, 256, True), ("int4", 64, 80, 256, False), ("int4", 64, 80, 256, True), ("int4", 32, 64, 64, True),
-    ("int4", 96, 64, 192, True), ("int4", 256, 320, 256, False), ("int3", 128, 192, 256, False), ("int3", 64, 64, 256, True), ("int2", 64, 128, 128, False),
-    ("int2", 64, 128, 128, True), ("ternary", 256, 64, 256, False),
-]  # fmt: skip
+    ("int4", 128, 256, 512, False),
+    ("int4", 128, 192, 256, True),
+    ("int4", 64, 80, 256, False),
+    ("int4", 64, 80, 256, True),
+    ("int4", 32, 64, 64, True),
+    ("int4", 96, 64, 192, True),
+    ("int4", 256, 320, 256, False),
+    ("int3", 128, 192, 256, False),
+    ("int3", 64, 64, 256, True),
+    ("int2", 64, 128, 128, False),
+    ("int2", 64, 128, 128, True),
+    ("ternary", 256, 64, 256, False),
+]
 
 
 @pytest.mark.parametrize("m", [1, 3, 48, 49, 130])
 @pytest.mark.parametrize(("code", "group", "n", "k", "asymmetric"), INT4_CASES)
 def test_int4_backend(code, group, n, k, asymmetric, m, monkeypatch):
-    weight = make_weight(code, group, n, k, asymmetric, seed=m)
+    weight = make_weight(code, group, n, k, asymmetric=asymmetric)
     if reason := BY_NAME["cpu-int4"].refusal(weight, torch.bfloat16, CPU):
         pytest.skip(f"this machine: {reason}")
     monkeypatch.setenv("LLMQ_BACKEND", "cpu-int4")
@@ -96,7 +86,7 @@ def test_w8a8_backend_is_exact_up_to_float32_scaling(n, k, m, monkeypatch):
     ],
 )
 def test_reference_takes_every_shape(code, group, n, k, asymmetric, dtype):
-    weight = make_weight(code, group, n, k, asymmetric)
+    weight = make_weight(code, group, n, k, asymmetric=asymmetric)
     x, bias = torch.randn(2, 3, k).to(dtype), torch.randn(n)
     out = linear(x, weight, bias)
     expected = x.double() @ weight.dequantize().double().T + bias.double()

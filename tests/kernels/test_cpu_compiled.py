@@ -15,10 +15,11 @@ import torch
 from packed_weights import make_weight, relative_error
 
 from llmq_kernels import BACKENDS, CODES, PackedWeight, PreparedWeight, pack, select_backend, unpack
-from llmq_kernels.compiled import backends as compiled
-from llmq_kernels.compiled import jit
+from llmq_kernels.compiled import bf16_backends, int8_backend, jit, threads
 from llmq_kernels.compiled.layout import Layout, arrange, restore_codes
+from llmq_kernels.compiled.prepared import prepare, restore
 from llmq_kernels.core.reference import (
+    EXACT_COLUMNS,
     activation_group,
     fake_quantize_groups,
     fake_quantize_static,
@@ -77,7 +78,7 @@ def group_of(weight):
     )
 
 
-# --- layout -----------------------------------------------------------------------------------------------------------------
+# --- layout ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -96,12 +97,10 @@ def test_layout_is_inverted_exactly(bits, n, k):
 )
 def test_canonical_words_come_back(code, group, n, k, asymmetric):
     weight = make_weight(code, -1 if group is None else group, n, k, asymmetric=asymmetric)
-    assert torch.equal(
-        compiled.restore(weight, compiled.prepare(weight, torch.bfloat16)), weight.packed
-    )
+    assert torch.equal(restore(weight, prepare(weight, torch.bfloat16)), weight.packed)
 
 
-# --- exactness --------------------------------------------------------------------------------------------------------------
+# --- exactness ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -110,12 +109,12 @@ def test_integer_kernels_are_exact(case, form):
     need(form)
     for activations in ("int8-group", "int8-token"):
         weight = power_of_two_weight(*case, activations)
-        state = compiled.prepare(weight, torch.float32)
+        state = prepare(weight, torch.float32)
         for m in (1, 6):  # more tokens than the register block holds, and not a multiple
             x = integers(m, weight.shape[1], group_of(weight), 127)
             expected = x.double() @ weight.dequantize().double().T
             assert torch.equal(
-                compiled.int8_product(x, weight, state, form, unit="rows").double(), expected
+                int8_backend.product(x, weight, state, form, unit="rows").double(), expected
             ), (activations, m)
 
 
@@ -127,7 +126,7 @@ def test_integer_tiles_are_exact(form, unit, case):
         weight = power_of_two_weight(*case, activations)
         if group_of(weight) < 64:
             continue  # the vector kernels do these
-        state = compiled.prepare(weight, torch.float32)
+        state = prepare(weight, torch.float32)
         for m in (
             1,
             49,
@@ -138,7 +137,7 @@ def test_integer_tiles_are_exact(form, unit, case):
             x = integers(m, weight.shape[1], group_of(weight), 127)
             expected = x.double() @ weight.dequantize().double().T
             assert torch.equal(
-                compiled.int8_product(x, weight, state, "avx512vnni", unit).double(), expected
+                int8_backend.product(x, weight, state, "avx512vnni", unit=unit).double(), expected
             ), (activations, m)
 
 
@@ -146,12 +145,13 @@ def test_integer_tiles_are_exact(form, unit, case):
     "case", [*CASES, ("int2", 32, 40, 320, False)], ids=[*IDS, "int2-32-symmetric"]
 )
 @pytest.mark.parametrize(
-    ("form", "linear"), [("amx", compiled.amx_linear), ("avx512bf16", compiled.avx512_linear)]
+    ("form", "linear"),
+    [("amx", bf16_backends.amx_linear), ("avx512bf16", bf16_backends.avx512_linear)],
 )
 def test_bfloat16_kernels_are_exact(form, linear, case):
     need(form)
     weight = power_of_two_weight(*case)
-    state = compiled.prepare(weight, torch.bfloat16)
+    state = prepare(weight, torch.bfloat16)
     for m in (1, 2, 3, 7, 33, 70):
         x = integers(m, weight.shape[1], 32, 31)
         expected = (x.double() @ weight.dequantize().double().T).float().bfloat16()
@@ -164,14 +164,14 @@ def test_activations_are_quantized_as_the_reference_does(form, group):
     need(form)
     x = torch.randn(3, 512) * torch.logspace(-4, 4, 3)[:, None]
     x[1, :group] = 0
-    codes, scale, total = compiled.quantize(x, group, group, form)
+    codes, scale, total = int8_backend.quantize(x, group, group, form)
     expected_codes, expected_scale = quantize_groups(x, group)
     assert torch.equal(codes, expected_codes)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(total, expected_codes.view(3, -1, group).sum(-1).float())
 
 
-# --- any scales -------------------------------------------------------------------------------------------------------------
+# --- any scales -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activations", ["int8-group", "int8-token"])
@@ -220,14 +220,14 @@ def test_static_ranges(case, form, unit):
     if unit == "tiles" and (form != "avx512vnni" or group_of(weight) < 64):
         pytest.skip("tiles are for one form, and groups of 64 columns and more")
     x = torch.randn(40, k)
-    state = compiled.prepare(weight, torch.float32)
+    state = prepare(weight, torch.float32)
     out = (
-        compiled.int8_product(x, weight, state, form, "avx512" if unit == "tiles" else "rows")
+        int8_backend.product(x, weight, state, form, unit="avx512" if unit == "tiles" else "rows")
         + state["shift"]
     )
     expected = fake_quantize_static(x, weight.input_range).double() @ weight.dequantize().double().T
     assert relative_error(out, expected) < (3 * 8 + 4) * 2.0**-24
-    if form == compiled.int8_form():
+    if form == int8_backend.widest_form():
         prepared = PreparedWeight(weight, torch.float32, CPU)
         assert prepared.backend.name == "cpu-vnni"
         assert relative_error(prepared.linear(x), expected) < (3 * 8 + 4) * 2.0**-24
@@ -249,18 +249,18 @@ def test_bias_and_leading_dimensions():
 
 
 def test_sums_of_very_long_rows_do_not_overflow():
-    if reason := jit.missing() or compiled.int8_machine_refusal():
+    if reason := jit.missing() or int8_backend.machine_refusal():
         pytest.skip(reason)
-    k = 2 * compiled.WHOLE_COLUMNS
+    k = 2 * EXACT_COLUMNS
     weight = make_weight("int8", -1, 4, k, activations="int8-token")
     weight = dataclasses.replace(weight, packed=pack(torch.full((4, k), 255, dtype=torch.uint8), 8))
-    out = compiled.int8_product(
-        torch.ones(1, k), weight, compiled.prepare(weight, torch.float32), compiled.int8_form()
+    out = int8_backend.product(
+        torch.ones(1, k), weight, prepare(weight, torch.float32), int8_backend.widest_form()
     )
     assert relative_error(out, torch.ones(1, k).double() @ weight.dequantize().double().T) < 1e-4
 
 
-# --- who is asked -----------------------------------------------------------------------------------------------------------
+# --- who is asked ---------------------------------------------------------------------------------
 
 
 def test_sixteen_bit_activations_are_never_quantized():
@@ -305,7 +305,7 @@ def test_refusals():
     )
 
 
-# --- compiling --------------------------------------------------------------------------------------------------------------
+# --- compiling ------------------------------------------------------------------------------------
 
 # form, module, parameters -> instructions that must and must not be there
 ASSEMBLY = [
@@ -346,18 +346,18 @@ def test_any_number_and_kind_of_threads(monkeypatch):
     need("avx2")
     weight = make_weight("int4", 128, 300, 512, activations="int8-group")
     state, x, n_threads = (
-        compiled.prepare(weight, torch.float32),
+        prepare(weight, torch.float32),
         torch.randn(6, 512),
         torch.get_num_threads(),
     )
-    expected = compiled.int8_product(x, weight, state, "avx2", unit="rows")
+    expected = int8_backend.product(x, weight, state, "avx2", unit="rows")
     try:
         torch.set_num_threads(3)
-        assert torch.equal(compiled.int8_product(x, weight, state, "avx2", unit="rows"), expected)
-        monkeypatch.setattr(jit, "_gomp_parallel", lambda: None)
+        assert torch.equal(int8_backend.product(x, weight, state, "avx2", unit="rows"), expected)
+        monkeypatch.setattr(threads, "_gomp_parallel", lambda: None)
         jit.kernel.cache_clear()
-        assert jit.threads_of() == "Python threads"
-        assert torch.equal(compiled.int8_product(x, weight, state, "avx2", unit="rows"), expected)
+        assert threads.threads_of() == "Python threads"
+        assert torch.equal(int8_backend.product(x, weight, state, "avx2", unit="rows"), expected)
     finally:
         torch.set_num_threads(n_threads)
         jit.kernel.cache_clear()

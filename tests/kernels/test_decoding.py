@@ -127,5 +127,8 @@ def test_recordings_repeat_and_refuse(form):
 
 
 def test_nothing_of_it_needs_llvmlite_to_be_imported():
-    program = "import sys; sys.modules['llvmlite'] = None; import llmq.inference.decoding, llmq_kernels.core.dispatch"
+    program = (
+        "import sys; sys.modules['llvmlite'] = None; "
+        "import llmq.inference.decoding, llmq_kernels.core.dispatch"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -16,14 +16,14 @@ from packed_weights import make_weight
 
 from llmq_kernels import PreparedWeight, select_backend
 from llmq_kernels.compiled import jit, object_check
-from llmq_kernels.core import cache, errors
+from llmq_kernels.core import cache, errors, execution, restricted
 from llmq_kernels.core.cache import Unsafe, private_folder, read_private, seal, unseal
 
 if _reason := jit.missing() or (None if jit.supports("avx2") else "this CPU has no AVX2"):
     pytest.skip(_reason, allow_module_level=True)
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-KERNEL = ("avx2", "vnni", "quantize_kernel", (False,))
+KERNEL = ("avx2", "quantize", "quantize_kernel", (False,))
 OTHER = ("avx2", "elementwise", "norm_kernel", (True,))
 NOBODY = 65534
 needs_root = pytest.mark.skipif(
@@ -237,7 +237,9 @@ PRODUCTS = """
 import sys, torch
 from llmq_kernels import CODES, PackedWeight, PreparedWeight, pack
 codes = (torch.arange(64 * 128) % 16).to(torch.uint8).view(64, 128)
-weight = PackedWeight(pack(codes, 4), torch.full((64, 1), 2.0 ** -7).half(), None, None, CODES["int4"], 128, (64, 128), "int8-group")
+scale = torch.full((64, 1), 2.0 ** -7).half()
+meaning = (CODES["int4"], 128, (64, 128), "int8-group")
+weight = PackedWeight(pack(codes, 4), scale, None, None, *meaning)
 x = torch.full((3, 128), 127.0)
 prepared = PreparedWeight(weight, torch.float32, torch.device("cpu"))
 assert torch.equal(prepared.linear(x), x @ weight.dequantize().T), "wrong"
@@ -275,9 +277,15 @@ def test_processes_that_fill_the_cache_at_once_agree(folder):
     assert err.count("is compiled again") == 1
 
 
-# --- probes -----------------------------------------------------------------------------------------------------------------
+# --- probes ---------------------------------------------------------------------------------------
 
-DEADLY = "; arguments:\ndefine void @kernel(ptr %a) {\n  call void @llvm.trap()\n  ret void\n}\ndeclare void @llvm.trap()\n"
+DEADLY = """; arguments:
+define void @kernel(ptr %a) {
+  call void @llvm.trap()
+  ret void
+}
+declare void @llvm.trap()
+"""
 ENDLESS = DEADLY.replace("call void @llvm.trap()", "br label %x\nx:\n  br label %x").replace(
     "  ret void\n", ""
 )
@@ -336,11 +344,10 @@ def mortal(monkeypatch):
     """Forms may die in this test, and live again after it."""
 
     def clear():
-        jit.supports.cache_clear()
+        jit._runs.cache_clear()
         jit.kernel.cache_clear()
-        jit.missing.cache_clear()
 
-    monkeypatch.setattr(jit, "_dead", {})
+    monkeypatch.setattr(execution, "this", execution.Process())
     clear()
     yield
     monkeypatch.undo()
@@ -357,7 +364,7 @@ def test_a_form_whose_probe_died_is_not_offered(folder, mortal, monkeypatch):
     with pytest.warns(errors.KernelWarning, match="On the CPU run: .*reference"):
         prepared = PreparedWeight(weight, torch.float32, CPU)
     assert prepared.backend.name == "reference"
-    assert jit.deaths()["avx2"] == "it died"
+    assert execution.this.dead["avx2"] == "it died"
     assert list(folder.glob("*.o")) == []
     assert torch.isfinite(prepared.linear(x)).all()
 
@@ -381,7 +388,7 @@ def test_a_kernel_that_dies_on_the_way_is_replaced(folder, mortal, monkeypatch, 
         assert torch.equal(prepared.canonical_packed(), weight.packed)
 
 
-# --- where executable memory is forbidden --------------------------------------------------------------------------------------
+# --- where executable memory is forbidden ---------------------------------------------------------
 
 FORBID = """
 import ctypes, sys
@@ -395,22 +402,24 @@ import json, torch
 from llmq_kernels import CODES, BACKENDS, PackedWeight, PreparedWeight, pack
 from llmq_kernels.compiled import jit
 from llmq_kernels.core import restricted
-from llmq_kernels.core.reference import fake_quantize_groups, fake_quantize_tokens
+from llmq_kernels.core.reference_backend import fake_quantized
 torch.manual_seed(0)
 used = set()
 for name in ("int4", "int8"):
     code = CODES[name]
     codes = torch.randint(0, code.levels, (64, 128), dtype=torch.uint8)
     for activations in ("none", "int8-token", "int8-group"):
-        weight = PackedWeight(pack(codes, code.bits), torch.rand(64, 1).half() / 100, None, None, code, 128, (64, 128), activations)
+        scale, meaning = torch.rand(64, 1).half() / 100, (code, 128, (64, 128), activations)
+        weight = PackedWeight(pack(codes, code.bits), scale, None, None, *meaning)
         for dtype in (torch.bfloat16, torch.float32):
             for m in (1, 100):
                 x = torch.randn(m, 128).to(dtype)
-                seen = {"none": lambda x: x, "int8-token": fake_quantize_tokens}.get(activations, lambda x: fake_quantize_groups(x, 64 if name == "int8" else 128))(x)
+                seen = fake_quantized(x, weight)
                 expected = seen.double() @ weight.dequantize().double().T
                 prepared = PreparedWeight(weight, dtype, torch.device("cpu"))
                 used.add(prepared.backend.name)
-                error = (prepared.linear(x, torch.zeros(64)).double() - expected).norm() / expected.norm()
+                out = prepared.linear(x, torch.zeros(64)).double()
+                error = (out - expected).norm() / expected.norm()
                 assert error < 2 * 2.0**-8, (name, activations, dtype, m, error)
 x = torch.randn(1, 8, 16)
 torch.nn.functional.conv1d(x, torch.ones(8, 1, 4), groups=8)
@@ -447,7 +456,8 @@ def test_a_right_given_up_while_it_runs(folder):
         + later
         + """
 assert torch.equal(prepared.linear(x), x @ weight.dequantize().T)
-wide = PackedWeight(pack(codes, 4), weight.scale.expand(64, 2), None, None, CODES["int4"], 64, (64, 128), "int8-group")
+meaning = (CODES["int4"], 64, (64, 128), "int8-group")
+wide = PackedWeight(pack(codes, 4), weight.scale.expand(64, 2), None, None, *meaning)
 late = PreparedWeight(wide, torch.float32, torch.device("cpu"))
 assert torch.equal(late.linear(x), x @ wide.dequantize().T)
 print(late.backend.name)
@@ -461,9 +471,9 @@ print(late.backend.name)
 
 
 def test_forbidden_memory_is_simulated_where_the_system_cannot_forbid(mortal, monkeypatch):
-    monkeypatch.setattr(jit.execution, "forbidden", lambda: "it is forbidden")
+    monkeypatch.setattr(execution, "_ask", lambda: "it is forbidden")
     monkeypatch.setattr("llmq_kernels.core.restricted._verdicts", {"cpu-int4": None})
-    jit.missing.cache_clear()
+    assert restricted.reason() == "it is forbidden"
     weight = make_weight("int4", 128, 64, 128, activations="int8-group")
     assert jit.missing() == "it is forbidden"
     assert select_backend(weight, torch.float32, CPU).name == "reference"

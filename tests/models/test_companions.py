@@ -10,7 +10,8 @@ import llmq
 from llmq.models.companions import MAX_BYTES, copy_companions, find_companions
 from llmq.models.identity import hub_id, model_name, without_places
 from llmq.models.source import resolve
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 
 RTN = Recipe.uniform("w8", method="rtn")

@@ -21,7 +21,8 @@ from llmq.models.arch import find_blocks, needs_bos, quantizable_layers
 from llmq.models.names import match_names
 from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -285,7 +286,8 @@ def test_shapes_that_the_config_does_not_give_are_refused_before_anything_is_wri
     ):
         with pytest.raises(
             LlmqError,
-            match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has shape \[64, 128\], expected \[64, 96\]",
+            match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has shape \[64, 128\], "
+            r"expected \[64, 96\]",
         ):
             read(folder)
     assert list(tmp_path.iterdir()) == [folder]

@@ -10,7 +10,7 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.models.sizes import check_sizes
 from llmq.models.source import load_config
-from llmq.ptq.run import prepare
+from llmq.ptq.job import prepare
 from llmq.recipe import Recipe
 
 

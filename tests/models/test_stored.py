@@ -15,7 +15,8 @@ from llmq.models.arch import find_blocks
 from llmq.models.shards import ShardReader
 from llmq.models.source import load_config, meta_model
 from llmq.models.stored import source_model
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 from llmq.storage.files import MANIFEST
 

@@ -20,7 +20,8 @@ from llmq.models.tokens import (
     first_token,
     model_tokenizer,
 )
-from llmq.ptq.run import prepare, quantize_folder, windows
+from llmq.ptq.job import prepare, windows
+from llmq.ptq.run import quantize_folder
 from llmq.qat.generate import generate_windows
 from llmq.recipe import Recipe
 from llmq.text.windows import cut_windows

@@ -10,6 +10,7 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import find_blocks
+from llmq.ptq import block as block_module
 from llmq.ptq import engine
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.capture import BlockRecorder
@@ -128,14 +129,14 @@ def test_per_layer_embeddings_calibrate_on_their_own_sequence(method, monkeypatc
     exact(TOKENS, use_cache=False)
     x = seen[0].reshape(-1, 128)
     measured = {}
-    report = engine.report_layer
+    report = block_module.report_layer
 
     def watch(name, original, result, stats):
         if name.endswith("down_proj"):
             measured[name] = stats.hessian.clone()
         return report(name, original, result, stats)
 
-    monkeypatch.setattr(engine, "report_layer", watch)
+    monkeypatch.setattr(block_module, "report_layer", watch)
     recipe = Recipe.uniform("w8", method=method, samples=5, sequence_length=24, iterations=2)
     rules = (llmq.Rule.parse("*.5.mlp.down_proj=w8"), llmq.Rule.parse("*=keep"))
     llmq.quantize(model, Recipe(**{**vars(recipe), "rules": rules}), TOKENS)
@@ -178,7 +179,7 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_blocks_that_are_more_than_a_chain_are_refused(message, monkeypatch):
     model = REFUSED[message]()
-    monkeypatch.setattr(engine, "solve", None)
+    monkeypatch.setattr(engine, "quantize_block", None)
     with pytest.raises(LlmqError, match=message):
         llmq.quantize(model, Recipe.uniform("w4g32", samples=5, sequence_length=24), TOKENS)
     assert not quantized_modules(model)

@@ -7,7 +7,7 @@ from conftest import FAMILY_CONFIGS, make_model
 
 from llmq.errors import LlmqError
 from llmq.models.arch import block_layers, find_blocks
-from llmq.ptq.capture import BlockRecorder, run_until, shared_inputs
+from llmq.ptq.capture import BlockRecorder, record_inputs, shared_inputs
 
 
 @torch.no_grad()
@@ -61,6 +61,7 @@ def test_layers_that_share_an_input_are_found_in_running_order():
     ]
     ran = []
     blocks[0].mlp.down_proj.register_forward_hook(lambda *_: ran.append(1))
-    x = run_until(blocks[0], blocks[0].mlp.gate_proj, calls[0], hidden)
-    assert x.shape == (1, 8, 64)
+    layers = {name: blocks[0].get_submodule(name) for name in ("mlp.gate_proj", groups[0][0])}
+    rows = record_inputs(blocks[0], layers, calls[0], hidden)
+    assert {name: x.shape for name, x in rows.items()} == dict.fromkeys(layers, (1, 8, 64))
     assert not ran

@@ -14,8 +14,9 @@ from llmq.errors import LlmqError, VerificationError
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.inference.module import quantized_modules
 from llmq.ptq import precision
+from llmq.ptq.job import prepare
 from llmq.ptq.precision import Precision
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe, Rule
 from llmq.storage import files
 from llmq.text.documents import calibration_windows
@@ -68,7 +69,7 @@ def _quantize_save_reload(model_type, fmt, model_folder, calibration_file, tmp_p
 
 def calibration_windows_of(folder, calibration_file):
     from llmq.models.source import load_config, load_tokenizer
-    from llmq.ptq.run import windows
+    from llmq.ptq.job import windows
 
     return windows(
         load_tokenizer(folder), load_config(folder), recipe(), str(calibration_file)
@@ -506,7 +507,7 @@ def test_keys_and_values_in_memory_are_those_of_the_folder(before_rope, tmp_path
 def test_fallbacks_are_counted_and_too_many_fail(
     model_folder, calibration_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("llmq.ptq.methods.gptq._factor_of_reversed", lambda hessian: None)
+    monkeypatch.setattr("llmq.ptq.methods.gptq.factor_of_reversed", lambda hessian: None)
     with pytest.raises(VerificationError, match="14 of 14 layers fell back") as error:
         quantize_folder(
             prepare(str(model_folder()), recipe(), calibration=str(calibration_file)),
@@ -529,3 +530,22 @@ def test_tied_and_sharded_models_lose_nothing(model_folder, calibration_file, tm
         "lm_head.weight"
         not in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "blockwise"])
+def test_any_number_of_threads_gives_the_same_bytes(method, tmp_path):
+    """A model that is large enough for all of them to take part."""
+    results, before = [], torch.get_num_threads()
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        job = prepare(
+            "tiny",
+            Recipe.uniform("w3g128", method=method, samples=20, sequence_length=128, iterations=6),
+        )
+        report = quantize_folder(job, tmp_path / str(n_threads))
+        results.append((load_file(tmp_path / str(n_threads) / "model.safetensors"), report))
+    torch.set_num_threads(before)
+    assert results[0][1]["layers"] == results[1][1]["layers"]
+    for name, tensor in results[0][0].items():
+        assert torch.equal(tensor, results[1][0][name]), name

@@ -8,7 +8,9 @@ import torch
 
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
-from llmq.ptq.layers import better_of, by_spec, report_layer, solve, split
+from llmq.ptq.layers import better_of, by_spec, report_layer, split
+from llmq.ptq.methods import method_named
+from llmq.ptq.methods.gptq import METHOD as GPTQ
 from llmq.ptq.methods.rtn import rtn
 from llmq.ptq.solver import RowErrors
 from llmq.ptq.stats import LayerStats, output_error
@@ -21,10 +23,11 @@ def test_stacked_layers_are_layers_solved_alone(text, method, stats):
     recipe, spec, layer = Recipe.uniform(text, method=method), QuantSpec.parse(text), stats(64)
     weights = [torch.randn(n, 64) for n in (16, 8, 24)]
     together = split(
-        solve(torch.cat(weights), layer, spec, recipe), [len(weight) for weight in weights]
+        method_named(method).solve(torch.cat(weights), layer, spec, recipe),
+        [len(weight) for weight in weights],
     )
     for weight, part in zip(weights, together, strict=True):
-        alone = solve(weight, layer, spec, recipe).tensor
+        alone = method_named(method).solve(weight, layer, spec, recipe).tensor
         part.tensor.validate("weight")
         assert (
             float((part.tensor.codes() != alone.codes()).float().mean()) < 0.01
@@ -51,7 +54,7 @@ def test_other_specs_and_scales_of_whole_tensors_stay_apart():
 
 def test_errors_reported_by_rows_are_those_of_the_whole(stats, monkeypatch):
     weight, spec, layer = torch.randn(40, 64), QuantSpec.parse("w3g32"), stats(64)
-    result = solve(weight, layer, spec, Recipe.uniform("w3g32"))
+    result = GPTQ.solve(weight, layer, spec, Recipe.uniform("w3g32"))
     monkeypatch.setattr("llmq.ptq.methods.gptq.ROW_BLOCK_BYTES", 7 * weight[0].nbytes)
     report = report_layer("layer", weight, result, layer)
     energy = output_error(weight, layer.hessian)
@@ -75,7 +78,7 @@ def test_errors_are_distances_from_what_the_layer_was_solved_for():
     stats.add(x, y @ weight.T)
     stats.finish()
     recipe = Recipe.uniform("w4g32", alpha=1.0)
-    result = solve(weight, stats, QuantSpec.parse("w4g32"), recipe)
+    result = GPTQ.solve(weight, stats, QuantSpec.parse("w4g32"), recipe)
     report = report_layer("layer", weight, result, stats)
     quantized = result.tensor.dequantize()
     exact = y @ weight.T
@@ -92,7 +95,7 @@ def test_errors_are_distances_from_what_the_layer_was_solved_for():
 @pytest.mark.parametrize("is_worse", [False, True])
 def test_plain_rounding_is_kept_where_it_is_nearer(is_worse, stats):
     weight, spec, layer = torch.randn(40, 64), QuantSpec.parse("w3g32"), stats(64)
-    result = solve(weight, layer, spec, Recipe.uniform("w3g32"))
+    result = GPTQ.solve(weight, layer, spec, Recipe.uniform("w3g32"))
     assert float(result.errors.result.sum()) < float(result.errors.rounding.sum())
     if is_worse:
         errors = RowErrors(2 * result.errors.rounding, result.errors.rounding)

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from llmq.errors import LlmqError
+from llmq.ptq.job import prepare
 from llmq.ptq.replay import SolvedParts
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 from llmq.storage.files import MANIFEST
 
@@ -38,8 +39,8 @@ def killing(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 setattr(owner, attribute, killing)
-import llmq.ptq.engine
-llmq.ptq.engine.BATCH_BYTES = 200_000
+import llmq.ptq.streams
+llmq.ptq.streams.BATCH_BYTES = 200_000
 from llmq.commands.cli import main
 sys.exit(main(sys.argv[4:]))
 """
@@ -122,10 +123,12 @@ def test_killed_anywhere_resumes_to_the_same_bytes(arguments, tmp_path, inputs, 
 
 @pytest.mark.slow
 def test_block_wise_tuning_resumes_to_the_same_bytes(arguments, tmp_path):
-    weak_start = ["--no-search", "--sweeps", "0", "--damping", "1"]
+    weak_start = tmp_path / "weak-start.json"
+    weak_start.write_text(json.dumps({"search": False, "sweeps": 0, "damping": 1.0}))
     tuned = [
         *arguments,
-        *weak_start,
+        "--recipe",
+        str(weak_start),
         "--bits",
         "2",
         "--method",
@@ -137,7 +140,7 @@ def test_block_wise_tuning_resumes_to_the_same_bytes(arguments, tmp_path):
     ]
     assert run(tuned, tmp_path / "reference").returncode == 0
     assert (
-        run(tuned, tmp_path / "out", ("llmq.ptq.engine", "tune_block", 2)).returncode
+        run(tuned, tmp_path / "out", ("llmq.ptq.streams", "tune_block", 2)).returncode
         == -signal.SIGKILL
     )  # GPTQ of block 1 done, its tuning not begun
     resumed = run(tuned, tmp_path / "out")
@@ -207,29 +210,23 @@ def test_other_settings_do_not_continue_an_interrupted_run(
     other = Recipe.uniform("w4g64", samples=4, sequence_length=32)
     with pytest.raises(
         LlmqError,
-        match=r"interrupted run with another recipe \(rules: .*'group_size': 32.* there, .*'group_size': 64.* now\)",
+        match=(
+            r"interrupted run with another recipe \(rules: .*'group_size': 32.* there, "
+            r".*'group_size': 64.* now\)"
+        ),
     ):
         quantize_folder(
             prepare(str(folder), other, calibration=str(calibration_file)), tmp_path / "out"
         )
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
+    torch.set_num_threads(threads + 1)  # changes no byte
     try:
-        with pytest.raises(
-            LlmqError,
-            match=rf"another software or machine \(threads \(OMP_NUM_THREADS\): {threads} there, {threads + 1} now\)",
-        ):
-            quantize_folder(
-                prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
-            )
+        again = quantize_folder(
+            prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
+        )
     finally:
         torch.set_num_threads(threads)
-    assert (
-        quantize_folder(
-            prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
-        )["resumed_at_block"]
-        == 1
-    )
+    assert again["resumed_at_block"] == 1
 
 
 @contextmanager
@@ -250,7 +247,10 @@ def test_a_full_disk_keeps_what_is_finished(model_folder, tmp_path):
         files_of_at_most(300_000),
         pytest.raises(
             LlmqError,
-            match=r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where it stopped",
+            match=(
+                r"model-00003-of-00003\.tmp: cannot be written .*File too large.*continues where "
+                r"it stopped"
+            ),
         ),
     ):
         quantize_folder(job, tmp_path / "out")

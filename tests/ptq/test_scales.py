@@ -15,7 +15,8 @@ from llmq.errors import LlmqError, LlmqWarning
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import quantized_modules
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.ptq.scales import fitting_spec, lost_share
 from llmq.recipe import Recipe
 

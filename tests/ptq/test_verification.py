@@ -7,8 +7,12 @@ from safetensors.torch import load_file
 
 import llmq
 from llmq.errors import VerificationError
-from llmq.ptq.engine import Engine, StoredBlock
-from llmq.ptq.run import _FolderSink, prepare, quantize_folder
+from llmq.ptq.blocks import Blocks
+from llmq.ptq.job import prepare
+from llmq.ptq.methods.base import Rounding
+from llmq.ptq.results import StoredBlock
+from llmq.ptq.run import quantize_folder
+from llmq.ptq.sink import FolderSink
 from llmq.recipe import Recipe
 
 TOKENS = torch.randint(2, 2048, (4, 32), generator=torch.Generator().manual_seed(1))
@@ -18,16 +22,14 @@ RECIPE = Recipe.uniform("w4g32", samples=4, sequence_length=32, inputs="quantize
 @pytest.fixture
 def scaled_norms(monkeypatch):
     """A method that moves scale from the first norm of a block into the layers that read it."""
-    solve_block = Engine._solve_block
 
-    def solve(self, index, block, *rest):
+    def transform(self, block, recipe):
         factor = torch.linspace(1.1, 1.9, 64)
         block.input_layernorm.weight.mul_(factor)
         for layer in ("q_proj", "k_proj", "v_proj"):
             block.self_attn.get_submodule(layer).weight.div_(factor)
-        return solve_block(self, index, block, *rest)
 
-    monkeypatch.setattr(Engine, "_solve_block", solve)
+    monkeypatch.setattr(Rounding, "transform", transform)
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def test_norms_that_a_method_changes_reach_the_model_in_memory():
 def test_what_is_not_stored_is_noticed(lost, model_folder, calibration_file, tmp_path, monkeypatch):
     """A store that writes the norms of the source, and a method that changes what no file holds."""
     if lost == "norm":
-        store = _FolderSink.store
+        store = FolderSink.store
 
         def forgetting(self, result):
             stored = store(self, result)
@@ -72,16 +74,14 @@ def test_what_is_not_stored_is_noticed(lost, model_folder, calibration_file, tmp
             }
             return StoredBlock(stored.quantized, kept)
 
-        monkeypatch.setattr(_FolderSink, "store", forgetting)
+        monkeypatch.setattr(FolderSink, "store", forgetting)
         message = "input_layernorm.weight: the tensor read back differs"
     else:
-        solve_block = Engine._solve_block
 
-        def changed(self, index, block, *rest):
+        def changed(self, block, recipe):
             block.input_layernorm.variance_epsilon = 1e-2
-            return solve_block(self, index, block, *rest)
 
-        monkeypatch.setattr(Engine, "_solve_block", changed)
+        monkeypatch.setattr(Rounding, "transform", changed)
         message = "made of what was stored does not reproduce the outputs"
     with pytest.raises(VerificationError, match=message):
         quantize_folder(
@@ -97,7 +97,7 @@ def test_the_solved_block_is_gone_when_its_copy_is_made(monkeypatch):
     import weakref
 
     alive, most = weakref.WeakSet(), []
-    materialize = Engine._materialize
+    materialize = Blocks.materialize
 
     def counted(self, index, stored):
         gc.collect()
@@ -106,7 +106,7 @@ def test_the_solved_block_is_gone_when_its_copy_is_made(monkeypatch):
         alive.add(block)
         return block
 
-    monkeypatch.setattr(Engine, "_materialize", counted)
+    monkeypatch.setattr(Blocks, "materialize", counted)
     llmq.quantize(make_model(), RECIPE, TOKENS)
     assert max(most) == 0
     assert len(most) == 6, (

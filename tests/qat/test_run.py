@@ -86,6 +86,13 @@ def at(arguments, out, *more):
     return [*(str(out) if argument == "OUT" else argument for argument in arguments), *more]
 
 
+def phases_file(folder, **phases):
+    """A recipe file with phases of the run."""
+    path = folder / "phases.json"
+    path.write_text(json.dumps({"qat": {"phases": phases}}))
+    return str(path)
+
+
 def losses(out):
     return [
         (row["step"], row["loss"], row["kl"])
@@ -101,7 +108,7 @@ def losses(out):
         ("w2", ["--precision", "bf16", "--gradient-checkpointing"], "llmq"),
         (
             "ternarya8kv8",
-            ["--quantizer", "absmean", "--gradual", "0.5", "--activations-from", "0.5"],
+            ["--quantizer", "absmean", "--recipe", {"gradual": 0.5, "activations": 0.5}],
             "llmq",
         ),
         ("w2a8", ["--activations", "int8-static", "--quantizer", "seq"], "llmq"),
@@ -110,6 +117,8 @@ def losses(out):
 )
 def test_from_a_folder_to_a_folder(scheme, options, fmt, arguments, tmp_path, capsys):
     out = tmp_path / "out"
+    if "--recipe" in options:
+        options = [*options[:-1], phases_file(tmp_path, **options[-1])]
     assert main(at(arguments, out, "--scheme", scheme, "--json", *options)) == 0
     report = json.loads(capsys.readouterr().out)
     assert main(["inspect", str(out)]) == 0
@@ -204,8 +213,8 @@ def test_killed_and_continued_is_never_disturbed(arguments, tmp_path):
         "2",
         "--log-every",
         "2",
-        "--gradual",
-        "0.5",
+        "--recipe",
+        phases_file(tmp_path, gradual=0.5),
         "--scheme",
         "w4a8",
         "--activations",

@@ -206,9 +206,13 @@ def test_training_a_model_starts_from_its_quantized_one(method):
 
 
 SCHEMES = [(spec, "lsq", "none") for spec in SPECS] + [
-    ("w4g32", "ste", "int8-token"), ("w2h-g32", "seq", "none"), ("ternary-g32", "seq", "none"), ("ternary-row", "absmean", "none"), ("ternary-tensor", "absmean", "int8-token"),
+    ("w4g32", "ste", "int8-token"),
+    ("w2h-g32", "seq", "none"),
+    ("ternary-g32", "seq", "none"),
+    ("ternary-row", "absmean", "none"),
+    ("ternary-tensor", "absmean", "int8-token"),
     ("w8", "lsq", "int8-static"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("spec", "quantizer", "activations"), SCHEMES)

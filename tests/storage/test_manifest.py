@@ -10,7 +10,8 @@ import pytest
 import llmq
 from llmq.commands.cli import main
 from llmq.errors import LlmqError, VerificationError
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 from llmq.storage import manifest
 from llmq.storage.files import MANIFEST

@@ -10,7 +10,8 @@ import pytest
 
 from llmq.commands.cli import main
 from llmq.errors import LlmqError, LlmqWarning
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.qat import run as qat_run
 from llmq.recipe import Recipe
 

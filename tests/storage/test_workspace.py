@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from llmq.errors import LlmqError, LlmqWarning
-from llmq.ptq import engine as engine_module
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq import streams as streams_module
+from llmq.ptq.job import prepare
+from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 from llmq.storage import files
 from llmq.storage.workspace import PartialCheckpoint
@@ -72,7 +73,7 @@ class Lab:
 @pytest.fixture
 def lab(model_folder, calibration_file, tmp_path, monkeypatch):
     def make(**options):
-        monkeypatch.setattr(engine_module, "BATCH_BYTES", 40_000)  # more than one batch
+        monkeypatch.setattr(streams_module, "BATCH_BYTES", 40_000)  # more than one batch
         recipe = Recipe.uniform("w4g32", samples=6, sequence_length=32, **options)
         folder = model_folder(num_hidden_layers=N_BLOCKS, vocab_size=2048)
         return Lab(folder, calibration_file, tmp_path, recipe)

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from llmq_kernels.compiled.amx import configure, tile
 from llmq_kernels.compiled.emit import F32, I32, I64, Emitter, Value, vector
+from llmq_kernels.compiled.integer_dot import Rows
 from llmq_kernels.compiled.layout import Layout
 from llmq_kernels.compiled.token_tiles import FLOATS, TILE, write_floats
-from llmq_kernels.compiled.vnni import Rows
 
 GEMM_ARGUMENTS = (
-    "codes", "scale", "shift", "tiles", "x_scale", "x_start", "x_total", "out", "n", "m", "n_bands", "bands_per_item", "n_blocks", "n_groups", "columns_per_group",
+    "codes", "scale", "shift", "tiles", "x_scale", "x_start", "x_total", "out",
+    "n", "m", "n_bands", "bands_per_item", "n_blocks", "n_groups", "columns_per_group",
 )  # fmt: skip
 
 

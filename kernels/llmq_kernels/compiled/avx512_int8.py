@@ -11,12 +11,13 @@ one group."""
 from __future__ import annotations
 
 from llmq_kernels.compiled.emit import F32, I32, I64, Emitter, Value, vector
+from llmq_kernels.compiled.integer_dot import AHEAD, Rows
 from llmq_kernels.compiled.layout import Layout
 from llmq_kernels.compiled.token_tiles import FLOATS, TILE, write_floats
-from llmq_kernels.compiled.vnni import AHEAD, Rows
 
 GEMM_ARGUMENTS = (
-    "codes", "scale", "shift", "tiles", "x_scale", "x_start", "x_total", "out", "n", "m", "n_bands", "bands_per_item", "n_blocks", "n_groups", "columns_per_group",
+    "codes", "scale", "shift", "tiles", "x_scale", "x_start", "x_total", "out",
+    "n", "m", "n_bands", "bands_per_item", "n_blocks", "n_groups", "columns_per_group",
 )  # fmt: skip
 TOKEN_TILES = 4  # that a spread block is used for
 INTS = vector(I32, 16)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmq_kernels.compiled import jit
 from llmq_kernels.compiled.recording import NotRecordable
+from llmq_kernels.compiled.threads import Kernel, float_bits
 from llmq_kernels.core.errors import KernelDied
 
 LANES = 16
@@ -28,7 +29,7 @@ def missing() -> str | None:
     return jit.missing() or (None if form() else "this CPU has no AVX2")
 
 
-# --- attention --------------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def attention_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -45,7 +46,10 @@ def attention_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         or value.shape[3] != query.shape[3]
         or key.shape[2] == 0
     ):
-        return f"it takes one query token and heads of a multiple of 32 columns only, not {list(query.shape)}"
+        return (
+            "it takes one query token and heads of a multiple of 32 columns only, "
+            f"not {list(query.shape)}"
+        )
     if key.stride(3) != 1 or value.stride(3) != 1:
         return "it takes keys and values whose columns lie side by side only"
     if reason := missing():
@@ -90,12 +94,12 @@ def attention(
         scores.shape[1],
     )
     _kernel("attention", "decode_kernel", head_dim)(
-        *pointers, jit.float_bits(scaling / math.log(2)), *sizes, *strides
+        *pointers, float_bits(scaling / math.log(2)), *sizes, *strides
     )
     return out
 
 
-# --- between the products -----------------------------------------------------------------------------------------------------
+# --- between the products -------------------------------------------------------------------------
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
@@ -109,7 +113,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> 
         out.data_ptr(),
     )
     _kernel("elementwise", "norm_kernel", delta is not None)(
-        *pointers, jit.float_bits(eps), x.numel() // k, k, threads=1
+        *pointers, float_bits(eps), x.numel() // k, k, threads=1
     )
     return out
 
@@ -182,7 +186,7 @@ def _bf16(x: Tensor) -> Tensor:
     return x
 
 
-def _kernel(module: str, function: str, *parameters: object) -> jit.Kernel:
+def _kernel(module: str, function: str, *parameters: object) -> Kernel:
     chosen = form()
     if chosen is None:
         raise NotRecordable(str(missing()))

@@ -181,7 +181,7 @@ class Emitter:
         self.builder.branch(body)
         self.builder.position_at_end(body)
 
-    # --- values ---------------------------------------------------------------------------------------------------------
+    # --- values -----------------------------------------------------------------------------------
 
     def constant(self, type_: Any, value: Any) -> Value:
         return Value(self, constant(type_, value))
@@ -269,7 +269,7 @@ class Emitter:
     def negate(self, condition: Value) -> Value:
         return Value(self, self.builder.not_(condition.raw))
 
-    # --- control --------------------------------------------------------------------------------------------------------
+    # --- control ----------------------------------------------------------------------------------
 
     @contextmanager
     def loop(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:

@@ -1,16 +1,11 @@
-"""From LLVM's text to code that runs on torch's own threads.
+"""From LLVM's text to code that runs (`threads`).
 
 llvmlite, a pip package, compiles; nobody needs a C compiler. The machine code is kept in the user's
 cache folder (`cache`) under a hash of the kernel's text, the target and LLVM's version, so a warm
 start loads a file; without a folder that is safe each process compiles for itself. What was just
 compiled runs in a child process first (`object_check`). Where memory may not be made executable
-(`execution`), or a probe died, the forms concerned are not offered and their callers take others.
-
-Threads: kernels run in the OpenMP pool that torch itself uses, started through libgomp's
-`GOMP_parallel` (LLVM's and Intel's OpenMP have it too) as found from libtorch_cpu. So one thread
-count, `torch.set_num_threads`, rules both, and no second pool competes with spinning threads of the
-first. Where torch has another runtime, Python threads do it: ctypes lets go of the interpreter
-lock."""
+(`execution`), or a probe died, the forms concerned are not offered and their callers take
+others."""
 
 from __future__ import annotations
 
@@ -19,18 +14,13 @@ import ctypes
 import hashlib
 import importlib
 import platform
-import struct
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from llmq_kernels.compiled import object_check
+from llmq_kernels.compiled.threads import Kernel
 from llmq_kernels.core import execution
 from llmq_kernels.core.cache import Unsafe, cache_dir, private_folder, seal, unseal, write_private
 from llmq_kernels.core.errors import KernelDied, tell
@@ -47,9 +37,13 @@ FORMS: dict[str, str] = {
 }
 
 
-@cache
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
+    return execution.this.forbidden or _cannot_compile()
+
+
+@cache
+def _cannot_compile() -> str | None:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"its kernels are written for x86-64, not {platform.machine()}"
     if not find_spec("llvmlite"):
@@ -65,10 +59,14 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
 
 
-@cache
 def supports(form: str) -> bool:
     """Whether this process can run a form: the CPU says so, and its smallest kernel does."""
-    if missing() is not None or not cpu_flags().issuperset(FORMS[form].replace("+", "").split(",")):
+    return missing() is None and form not in execution.this.dead and _runs(form)
+
+
+@cache
+def _runs(form: str) -> bool:
+    if not cpu_flags().issuperset(FORMS[form].replace("+", "").split(",")):
         return False
     if form == "amx" and not _tiles_allowed():
         return False
@@ -77,31 +75,15 @@ def supports(form: str) -> bool:
             _object_code(form, *_SMALLEST)
     except KernelDied:
         return False
-    return form not in _dead
+    return True
 
 
 _building = threading.Lock()  # one thread at a time compiles and loads
-# The kernel that stands for its form, and why forms whose probe died are not offered.
-_SMALLEST = ("elementwise", "add_kernel", ())
-_dead: dict[str, str] = {}
-
-
-def deaths() -> dict[str, str]:
-    """Form -> why it is not offered although the CPU has it."""
-    return dict(_dead)
-
-
-def look_again() -> str | None:
-    """Why nothing can be compiled here, or None, asked of the system anew."""
-    if missing() is None and execution.forbidden():
-        missing.cache_clear()
-        supports.cache_clear()
-    return missing()
+_SMALLEST = ("elementwise", "add_kernel", ())  # the kernel that stands for its form
 
 
 def _bury(form: str, reason: str) -> KernelDied:
-    _dead[form] = reason
-    supports.cache_clear()
+    execution.this.dead[form] = reason
     tell(f"llmq's compiled kernels for {form} are not used: {reason}")
     return KernelDied(f"kernels for {form} cannot run here: {reason}")
 
@@ -109,7 +91,7 @@ def _bury(form: str, reason: str) -> KernelDied:
 def obstacle(form: str, otherwise: str) -> str | None:
     """Why kernels of a form cannot run here, or None. otherwise: what is said where only the CPU
     is in the way."""
-    return missing() or (None if supports(form) else _dead.get(form, otherwise))
+    return missing() or (None if supports(form) else execution.this.dead.get(form, otherwise))
 
 
 def _tiles_allowed() -> bool:
@@ -120,7 +102,7 @@ def _tiles_allowed() -> bool:
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
-# --- compiling ----------------------------------------------------------------------------------------------------------
+# --- compiling ------------------------------------------------------------------------------------
 
 
 def _machine(form: str) -> object:
@@ -191,19 +173,9 @@ def _object_code(form: str, module: str, function: str, parameters: tuple[object
     return code
 
 
-_untried = False
-
-
-def use_untried() -> None:
-    """Load what is compiled without a probe, and keep none of it: for processes that are
-    probes."""
-    global _untried
-    _untried = True
-
-
 def _folder() -> Path | None:
     """Where compiled kernels are kept, or None where that is not safe or not possible."""
-    if _untried:
+    if execution.this.is_trial:
         return None
     try:
         return private_folder(cache_dir() / "kernels", create=True)
@@ -228,7 +200,7 @@ def cache_obstacle() -> str | None:
 
 def _try(form: str, code: bytes, text: str) -> None:
     """Run a fresh object in a child process. Raises `KernelDied`."""
-    if _untried:
+    if execution.this.is_trial:
         return
     try:
         reason = object_check.refusal(code, text)
@@ -240,8 +212,8 @@ def _try(form: str, code: bytes, text: str) -> None:
 
 
 def kernel_text(module: str, function: str, *parameters: object) -> str:
-    """LLVM's text of `function(*parameters)` of a module of this folder. Imported by name, since these
-    modules need llvmlite."""
+    """LLVM's text of `function(*parameters)` of a module of this folder. Imported by name, since
+    these modules need llvmlite."""
     text: str = getattr(importlib.import_module(f"{__package__}.{module}"), function)(*parameters)
     return text
 
@@ -255,89 +227,13 @@ def _load(form: str, code: bytes, symbol: str) -> int:
     process."""
     from llvmlite import binding
 
-    if reason := look_again():
+    if reason := execution.forbidden() or missing():
         raise KernelDied(f"kernels for {form} cannot be loaded: {reason}")
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine("avx2"))
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _ENGINES.append(engine)
     return int(engine.get_function_address(symbol))
-
-
-# --- running ------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _gomp_parallel() -> Callable[[int, object, int, int], None] | None:
-    """`GOMP_parallel(function, argument, n_threads, flags)` of the OpenMP runtime that torch is
-    linked with."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        function = library.GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    function.argtypes, function.restype = (
-        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint],
-        None,
-    )
-    return function  # type: ignore[no-any-return]
-
-
-@cache
-def _python_threads(n: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n, "llmq-kernel")
-
-
-def threads_of() -> str:
-    """Whose threads run the kernels."""
-    return "torch's OpenMP pool" if _gomp_parallel() else "Python threads"
-
-
-def float_bits(value: float) -> int:
-    """A number as an argument that a kernel reads with `Emitter.number`."""
-    return int.from_bytes(struct.pack("<f", value), "little")
-
-
-# Where the calls of this thread or task are noted instead of made; `recording.Recording` sets it.
-RECORDED: ContextVar[list[Callable[[], None]] | None] = ContextVar("recorded", default=None)
-
-
-class Kernel:
-    """Machine code as a function of its int64 arguments (without the counter)."""
-
-    def __init__(self, address: int) -> None:
-        self._address, self._single, self._parallel = (
-            address,
-            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address),
-            _gomp_parallel(),
-        )
-
-    def __call__(self, *arguments: int, threads: int | None = None) -> None:
-        """threads: as many as torch has, or a number."""
-        array = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
-        n_threads = threads or torch.get_num_threads()
-        calls = RECORDED.get()
-        if calls is None:
-            self._start(array, n_threads)
-        else:
-            calls.append(self._again(array, n_threads))
-
-    def _start(self, array: ctypes.Array[ctypes.c_int64], n_threads: int) -> None:
-        if n_threads == 1:
-            self._single(array)
-        elif self._parallel is not None:
-            self._parallel(self._address, array, n_threads, 0)
-        else:
-            list(_python_threads(n_threads).map(self._single, [array] * n_threads))
-
-    def _again(self, array: ctypes.Array[ctypes.c_int64], n_threads: int) -> Callable[[], None]:
-        """The same call with its counter set back, whenever it is made."""
-
-        def call() -> None:
-            array[0] = 0
-            self._start(array, n_threads)
-
-        return call
 
 
 @cache

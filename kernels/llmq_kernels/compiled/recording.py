@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmq_kernels.compiled import jit
+from llmq_kernels.compiled import threads
 
 _ALLOCATIONS = frozenset({"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"})
 
@@ -36,13 +36,13 @@ class Recording(TorchDispatchMode):
         self._kept: list[Tensor] = []
 
     def __enter__(self) -> Recording:
-        self._token = jit.RECORDED.set(self._calls)
+        self._token = threads.RECORDED.set(self._calls)
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        jit.RECORDED.reset(self._token)
+        threads.RECORDED.reset(self._token)
 
     def __len__(self) -> int:
         """How many kernels a repetition starts."""

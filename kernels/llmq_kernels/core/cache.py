@@ -35,7 +35,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmq"
 
 
-# --- who can have written it ------------------------------------------------------------------------------------------------
+# --- who can have written it ----------------------------------------------------------------------
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:
@@ -131,7 +131,7 @@ def read_private(path: Path) -> bytes:
         os.close(descriptor)
 
 
-# --- whole or not at all ------------------------------------------------------------------------------------------------------
+# --- whole or not at all --------------------------------------------------------------------------
 
 
 def write_private(path: Path, content: bytes) -> None:

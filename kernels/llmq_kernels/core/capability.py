@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from llmq_kernels.core.codes import Code
-from llmq_kernels.core.weight import PackedWeight
+from llmq_kernels.core.weight import RUN_TIME_ACTIVATIONS, PackedWeight
 
 CODE_BITS = 8  # `unpack` gives bytes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,7 +46,7 @@ class Takes:
 # What `reference` does: the whole specification.
 EVERYTHING = Takes(
     devices=None,
-    activations=("none", "int8-token", "int8-static", "int8-group"),
+    activations=("none", "int8-token", "int8-static", *RUN_TIME_ACTIVATIONS),
     dtypes=(*FLOATS, torch.float64),
     codes=None,
     groups=1,

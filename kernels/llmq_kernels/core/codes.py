@@ -27,17 +27,23 @@ class Code:
         """The largest code."""
         return self.levels - 1
 
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether a zero point of its own may be stored for each scale: for codes that use their
+        whole width and count whole steps."""
+        return self.levels == 1 << self.bits and self.offset % 1 == 0
 
-CODES: dict[str, Code] = {
-    code.name: code
-    for code in (
-        Code("int8", 8, 256, 128.0),
-        Code("int4", 4, 16, 8.0),
-        Code("int3", 3, 8, 4.0),
-        Code("int2", 2, 4, 2.0),
-        Code(
-            "int2h", 2, 4, 1.5
-        ),  # levels at -1.5, -0.5, 0.5, 1.5 steps: no zero, but as many below as above
-        Code("ternary", 2, 3, 1.0),
-    )
-}
+
+# All codes. A new one is a row: `reference` computes it, the llmq format stores it, and every other
+# backend and format refuses it until it declares it.
+_TABLE = (
+    Code("int8", 8, 256, 128.0),
+    Code("int6", 6, 64, 32.0),
+    Code("int5", 5, 32, 16.0),
+    Code("int4", 4, 16, 8.0),
+    Code("int3", 3, 8, 4.0),
+    Code("int2", 2, 4, 2.0),
+    Code("int2h", 2, 4, 1.5),  # -1.5, -0.5, 0.5 and 1.5 steps: no zero, as many below as above
+    Code("ternary", 2, 3, 1.0),
+)
+CODES: dict[str, Code] = {code.name: code for code in _TABLE}

@@ -1,10 +1,10 @@
 """Which code multiplies with a packed weight.
 
-A backend is one frozen record: what it was built for (`capability.Takes`), why it may not run here,
-how it prepares a weight once, how it multiplies. It is refused whatever it does not declare, and
-checked against `reference`, which takes everything. The first record in `BACKENDS` that accepts a
-weight is used; `LLMQ_BACKEND=name` asks for one by name, and then its refusal is an error, never a
-silent fallback.
+A backend is one frozen record (`backend.Backend`), which stands beside its code: what it was built
+for (`capability.Takes`), why it may not run here, how it prepares a weight once, how it multiplies.
+It is refused whatever it does not declare, and checked against `reference`, which takes everything.
+The first in `registry.BACKENDS` that accepts a weight is used; `LLMQ_BACKEND=name` asks for one by
+name, and then its refusal is an error, never a silent fallback.
 
 A backend may keep a weight in a layout of its own. That layout then replaces the canonical words
 (one copy is resident) and `restore` gives the canonical words back, for saving.
@@ -20,168 +20,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq_kernels.compiled import backends
-from llmq_kernels.compiled.decoding import add_bias
-from llmq_kernels.core import capability, reference, restricted
-from llmq_kernels.core.capability import Takes
+from llmq_kernels.core import restricted
+from llmq_kernels.core.backend import Backend, State
 from llmq_kernels.core.codes import Code
 from llmq_kernels.core.errors import KernelDied, SettingError
+from llmq_kernels.core.registry import BACKENDS, backend_named
 from llmq_kernels.core.weight import PackedWeight
-from llmq_kernels.torch_cpu import operators
-from llmq_kernels.triton import backend as triton_backend
 
-State = dict[str, Tensor]
 _TENSORS = tuple(
     field.name for field in fields(PackedWeight) if "Tensor" in str(field.type)
 )  # what travels as tensors; the rest travels as text
-
-
-@dataclass(frozen=True)
-class Backend:
-    """takes: what it was built for. obstacle(weight, dtype, device): why it cannot take a weight of
-    these on this machine, or None. prepare(weight, dtype): tensors in the backend's own layout;
-    when it returns a tensor named `packed`, that replaces the canonical words. linear(x, weight,
-    state): `x @ W.T` in x's dtype for x `[M, K]`. restore(weight, state): canonical words.
-    bias_linear(x, weight, state, bias): the same with the bias added, for backends that do so on
-    the way. dequantize(weight, state, dtype): `[N, K]` from the backend's own layout, for
-    gradients; by default from the restored words."""
-
-    name: str
-    takes: tuple[Takes, ...]
-    obstacle: Callable[[PackedWeight, torch.dtype, torch.device], str | None]
-    prepare: Callable[[PackedWeight, torch.dtype], State]
-    linear: Callable[[Tensor, PackedWeight, State], Tensor]
-    restore: Callable[[PackedWeight, State], Tensor]
-    bias_linear: Callable[[Tensor, PackedWeight, State, Tensor], Tensor] | None = None
-    dequantize: Callable[[PackedWeight, State, torch.dtype], Tensor] | None = None
-
-    def refusal(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why this backend cannot take a weight with activations of `dtype` on `device`, or
-        None."""
-        return capability.refusal(self.takes, weight, dtype, device) or self.obstacle(
-            weight, dtype, device
-        )
-
-
-def reference_linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
-    """`x @ W.T` in x's dtype, by the specification."""
-    if weight.activations == "int8-token":
-        return reference.matmul(reference.fake_quantize_tokens(x), weight.dequantize()).to(x.dtype)
-    if weight.activations == "int8-static":
-        assert weight.input_range is not None
-        return reference.matmul(
-            reference.fake_quantize_static(x, weight.input_range), weight.dequantize()
-        ).to(x.dtype)
-    if weight.activations == "int8-group":
-        group = reference.activation_group(
-            weight.code.bits, weight.group_size if weight.scale.shape[1] > 1 else weight.shape[1]
-        )
-        return reference.matmul(reference.fake_quantize_groups(x, group), weight.dequantize()).to(
-            x.dtype
-        )
-    return reference.matmul(x, weight.dequantize())
-
-
-def _no_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
-    return None
-
-
-BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        "triton",
-        triton_backend.TAKES,
-        triton_backend.obstacle,
-        triton_backend.prepare,
-        triton_backend.linear,
-        triton_backend.restore,
-        triton_backend.linear,
-        triton_backend.dequantize,
-    ),
-    Backend(
-        "triton-int8",
-        triton_backend.INT8_TAKES,
-        triton_backend.int8_obstacle,
-        triton_backend.int8_prepare,
-        triton_backend.linear,
-        triton_backend.int8_restore,
-        triton_backend.linear,
-    ),
-    Backend(
-        "cpu-amx",
-        backends.BF16_TAKES,
-        backends.amx_obstacle,
-        backends.prepare,
-        backends.amx_linear,
-        backends.restore,
-    ),
-    Backend(
-        "cpu-avx512",
-        backends.BF16_TAKES,
-        backends.avx512_obstacle,
-        backends.prepare,
-        backends.avx512_linear,
-        backends.restore,
-    ),
-    Backend(
-        "cpu-vnni",
-        backends.INT8_TAKES,
-        backends.int8_obstacle,
-        backends.prepare,
-        backends.int8_linear,
-        backends.restore,
-    ),
-    Backend(
-        "cpu-int4",
-        operators.INT4_TAKES,
-        operators.int4_obstacle,
-        operators.int4_prepare,
-        operators.int4_linear,
-        operators.int4_restore,
-    ),
-    Backend(
-        "cpu-int8",
-        operators.INT8_TAKES,
-        operators.int8_obstacle,
-        operators.int8_prepare,
-        operators.int8_linear,
-        operators.int8_restore,
-    ),
-    Backend(
-        "cpu-w8a8",
-        operators.W8A8_TAKES,
-        operators.w8a8_obstacle,
-        operators.w8a8_prepare,
-        operators.w8a8_linear,
-        operators.w8a8_restore,
-    ),
-    Backend(
-        "reference",
-        (capability.EVERYTHING,),
-        _no_obstacle,
-        lambda weight, dtype: {},
-        reference_linear,
-        lambda weight, state: weight.packed,
-    ),
-)
-
-
-def backend_named(name: str) -> Backend:
-    """The backend of that name. Raises `ValueError` with the names that exist."""
-    chosen = next((backend for backend in BACKENDS if backend.name == name), None)
-    if chosen is None:
-        raise SettingError(
-            f"LLMQ_BACKEND={name}: no such backend; choose one of "
-            f"{', '.join(backend.name for backend in BACKENDS)}"
-        )
-    return chosen
 
 
 def select_backend(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Backend:
@@ -277,11 +132,11 @@ def _product(
     else:
         out = backend.linear(flat, weight, state)
         if bias is not None:
-            add_bias(out, bias.to(out.dtype))
+            out.add_(bias.to(out.dtype))
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-# --- one operator for compilers and autograd ------------------------------------------------------------------------------
+# --- one operator for compilers and autograd ------------------------------------------------------
 
 
 @cache

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 255  # steps of an INT8 range
+EXACT_COLUMNS = 65536  # whose products of two bytes fit 32 bits: 255 * 128 * 65536 < 2^31
 
 
 def expand_groups(
@@ -73,6 +74,28 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
     """x as `quantize_tokens` would store it, float32."""
     codes, scale = quantize_tokens(x)
     return (codes.float() - 128) * scale
+
+
+def quantize_token_ranges(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """INT8 activations with a scale and zero point per token: int8 codes `[M, K]`, float32 scales
+    and zero points `[M, 1]`, x = scale * (code - zero), from the token's smallest and largest value
+    and 0. The zero point is an integer, rounded from the end of the range that leaves the smaller
+    error, as KleidiAI does."""
+    values = x.float()
+    least = values.amin(dim=1, keepdim=True).clamp_max_(0)
+    most = values.amax(dim=1, keepdim=True).clamp_min_(0)
+    steps = torch.where(least == most, 1.0, LEVELS / (most - least))  # per unit of x
+    from_least, from_most = -128 - least * steps, 127 - most * steps
+    error = (-128 + least * steps) + (127 + most * steps)
+    zero = torch.where(error > 0, from_least, from_most).clamp_(-128, 127).round_()
+    codes = ((values * steps).round_() + zero).clamp_(-128, 127).to(torch.int8)
+    return codes, 1 / steps, zero
+
+
+def fake_quantize_token_ranges(x: Tensor) -> Tensor:
+    """x as `quantize_token_ranges` would store it, float32."""
+    codes, scale, zero = quantize_token_ranges(x)
+    return (codes.float() - zero) * scale
 
 
 def activation_group(bits: int, group_size: int) -> int:

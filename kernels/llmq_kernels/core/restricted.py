@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-import llmq_kernels
-from llmq_kernels.compiled import jit
-from llmq_kernels.core import execution
+from llmq_kernels.core import execution, reference_backend
 from llmq_kernels.core.errors import tell
+from llmq_kernels.core.registry import BACKENDS
 
 SECONDS = 300  # for the child; importing torch is most of it
 ONEDNN = "oneDNN"
@@ -34,9 +33,8 @@ _lock = threading.Lock()
 def reason() -> str | None:
     """Why this process has to try what runs, or None. Asked anew each time, in microseconds."""
     if told := execution.forbidden():
-        jit.look_again()
         return told
-    dead = jit.deaths()
+    dead = execution.this.dead
     return "; ".join(f"kernels for {form}: {why}" for form, why in dead.items()) or None
 
 
@@ -71,7 +69,8 @@ def _tried() -> dict[str, str | None]:
     """Backend (and oneDNN) -> why it does not run here, from the child. Nothing that needs the
     answer is known to run where there is none; `reference` always does."""
     roots = {
-        str(Path(str(module.__file__)).resolve().parents[1]) for module in (torch, llmq_kernels)
+        str(Path(torch.__file__).resolve().parents[1]),
+        str(Path(__file__).resolve().parents[2]),
     }
     try:
         done = subprocess.run(
@@ -84,6 +83,6 @@ def _tried() -> dict[str, str | None]:
         )
         answer = json.loads(done.stdout.splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
-        names = (ONEDNN, "cpu-amx", "cpu-avx512", "cpu-vnni", "cpu-int4", "cpu-int8", "cpu-w8a8")
+        names = [ONEDNN, *(backend.name for backend in BACKENDS if backend.is_for_cpus())]
         answer = dict.fromkeys(names, f"could not be tried: {type(error).__name__}")
-    return {**answer, "reference": None}
+    return {**answer, reference_backend.BACKEND.name: None}

@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 
-from llmq_kernels.compiled import jit
-from llmq_kernels.core import execution
+from llmq_kernels.core import execution, reference_backend
+from llmq_kernels.core.backend import Backend
 from llmq_kernels.core.codes import CODES
-from llmq_kernels.core.dispatch import BACKENDS, Backend, reference_linear
 from llmq_kernels.core.packing import pack
+from llmq_kernels.core.registry import BACKENDS
 from llmq_kernels.core.restricted import ONEDNN, use_onednn
 from llmq_kernels.core.weight import PackedWeight
 
@@ -69,7 +69,7 @@ def products(backend: Backend) -> str | None:
         held = replace(weight, packed=state.get("packed", weight.packed))
         for m in TOKENS:
             x = torch.linspace(-1, 1, m * K).view(m, K).to(dtype)
-            expected = reference_linear(x.float(), weight, {})
+            expected = reference_backend.linear(x.float(), weight, {})
             error = (backend.linear(x, held, state).float() - expected).norm() / expected.norm()
             if not error < MOST_ERROR:
                 return f"its results are wrong by {float(error):.2g}"
@@ -86,17 +86,17 @@ def onednn() -> str | None:
     return None
 
 
-# --- in a child process -------------------------------------------------------------------------------------------------------
+# --- in a child process ---------------------------------------------------------------------------
 
 
 def report() -> str:
     """JSON: name -> why it does not run in such a process, or null. For the child that `restricted`
     starts, in which nothing has run before: each trial is made in a fork."""
-    jit.use_untried()
+    execution.this.is_trial = True
     answers = {ONEDNN: _forked(onednn)}
     use_onednn(not (answers[ONEDNN] or execution.forbidden()))
     for backend in BACKENDS:
-        if all(takes.devices in (None, ("cpu",)) for takes in backend.takes):
+        if backend.is_for_cpus():
             answers[backend.name] = _forked(partial(products, backend))
     return json.dumps(answers)
 

@@ -11,6 +11,9 @@ from llmq_kernels.core.codes import Code
 from llmq_kernels.core.packing import unpack
 from llmq_kernels.core.reference import dequantize_codes
 
+# Kinds of `PackedWeight.activations` that no checkpoint asks for, only whoever runs the model.
+RUN_TIME_ACTIVATIONS = ("int8-group", "int8-token-asym")
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
@@ -19,8 +22,8 @@ class PackedWeight:
     group of each column, or None for consecutive groups of `group_size` columns. activations:
     "none"; "int8-token" when x is quantized per token before an integer product; "int8-static" when
     it is by the scale and zero point in input_range, float32 `[2]`: both as the checkpoint says.
-    "int8-group" when x is quantized per token and group, as whoever runs the model says: that is
-    never stored."""
+    "int8-group" when x is quantized per token and group, "int8-token-asym" when it is by a scale
+    and zero point per token, as whoever runs the model says: these two are never stored."""
 
     packed: Tensor
     scale: Tensor

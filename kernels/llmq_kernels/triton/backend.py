@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq_kernels.core.backend import Backend, State
 from llmq_kernels.core.capability import Takes
 from llmq_kernels.core.codes import CODES
 from llmq_kernels.core.packing import packed_width
 from llmq_kernels.core.weight import PackedWeight
 from llmq_kernels.triton import choices, layout, tuning
 from llmq_kernels.triton.choices import Choice, Problem
-
-State = dict[str, Tensor]
 
 
 def interpreting() -> bool:
@@ -441,3 +440,9 @@ def dequantize(weight: PackedWeight, state: State, dtype: torch.dtype) -> Tensor
     if "order" in state:
         values = values[:, torch.argsort(state["order"])]
     return values
+
+
+BACKEND = Backend("triton", TAKES, obstacle, prepare, linear, restore, linear, dequantize)
+INT8_BACKEND = Backend(
+    "triton-int8", INT8_TAKES, int8_obstacle, int8_prepare, linear, int8_restore, linear
+)

@@ -2,55 +2,47 @@
 
 GPTQ answers for each layer alone. Here all layers of a block are trained together, by gradient
 descent through the quantizer, against what the block computes in the full-precision model: inputs
-from the quantized model, targets from the full-precision one, squared error (Block-AP in
-EfficientQAT, Chen et al., 2024; SignRound, Cheng et al., 2023). It takes some hundred steps on the
-calibration windows that GPTQ has seen already, and the memory of one block with its optimizer.
+from the quantized model, targets from the full-precision one (Block-AP in EfficientQAT, Chen et
+al., 2024; SignRound, Cheng et al., 2023). The error is the squared distance of each token over its
+squared length.
 
-The scales start where GPTQ left them, the weights where they were: off the grid, not in the cells
-of GPTQ's codes. From those cells the first error is lower and the last one higher (block 0 of a
-5.8M-parameter Llama at w2g64-asym, GPTQ 0.034: after 100 steps 0.039 from the cells and 0.035 from
-the weights, after 200 0.028). So few steps gain nothing; hundreds do. From 150 to 200 w3g128 gains
-0.03 of perplexity (42.56 and 42.53, two seeds), which is what seeds scatter by, for a quarter of
-the time; 300 steps of half as many tokens are no better (42.62).
-
-Zero points stay where the start has them unless they are asked for: learned ones cost 1% of
-perplexity (w2g64-asym of a novel 45.42 instead of 44.96), since they jump by whole codes. A start
-from plain rounding instead of GPTQ is a tenth of a percent worse at w3g128 (42.59 and 42.53, means
-of two seeds) and takes the same time, as it is the training that takes it.
-
-The error is relative per token, since the norm that comes next divides by the token's length:
-perplexity 46.2 at w2g64-asym, against 46.4 with a plain sum of squares and 48.3 of GPTQ (first 256
-windows of a novel). Targets halfway to what the full-precision block makes of the quantized model's
-inputs, which help GPTQ, cost 0.5% here.
-
-A block's result is kept only if it is better than the start on the windows of up to four steps: on
-average, and in no class of positions worse (`llmq.evaluation.position_classes`). The first token of
-a window is one of 256 in the mean, and where attention rests on it, all others follow it: of
-SmolLM2-135M at 3 bits its divergence after tuning was 4.00 instead of GPTQ's 0.026, while the mean
-fell. Both results are measured on the same positions in float32, so a class needs no margin. The
-check is a guard against divergence and no test of generalization. Held-out windows did not judge
-better, and are missing in training: perplexity 42.636 instead of 42.612 at w3g128, 42.005 instead
-of 41.994 at w4g128 (GPTQ 42.749 and 42.067; one seed each, so differences below 0.03 mean little).
-"""
+Scales start where the layer solver left them, weights where they were: off the grid. A result is
+kept only if it is better than the start, on average and in no class of positions worse. What was
+tried stands in the README of `llmq/ptq`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llmq.errors import LlmqError
 from llmq.evaluation.position_classes import ClassMean, class_means, classify, worse_classes
 from llmq.grid import rounding
 from llmq.grid.fakequant import fake_quantize_ste
+from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import weight_as_stored
-from llmq.ptq.block_calls import CallOf
-from llmq.storage.hidden_states import ActivationFile
+from llmq.ptq.methods.base import (
+    BlockTuning,
+    ClassErrors,
+    Needs,
+    Rounding,
+    Shape,
+    SolvedBlock,
+    Windows,
+)
+from llmq.ptq.methods.gptq import METHOD as GPTQ
+from llmq.ptq.methods.rtn import rtn
+from llmq.ptq.solver import SolverResult
+from llmq.ptq.stats import LayerStats
+from llmq.ptq.threads import one_thread
+from llmq.recipe import Recipe
 
 TOKENS_PER_STEP = 2048
 CHECKED_STEPS = 4  # whose sequences decide whether the result is better than the start
@@ -72,57 +64,18 @@ class BlockwiseOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class BlockTuning:
-    """tensors: by layer. start_error, error: distance from the targets on up to four steps'
-    sequences before and after, mean over tokens of the squared distance over the target's squared
-    length; the start is kept when tuning does not lower it (then they are equal). n_skipped: steps
-    without a finite loss or gradient. by_class: the same by class of positions, before and after
-    tuning, whichever was kept. worse: the classes for whose sake the start was kept."""
-
-    tensors: dict[str, QuantizedTensor]
-    start_error: float
-    error: float
-    n_skipped: int
-    by_class: dict[str, ClassErrors] = field(default_factory=dict)
-    worse: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ClassErrors:
-    """Errors over the positions of one class: of the start, and of what tuning made of it."""
-
-    n_positions: int
-    start: float
-    tuned: float
-
-
 def sequences_per_step(n_sequences: int, length: int) -> int:
     """How many sequences a step takes."""
     return max(1, min(TOKENS_PER_STEP // length, n_sequences))
 
 
-def tune_block(
-    block: nn.Module,
-    weights: Mapping[str, Tensor],
-    start: Mapping[str, QuantizedTensor],
-    inputs: ActivationFile,
-    targets: ActivationFile,
-    call_of: CallOf,
-    options: BlockwiseOptions,
-    special: Tensor | None = None,
-) -> BlockTuning:
-    """Tune the quantized layers of a block.
-
-    block: float32, on the device to work on; unchanged except that its parameters no longer require
-    gradients. weights: full-precision `[N, K]` by layer, names relative to the block. start: what a
-    layer solver made of them, without `g_idx`. inputs: of the block in the quantized model.
-    targets: its outputs in the full-precision model, for the same sequences.
-    call_of: its other arguments for the sequences that are named. special: where tokens are special
-    ones, bool `[n_sequences, T]`."""
-    tuner = _Tuner(block, inputs, targets, call_of, options, special)
+def tune_block(block: SolvedBlock, options: BlockwiseOptions) -> BlockTuning:
+    """Tune the quantized layers of a block, which stays as it is except that its parameters no
+    longer require gradients."""
+    start = block.start
+    tuner = _Tuner(block, options)
     before = tuner.errors({layer: tensor.dequantize() for layer, tensor in start.items()})
-    masters = {layer: _Master(weights[layer], start[layer], options) for layer in start}
+    masters = {layer: _Master(block.weights[layer], start[layer], options) for layer in start}
     n_skipped = tuner.train(masters)
     tuned = {layer: master.freeze() for layer, master in masters.items()}
     after = tuner.errors({layer: tensor.dequantize() for layer, tensor in tuned.items()})
@@ -205,32 +158,20 @@ class _Errors:
 class _Tuner:
     """The block, its data and the order in which they are used."""
 
-    def __init__(
-        self,
-        block: nn.Module,
-        inputs: ActivationFile,
-        targets: ActivationFile,
-        call_of: CallOf,
-        options: BlockwiseOptions,
-        special: Tensor | None,
-    ) -> None:
-        self.block, self.inputs, self.targets, self.call_of, self.options = (
-            block,
-            inputs,
-            targets,
-            call_of,
-            options,
-        )
-        block.requires_grad_(False)
-        self.device = next(block.parameters()).device
-        self.batch = sequences_per_step(inputs.n_sequences, inputs.length)
+    def __init__(self, block: SolvedBlock, options: BlockwiseOptions) -> None:
+        self.block, self.call_of = block.module, block.call_of
+        self.inputs, self.targets = block.inputs, block.targets
+        self.options = options
+        self.block.requires_grad_(False)
+        self.device = next(self.block.parameters()).device
+        self.n_sequences, length = self.inputs.n_sequences, self.inputs.length
+        self.batch = sequences_per_step(self.n_sequences, length)
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.n_sequences = inputs.n_sequences
         self.checked = self._finite_steps(CHECKED_STEPS)
         self.special = (
-            torch.zeros(self.n_sequences, inputs.length, dtype=torch.bool)
-            if special is None
-            else special.cpu()
+            torch.zeros(self.n_sequences, length, dtype=torch.bool)
+            if block.special is None
+            else block.special.cpu()
         )
 
     def _finite_steps(self, most: int) -> list[Tensor]:
@@ -274,8 +215,9 @@ class _Tuner:
         distances = torch.cat([distance for distance, _ in pairs]).cpu()
         lengths = torch.cat([squares for _, squares in pairs]).cpu().sqrt()
         special = self.special[torch.cat(self.checked)]
-        classes = classify(special, lengths, float(lengths.median()))
-        return _Errors(float(distances.double().mean()), class_means(distances, classes))
+        with one_thread():
+            classes = classify(special, lengths, float(lengths.median()))
+            return _Errors(float(distances.double().mean()), class_means(distances, classes))
 
     @torch.enable_grad()
     def train(self, masters: Mapping[str, _Master]) -> int:
@@ -313,3 +255,62 @@ class _Tuner:
             torch.randperm(self.n_sequences, generator=self.generator) for _ in range(n_epochs)
         ]
         return list(torch.cat(epochs).split(self.batch)[:n_steps]) if epochs else []
+
+
+class Blockwise(Rounding):
+    """Layers as the recipe's `init` has them, then blocks as a whole."""
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.order == "act":
+            raise LlmqError(
+                "block-wise tuning needs groups of consecutive columns, and true act-order stores "
+                "other ones: leave out --act-order (the default order sorts columns too), or use "
+                "--method gptq"
+            )
+
+    def needs(self, recipe: Recipe) -> Needs:
+        is_corrected = recipe.inputs == "both" and recipe.init != "rtn"
+        return Needs(text=True, hessian=True, both_streams=is_corrected, tuning=True)
+
+    def solve(
+        self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
+    ) -> SolverResult:
+        assert stats is not None
+        if recipe.init == "rtn":
+            return rtn(weight, spec, stats.hessian.diagonal() if recipe.search else None)
+        return GPTQ.solve(weight, stats, spec, recipe)
+
+    def tune(self, block: SolvedBlock, recipe: Recipe) -> BlockTuning:
+        options = BlockwiseOptions(
+            recipe.iterations,
+            recipe.learning_rate,
+            recipe.tune_zero_points,
+            block.dtype == torch.bfloat16,
+            block.seed,
+        )
+        return tune_block(block, options)
+
+    def solve_bytes(self, shape: Shape) -> int:
+        return GPTQ.solve_bytes(shape)
+
+    def tuning_bytes(self, layers: list[Shape], windows: Windows) -> int:
+        """The full-precision weights and Hessians, and of each weight a master, its gradient, two
+        moments, its value and the value's gradient; and the activations of a step, about twelve of
+        the widest kind."""
+        n_tokens = sequences_per_step(windows.n_sequences, windows.length) * windows.length
+        widest = max(max(shape) for shape in layers)
+        weights = sum(n * k for n, k in layers)
+        hessians = sum(k * k for _, k in layers)
+        return 7 * 4 * weights + 4 * hessians + 12 * 4 * n_tokens * widest
+
+    def solve_flops(self, shape: Shape) -> float:
+        return GPTQ.solve_flops(shape)
+
+    def tuning_flops(self, layers: list[Shape], windows: Windows, recipe: Recipe) -> float:
+        """Three matmuls per weight and token of every step, doubled: attention, the quantizer and
+        the optimizer take about as long on small blocks."""
+        n_tokens = sequences_per_step(windows.n_sequences, windows.length) * windows.length
+        return 2.0 * 3 * 2 * recipe.iterations * n_tokens * sum(n * k for n, k in layers)
+
+
+METHOD = Blockwise()

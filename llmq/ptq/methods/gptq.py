@@ -3,21 +3,15 @@ al., 2022).
 
 With H = 2 X X^T and the upper factor U of its inverse (H^-1 = U^T U), rounding column i of W by `e
 = (w - q) / U_ii` is best answered by `W[:, i:] -= e U[i, i:]`. U comes from one Cholesky
-factorization of the matrix read backwards, J H J = L L^T, so U = J L^-1 J: nothing is inverted and
-factored a second time, which is where float32 usually fails.
+factorization of the matrix read backwards, J H J = L L^T, so U = J L^-1 J.
 
-Order of columns. The columns rounded first have the most others left to repair their errors, so
-those with the largest diag(H) should come first. Three orders keep groups of consecutive columns,
-hence no `g_idx` on disk:
+Columns with a large diag(H) come first, since they then have the most others left to repair their
+errors:
     "group"   columns sorted inside each group, groups by their largest diag(H); a group's scale is
               chosen when it is reached, from weights that already carry the repairs;
-    "static"  columns sorted over all groups; scales are chosen beforehand from the original
-              weights;
-    "none"    as they stand.
-Perplexity of a 6M-parameter Llama at 3 bits, groups of 128, means of three calibration seeds:
-42.687, 42.726 and 42.714 in this order, which is level (seeds scatter by 0.1); "group" is the
-default. "act" is the original act-order: groups are formed along the sorted columns and `g_idx` is
-stored; slower to run, for those who ask for it.
+    "static"  columns sorted over all groups; scales are chosen beforehand;
+    "none"    as they stand;
+    "act"     groups are formed along the sorted columns, and `g_idx` is stored.
 
 The work runs on W^T, so that a column is a contiguous row. Nothing here knows of models: weight,
 statistics and spec in, codes out."""
@@ -36,9 +30,12 @@ from llmq.errors import LlmqError
 from llmq.grid import rounding
 from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor, stack_rows
+from llmq.ptq.methods.base import Needs, Rounding, Shape
 from llmq.ptq.methods.refine import refine
 from llmq.ptq.solver import RowErrors, SolverResult, stack_errors
 from llmq.ptq.stats import LayerStats, row_errors
+from llmq.ptq.threads import one_thread
+from llmq.recipe import Recipe
 
 Order = Literal["group", "static", "none", "act"]
 BLOCK_COLUMNS = 128
@@ -50,10 +47,10 @@ class GPTQOptions:
     """order: see the module's text. damping: added to diag(H), as a share of its mean; times 10
     until the factorization succeeds, at most the whole mean. search: choose scales by
     diag(H)-weighted error instead of by range. sweeps: passes of coordinate descent over codes and
-    scales afterwards (`llmq.ptq.methods.refine`). alpha: the share of the correction for what the layers
-    before this one lost, where the statistics carry it (GPTAQ, Li et al., 2025; there folded into
-    the column loop, here a change of the target beforehand, which is the same least squares problem
-    and leaves loop and descent as they are)."""
+    scales afterwards (`llmq.ptq.methods.refine`). alpha: the share of the correction for what the
+    layers before this one lost, where the statistics carry it (GPTAQ, Li et al., 2025; there folded
+    into the column loop, here a change of the target beforehand, which is the same least squares
+    problem and leaves loop and descent as they are)."""
 
     order: Order = "group"
     damping: float = 0.01
@@ -62,22 +59,20 @@ class GPTQOptions:
     alpha: float = 0.0
 
 
-def inverse_factor(hessian: Tensor) -> Tensor | None:
-    """Upper U `[K, K]` with H^-1 = U^T U, or None when H is not positive definite in float32."""
-    return _factor_of_reversed(hessian.flip(0, 1))
-
-
-def _factor_of_reversed(reversed_hessian: Tensor) -> Tensor | None:
-    """`inverse_factor` of a matrix given with rows and columns backwards. Few copies are alive at a
-    time, so hand the matrix over without keeping it: at K = 28672 it takes 3.3 GB."""
-    lower, info = torch.linalg.cholesky_ex(reversed_hessian)
+def factor_of_reversed(reversed_hessian: Tensor) -> Tensor | None:
+    """Upper U `[K, K]` with H^-1 = U^T U, or None when H is not positive definite in float32. H is
+    given with rows and columns backwards. Few copies are alive at a time, so hand the matrix over
+    without keeping it: at K = 28672 it takes 3.3 GB."""
+    with one_thread():
+        lower, info = torch.linalg.cholesky_ex(reversed_hessian)
     del reversed_hessian
     if int(info) != 0:
         return None
     # The identity turns into the inverse in place: transposed, it already has the column order that
     # LAPACK writes.
     inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    with one_thread():
+        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
     return inverse.flip(0, 1) if bool(torch.isfinite(inverse.sum())) else None
 
@@ -89,7 +84,7 @@ def _damped_factor(
     which it succeeded. Dead columns get the mean as their diagonal."""
     share = min(damping, 1.0)
     while (
-        factor := _factor_of_reversed(_damped_reversed(hessian, order, dead, share))
+        factor := factor_of_reversed(_damped_reversed(hessian, order, dead, share))
     ) is None and share < 1:
         share = min(10 * share, 1.0)
     return factor, share
@@ -343,3 +338,32 @@ def _block_starts(k: int, group_starts: list[int]) -> list[int]:
         for a, b in zip(group_starts, [*group_starts[1:], k], strict=True)
         for start in range(a, b, BLOCK_COLUMNS)
     ]
+
+
+class GPTQ(Rounding):
+    """Every layer by `gptq`, under the Hessian of its inputs."""
+
+    def needs(self, recipe: Recipe) -> Needs:
+        return Needs(text=True, hessian=True, both_streams=recipe.inputs == "both")
+
+    def solve(
+        self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
+    ) -> SolverResult:
+        assert stats is not None
+        options = GPTQOptions(
+            recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha
+        )
+        return gptq(weight, stats, spec, options)
+
+    def solve_bytes(self, shape: Shape) -> int:
+        """Hessian, its reordered copy, factor and inverse factor, and what rounding holds."""
+        n, k = shape
+        return 16 * k * k + 2 * 13 * n * k
+
+    def solve_flops(self, shape: Shape) -> float:
+        """Factorization, column updates and error reports; the search of scales and the descent."""
+        n, k = shape
+        return k**3 + 6 * n * k * k + 8 * 31 * 8 * n * k
+
+
+METHOD = GPTQ()

@@ -1,15 +1,11 @@
 """Coordinate descent after GPTQ: every code and every scale gets a second look, now that all the
 others are known.
 
-GPTQ rounds each column once, knowing only the columns before it. With all of them rounded, the
-squared output error `tr(R H R^T)`, R = W - Q, is a quadratic in each single column: with P = R H
-its best value for column j is `q_j + P_j / H_jj`, rounded to the grid (the exact minimum, because
+The squared output error `tr(R H R^T)`, R = W - Q, is a quadratic in each single column: with P = R
+H its best value for column j is `q_j + P_j / H_jj`, rounded to the grid (the exact minimum, because
 the quadratic is symmetric around it). For the scale of a group with integers c = code - zero the
-best value is `s + (P_g . c) / (c H_gg c)`. Each step can only lower the error, so the sweeps are
-safe; the first lowers it most.
-
-Sweeps over columns are known as QuantEase (Behdin et al., 2023). What is added here are the scales,
-and blocks of columns, so that a sweep costs one product with H as GPTQ itself does."""
+best value is `s + (P_g . c) / (c H_gg c)`. Each step can only lower the error (QuantEase, Behdin et
+al., 2023, for the columns)."""
 
 from __future__ import annotations
 

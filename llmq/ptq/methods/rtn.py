@@ -4,13 +4,36 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq.ptq.methods.base import Rounding
 from llmq.ptq.solver import SolverResult
+from llmq.ptq.stats import LayerStats
+from llmq.recipe import Recipe
 
 
 def rtn(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> SolverResult:
     """Quantize a float32 weight `[N, K]` with scales from its ranges, or from a search under the
-    importance `[K]` of its columns (see `quantizer.choose_scale`)."""
+    importance `[K]` of its columns (see `rounding.choose_scale`)."""
     n_dead = 0 if importance is None else int((importance == 0).sum())
     return SolverResult(QuantizedTensor.quantize(weight, spec, importance), n_dead=n_dead)
+
+
+class RTN(Rounding):
+    """Plain rounding of every layer."""
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if recipe.order == "act":
+            raise LlmqError(
+                "method rtn has no order of columns: leave out --act-order, or use --method gptq"
+            )
+
+    def solve(
+        self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
+    ) -> SolverResult:
+        return rtn(weight, spec)
+
+
+METHOD = RTN()

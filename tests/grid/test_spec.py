@@ -19,6 +19,8 @@ from llmq.grid.spec import QuantSpec
         "ternary-g128",
         "ternary-tensor",
         "w2g96",
+        "w5g128",
+        "w6g64-asym",
     ],
 )
 def test_text_and_json_round_trip(text):
@@ -27,7 +29,7 @@ def test_text_and_json_round_trip(text):
     assert QuantSpec.from_json(spec.to_json()) == spec
 
 
-@pytest.mark.parametrize("text", ["w5g128", "4bit", "", "w4g128-sym", "w4-g0-x", "ternary-asym"])
+@pytest.mark.parametrize("text", ["w7g128", "4bit", "", "w4g128-sym", "w4-g0-x", "ternary-asym"])
 def test_unreadable_text_is_refused_with_the_forms(text):
     with pytest.raises(LlmqError):
         QuantSpec.parse(text)
@@ -36,7 +38,7 @@ def test_unreadable_text_is_refused_with_the_forms(text):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"code": "int5"},
+        {"code": "int7"},
         {"group_size": 1},
         {"group_size": -2},
         {"code": "ternary", "symmetric": False},

@@ -14,15 +14,18 @@ from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import block_layers, linear_weight
 from llmq.ptq.capture import BlockRecorder
-from llmq.ptq.layers import solve
+from llmq.ptq.job import prepare
+from llmq.ptq.methods import method_of
+from llmq.ptq.methods.base import SolvedBlock
 from llmq.ptq.methods.blockwise import (
+    METHOD,
     BlockwiseOptions,
     _backward,
     _Master,
     sequences_per_step,
     tune_block,
 )
-from llmq.ptq.run import prepare, quantize_folder
+from llmq.ptq.run import quantize_folder
 from llmq.ptq.stats import LayerStats
 from llmq.recipe import Recipe
 from llmq.storage.hidden_states import ActivationFile
@@ -89,14 +92,18 @@ class Problem:
 
     def tune(self, special=None, **options):
         return tune_block(
-            self.block,
-            self.weights,
-            self.start,
-            self.inputs,
-            self.targets,
-            lambda sequences: self.call,
+            SolvedBlock(
+                self.block,
+                self.weights,
+                self.start,
+                self.inputs,
+                self.targets,
+                lambda sequences: self.call,
+                special,
+                torch.float32,
+                seed=0,
+            ),
             BlockwiseOptions(**{"iterations": 30, "learning_rate": 0.05, **options}),
-            special,
         )
 
 
@@ -299,7 +306,7 @@ def test_a_start_from_plain_rounding():
         expected = QuantizedTensor.quantize(
             weight, spec, stats.hessian.diagonal() if search else None
         )
-        found = solve(weight, stats, spec, recipe(init="rtn", search=search)).tensor
+        found = METHOD.solve(weight, stats, spec, recipe(init="rtn", search=search)).tensor
         assert torch.equal(found.dequantize(), expected.dequantize())
 
 
@@ -351,7 +358,7 @@ def test_blocks_that_are_kept_are_passed_by():
 )
 def test_impossible_settings(options, message):
     with pytest.raises(LlmqError, match=message):
-        recipe(**options)
+        method_of(recipe(**options))
 
 
 def test_calibration_text_is_needed():

@@ -19,6 +19,8 @@ SPECS = [
     "w2g32-asym",
     "w8",
     "w8-asym",
+    "w6g64",
+    "w5g32-asym",
     "w4-tensor",
     "ternary-g32",
     "ternary",

@@ -20,7 +20,7 @@ from llmq.inference.module import quantized_modules
 from llmq_kernels import unpack
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -141,7 +141,7 @@ def test_command_on_a_cpu(capsys):
         (["--decode"], "needs a CUDA device"),
         (["--tune"], "needs a CUDA device"),
         (["--shapes", "4096"], "expected outputs x inputs"),
-        (["--weights", "w5"], "cannot read the quantization"),
+        (["--weights", "w7"], "cannot read the quantization"),
     ],
 )
 def test_refusals_are_one_line(capsys, arguments, message):

@@ -1,0 +1,113 @@
+"""The on-disk formats by name, in the order in which "auto" asks them, and the choice among them.
+
+Nothing of a format is imported before it is needed, so that the command line can list the names."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from llmq.errors import LlmqError
+
+if TYPE_CHECKING:
+    from llmq.formats.base import Format, Specs
+    from llmq.grid.spec import ActSpec
+    from llmq.recipe import LayerPlan
+
+_HOMES = {
+    "gptq": "llmq.formats.gptq:GPTQ_V1",
+    "gptq_v2": "llmq.formats.gptq:GPTQ_V2",
+    "bitnet": "llmq.formats.bitnet:BITNET",
+    "awq": "llmq.formats.awq:AWQ",
+    "llmq": "llmq.formats.native:NATIVE",
+}
+NAMES = tuple(_HOMES)
+AUTO = "auto"
+_ELSE = "Use --format llmq, which holds everything"
+
+
+@cache
+def format_named(name: str) -> Format:
+    """A format by name. Raises `KeyError` for a name that is not in `NAMES`."""
+    module, _, attribute = _HOMES[name].partition(":")
+    fmt: Format = getattr(import_module(module), attribute)
+    return fmt
+
+
+def all_formats() -> list[Format]:
+    """Every format, in the order of `NAMES`."""
+    return [format_named(name) for name in NAMES]
+
+
+def detect(settings: dict[str, Any]) -> Format | None:
+    """The format of a folder whose config.json has this `quantization_config`, or None."""
+    return next((fmt for fmt in all_formats() if fmt.detects(settings)), None)
+
+
+def choose_format(
+    name: str,
+    plans: list[LayerPlan],
+    activations: ActSpec | None = None,
+    *,
+    act_order: bool = False,
+) -> Format:
+    """The format by name; "auto" takes the first that holds every layer exactly and that other
+    engines load, else llmq's own. act_order: columns are not in the order of their groups. Raises
+    `LlmqError` when the named one cannot hold a layer."""
+    from llmq.grid.spec import ActSpec
+
+    activations = activations or ActSpec()
+    if name == AUTO:
+        return _first_choice(plans, activations)
+    if name not in NAMES:
+        raise LlmqError(f"format {name!r}: expected {AUTO} or one of {', '.join(NAMES)}")
+    fmt = format_named(name)
+    if reason := fmt.refusal_of_activations(activations):
+        raise LlmqError(f"format {name}: {reason}. {_ELSE}")
+    if act_order and not fmt.has_order and has_groups(plans):
+        raise LlmqError(f"format {name}: it stores no order of columns (act-order). {_ELSE}")
+    for plan in plans:
+        if plan.spec is None:
+            continue
+        if reason := fmt.refusal(plan.spec, plan.layer.shape):
+            raise LlmqError(
+                f"format {name} cannot hold {plan.layer.name} ({plan.spec}): {reason}. {_ELSE}"
+            )
+    if reason := fmt.refusal_of_model(_specs(plans)):
+        raise LlmqError(f"format {name} cannot hold this model: {reason}. {_ELSE}")
+    return fmt
+
+
+def has_groups(plans: list[LayerPlan]) -> bool:
+    """Whether some layer has more than one group of columns, so that their order shows."""
+    return any(
+        plan.spec is not None and plan.spec.n_groups(plan.layer.shape[1]) > 1 for plan in plans
+    )
+
+
+def format_note(fmt: Format, plans: list[LayerPlan]) -> str | None:
+    """Why other engines will not load a folder of a format that is meant for them, as far as the
+    layers decide it, or None."""
+    reason = fmt.note(_specs(plans))
+    return None if reason is None else f"llmq loads this folder, {reason}"
+
+
+def _first_choice(plans: list[LayerPlan], activations: ActSpec) -> Format:
+    specs = _specs(plans)
+    for fmt in all_formats():
+        if fmt.is_first_choice(specs) and _holds(fmt, plans, activations):
+            return fmt
+    raise AssertionError("llmq's own format holds everything")
+
+
+def _holds(fmt: Format, plans: list[LayerPlan], activations: ActSpec) -> bool:
+    if fmt.refusal_of_activations(activations) or fmt.refusal_of_model(_specs(plans)):
+        return False
+    return not any(
+        plan.spec is not None and fmt.refusal(plan.spec, plan.layer.shape) for plan in plans
+    )
+
+
+def _specs(plans: list[LayerPlan]) -> Specs:
+    return {plan.layer.name: plan.spec for plan in plans}

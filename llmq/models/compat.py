@@ -1,0 +1,145 @@
+"""All that llmq takes from transformers beyond its documented interface, in one place: classes and
+functions by name, and attributes of its models and configs.
+
+A version of transformers may move or change any of it; tests/models/test_compat.py says of each
+what is relied on. Nothing is imported before it is asked for: transformers imports llmq's
+quantizer while it is itself half imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+# Name -> the modules that have had it, the newest first.
+HOMES: dict[str, tuple[str, ...]] = {
+    "AttentionMaskInterface": ("transformers.masking_utils",),
+    "BaseModelOutputWithPast": ("transformers.modeling_outputs",),
+    "Conv1D": ("transformers.pytorch_utils",),
+    "DynamicLayer": ("transformers.cache_utils",),
+    "HfQuantizer": ("transformers.quantizers",),
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
+    "QuantizationConfigMixin": ("transformers.utils.quantization_config",),
+    "WeightConverter": ("transformers.core_model_loading",),
+    "WeightRenaming": ("transformers.core_model_loading",),
+    "get_available_reporting_integrations": ("transformers.integrations",),
+    "get_model_conversion_mapping": ("transformers.conversion_mapping",),
+    "register_quantization_config": ("transformers.quantizers",),
+    "register_quantizer": ("transformers.quantizers",),
+    "rename_source_key": ("transformers.core_model_loading",),
+    "sdpa_attention_forward": ("transformers.integrations.sdpa_attention",),
+    "sdpa_mask": ("transformers.masking_utils",),
+}
+SDPA = "sdpa"  # what transformers calls torch's attention
+
+
+def __getattr__(name: str) -> Any:
+    for home in HOMES.get(name, ()):
+        try:
+            return getattr(import_module(home), name)
+        except (ImportError, AttributeError):
+            continue
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import transformers
+
+    raise ImportError(
+        f"transformers {transformers.__version__} has no {name} in {' or '.join(HOMES[name])}; "
+        "llmq does not know this version yet: install one that README.md names"
+    )
+
+
+def causal_models() -> Mapping[str, str]:
+    """`model_type` -> class, of every causal language model that transformers can build."""
+    names: Mapping[str, str] = __getattr__("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    return names
+
+
+def wrapper_models() -> Mapping[str, str]:
+    """`model_type` -> class, of the models of text and images."""
+    names: Mapping[str, str] = __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    return names
+
+
+def renamed(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """Of each stored tensor: its name, its name in the model, and whether transformers would make
+    another tensor of it (and of others) while it loads."""
+    get_mapping, rename = (
+        __getattr__("get_model_conversion_mapping"),
+        __getattr__("rename_source_key"),
+    )
+    renaming_class, converter_class = __getattr__("WeightRenaming"), __getattr__("WeightConverter")
+    transforms = get_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, renaming_class)]
+    converters = [each for each in transforms if isinstance(each, converter_class)]
+    state = model.state_dict()
+    for name in stored:
+        new_name, converter = rename(name, renamings, converters, model.base_model_prefix, state)
+        yield name, new_name, converter is not None
+
+
+def ties(model: Any) -> dict[str, str]:
+    """Parameters that are the same tensor as another: name -> the other's. Of a model as it is
+    configured."""
+    return dict(model.all_tied_weights_keys)
+
+
+def possible_ties(model: Any) -> dict[str, str]:
+    """Parameters that the model's class ties where its config says so."""
+    declared = getattr(model, "_tied_weights_keys", None)
+    return dict(declared) if isinstance(declared, dict) else {}
+
+
+def redundant_names(model: Any) -> re.Pattern[str]:
+    """What is stored and means nothing: buffers that models compute themselves, and what
+    transformers leaves out on purpose."""
+    computed = [re.escape(name) + "$" for name, _ in model.named_buffers()]
+    old = [r"rotary_emb\.inv_freq$", r"attn\.masked_bias$"]
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    return re.compile("|".join([*computed, *old, *ignored]))
+
+
+def attention_name(config: Any) -> str | None:
+    """Which of transformers' attention functions a config asks for."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return name
+
+
+def set_attention_name(config: Any, name: str) -> None:
+    """Have the layers that hold this config use another attention function from the next call on,
+    without the checks that the public setter makes of functions it knows."""
+    config._attn_implementation = name
+
+
+def has_rotary_positions(config: Any) -> bool:
+    """Whether positions are rotations, so that a text may go on after the last."""
+    return hasattr(type(config), "rope_parameters")
+
+
+def rotary_parameters(config: Any) -> dict[str, Any]:
+    """What a config says of its rotations, for all layers or by kind of layer."""
+    stored = getattr(config, "rope_parameters", None)
+    return stored if isinstance(stored, dict) else {}
+
+
+def rotary_types(module: Any) -> list[Any]:
+    """The kinds of rotation that a module computes, none for other modules."""
+    found = getattr(module, "rope_type", None)
+    kinds = found.values() if isinstance(found, dict) else [found]
+    return [kind for kind in kinds if kind is not None]
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Keep transformers from remarks of its own, which llmq makes in its own way."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,103 @@
+"""Where weights come from: by the names of a model's parameters, from a folder or from memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmq.models.arch import weight_as_stored
+from llmq.models.names import match_names
+from llmq.models.shards import ShardReader
+from llmq.storage.stamps import SourceFiles
+
+
+class WeightReader(Protocol):
+    """Stored copies by model parameter name, in their own dtype."""
+
+    def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]: ...
+
+
+class CheckpointReader:
+    """Weights by model parameter name from a folder of safetensors. source: its files as they were
+    when the run began, where that is to be checked."""
+
+    def __init__(
+        self, model: PreTrainedModel, shards: ShardReader, source: SourceFiles | None = None
+    ) -> None:
+        self.shards, self.source = shards, source
+        self._read: dict[str, str] = {}  # hash by stored name, since the last block was finished
+        self.names = match_names(model, shards.names)
+
+    def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
+        stored = {self.names[name]: name for name in names if name in self.names}
+        paths = {self.shards.names[name] for name in stored}
+        try:
+            tensors = self.shards.read(stored)
+        finally:  # a file that is another by now is the reason of whatever went wrong
+            if self.source is not None:
+                self.source.check(paths)
+        if self.source is not None:
+            self._read |= {name: _hash(tensor) for name, tensor in tensors.items()}
+        return {stored[name]: tensor for name, tensor in tensors.items()}
+
+    def take_read(self) -> dict[str, Any]:
+        """What was read since the last call: hashes of the tensors, inodes of their files."""
+        read, self._read = self._read, {}
+        paths = {self.shards.names[name] for name in read}
+        return {"inodes": self.source.inodes(paths) if self.source else {}, "tensors": read}
+
+    def is_still(self, before: dict[str, Any]) -> bool:
+        """Whether what was read for a finished block is what is there now. Where inodes are the
+        same, so are the contents."""
+        paths = {self.shards.names[name] for name in before["tensors"]}
+        if self.source is None or self.source.inodes(paths) == before["inodes"]:
+            return True
+        now = self.shards.read(before["tensors"])
+        return all(_hash(now[name]) == before["tensors"][name] for name in now)
+
+    def stored_name(self, name: str) -> str:
+        """The name of a tensor in the source, which other engines know: packed tensors take the
+        place of `NAME.weight`."""
+        if name in self.names:
+            return self.names[name]
+        layer, _, suffix = name.rpartition(".")
+        return f"{self.names[f'{layer}.weight'].removesuffix('.weight')}.{suffix}"
+
+    def stored_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors under their names in the source."""
+        return {self.stored_name(name): tensor for name, tensor in tensors.items()}
+
+    def unused(self) -> list[str]:
+        """Stored tensors that belong to no parameter of the model: old buffers, heads for other
+        tasks."""
+        return sorted(set(self.shards.names) - set(self.names.values()))
+
+
+class ModelReader:
+    """Weights by parameter name from a model in memory."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.state = model.state_dict()
+
+    def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.state[name].detach().clone() for name in names if name in self.state}
+
+
+def weight_reader(model: PreTrainedModel, reader: WeightReader) -> Callable[[str], Tensor]:
+    """A function that gives the weight `[N, K]` of a linear layer of `model` by its name."""
+
+    def weight_of(name: str) -> Tensor:
+        (tensor,) = reader.read_parameters([f"{name}.weight"]).values()
+        return weight_as_stored(model.get_submodule(name), tensor)
+
+    return weight_of
+
+
+def _hash(tensor: Tensor) -> str:
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content.data).hexdigest()

@@ -1,0 +1,282 @@
+"""One block on its way: its weights are loaded, its layers measured and solved, and it is run again
+as it will be stored."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.models.arch import linear_weight
+from llmq.ptq.blocks import Blocks
+from llmq.ptq.layers import LayerReport, better_of, by_spec, n_rows, report_layer, split
+from llmq.ptq.memory import LARGE_BLOCK, release_freed_memory
+from llmq.ptq.methods.base import BlockTuning, Method, Needs, SolvedBlock
+from llmq.ptq.precision import Precision
+from llmq.ptq.replay import SolvedParts
+from llmq.ptq.results import BlockReport, block_report
+from llmq.ptq.solver import SolverResult
+from llmq.ptq.stage import InputGroup, Recording, Stage, find_stages
+from llmq.ptq.stats import LayerStats
+from llmq.ptq.streams import Stream, Streams
+from llmq.ptq.threads import total
+from llmq.recipe import LayerPlan, Recipe
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is the same for all blocks of a run. plans: of every linear layer. streams: None for
+    methods without text. precision: what the full-precision stream and tuning are computed in.
+    special: where tokens are special ones, bool `[n_sequences, T]`, for tuning."""
+
+    blocks: Blocks
+    recipe: Recipe
+    method: Method
+    plans: list[LayerPlan]
+    streams: Streams | None
+    precision: Precision
+    special: Tensor | None
+
+    @property
+    def needs(self) -> Needs:
+        return self.method.needs(self.recipe)
+
+    @property
+    def recording(self) -> Recording:
+        stream: Stream = "quantized"
+        if self.recipe.inputs == "full-precision":
+            stream = "full-precision"
+        is_static = self.recipe.activations.kind == "int8-static"
+        return Recording(stream, self.needs.both_streams, is_static)
+
+    def targets(self, name: str) -> dict[str, QuantSpec]:
+        """The layers of a block that are quantized, named as in the block."""
+        prefix = name + "."
+        return {
+            plan.layer.name.removeprefix(prefix): plan.spec
+            for plan in self.plans
+            if plan.spec is not None and plan.layer.name.startswith(prefix)
+        }
+
+    def release_freed_memory(self) -> None:
+        """Between solves. Beside a small block the holes are small and the 7 milliseconds are not:
+        they were 2% of a run."""
+        if self.blocks.n_bytes >= LARGE_BLOCK:
+            release_freed_memory()
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """A block after the solve, in what is stored of it, and its outputs on the first batch, where
+    there is text."""
+
+    report: BlockReport
+    quantized: dict[str, QuantizedTensor]
+    kept: dict[str, Tensor]
+    first_output: Tensor | None
+
+
+def quantize_block(setup: Setup, index: int) -> QuantizedBlock:
+    """Load a block, quantize its layers, and run it as it will be stored."""
+    stored = setup.blocks.read(index)
+    module = setup.blocks.materialize(index, stored)
+    name = setup.blocks.name(index)
+    targets = setup.targets(name)
+    kept = {
+        key: tensor for key, tensor in stored.items() if key.removesuffix(".weight") not in targets
+    }
+    del stored
+    if setup.streams is None:
+        work: _Rounded = _Rounded(setup, index, name, module, targets)
+    else:
+        work = _Calibrated(setup, index, name, module, targets, streams=setup.streams)
+    work.solve()
+    kept, has_changed = as_stored(module, kept)
+    report, first_output = work.run_as_stored(has_changed)
+    return QuantizedBlock(
+        report,
+        {f"{name}.{layer}": result.tensor for layer, result in work.results.items()},
+        {f"{name}.{key}": tensor for key, tensor in kept.items()},
+        first_output,
+    )
+
+
+class _Rounded:
+    """A block whose layers are quantized without text."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        index: int,
+        name: str,
+        module: nn.Module,
+        targets: dict[str, QuantSpec],
+    ) -> None:
+        self.setup, self.index, self.name = setup, index, name
+        self.module, self.targets = module, targets
+        self.results: dict[str, SolverResult] = {}
+        self.reports: list[LayerReport] = []
+
+    def solve(self) -> None:
+        """Quantize all layers, leaving the quantized values in the module."""
+        self.setup.method.transform(self.module, self.setup.recipe)
+        for layer in self.targets:
+            self._solve_group(InputGroup((layer,)), None)
+
+    def run_as_stored(self, has_changed: bool) -> tuple[BlockReport, Tensor | None]:
+        """The report, and the block's outputs on the first batch. has_changed: kept tensors are not
+        what they were."""
+        return block_report(self.index, self.reports, None, None), None
+
+    def _solve_group(self, group: InputGroup, stats: LayerStats | None) -> None:
+        for layers, spec in by_spec(group.layers, self.targets):
+            weights = [self._weight(layer) for layer in layers]
+            stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+            solved = self.setup.method.solve(stacked, stats, spec, self.setup.recipe)
+            rows = [n_rows(self.module, layer) for layer in layers]
+            for layer, result in zip(layers, split(solved, rows), strict=True):
+                self._take(layer, result, stats)
+
+    def _take(self, layer: str, result: SolverResult, stats: LayerStats | None) -> None:
+        """A layer's result, unless plain rounding is better."""
+        original = self._weight(layer)
+        result = better_of(result, original)
+        if stats is not None and stats.ranges is not None:
+            found = stats.ranges.range(self.setup.recipe.activation_range)
+            result = replace(result, tensor=replace(result.tensor, input_range=found))
+        self.results[layer] = result
+        self.reports.append(report_layer(f"{self.name}.{layer}", original, result, stats))
+        original.copy_(result.tensor.dequantize())
+
+    def _weight(self, layer: str) -> Tensor:
+        return linear_weight(self.module.get_submodule(layer))
+
+
+class _Calibrated(_Rounded):
+    """A block whose layers are measured on both sides of what was solved before."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        index: int,
+        name: str,
+        module: nn.Module,
+        targets: dict[str, QuantSpec],
+        *,
+        streams: Streams,
+    ) -> None:
+        super().__init__(setup, index, name, module, targets)
+        self.streams = streams
+        self.parts = SolvedParts(
+            module,
+            targets,
+            streams.work_dir,
+            streams.length,
+            streams.batch_size,
+            enabled=setup.recipe.inputs != "full-precision",
+        )
+        self.tuning: BlockTuning | None = None
+        self.exact_output: Tensor | None = None
+        # What tuning starts from: full-precision weights, and what they were solved with.
+        self.untuned: dict[str, tuple[Tensor, LayerStats]] = {}
+
+    def solve(self) -> None:
+        """Measure and solve stage by stage, then tune the whole, if the method does that."""
+        with self.parts.watching():
+            stages = find_stages(
+                self.streams, self.module, self.index, self.name, list(self.targets)
+            )
+        if "full-precision" in self.streams.names:
+            self.exact_output = self._run_exact(stages).float()
+        self.setup.method.transform(self.module, self.setup.recipe)
+        for stage in stages:
+            self._solve_stage(stage)
+        if self.setup.needs.tuning and self.results:
+            self.parts.discard()  # its layers are about to change
+            self._tune()
+
+    def run_as_stored(self, has_changed: bool) -> tuple[BlockReport, Tensor | None]:
+        if has_changed:
+            self.parts.discard()  # they were measured before the change
+        with self.parts.playing(self.results):
+            output = self.streams.advance(self.module, self.index, "quantized")
+        self.parts.discard()
+        error = None
+        if (exact := self.exact_output) is not None:
+            error = total((output - exact).square()) / total(exact.square())
+        return block_report(self.index, self.reports, error, self.tuning), output
+
+    def _run_exact(self, stages: list[Stage]) -> Tensor:
+        """Run the block before anything is solved, over the full-precision stream."""
+        dtype = self.setup.precision.stream
+        module = self.module
+        if dtype != torch.float32:
+            module = copy.deepcopy(module).to(dtype)
+        record = []
+        if self.setup.needs.both_streams:
+            record = [group.layers for stage in stages for group in stage.groups]
+        return self.streams.advance(module, self.index, "full-precision", record)
+
+    def _solve_stage(self, stage: Stage) -> None:
+        measured = self.setup.recording.measure(
+            self.streams, self.module, self.index, stage, self.parts, self.results
+        )
+        for group, stats in measured:
+            self.setup.release_freed_memory()
+            self._solve_group(group, stats)
+            stats.forget_cross()
+
+    def _take(self, layer: str, result: SolverResult, stats: LayerStats | None) -> None:
+        if self.setup.needs.tuning and stats is not None:
+            self.untuned[layer] = self._weight(layer).clone(), stats
+        super()._take(layer, result, stats)
+
+    def _tune(self) -> None:
+        """Results, weights and the reports of layers become those of the tuned ones."""
+        setup, recipe = self.setup, self.setup.recipe
+        assert self.streams.calls is not None
+        start = {layer: result.tensor for layer, result in self.results.items()}
+        block = SolvedBlock(
+            self.module,
+            {layer: weight for layer, (weight, _) in self.untuned.items()},
+            start,
+            self.streams.inputs_of(self.index),
+            self.streams.inputs_of(self.index + 1, "full-precision"),
+            self.streams.calls.of(self.index),
+            setup.special,
+            setup.precision.training,
+            (recipe.seed * len(setup.blocks) + self.index) % (1 << 63),
+        )
+        self.tuning = setup.method.tune(block, recipe)
+        self.reports = []
+        for layer, tensor in self.tuning.tensors.items():
+            before = self.results[layer]
+            self.results[layer] = result = replace(
+                before,
+                tensor=replace(tensor, input_range=before.tensor.input_range),
+                errors=None,  # of the weights that tuning started from
+                is_rounding=before.is_rounding and tensor is start[layer],
+            )
+            self._weight(layer).copy_(tensor.dequantize())
+            original, stats = self.untuned[layer]
+            self.reports.append(report_layer(f"{self.name}.{layer}", original, result, stats))
+        self.untuned.clear()
+
+
+def as_stored(module: nn.Module, kept: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The kept tensors as they stand in the solved block, in the dtypes of the source, and whether
+    a method has changed any: that is rounded to its dtype in the block, too."""
+    state = module.state_dict()
+    result, has_changed = {}, False
+    for key, source in kept.items():
+        current = state[key]
+        result[key] = source
+        if not torch.equal(current, source.to(current.device, current.dtype)):
+            result[key] = current.to("cpu", source.dtype, copy=True)
+            current.copy_(result[key])
+            has_changed = True
+    return result, has_changed

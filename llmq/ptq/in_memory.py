@@ -1,0 +1,110 @@
+"""Quantize a model that is in memory."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmq.activations.keys_values import quantize_kv
+from llmq.errors import LlmqError, LlmqWarning
+from llmq.evaluation.position_classes import special_ids
+from llmq.formats.hf_quantizer import state_quantization
+from llmq.inference.module import quantized_modules
+from llmq.models.arch import quantizable_layers
+from llmq.models.readers import ModelReader, weight_reader
+from llmq.models.shards import check_finite
+from llmq.models.source import meta_model
+from llmq.models.stored import state_ties
+from llmq.ptq.engine import Task, quantize_blocks
+from llmq.ptq.methods import method_of, needs_text
+from llmq.ptq.precision import Precision
+from llmq.ptq.results import BlockReport
+from llmq.ptq.scales import fitting_plans
+from llmq.ptq.sink import ModelSink
+from llmq.recipe import Recipe
+from llmq.text import documents
+
+REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def device_of(model: PreTrainedModel) -> str:
+    """Where a model in memory is quantized: on its device, or on the CPU if it is spread over
+    several. Raises `LlmqError` for weights that are not in memory."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if away := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise LlmqError(
+            f"{away[0]} has no data in memory, nor have {len(away) - 1} others (offloaded, or on "
+            "the meta device); load the model without offloading, or quantize its folder: llmq "
+            "quantize MODEL OUT"
+        )
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    return devices.pop() if len(devices) == 1 else "cpu"
+
+
+def quantize(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    tokens: Tensor | None = None,
+    *,
+    on_block: Callable[[BlockReport], None] = lambda report: None,
+) -> list[BlockReport]:
+    """Quantize a model in memory, in place, and return the report of each block. Every layer stays
+    on its device; a model that is on one device is quantized there, another on the CPU.
+
+    tokens: calibration windows int64 `[n, length]` (see `llmq.text.documents.calibration_windows`);
+    not needed for method "rtn". Raises `LlmqError` for bad input."""
+    method_of(recipe)  # or it is refused before anything changes
+    if quantized_modules(model):
+        raise LlmqError(
+            f"this {type(model).__name__} is quantized already; start from the full-precision model"
+        )
+    device = device_of(model)
+    skeleton = meta_model(model.config)
+    plans = recipe.plan(quantizable_layers(skeleton))
+    reader = ModelReader(model)
+    if tokens is not None:
+        documents.check_windows(tokens, model.config.get_text_config().vocab_size)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in REAL:
+            raise LlmqError(
+                f"tensor {name} is {parameter.dtype}, expected {', '.join(map(str, REAL))}: start "
+                "from the full-precision model"
+            )
+    for name, tensor in model.state_dict().items():
+        check_finite(f"tensor {name}", tensor)
+    plans, changed = fitting_plans(plans, weight_reader(skeleton, reader))
+    if changed:
+        note = next(plan.note for plan in plans if plan.layer.name == changed[0])
+        warnings.warn(
+            f"{len(changed)} layers differ from what was asked, the first being {changed[0]}: "
+            f"{note}",
+            LlmqWarning,
+            stacklevel=2,
+        )
+    activations = recipe.activations
+    quantize_kv(
+        meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope
+    )  # whether it can be done is known before anything changes
+    sink = ModelSink(model, recipe.activations)
+    task = Task(
+        skeleton,
+        reader,
+        recipe,
+        plans,
+        tokens if needs_text(recipe) else None,
+        device,
+        Precision.of(model.config, recipe, device),
+        special_ids(model.config),
+    )
+    with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
+        quantize_blocks(task, sink, Path(work_dir), on_block=on_block)
+    quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
+    state_ties(model)
+    state_quantization(model)
+    return sink.reports

@@ -1,0 +1,154 @@
+"""What a run is, before anything is computed: the model, what becomes of each of its layers, the
+format and the text, and every check that can be made by then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmq.errors import LlmqError
+from llmq.formats.base import Format
+from llmq.formats.registry import choose_format, format_note
+from llmq.inference.settings import read_settings
+from llmq.models.arch import check_length, quantizable_layers
+from llmq.models.names import check_dtypes, check_shapes, match_names
+from llmq.models.readers import CheckpointReader, weight_reader
+from llmq.models.source import Source
+from llmq.models.stored import source_model, source_remarks
+from llmq.models.tokens import fingerprint, first_token, own_tokenizer
+from llmq.ptq.methods import method_of, needs_text
+from llmq.ptq.precision import Precision
+from llmq.ptq.scales import fitting_plans
+from llmq.recipe import LayerPlan, Recipe
+from llmq.text import documents
+from llmq_kernels.core import restricted
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything known before anything is computed. config, model: what the stored tensors are, on
+    the meta device. tokens: None for methods without data. remarks: what is to be known of the
+    model or the format."""
+
+    source: Source
+    config: PretrainedConfig
+    model: PreTrainedModel
+    recipe: Recipe
+    plans: list[LayerPlan]
+    fmt: Format
+    tokens: documents.TokenSet | None
+    remarks: dict[str, str]
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Layers that differ from what was asked, and the remarks."""
+        return {plan.layer.name: plan.note for plan in self.plans if plan.note} | self.remarks
+
+    def precision(self, device: str) -> Precision:
+        """What the parts of the run are computed in on a device."""
+        return Precision.of(self.config, self.recipe, device)
+
+
+def prepare(
+    model: str | Source,
+    recipe: Recipe,
+    *,
+    calibration: str | documents.TokenSet = documents.BUNDLED,
+    format: str = "auto",
+    revision: str | None = None,
+    strict: bool = False,
+    check_scales: bool = True,
+) -> Job:
+    """Resolve and check everything that can be checked before computing: model, names of all
+    tensors, rules, format, calibration text. Raises `LlmqError`.
+
+    calibration: where the text is, or windows of tokens that are there already. check_scales: read
+    the weights of all layers once, to give each a scale dtype that holds its scales; without, what
+    is planned is float16 as it was asked for.
+    """
+    restricted.adapt()
+    method_of(recipe)  # or it is refused before anything is read
+    source = Source.open(model, revision)
+    stored_config, shards = source.config, source.shards
+    read_settings(source.folder)  # it comes along, and the result has to load
+    if getattr(stored_config, "quantization_config", None) is not None:
+        raise LlmqError(
+            f"{source.folder}: is quantized already ({_method(stored_config)}); start from the "
+            "full-precision model"
+        )
+    config, skeleton = source_model(stored_config, shards)
+    plans = recipe.plan(quantizable_layers(skeleton))
+    if not any(plan.spec for plan in plans):
+        raise LlmqError(
+            f"none of the {len(plans)} linear layers would be quantized; see 'llmq plan' with the "
+            "same options"
+        )
+    matched = match_names(skeleton, shards.names)
+    check_shapes(skeleton, shards, matched)
+    check_dtypes(skeleton, shards.dtypes, matched, str(source.folder))
+    choose_format(format, plans, recipe.activations)  # or it is refused before weights are read
+    if check_scales:
+        plans, changed = fitting_plans(
+            plans, weight_reader(skeleton, CheckpointReader(skeleton, shards))
+        )
+        _check_scale_format(format, plans, changed)
+    fmt = choose_format(format, plans, recipe.activations)
+    notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.note]
+    if strict and notes:
+        raise LlmqError(
+            f"--strict: {len(notes)} layers would differ from what was asked, the first being "
+            f"{notes[0]}"
+        )
+    remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
+    remarks |= source_remarks(skeleton, stored_config, config, shards, matched, strict)
+    tokens = None
+    if needs_text(recipe):
+        tokens = (
+            calibration_tokens(source, config, recipe, calibration)
+            if isinstance(calibration, str)
+            else calibration
+        )
+    return Job(source, config, skeleton, recipe, plans, fmt, tokens, remarks)
+
+
+def _check_scale_format(format: str, plans: list[LayerPlan], changed: list[str]) -> None:
+    """Refuse a format that was asked for and whose scales are float16, for layers that need
+    others."""
+    if changed and format not in ("auto", "llmq"):
+        note = next(plan.note for plan in plans if plan.layer.name == changed[0])
+        raise LlmqError(
+            f"format {format} cannot hold {changed[0]} ({note}), nor {len(changed) - 1} other "
+            "layers: its scales are float16. Use --format llmq, which holds everything, or keep "
+            f"them with --rule '{changed[0]}=keep'"
+        )
+
+
+def _method(config: Any) -> str:
+    settings = config.quantization_config
+    if isinstance(settings, dict):
+        return str(settings.get("quant_method"))
+    return str(getattr(settings, "quant_method", settings))
+
+
+def calibration_tokens(
+    source: Source, config: Any, recipe: Recipe, text: str
+) -> documents.TokenSet:
+    """The calibration windows of a recipe for a model, from a text."""
+    tokenizer = own_tokenizer(source)
+    check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
+    return windows(tokenizer, config, recipe, text)
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, config: Any, recipe: Recipe, source: str
+) -> documents.TokenSet:
+    """Seeded windows of a text, each with a BOS token for the families that need it."""
+    row = documents.tokenize(documents.load_documents(source, "calibration"), tokenizer)
+    documents.check_vocabulary(row, config.get_text_config().vocab_size, source)
+    bos = first_token(tokenizer, config)
+    found = documents.calibration_windows(
+        row, recipe.samples, recipe.sequence_length, recipe.seed, source, bos
+    )
+    return replace(found, tokenizer_sha256=fingerprint(tokenizer))

@@ -1,0 +1,58 @@
+"""The stored block must be the block that was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+
+from llmq.errors import VerificationError
+from llmq.ptq.block import QuantizedBlock
+from llmq.ptq.blocks import Blocks
+from llmq.ptq.results import StoredBlock
+from llmq.ptq.streams import Streams
+
+
+def verify_block(
+    blocks: Blocks,
+    streams: Streams | None,
+    index: int,
+    solved: QuantizedBlock,
+    read_back: StoredBlock,
+) -> None:
+    """The same values in every tensor, and the same outputs on the first batch from a block made of
+    what was stored alone. Raises `VerificationError`."""
+    name = blocks.name(index)
+    _check_names(name, "quantized layers", read_back.quantized.keys(), solved.quantized.keys())
+    _check_names(name, "kept tensors", read_back.kept.keys(), solved.kept.keys())
+    for key, tensor in read_back.kept.items():
+        written = solved.kept[key]
+        if tensor.dtype != written.dtype or not torch.equal(tensor, written):
+            raise VerificationError(
+                f"{key}: the tensor read back differs from the one written; the disk or the "
+                "memory is faulty"
+            )
+    for layer, stored in read_back.quantized.items():
+        values = stored.to(blocks.device).dequantize()
+        if not torch.equal(values, solved.quantized[layer].to(blocks.device).dequantize()):
+            raise VerificationError(
+                f"{layer}: the weight read back differs from the weight written; the disk or "
+                "the memory is faulty"
+            )
+    if solved.first_output is None or streams is None:
+        return
+    block = blocks.rebuild(index, read_back)
+    call, hidden = next(streams.batches(index, "quantized"))
+    if not torch.equal(call.run(block, hidden), solved.first_output):
+        raise VerificationError(
+            f"{name}: a block made of what was stored does not reproduce the outputs recorded "
+            "when it was quantized"
+        )
+
+
+def _check_names(name: str, kind: str, there: Set[str], written: Set[str]) -> None:
+    if there != written:
+        raise VerificationError(
+            f"{name}: {len(there)} {kind} were read back, {len(written)} were written; the "
+            "output is not usable"
+        )

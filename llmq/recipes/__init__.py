@@ -1,0 +1,1 @@
+"""Recipe files: how they are read, and ready ones. README.md lists the keys."""

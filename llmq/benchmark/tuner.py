@@ -127,9 +127,9 @@ def _jobs(
 
 
 def _all(job: Job, chip: Chip) -> tuple[Choice, ...]:
-    """The candidates and what is used now, so that tuning never makes a product slower."""
+    """What is used now, so that tuning never makes a product slower, and the candidates."""
     problem = job.problem()
-    return tuple(dict.fromkeys((*candidates(problem, chip), tuning.choose(problem, chip))))
+    return tuple(dict.fromkeys((tuning.choose(problem, chip), *candidates(problem, chip))))
 
 
 # --- the parent -----------------------------------------------------------------------------------

@@ -116,8 +116,15 @@ def float_constants(code, group, choice, chip, *, zero):
 
 
 FLOAT = [
-    ("int4", 128, False, 1, "bf16"), ("ternary", 128, False, 4, "fp16"), ("int4", 128, False, 16, "bf16"), ("int4", 64, True, 64, "fp16"), ("int4", 128, False, 128, "bf16"), ("ternary", 128, False, 64, "bf16"), ("int3", 128, True, 32, "bf16"), ("int8", 0, False, 16, "fp16"),
-]  # fmt: skip
+    ("int4", 128, False, 1, "bf16"),
+    ("ternary", 128, False, 4, "fp16"),
+    ("int4", 128, False, 16, "bf16"),
+    ("int4", 64, True, 64, "fp16"),
+    ("int4", 128, False, 128, "bf16"),
+    ("ternary", 128, False, 64, "bf16"),
+    ("int3", 128, True, 32, "bf16"),
+    ("int8", 0, False, 16, "fp16"),
+]
 INT8 = [
     ("ternary", 0, False, 128),
     ("int4", 128, False, 8),

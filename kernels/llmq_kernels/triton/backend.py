@@ -71,7 +71,7 @@ def _launched_early(choice: Choice, device: torch.device) -> dict[str, bool]:
     return {"launch_pdl": True} if _early(choice, device) else {}
 
 
-# --- what is accepted -----------------------------------------------------------------------------------------------------
+# --- what is accepted -----------------------------------------------------------------------------
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOAT = Takes(
@@ -99,9 +99,14 @@ def _device_refusal(device: torch.device) -> str | None:
     if device.type == "cpu" and interpreting():
         return None
     if device.type != "cuda":
-        return f"it runs on GPUs, not on {device.type} (or on the CPU in Triton's interpreter, with TRITON_INTERPRET=1)"
+        return (
+            f"it runs on GPUs, not on {device.type} (or on the CPU in Triton's interpreter, with "
+            "TRITON_INTERPRET=1)"
+        )
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+        has = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        name = torch.cuda.get_device_name(device)
+        return f"it needs compute capability 8.0 or newer, and {name} has {has}"
     return None
 
 
@@ -125,7 +130,7 @@ def int8_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device
     return obstacle(weight, dtype, device)
 
 
-# --- preparation ----------------------------------------------------------------------------------------------------------
+# --- preparation ----------------------------------------------------------------------------------
 
 
 def _side_tensors(weight: PackedWeight) -> State:
@@ -169,7 +174,7 @@ def int8_restore(weight: PackedWeight, state: State) -> Tensor:
     return layout.unpack_bytes(weight, state["packed"])
 
 
-# --- products -------------------------------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------
 
 
 def problem_of(x: Tensor, weight: PackedWeight) -> Problem:
@@ -256,10 +261,26 @@ def _gemv(
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
     out = x.new_empty(m, n)
     _modules()[0].gemv_kernel[(-(-n // choice.block_n),)](
-        x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, out, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
-        HAS_BIAS=bias is not None, BLOCK_M=min(choices.bucket(m), 4), BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, EVEN_K=k % choice.block_k == 0,
-        **_meaning(weight, state), **_launch_options(choice),
-    )  # fmt: skip
+        x,
+        packed,
+        state["scale_t"],
+        state.get("zero_t", packed),
+        out if bias is None else bias,
+        out,
+        m,
+        n,
+        k,
+        layout.padded_columns(k),
+        packed.shape[1],
+        _high_words(weight),
+        HAS_BIAS=bias is not None,
+        BLOCK_M=min(choices.bucket(m), 4),
+        BLOCK_N=choice.block_n,
+        BLOCK_K=choice.block_k,
+        EVEN_K=k % choice.block_k == 0,
+        **_meaning(weight, state),
+        **_launch_options(choice),
+    )
     return out
 
 
@@ -427,9 +448,21 @@ def _dequantize(weight: PackedWeight, state: State, dtype: torch.dtype) -> Tenso
     block_n, block_k = 64, choices.tile_columns(_group(weight))
     grid = (-(-n // block_n), layout.padded_columns(k) // block_k)
     _modules()[1].dequantize_kernel[grid](
-        packed, state["scale_t"], state.get("zero_t", packed), out, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
-        BLOCK_N=block_n, BLOCK_K=block_k, **_meaning(weight, state), num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+        packed,
+        state["scale_t"],
+        state.get("zero_t", packed),
+        out,
+        n,
+        k,
+        layout.padded_columns(k),
+        packed.shape[1],
+        _high_words(weight),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        **_meaning(weight, state),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
     return out
 
 

@@ -13,8 +13,8 @@ A code of two planes is `low + 2^b high`, and so is its zero point: each plane i
 part of the zero point, the upper one with an exponent that is b larger, and the two are added. All
 intermediate numbers are integers below 2^8 (bfloat16) or 2^11 (float16), so nothing is rounded.
 Scales are applied later, in float32, or here: `scaled_values` multiplies a number by its scale and
-rounds once. In bfloat16, a scale is the sum of two numbers to 2^-17 of it (a float16 scale exactly),
-and `fma(q, high, q * low)` is the product, rounded, to another 2^-17.
+rounds once. In bfloat16, a scale is the sum of two numbers to 2^-17 of it (a float16 scale
+exactly), and `fma(q, high, q * low)` is the product, rounded, to another 2^-17.
 
 Beside the inline PTX stands the same in plain Triton, for AMD and for the interpreter, which has no
 inline assembly.

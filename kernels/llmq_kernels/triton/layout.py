@@ -90,7 +90,10 @@ def act_order_refusal(weight: PackedWeight) -> str | None:
     expected = torch.full_like(counts, weight.group_size)
     expected[-1] = k - weight.group_size * (len(counts) - 1)
     if not torch.equal(counts, expected):
-        return f"its act-order groups have {int(counts.min())} to {int(counts.max())} columns, not {weight.group_size} each"
+        return (
+            f"its act-order groups have {int(counts.min())} to {int(counts.max())} columns, not "
+            f"{weight.group_size} each"
+        )
     return None
 
 

@@ -3,7 +3,6 @@ rows of a table, one per shape, kind of weight and number of rows of x."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from llmq.benchmark import rivals, timing
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq_kernels import PackedWeight, PreparedWeight, packed_width
-from llmq_kernels.triton import backend, tuning
+from llmq_kernels.triton import backend, choices, tuning
 
 # Llama-3-8B's layers, and two squares.
 GPU_SHAPES = ((4096, 4096), (8192, 8192), (6144, 4096), (28672, 4096), (4096, 14336))
@@ -147,48 +146,4 @@ def choice_of(prepared: PreparedWeight, x: Tensor) -> str | None:
     """The tiles that were used, where the Triton kernels ran."""
     if not prepared.backend.name.startswith("triton"):
         return None
-    return str(tuning.choose(backend.problem_of(x, prepared.weight), tuning.chip_of(x.device)))
-
-
-@torch.no_grad()
-def tune(
-    shapes: Sequence[tuple[int, int]],
-    rows: Sequence[int],
-    kinds: Sequence[Kind],
-    device: torch.device,
-    max_seconds: float,
-) -> dict[str, dict[str, float]]:
-    """Measure the candidates of every problem and remember the fastest; problems that the time does
-    not reach keep their default. Returns the seconds of each candidate by problem."""
-    chip, started = tuning.chip_of(device), time.monotonic()
-    results: dict[str, dict[str, float]] = {}
-    for kind in kinds:
-        for m in rows:
-            for n, k in shapes:
-                if time.monotonic() - started > max_seconds:
-                    return results
-                copies = prepared_copies(kind, n, k, device)
-                x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-                problem = backend.problem_of(x, copies[0].weight)
-                if problem.key not in results:
-                    results[problem.key] = tuning.tune(
-                        problem, chip, partial(_seconds_of, copies=copies, x=x, device=device)
-                    )[1]
-    return results
-
-
-def _seconds_of(
-    choice: tuning.Choice, copies: Sequence[PreparedWeight], x: Tensor, device: torch.device
-) -> float:
-    functions = [
-        lambda x, each=each: backend.run(x, each.weight, each.state, None, choice)
-        for each in copies
-    ]
-    try:
-        return timing.seconds(calls(functions, x), device, repeats=7)
-    except Exception as error:
-        if type(error).__module__.startswith(
-            "triton"
-        ):  # out of registers or shared memory: not this choice, then
-            raise RuntimeError(str(error)) from error
-        raise
+    return str(tuning.choose(backend.problem_of(x, prepared.weight), choices.chip_of(x.device)))

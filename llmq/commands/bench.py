@@ -146,12 +146,14 @@ def _kernels(
     plan = _plan(args, device.type == "cuda")
     result: dict[str, Any] = dict(environment)
     if args.tune:
-        from llmq_kernels.triton import tuning
+        from llmq.benchmark import tuner
+        from llmq_kernels.triton import choices, tuning
 
-        result["tuning_seconds"] = kernels.tune(
-            plan.shapes, plan.rows, plan.kinds, device, args.tune_seconds
-        )
-        chip = tuning.chip_of(device)
+        report = tuner.tune(plan.shapes, plan.rows, plan.kinds, device, args.tune_seconds)
+        result["tuning_seconds"] = report.seconds
+        result["tuning_refused"] = report.refused
+        result["tuning_not_reached"] = report.not_reached
+        chip = choices.chip_of(device)
         tuning.save(chip, tuning.tuned_dir() / f"{tuning.slug(chip.name)}.json", environment)
     table = []
     with rendering.progress("bench") as show:

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from llmq_kernels import CODES
+from llmq_kernels.triton.choices import CHIPS, Choice, Problem, default_choice, shared_bytes
 from llmq_kernels.triton.layout import PLANES
-from llmq_kernels.triton.tuning import CHIPS, Choice, Problem, default_choice, shared_bytes
 
 triton = pytest.importorskip("triton", reason="needs Triton (pip install '.[triton]')")
 pytestmark = [
@@ -27,6 +27,7 @@ POINTERS = {
     "x_sums": "i32",
     "x_scale": "fp32",
     "workspace": "fp32",
+    "scale": "fp16",
 }
 MATRIX_INSTRUCTION = {
     "sm_80": "HMMA|IMMA",
@@ -47,7 +48,7 @@ def compiled(kernel, chip, constants, warps, stages, **pointers):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    dtypes = POINTERS | {"x": "bf16", "out": "bf16", "bias": "bf16", "scale": "fp16"} | pointers
+    dtypes = POINTERS | {"x": "bf16", "out": "bf16", "bias": "bf16"} | pointers
     signature = {
         name: "constexpr" if name in constants else f"*{dtypes[name]}" if name in dtypes else "i32"
         for name in kernel.arg_names
@@ -55,7 +56,7 @@ def compiled(kernel, chip, constants, warps, stages, **pointers):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name not in ("M", "size")
+        if kind != "constexpr" and name not in ("M", "size", "split_tiles")
     }
     target = (
         GPUTarget("hip", chip.arch, 64)
@@ -90,6 +91,11 @@ def check_resources(binary, chip, tmp_path):
     return code
 
 
+def early(chip):
+    """As on that chip: see `triton/gemm`."""
+    return chip.arch in ("sm_90", "sm_100")
+
+
 def float_constants(code, group, choice, chip, *, zero):
     low, *high = PLANES[CODES[code].bits]
     blocks = {
@@ -110,10 +116,22 @@ def float_constants(code, group, choice, chip, *, zero):
 
 
 FLOAT = [
-    ("int4", 128, False, 1, "bf16"), ("ternary", 128, False, 4, "fp16"), ("int4", 128, False, 16, "bf16"), ("int4", 64, True, 64, "fp16"), ("int4", 128, False, 128, "bf16"), ("int3", 128, True,
-    32, "bf16"), ("int8", 0, False, 16, "fp16"),
-]  # fmt: skip
-INT8 = [("ternary", 0, False, 128), ("int4", 128, False, 8), ("int8", 0, True, 32)]
+    ("int4", 128, False, 1, "bf16"),
+    ("ternary", 128, False, 4, "fp16"),
+    ("int4", 128, False, 16, "bf16"),
+    ("int4", 64, True, 64, "fp16"),
+    ("int4", 128, False, 128, "bf16"),
+    ("ternary", 128, False, 64, "bf16"),
+    ("int3", 128, True, 32, "bf16"),
+    ("int8", 0, False, 16, "fp16"),
+]
+INT8 = [
+    ("ternary", 0, False, 128),
+    ("int4", 128, False, 8),
+    ("int4", 128, False, 256),
+    ("int4", 128, True, 256),
+    ("int8", 0, True, 32),
+]
 
 
 @pytest.mark.parametrize("arch", CHIPS)
@@ -127,33 +145,45 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
     constants = float_constants(code, group, choice, chip, zero=zero)
     types = {"x": dtype, "out": dtype, "bias": dtype}
     if choice.method == "gemv":
+        constants["EVEN_K"] = True
         check_resources(
             compiled(gemv.gemv_kernel, chip, constants, choice.warps, choice.stages, **types),
             chip,
             tmp_path,
         )
         return
-    constants |= {"SPLIT_K": choice.split_k, "EVEN_K": True, "UPCAST": False}
+    constants |= {"IS_SPLIT": choice.split_k > 1, "FOLD": choice.fold}
+    constants |= {"EVEN_K": True, "EARLY": early(chip), "UPCAST": False}
+    constants["SETTLE"] = chip.arch == "sm_90"
+    if choice.split_k > 1:
+        types["out"] = "fp32"
+    if choice.fold:
+        types["scale"] = "fp32"
     binary = compiled(
         gemm.gemm_kernel,
         chip,
         constants,
         choice.warps,
         choice.stages,
-        **types | ({"out": "fp32"} if choice.split_k > 1 else {}),
+        **types,
     )
     check_tensor_cores(binary, chip, tmp_path)
     assert binary.metadata.shared <= shared_bytes(problem, choice)
 
 
-def check_tensor_cores(binary, chip, tmp_path, *, in_registers=True):
-    assert re.search(MATRIX_INSTRUCTION[chip.arch], check_resources(binary, chip, tmp_path))
+def check_tensor_cores(binary, chip, tmp_path, *, in_registers=True, kind="float"):
+    instruction = MATRIX_INSTRUCTION[chip.arch]
+    if kind == "int8" and chip.arch == "sm_100":
+        instruction += "|IMMA"  # Triton 3.6 has no fifth-generation products of integers
+    assert re.search(instruction, check_resources(binary, chip, tmp_path))
     if chip.arch == "sm_90" and in_registers:
         # The weight is the left operand in registers: two lists in braces, the sums and the weight,
         # where a left operand from shared memory would be a descriptor.
         products = re.findall(r"wgmma\.mma_async\S* .*", binary.asm["ptx"])
         assert products
         assert all(line.count("{") == 2 for line in products)
+        # The registers of the weight are free again where the next tile is unpacked into them.
+        assert set(re.findall(r"wgmma\.wait_group\S* (\d+)", binary.asm["ptx"])) == {"0"}
 
 
 @pytest.mark.parametrize("arch", CHIPS)
@@ -165,15 +195,15 @@ def test_int8_kernels(code, group, zero, m, arch, tmp_path):
     bits = CODES[code].bits
     problem = Problem("int8", bits, group, "bfloat16", 4096, 4096, m)
     choice = default_choice(problem, chip)
-    offset = int(CODES[code].offset) - (128 if bits == 8 else 0)
     constants = {
         "GROUP": group,
-        "OFFSET": offset,
+        "OFFSET": int(CODES[code].offset),
         "HAS_ZERO": zero,
         "HAS_BIAS": False,
         "BITS": bits,
         "USE_ASM": not chip.is_amd,
-        "SPLIT_K": choice.split_k,
+        "IS_SPLIT": choice.split_k > 1,
+        "EARLY": early(chip),
     }
     constants |= {"BLOCK_M": choice.block_m, "BLOCK_N": choice.block_n, "BLOCK_K": choice.block_k}
     binary = compiled(
@@ -186,7 +216,7 @@ def test_int8_kernels(code, group, zero, m, arch, tmp_path):
         **({"out": "fp32"} if choice.split_k > 1 else {}),
     )
     check_tensor_cores(
-        binary, chip, tmp_path, in_registers=bits < 8
+        binary, chip, tmp_path, in_registers=bits < 8, kind="int8"
     )  # INT8 codes need no unpacking and are multiplied where they arrive
     assert binary.metadata.shared <= shared_bytes(problem, choice)
 
@@ -197,7 +227,13 @@ def test_small_kernels(arch, tmp_path):
 
     chip = CHIPS[arch]
     check_resources(
-        compiled(gemm.reduce_kernel, chip, {"HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 1024}, 4, 3),
+        compiled(
+            gemm.reduce_kernel,
+            chip,
+            {"HAS_BIAS": True, "SPLIT_K": 8, "EARLY": early(chip), "BLOCK": 1024},
+            4,
+            3,
+        ),
         chip,
         tmp_path,
     )
@@ -205,10 +241,15 @@ def test_small_kernels(arch, tmp_path):
         compiled(
             int8.quantize_tokens_kernel,
             chip,
-            {"SUM_COLUMNS": 128, "BLOCK_K": 4096},
-            8,
+            {
+                "AT_ONCE": True,
+                "HAS_SUMS": True,
+                "SUM_COLUMNS": 128,
+                "BLOCK_K": 16384,
+                "EARLY": early(chip),
+            },
+            16,
             3,
-            scale="fp32",
         ),
         chip,
         tmp_path,
@@ -218,10 +259,9 @@ def test_small_kernels(arch, tmp_path):
             compiled(
                 int8.quantize_static_kernel,
                 chip,
-                {"SUM_COLUMNS": 128, "BLOCK_K": 4096},
+                {"HAS_SUMS": True, "SUM_COLUMNS": 128, "BLOCK_K": 4096, "EARLY": True},
                 8,
                 3,
-                scale="fp32",
                 input_range="fp32",
             ),
             chip,

@@ -2,6 +2,7 @@
 tiles are kept, found again and fit their chips."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from packed_weights import make_weight
 from llmq_kernels import unpack
 from llmq_kernels.core import errors
 from llmq_kernels.core.packing import packed_width
-from llmq_kernels.triton import layout, tuning
-from llmq_kernels.triton.tuning import CHIPS, Choice, Problem
+from llmq_kernels.triton import choices, layout, tuning
+from llmq_kernels.triton.choices import CHIPS, Choice, Problem
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -53,7 +54,7 @@ def test_bytes_hold_every_sixteenth_column():
     for byte in range(32):
         for field in range(4):
             assert torch.equal(
-                (stored[:, byte] >> (2 * field)) & 3,
+                ((stored[:, byte] >> (2 * field)) + 1) & 3,  # stored less the offset of 1
                 codes[:, byte // 16 * 64 + 16 * field + byte % 16],
             )
 
@@ -84,47 +85,81 @@ def problems():
 def test_choices_fit_their_chip(arch):
     chip = CHIPS[arch]
     for problem in problems():
-        choices = list(tuning.candidates(problem, chip))
-        assert choices[0] == tuning.default_choice(problem, chip)
-        assert len(choices) == len(set(choices)) <= 40
-        for choice in choices:
-            assert tuning.fits(problem, choice, chip)
+        every = list(choices.candidates(problem, chip))
+        assert every[0] == choices.default_choice(problem, chip)
+        assert len(every) == len(set(every)) <= 144
+        for choice in every:
+            assert choices.fits(problem, choice, chip)
             assert problem.group % choice.block_k == 0 or choice.method != "gemm"
 
 
 def test_rows_of_x_are_rounded_up():
-    assert [tuning.bucket(m) for m in (1, 2, 3, 5, 64, 65, 100000)] == [1, 2, 4, 8, 64, 128, 4096]
+    assert [choices.bucket(m) for m in (1, 2, 3, 5, 64, 65, 100000)] == [1, 2, 4, 8, 64, 128, 4096]
 
 
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path))
     tuning.forget()
-    yield tuning.Chip("sm_90", 132, 227 << 10, "Some GPU 3000")
+    yield choices.Chip("sm_90", 132, 227 << 10, "Some GPU 3000")
     tuning.forget()
 
 
 def test_the_fastest_candidate_is_kept_on_disk(gpu):
     problem = Problem("float", 4, 128, "bfloat16", 4096, 4096, 16)
-    favourite = [choice for choice in tuning.candidates(problem, gpu) if choice.stages == 3][-1]
-
-    def measure(choice):
-        if choice.stages == 5:
-            raise RuntimeError("out of resource")
-        return 1.0 if choice == favourite else 2.0
-
-    best, seconds = tuning.tune(problem, gpu, measure)
-    assert best == favourite == tuning.choose(problem, gpu)
-    assert 5 < len(seconds) < len(list(tuning.candidates(problem, gpu)))
+    every = list(choices.candidates(problem, gpu))
+    seconds = dict.fromkeys(every[:-1], 2.0) | {every[-1]: 1.0}
+    assert tuning.keep(problem, gpu, seconds) == every[-1] == tuning.choose(problem, gpu)
     path = tuning.tuned_dir() / f"{tuning.slug(gpu.name)}.json"
     assert path.name == "some_gpu_3000.json"
-    tuning.save(gpu, path, {"triton": "x"})
+    tuning.save(gpu, path, {"torch": "x"})
     tuning.forget()
-    assert tuning.choose(problem, gpu) == favourite
-    assert tuning.choose(
-        Problem("float", 4, 128, "bfloat16", 4096, 4096, 32), gpu
-    ) == tuning.default_choice(Problem("float", 4, 128, "bfloat16", 4096, 4096, 32), gpu)
-    assert json.loads(path.read_text())["gpu"] == gpu.name
+    assert tuning.choose(problem, gpu) == every[-1]
+    content = json.loads(path.read_text())
+    assert content["gpu"] == gpu.name
+    assert content["triton"]
+
+
+def test_what_was_not_measured_takes_the_choice_of_the_nearest(gpu):
+    measured = Problem("float", 4, 128, "bfloat16", 8192, 4096, 16)
+    choice = Choice("gemm", 16, 128, 128, 2, 4, 6)
+    tuning.keep(measured, gpu, {choice: 1.0})
+    for problem, split_k in (
+        (replace(measured, dtype="float16"), 2),
+        (replace(measured, n=4096), 4),  # as many programs
+        (replace(measured, n=1024, k=1024), 2),  # four tiles for each
+        (replace(measured, m=8), 2),
+        (replace(measured, k=14336), 2),
+    ):
+        assert tuning.choose(problem, gpu) == replace(choice, split_k=split_k)
+    far = replace(measured, m=256)
+    other = replace(measured, bits=2)
+    for problem in (far, other):
+        assert tuning.choose(problem, gpu) == choices.default_choice(problem, gpu)
+
+
+WRONG = {
+    "a step that crosses groups": Choice("gemm", 16, 64, 256),
+    "too few columns for tensor cores": Choice("gemm", 8, 64, 128),
+    "too much shared memory": Choice("gemm", 256, 256, 128, stages=8),
+    "a row per thread for many rows": Choice("gemv", 4, 8, 1024),
+}
+
+
+@pytest.mark.parametrize("choice", WRONG.values(), ids=WRONG)
+def test_a_choice_that_cannot_be_right_is_not_taken(gpu, choice):
+    problem = Problem("float", 4, 128, "bfloat16", 4096, 4096, 16)
+    tuning.keep(problem, gpu, {choice: 1.0})
+    assert tuning.choose(problem, gpu) == choices.default_choice(problem, gpu)
+
+
+def test_another_version_of_triton_is_named(gpu):
+    path = tuning.tuned_dir() / "some_gpu_3000.json"
+    tuning.save(gpu, path, {"triton": "2.1.0"})
+    tuning.forget()
+    errors._told.clear()
+    with pytest.warns(errors.KernelWarning, match=r"measured with Triton 2\.1\.0"):
+        tuning.tuned(gpu)
 
 
 DAMAGED = {
@@ -148,7 +183,7 @@ def test_a_damaged_file_is_named_and_ignored(gpu, content):
     problem = Problem("float", 4, 128, "bfloat16", 64, 64, 1)
     errors._told.clear()
     with pytest.warns(errors.KernelWarning, match=r"some_gpu_3000\.json is not a file of tuned"):
-        assert tuning.choose(problem, gpu) == tuning.default_choice(problem, gpu)
+        assert tuning.choose(problem, gpu) == choices.default_choice(problem, gpu)
 
 
 def test_a_file_that_others_can_write_is_named_and_ignored(gpu):
@@ -163,15 +198,7 @@ def test_a_file_that_others_can_write_is_named_and_ignored(gpu):
     tuning.forget()
     errors._told.clear()
     with pytest.warns(errors.KernelWarning, match=r"can be written by others \(mode 0666"):
-        assert tuning.choose(problem, gpu) == tuning.default_choice(problem, gpu)
-
-
-def test_no_candidate_runs(gpu):
-    def measure(choice):
-        raise RuntimeError("out of resource")
-
-    with pytest.raises(RuntimeError, match="no candidate for float/w4"):
-        tuning.tune(Problem("float", 4, 128, "bfloat16", 64, 64, 1), gpu, measure)
+        assert tuning.choose(problem, gpu) == choices.default_choice(problem, gpu)
 
 
 def test_choice_is_one_line_of_json():

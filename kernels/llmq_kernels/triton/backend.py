@@ -23,8 +23,8 @@ from llmq_kernels.core.capability import Takes
 from llmq_kernels.core.codes import CODES
 from llmq_kernels.core.packing import packed_width
 from llmq_kernels.core.weight import PackedWeight
-from llmq_kernels.triton import layout, tuning
-from llmq_kernels.triton.tuning import Choice, Problem
+from llmq_kernels.triton import choices, layout, tuning
+from llmq_kernels.triton.choices import Choice, Problem
 
 
 def interpreting() -> bool:
@@ -52,7 +52,26 @@ def _use_asm() -> bool:
     return not interpreting() and torch.version.hip is None
 
 
-# --- what is accepted -----------------------------------------------------------------------------------------------------
+@cache
+def _capability(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA chip, 0 elsewhere."""
+    if not _use_asm() or device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _early(choice: Choice, device: torch.device) -> bool:
+    """Whether kernels are launched before those they wait for have ended: where the choice says so
+    and chips can, from Hopper on."""
+    return choice.early and _capability(device) >= 9
+
+
+def _launched_early(choice: Choice, device: torch.device) -> dict[str, bool]:
+    """The launch option of a kernel that waits in the device for the one before it."""
+    return {"launch_pdl": True} if _early(choice, device) else {}
+
+
+# --- what is accepted -----------------------------------------------------------------------------
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOAT = Takes(
@@ -80,9 +99,14 @@ def _device_refusal(device: torch.device) -> str | None:
     if device.type == "cpu" and interpreting():
         return None
     if device.type != "cuda":
-        return f"it runs on GPUs, not on {device.type} (or on the CPU in Triton's interpreter, with TRITON_INTERPRET=1)"
+        return (
+            f"it runs on GPUs, not on {device.type} (or on the CPU in Triton's interpreter, with "
+            "TRITON_INTERPRET=1)"
+        )
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+        has = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        name = torch.cuda.get_device_name(device)
+        return f"it needs compute capability 8.0 or newer, and {name} has {has}"
     return None
 
 
@@ -98,13 +122,15 @@ def obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> 
 
 def int8_obstacle(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the integer kernels cannot take a weight here, or None."""
-    k, most = weight.shape[1], (1 << 31) // (128 * weight.code.max)
+    # Codes lie at the top of their bytes, so every product is below 128 * 128, or 128 * 255 where a
+    # zero point moves them to one side.
+    k, most = weight.shape[1], (1 << 31) // (128 * (128 if weight.zero is None else 255))
     if _group(weight) == 0 and k >= most:
         return f"its sums of {most} and more columns would not fit 32 bits, and K is {k}"
     return obstacle(weight, dtype, device)
 
 
-# --- preparation ----------------------------------------------------------------------------------------------------------
+# --- preparation ----------------------------------------------------------------------------------
 
 
 def _side_tensors(weight: PackedWeight) -> State:
@@ -113,9 +139,8 @@ def _side_tensors(weight: PackedWeight) -> State:
     n, k = weight.shape
     group = _group(weight)
     missing = 0 if group == 0 else -(-layout.padded_columns(k) // group) - weight.scale.shape[1]
-    state = {
-        "scale_t": torch.nn.functional.pad(layout.transposed(weight.scale, n), (0, 0, 0, missing))
-    }
+    scale = torch.nn.functional.pad(layout.transposed(weight.scale, n), (0, 0, 0, missing))
+    state = {"scale_t": scale}
     if weight.zero is not None:
         state["zero_t"] = torch.nn.functional.pad(
             layout.transposed(weight.zero, n), (0, 0, 0, missing)
@@ -126,8 +151,12 @@ def _side_tensors(weight: PackedWeight) -> State:
 
 
 def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
-    """Units of eight codes in place of the canonical words."""
-    return {"packed": layout.pack_units(weight), **_side_tensors(weight)}
+    """Units of eight codes in place of the canonical words, and, where scales can be multiplied
+    into the weight, these in float32, too: the pipeline of loads copies no less than four bytes."""
+    state = {"packed": layout.pack_units(weight), **_side_tensors(weight)}
+    if _group(weight):
+        state["scale_fold"] = state["scale_t"].float()
+    return state
 
 
 def restore(weight: PackedWeight, state: State) -> Tensor:
@@ -145,7 +174,7 @@ def int8_restore(weight: PackedWeight, state: State) -> Tensor:
     return layout.unpack_bytes(weight, state["packed"])
 
 
-# --- products -------------------------------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------
 
 
 def problem_of(x: Tensor, weight: PackedWeight) -> Problem:
@@ -157,14 +186,14 @@ def problem_of(x: Tensor, weight: PackedWeight) -> Problem:
         _group(weight),
         str(x.dtype).removeprefix("torch."),
         *weight.shape,
-        tuning.bucket(x.shape[0]),
+        choices.bucket(x.shape[0]),
     )
 
 
 def linear(x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` for x `[M, K]`, float16 or bfloat16."""
     return run(
-        x, weight, state, bias, tuning.choose(problem_of(x, weight), tuning.chip_of(x.device))
+        x, weight, state, bias, tuning.choose(problem_of(x, weight), choices.chip_of(x.device))
     )
 
 
@@ -214,6 +243,13 @@ def _high_words(weight: PackedWeight) -> int:
     return packed_width(layout.padded_columns(weight.shape[1]), layout.PLANES[weight.code.bits][0])
 
 
+def _folds(choice: Choice, weight: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether scales are multiplied into the weight: where the choice says so, there are groups,
+    and the type of x holds the scales (bfloat16 holds all, in two parts)."""
+    held = dtype == torch.bfloat16 or weight.scale.dtype == dtype
+    return choice.fold and held and _group(weight) > 0
+
+
 def _launch_options(choice: Choice) -> dict[str, Any]:
     # Fusing multiplications and additions is said explicitly: Triton's default changes with 3.10.
     return {"num_warps": choice.warps, "num_stages": choice.stages, "enable_fp_fusion": True}
@@ -225,9 +261,26 @@ def _gemv(
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
     out = x.new_empty(m, n)
     _modules()[0].gemv_kernel[(-(-n // choice.block_n),)](
-        x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, out, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
-        HAS_BIAS=bias is not None, BLOCK_M=min(tuning.bucket(m), 4), BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, **_meaning(weight, state), **_launch_options(choice),
-    )  # fmt: skip
+        x,
+        packed,
+        state["scale_t"],
+        state.get("zero_t", packed),
+        out if bias is None else bias,
+        out,
+        m,
+        n,
+        k,
+        layout.padded_columns(k),
+        packed.shape[1],
+        _high_words(weight),
+        HAS_BIAS=bias is not None,
+        BLOCK_M=min(choices.bucket(m), 4),
+        BLOCK_N=choice.block_n,
+        BLOCK_K=choice.block_k,
+        EVEN_K=k % choice.block_k == 0,
+        **_meaning(weight, state),
+        **_launch_options(choice),
+    )
     return out
 
 
@@ -249,11 +302,23 @@ def _reduce(workspace: Tensor, out: Tensor, bias: Tensor | None, choice: Choice)
             out.shape[1],
             HAS_BIAS=bias is not None,
             SPLIT_K=choice.split_k,
+            EARLY=_early(choice, out.device),
             BLOCK=1024,
             num_warps=4,
             enable_fp_fusion=True,
+            **_launched_early(choice, out.device),
         )
     return out
+
+
+def _grid(m: int, n: int, choice: Choice) -> tuple[int, int, int]:
+    """Tiles of M, tiles of N, splits of K."""
+    return -(-m // choice.block_m), -(-n // choice.block_n), choice.split_k
+
+
+def _split_tiles(k: int, choice: Choice) -> int:
+    """Tiles of K of one split."""
+    return -(-layout.padded_columns(k) // choice.block_k // choice.split_k)
 
 
 def _gemm(
@@ -261,37 +326,72 @@ def _gemm(
 ) -> Tensor:
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
     out, target = _workspace(x, n, choice)
-    grid = (-(-n // choice.block_n) * -(-m // choice.block_m), choice.split_k)
-    _modules()[1].gemm_kernel[grid](
-        x, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
-        HAS_BIAS=bias is not None, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, SPLIT_K=choice.split_k, EVEN_K=k == layout.padded_columns(k),
-        UPCAST=interpreting(), **_meaning(weight, state), **_launch_options(choice),
-    )  # fmt: skip
+    fold = _folds(choice, weight, x.dtype)
+    _modules()[1].gemm_kernel[_grid(m, n, choice)](
+        x,
+        packed,
+        state["scale_fold" if fold else "scale_t"],
+        state.get("zero_t", packed),
+        out if bias is None else bias,
+        target,
+        m,
+        n,
+        k,
+        layout.padded_columns(k),
+        packed.shape[1],
+        _high_words(weight),
+        _split_tiles(k, choice),
+        HAS_BIAS=bias is not None,
+        BLOCK_M=choice.block_m,
+        BLOCK_N=choice.block_n,
+        BLOCK_K=choice.block_k,
+        IS_SPLIT=choice.split_k > 1,
+        FOLD=fold,
+        EVEN_K=k == layout.padded_columns(k),
+        EARLY=_early(choice, x.device),
+        SETTLE=_capability(x.device) == 9,
+        UPCAST=interpreting(),
+        **_meaning(weight, state),
+        **_launch_options(choice),
+    )
     return _reduce(target, out, bias, choice)
 
 
 def quantize_tokens(
-    x: Tensor, sum_columns: int, input_range: Tensor | None = None
+    x: Tensor,
+    sum_columns: int,
+    input_range: Tensor | None = None,
+    *,
+    has_sums: bool = True,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x `[M, K]` as int8 codes `[M, padded K]`, float32 scales `[M]`, and int32 sums of the codes
-    over every `sum_columns` columns, `[M, padded K / sum_columns]`.
+    over every `sum_columns` columns, `[M, padded K / sum_columns]` (uninitialized without
+    has_sums).
 
     input_range: float32 `[2]`, one scale and zero point for all tokens (codes are then 128 lower
-    than stored ones), or None for a scale per token."""
+    than stored ones), or None for a scale per token. early: the next kernel may be launched while
+    this one runs."""
     m, k = x.shape
     padded = layout.padded_columns(k)
     codes = torch.empty(m, padded, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     sums = torch.empty(m, padded // sum_columns, dtype=torch.int32, device=x.device)
-    block = min(1 << (padded - 1).bit_length(), 4096)
+    whole = 1 << (padded - 1).bit_length()
+    at_once = input_range is None and whole <= 16384
+    block = whole if at_once else min(whole, 4096)
     options = {
+        "HAS_SUMS": has_sums,
         "SUM_COLUMNS": sum_columns,
         "BLOCK_K": block,
-        "num_warps": 8 if block > 1024 else 4,
+        "EARLY": early,
+        "num_warps": 16 if block > 4096 else 8 if block > 1024 else 4,
         "enable_fp_fusion": True,
     }
     if input_range is None:
-        _modules()[2].quantize_tokens_kernel[(m,)](x, codes, scale, sums, k, padded, **options)
+        _modules()[2].quantize_tokens_kernel[(m,)](
+            x, codes, scale, sums, k, padded, AT_ONCE=at_once, **options
+        )
     else:
         _modules()[2].quantize_static_kernel[(m,)](
             x, input_range, codes, scale, sums, k, padded, **options
@@ -303,17 +403,41 @@ def _int8_gemm(
     x: Tensor, weight: PackedWeight, state: State, bias: Tensor | None, choice: Choice
 ) -> Tensor:
     (m, k), n, packed = x.shape, weight.shape[0], state["packed"]
-    codes, scale, sums = quantize_tokens(x, choice.block_k, weight.input_range)
+    early = _early(choice, x.device)
+    codes, scale, sums = quantize_tokens(
+        x, choice.block_k, weight.input_range, has_sums="zero_t" in state, early=early
+    )
     if "shift" in state:
         bias = state["shift"] if bias is None else state["shift"] + bias
     out, target = _workspace(x, n, choice)
-    grid = (-(-n // choice.block_n) * -(-m // choice.block_m), choice.split_k)
-    offset = int(weight.code.offset) - (128 if weight.code.bits == 8 else 0)
-    _modules()[2].int8_gemm_kernel[grid](
-        codes, scale, sums, packed, state["scale_t"], state.get("zero_t", packed), out if bias is None else bias, target, m, n, layout.padded_columns(k), packed.shape[1],
-        GROUP=_group(weight), OFFSET=offset, HAS_ZERO="zero_t" in state, HAS_BIAS=bias is not None, BITS=weight.code.bits, BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k,
-        SPLIT_K=choice.split_k, USE_ASM=_use_asm(), **_launch_options(choice),
-    )  # fmt: skip
+    _modules()[2].int8_gemm_kernel[_grid(m, n, choice)](
+        codes,
+        scale,
+        sums,
+        packed,
+        state["scale_t"],
+        state.get("zero_t", packed),
+        out if bias is None else bias,
+        target,
+        m,
+        n,
+        layout.padded_columns(k),
+        packed.shape[1],
+        _split_tiles(k, choice),
+        GROUP=_group(weight),
+        OFFSET=int(weight.code.offset),
+        HAS_ZERO="zero_t" in state,
+        HAS_BIAS=bias is not None,
+        BITS=weight.code.bits,
+        BLOCK_M=choice.block_m,
+        BLOCK_N=choice.block_n,
+        BLOCK_K=choice.block_k,
+        IS_SPLIT=choice.split_k > 1,
+        USE_ASM=_use_asm(),
+        EARLY=early,
+        **_launch_options(choice),
+        **_launched_early(choice, x.device),
+    )
     return _reduce(target, out, bias, choice)
 
 
@@ -321,12 +445,24 @@ def _dequantize(weight: PackedWeight, state: State, dtype: torch.dtype) -> Tenso
     """`[N, K]` in the kernels' column order."""
     (n, k), packed = weight.shape, state["packed"]
     out = torch.empty(n, k, dtype=dtype, device=packed.device)
-    block_n, block_k = 64, tuning.tile_columns(_group(weight))
+    block_n, block_k = 64, choices.tile_columns(_group(weight))
     grid = (-(-n // block_n), layout.padded_columns(k) // block_k)
     _modules()[1].dequantize_kernel[grid](
-        packed, state["scale_t"], state.get("zero_t", packed), out, n, k, layout.padded_columns(k), packed.shape[1], _high_words(weight),
-        BLOCK_N=block_n, BLOCK_K=block_k, **_meaning(weight, state), num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+        packed,
+        state["scale_t"],
+        state.get("zero_t", packed),
+        out,
+        n,
+        k,
+        layout.padded_columns(k),
+        packed.shape[1],
+        _high_words(weight),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        **_meaning(weight, state),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
     return out
 
 

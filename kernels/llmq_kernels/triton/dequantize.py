@@ -12,7 +12,9 @@ two exact numbers `q - zero`. `sub.bf16x2` would need sm_90; the fma runs on eve
 A code of two planes is `low + 2^b high`, and so is its zero point: each plane is shifted by its own
 part of the zero point, the upper one with an exponent that is b larger, and the two are added. All
 intermediate numbers are integers below 2^8 (bfloat16) or 2^11 (float16), so nothing is rounded.
-Scales are applied later, in float32.
+Scales are applied later, in float32, or here: `scaled_values` multiplies a number by its scale and
+rounds once. In bfloat16, a scale is the sum of two numbers to 2^-17 of it (a float16 scale
+exactly), and `fma(q, high, q * low)` is the product, rounded, to another 2^-17.
 
 Beside the inline PTX stands the same in plain Triton, for AMD and for the interpreter, which has no
 inline assembly.
@@ -34,14 +36,18 @@ def _magic(is_bf16, bits=0):
 
 
 @triton.constexpr_function
-def _assembly(is_bf16, low_bits, high_bits):
-    """PTX with operands: $0..$7 numbers, $8 the low plane's word, $9 its shift, and for two planes
-    $10 and $11 the same of the high plane."""
+def _assembly(is_bf16, low_bits, high_bits, scaled):
+    """PTX with operands: $0..$7 numbers, then inputs: $8, $9 the low plane's word and its shift,
+    $10, $11 the same of the high plane, $12, $13 the high and the low part of the scale, each twice
+    in a word. What is not needed is not read."""
     kind = "bf16x2" if is_bf16 else "f16x2"
     magic = 0x10001 * (0x4300 if is_bf16 else 0x6400)
     one = 0x10001 * (0x3F80 if is_bf16 else 0x3C00)
     weight = 0x10001 * (0x3F80 + (low_bits << 7) if is_bf16 else 0x3C00 + (low_bits << 10))
-    lines = [f"{{ .reg .b32 a, b, one, weight; mov.b32 one, {one:#x}; mov.b32 weight, {weight:#x};"]
+    lines = [
+        f"{{ .reg .b32 a, b, one, weight, nought; mov.b32 one, {one:#x}; "
+        f"mov.b32 weight, {weight:#x}; mov.b32 nought, 0x80008000;"
+    ]
     for t in range(4):
         lines.append(
             f"shr.u32 a, $8, {low_bits * t}; lop3.b32 a, a, {0x10001 * ((1 << low_bits) - 1):#x}, "
@@ -54,6 +60,11 @@ def _assembly(is_bf16, low_bits, high_bits):
                 "weight, $11;"
             )
             lines.append(f"fma.rn.{kind} a, b, one, a;")
+        if scaled:
+            if is_bf16:
+                lines.append(f"fma.rn.{kind} b, a, $13, nought;")
+            addend = "b" if is_bf16 else "nought"
+            lines.append(f"fma.rn.{kind} a, a, $12, {addend};")
         lines.append(f"mov.b32 {{${2 * t}, ${2 * t + 1}}}, a;")
     return " ".join(lines) + " }"
 
@@ -81,62 +92,67 @@ def _code(
 
 
 @triton.jit
+def _pairs(numbers, DTYPE: tl.constexpr):
+    """int32 words with the numbers, which are exact or rounded to DTYPE, in both halves."""
+    bits = numbers.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return (bits * 0x10001).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _plain(
+    word,
+    high,
+    zero,
+    factor,
+    t: tl.constexpr,
+    half: tl.constexpr,
+    DTYPE: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    number = (_code(word, high, t, half, LOW_BITS, HIGH_BITS) - zero).to(tl.float32)
+    if SCALED:
+        number *= factor
+    return number.to(DTYPE)
+
+
+@triton.jit
 def _eight_numbers(
     unit,
     high_unit,
     zero,
+    factor,
     DTYPE: tl.constexpr,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
+    SCALED: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
     """Eight tensors `[R, U]` in DTYPE with the numbers `code - zero` of units `[R, U]`, in the
     order of the unit: lower half, upper half of pair 0, of pair 1, 2, 3.
 
     high_unit: the units of the second plane, not read when HIGH_BITS is 0. zero: int32,
-    broadcastable to `[R, U]`."""
+    broadcastable to `[R, U]`. factor: float32 of the same shape, multiplied in where SCALED; a
+    float16 number where DTYPE is float16."""
     word = _halves(unit, LOW_BITS)
     high = _halves(high_unit, HIGH_BITS)
     if USE_ASM:
         is_bf16: tl.constexpr = DTYPE == tl.bfloat16
         shift = ((zero & ((1 << LOW_BITS) - 1)) | (_magic(is_bf16) | 0x8000)) * 0x10001
-        if HIGH_BITS > 0:
-            high_shift = ((zero >> LOW_BITS) | (_magic(is_bf16, LOW_BITS) | 0x8000)) * 0x10001
-            a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-                _assembly(is_bf16, LOW_BITS, HIGH_BITS),
-                "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r",
-                [word, shift, high, high_shift],
-                dtype=(
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                ),
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-                _assembly(is_bf16, LOW_BITS, 0),
-                "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
-                [word, shift],
-                dtype=(
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                    tl.int16,
-                ),
-                is_pure=True,
-                pack=1,
-            )
+        high_shift = ((zero >> LOW_BITS) | (_magic(is_bf16, LOW_BITS) | 0x8000)) * 0x10001
+        upper, lower = shift, shift
+        if SCALED:
+            upper = _pairs(factor, DTYPE)
+            lower = _pairs(factor - factor.to(DTYPE).to(tl.float32), DTYPE)
+        a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
+            _assembly(is_bf16, LOW_BITS, HIGH_BITS, SCALED),
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r",
+            [word, shift, high, high_shift, upper, lower],
+            (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
         a0, b0, a1, b1 = (
             a0.to(DTYPE, bitcast=True),
             b0.to(DTYPE, bitcast=True),
@@ -150,15 +166,40 @@ def _eight_numbers(
             b3.to(DTYPE, bitcast=True),
         )
     else:
-        a0 = (_code(word, high, 0, 0, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
-        b0 = (_code(word, high, 0, 1, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
-        a1 = (_code(word, high, 1, 0, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
-        b1 = (_code(word, high, 1, 1, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
-        a2 = (_code(word, high, 2, 0, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
-        b2 = (_code(word, high, 2, 1, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
-        a3 = (_code(word, high, 3, 0, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
-        b3 = (_code(word, high, 3, 1, LOW_BITS, HIGH_BITS) - zero).to(tl.float32).to(DTYPE)
+        a0 = _plain(word, high, zero, factor, 0, 0, DTYPE, LOW_BITS, HIGH_BITS, SCALED)
+        b0 = _plain(word, high, zero, factor, 0, 1, DTYPE, LOW_BITS, HIGH_BITS, SCALED)
+        a1 = _plain(word, high, zero, factor, 1, 0, DTYPE, LOW_BITS, HIGH_BITS, SCALED)
+        b1 = _plain(word, high, zero, factor, 1, 1, DTYPE, LOW_BITS, HIGH_BITS, SCALED)
+        a2 = _plain(word, high, zero, factor, 2, 0, DTYPE, LOW_BITS, HIGH_BITS, SCALED)
+        b2 = _plain(word, high, zero, factor, 2, 1, DTYPE, LOW_BITS, HIGH_BITS, SCALED)
+        a3 = _plain(word, high, zero, factor, 3, 0, DTYPE, LOW_BITS, HIGH_BITS, SCALED)
+        b3 = _plain(word, high, zero, factor, 3, 1, DTYPE, LOW_BITS, HIGH_BITS, SCALED)
     return a0, b0, a1, b1, a2, b2, a3, b3
+
+
+@triton.jit
+def _joined(numbers):
+    """Eight tensors `[R, U]` as one, `[R, U, 8]`: index 4 * (pair >> 1) + 2 * (pair & 1) + half. A
+    join stays in the registers of a thread."""
+    a0, b0, a1, b1, a2, b2, a3, b3 = numbers
+    joined = tl.join(
+        tl.join(tl.join(a0, a2), tl.join(a1, a3)), tl.join(tl.join(b0, b2), tl.join(b1, b3))
+    )  # the last join is the lowest bit
+    return joined.reshape(a0.shape[0], a0.shape[1], 8)
+
+
+@triton.jit
+def _in_order(numbers):
+    """Eight tensors `[R, U]` in the order of the columns, `[R, 8 U]`, U a multiple of 4."""
+    rows: tl.constexpr = numbers[0].shape[0]
+    units: tl.constexpr = numbers[0].shape[1]
+    # Column in its block of 32: 16 * (pair >> 1) + 8 * (pair & 1) + 2 * (unit in block) + half.
+    return (
+        _joined(numbers)
+        .reshape(rows, units // 4, 4, 4, 2)
+        .permute(0, 1, 3, 2, 4)
+        .reshape(rows, units * 8)
+    )
 
 
 @triton.jit
@@ -171,15 +212,10 @@ def unit_numbers(
     HIGH_BITS: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """The same numbers as one tensor `[R, U, 8]`: index 4 * (pair >> 1) + 2 * (pair & 1) + half. A
-    join stays in the registers of a thread."""
-    a0, b0, a1, b1, a2, b2, a3, b3 = _eight_numbers(
-        unit, high_unit, zero, DTYPE, LOW_BITS, HIGH_BITS, USE_ASM
+    """The numbers `code - zero` of units `[R, U]` as they are stored, `[R, U, 8]`."""
+    return _joined(
+        _eight_numbers(unit, high_unit, zero, 1.0, DTYPE, LOW_BITS, HIGH_BITS, False, USE_ASM)
     )
-    joined = tl.join(
-        tl.join(tl.join(a0, a2), tl.join(a1, a3)), tl.join(tl.join(b0, b2), tl.join(b1, b3))
-    )  # the last join is the lowest bit
-    return joined.reshape(unit.shape[0], unit.shape[1], 8)
 
 
 @triton.jit
@@ -193,12 +229,26 @@ def unit_values(
     USE_ASM: tl.constexpr,
 ):
     """The same numbers in the order of the columns, `[R, 8 U]`, U a multiple of 4."""
-    rows: tl.constexpr = unit.shape[0]
-    units: tl.constexpr = unit.shape[1]
-    numbers = unit_numbers(unit, high_unit, zero, DTYPE, LOW_BITS, HIGH_BITS, USE_ASM)
-    # Column in its block of 32: 16 * (pair >> 1) + 8 * (pair & 1) + 2 * (unit in block) + half.
-    return (
-        numbers.reshape(rows, units // 4, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(rows, units * 8)
+    return _in_order(
+        _eight_numbers(unit, high_unit, zero, 1.0, DTYPE, LOW_BITS, HIGH_BITS, False, USE_ASM)
+    )
+
+
+@triton.jit
+def scaled_values(
+    unit,
+    high_unit,
+    zero,
+    factor,
+    DTYPE: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """`factor * (code - zero)`, rounded once to DTYPE, in the order of the columns. factor: float32
+    `[R, 1]`, a float16 number where DTYPE is float16."""
+    return _in_order(
+        _eight_numbers(unit, high_unit, zero, factor, DTYPE, LOW_BITS, HIGH_BITS, True, USE_ASM)
     )
 
 

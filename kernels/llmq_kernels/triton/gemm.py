@@ -1,4 +1,4 @@
-"""More rows of x: tensor cores, with the weight as the left operand.
+"""Rows of x by tensor cores, with the weight as the left operand.
 
 The product is computed transposed, `Y^T [BN, BM] = W [BN, BK] . X^T [BK, BM]`, because the left
 operand of Hopper's `wgmma` may lie in registers while the right one may not. Dequantized numbers
@@ -6,19 +6,26 @@ then go straight from the unpacking instructions into the tensor core; in the us
 every tile of W would have to be written to shared memory and read back. x, which is small and needs
 no work, takes the way through shared memory.
 
-BLOCK_K never crosses a group, so a tile's product of exact integers is multiplied by one float32
-scale per row afterwards: one multiplication per output instead of one per weight, and no rounding
-of `scale * code`. With one scale per row, all tiles add up in the tensor core and the scale waits
-for the end.
+BLOCK_K never crosses a group. Where scales go:
+- Few rows of x: a tile's product of exact integers is multiplied by one float32 scale per row
+  afterwards: no rounding of `scale * code`, but a second accumulator, and each tile waits for its
+  products.
+- Many rows (FOLD): the scale is multiplied into the weight, rounded once as where cuBLAS gets a
+  dequantized weight, and all tiles add up in the tensor core, whose products stay in flight.
+- One scale per row: all tiles add up in the tensor core and the scale waits for the end.
+A tile's scales are read one tile ahead (a value carried by the loop): their loads are too narrow
+for the asynchronous pipeline, and read where they are used each tile would wait for memory.
 
 When there are fewer tiles than the chip has room for, K is split over several programs. Each writes
-its partial sums to its own slice of a float32 workspace `[SPLIT_K, M, N]`, and a second kernel adds
-them in order. Atomic additions would save that launch and make results differ from run to run."""
+its partial sums to its own slice of a float32 workspace `[splits, M, N]`, and a second kernel adds
+them in order. Atomic additions would save that launch and make results differ from run to run. From
+Hopper on (EARLY) the second kernel is launched while the first one runs, and waits in the device
+for its end: what a launch takes is hidden."""
 
 import triton
 import triton.language as tl
 
-from llmq_kernels.triton.dequantize import plane_pointer, unit_values
+from llmq_kernels.triton.dequantize import plane_pointer, scaled_values, unit_values
 
 
 @triton.jit
@@ -33,11 +40,25 @@ def product(weights, x_tile, total, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr):
+def settled(total):
+    """The same sums, once the tensor core has written them.
+
+    Hopper's products run on while the program goes on. Triton 3.6 lets those of one tile run into
+    the next tile when only they use the sums, although that tile's weights are unpacked into the
+    registers which they still read: its own assembler either notices, and waits after each product
+    (int4), or does not, and sums are wrong (ternary). A use of the sums within the loop makes
+    Triton wait for them where the tile ends. The move itself is optimized away."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], tl.float32, True, 1)
+
+
+@triton.jit
+def store_tile(
+    total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, IS_SPLIT: tl.constexpr
+):
     """Store `[BN, BM]` transposed: into the output with the bias, or into this split's slice of the
     workspace."""
-    if SPLIT_K > 1:
-        out += tl.program_id(1).to(tl.int64) * M * N
+    if IS_SPLIT:
+        out += tl.program_id(2).to(tl.int64) * M * N
     elif HAS_BIAS:
         total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     at = out + tokens.to(tl.int64)[:, None] * N + rows[None, :]
@@ -48,7 +69,20 @@ def store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS: tl.constexpr, SPL
     )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def split_range(tiles_k, split_tiles, IS_SPLIT: tl.constexpr, EARLY: tl.constexpr):
+    """The tiles of K that this program walks along: all, or its share of them, and then with EARLY
+    the kernel that adds the shares may be launched already."""
+    first, last = 0, tiles_k
+    if IS_SPLIT:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+        first = tl.program_id(2) * split_tiles
+        last = tl.minimum(first + split_tiles, tiles_k)
+    return first, last
+
+
+@triton.jit(do_not_specialize=["M", "split_tiles"])
 def gemm_kernel(
     x,
     packed,
@@ -62,6 +96,7 @@ def gemm_kernel(
     K_padded,
     row_words,
     high_words,
+    split_tiles,
     GROUP: tl.constexpr,
     OFFSET: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -71,24 +106,27 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    FOLD: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_ASM: tl.constexpr,
+    EARLY: tl.constexpr,
+    SETTLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """x `[M, K]`, packed `[N, row_words]` with its second plane `high_words` into each row, scale
     and zero `[G, N]` (GROUP columns each; GROUP 0: one for the whole row), bias `[N]`, out `[M, N]`
-    or the workspace. BLOCK_K divides GROUP. EVEN_K: K needs no padding, so x needs no mask. UPCAST:
-    see `product`."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    or the workspace. The grid is tiles of M, tiles of N, splits of K, each of split_tiles tiles and
+    with its own slice of the workspace. BLOCK_K divides GROUP. FOLD: scales, float32 then, are
+    multiplied into the weight (not with GROUP 0, where nothing is gained). EVEN_K: K needs no
+    padding, so x needs no mask. SETTLE: see `settled`. UPCAST: see `product`."""
     # Programs that share rows of W are neighbours, so that W comes from device memory once.
-    rows = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_rows = tl.where(rows < N, rows, 0)
     safe_tokens = tl.where(tokens < M, tokens, 0)
     tiles_k = K_padded // BLOCK_K
-    first = tl.program_id(1) * tiles_k // SPLIT_K
-    last = (tl.program_id(1) + 1) * tiles_k // SPLIT_K
+    first, last = split_range(tiles_k, split_tiles, IS_SPLIT, EARLY)
 
     units = tl.arange(0, BLOCK_K // 8)
     columns = tl.arange(0, BLOCK_K)
@@ -102,33 +140,51 @@ def gemm_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for tile in range(first, last):
         k = tile * BLOCK_K
+        if GROUP > 0:
+            at = k // GROUP * N + safe_rows
+            factor = tl.load(scale + at)[:, None].to(tl.float32)
+            if HAS_ZERO:
+                shift = tl.load(zero + at)[:, None].to(tl.int32)
         low = tl.load(low_units + k // 8)
         high = low
         if HIGH_BITS > 0:
             high = tl.load(high_units + k // 8)
-        if EVEN_K:
-            x_tile = tl.load(x_columns + k)
-        else:
+        if not EVEN_K:
             x_tile = tl.load(x_columns + k, mask=(k + columns < K)[None, :], other=0.0)
-        if GROUP > 0:
-            at = k // GROUP * N + safe_rows
-            factor = tl.load(scale + at).to(tl.float32)[:, None]
-            if HAS_ZERO:
-                shift = tl.load(zero + at)[:, None].to(tl.int32)
-            numbers = unit_values(
-                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
-            )
-            total += (
-                product(numbers, x_tile, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), UPCAST) * factor
-            )
+        elif BLOCK_M == 16:
+            # Rows beyond M would be fetched from the second cache for nothing.
+            x_tile = tl.load(x_columns + k, mask=(tokens < M)[:, None], other=0.0)
         else:
-            numbers = unit_values(
-                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
+            x_tile = tl.load(x_columns + k)
+        if FOLD:
+            numbers = scaled_values(
+                low,
+                high,
+                shift,
+                factor,
+                x.dtype.element_ty,
+                LOW_BITS,
+                HIGH_BITS,
+                USE_ASM,
             )
             total = product(numbers, x_tile, total, UPCAST)
+            if SETTLE:
+                total = settled(total)
+        else:
+            numbers = unit_values(
+                low, high, shift, x.dtype.element_ty, LOW_BITS, HIGH_BITS, USE_ASM
+            )
+            if GROUP > 0:
+                integers = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                integers = product(numbers, x_tile, integers, UPCAST)
+                total += integers * factor
+            else:
+                total = product(numbers, x_tile, total, UPCAST)
+                if SETTLE:
+                    total = settled(total)
     if GROUP == 0:
         total *= tl.load(scale + safe_rows).to(tl.float32)[:, None]
-    store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS, SPLIT_K)
+    store_tile(total, out, bias, rows, tokens, M, N, HAS_BIAS, IS_SPLIT)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -140,13 +196,16 @@ def reduce_kernel(
     N,
     HAS_BIAS: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out `[M, N]`, `size` elements: the sum over the first dimension of workspace `[SPLIT_K, M,
-    N]`, always in the same order, and the bias."""
+    N]`, always in the same order, and the bias. EARLY: launched before the workspace is written."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = at < size
     total = tl.zeros((BLOCK,), tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     for split in tl.static_range(SPLIT_K):
         total += tl.load(workspace + split * size.to(tl.int64) + at, mask=ok, other=0.0)
     if HAS_BIAS:

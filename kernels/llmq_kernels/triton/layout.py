@@ -15,7 +15,9 @@ codes of 8 bits into two planes of 4, so that the kernels know three unit widths
 The planes of a row follow one another.
 
 **Bytes (INT8 activations).** Byte c of 16 holds the columns c, 16 + c, 32 + c, ... as fields of 2
-or 4 bits. INT8 codes stand in their usual order, 128 lower, as signed bytes.
+or 4 bits. A field is the code minus the zero point of symmetric codes, in two's complement: moved
+to the top of a byte it is a signed number, 4, 6 or 0 bits too large. INT8 codes stand in their
+usual order, as signed bytes.
 
 In every case the new layout is an ordinary `pack` of reordered codes. K is padded with zero codes
 to a multiple of 128, so that rows of every plane begin at 16-byte addresses; nothing else grows.
@@ -88,7 +90,10 @@ def act_order_refusal(weight: PackedWeight) -> str | None:
     expected = torch.full_like(counts, weight.group_size)
     expected[-1] = k - weight.group_size * (len(counts) - 1)
     if not torch.equal(counts, expected):
-        return f"its act-order groups have {int(counts.min())} to {int(counts.max())} columns, not {weight.group_size} each"
+        return (
+            f"its act-order groups have {int(counts.min())} to {int(counts.max())} columns, not "
+            f"{weight.group_size} each"
+        )
     return None
 
 
@@ -136,20 +141,25 @@ def unpack_units(weight: PackedWeight, packed: Tensor) -> Tensor:
     return _canonical(weight, _reorder(codes, _inverse(unit_order())))
 
 
+def _signed(codes: Tensor, offset: int, bits: int) -> Tensor:
+    """`codes + offset` modulo 2^bits."""
+    return (codes + (offset & 255)) & ((1 << bits) - 1)
+
+
 def pack_bytes(weight: PackedWeight) -> Tensor:
     """int32 `[N, packed_width(padded K, bits)]` for the integer product."""
     bits = weight.code.bits
-    codes = _codes(weight)
-    return pack(codes ^ 128, 8) if bits == 8 else pack(_reorder(codes, byte_order(bits)), bits)
+    codes = _signed(_codes(weight), -int(weight.code.offset), bits)
+    return pack(codes if bits == 8 else _reorder(codes, byte_order(bits)), bits)
 
 
 def unpack_bytes(weight: PackedWeight, packed: Tensor) -> Tensor:
     """The canonical words from those of `pack_bytes`."""
     bits = weight.code.bits
     codes = unpack(packed, bits, padded_columns(weight.shape[1]))
-    return _canonical(
-        weight, codes ^ 128 if bits == 8 else _reorder(codes, _inverse(byte_order(bits)))
-    )
+    if bits < 8:
+        codes = _reorder(codes, _inverse(byte_order(bits)))
+    return _canonical(weight, _signed(codes, int(weight.code.offset), bits))
 
 
 def transposed(values: Tensor, n: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Everything that `--device` names runs on a device that is not the CPU: no tensor is left behind,
 and results come back. On a pretended one, since few machines that run tests have a GPU."""
 
-import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 import llmq
 from llmq.commands import jobs, plan
 from llmq.commands.cli import main
+from llmq.commands.parser import Parser
 from llmq.errors import LlmqError
 from llmq.evaluation.perplexity import evaluate
 from llmq.grid.spec import ActSpec, QuantSpec
@@ -151,7 +151,7 @@ def test_perplexity(elsewhere):
 
 def test_a_limit_of_gpu_memory():
     """Checked before anything touches the device."""
-    args = argparse.ArgumentParser()
+    args = Parser()
     plan.add_arguments(args)
     with pytest.raises(LlmqError, match="--max-gpu-memory 1e-06: the run is planned to need"):
         jobs.prepare_job(

@@ -93,7 +93,7 @@ def save(
         )
     target = Path(out_dir)
     files.check_output(target, overwrite)
-    target = target.resolve()
+    target = files.real_path(target)
     state_ties(model)
     plans, act_spec = _plans(model, quantized), _activations(model)
     act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())

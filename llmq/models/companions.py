@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.models.identity import without_places
-from llmq.storage.files import unwritable
+from llmq.storage.files import real_path, unwritable
 
 TOKENIZER = (
     "tokenizer.json",
@@ -182,7 +182,7 @@ def _unfit(path: Path, source_dir: Path) -> str | None:
     """Why a file of a kind that comes along does not, or None."""
     if not path.is_file():
         return "not a file"
-    if not path.resolve().is_relative_to(_root(source_dir)):
+    if not real_path(path).is_relative_to(_root(source_dir)):
         return "a link that leads out of the folder; put the file itself there"
     if path.stat().st_size > MAX_BYTES:
         return f"larger than {MAX_BYTES // 1024**2} MB"
@@ -191,7 +191,7 @@ def _unfit(path: Path, source_dir: Path) -> str | None:
 
 def _root(source_dir: Path) -> Path:
     """Where links may lead: inside the folder, and in the Hub's cache to the blobs beside it."""
-    source_dir = source_dir.resolve()
+    source_dir = real_path(source_dir)
     in_cache = source_dir.parent.name == "snapshots" and source_dir.parent.parent.name.startswith(
         "models--"
     )

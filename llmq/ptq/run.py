@@ -44,7 +44,7 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
     continued."""
     return {
         "model": {
-            "folder": str(job.source.folder.resolve()),
+            "folder": str(files.real_path(job.source.folder)),
             "size and time of": files.stamps(set(job.source.shards.names.values())),
             "contents of": job.source.files.contents(),
         },

@@ -72,7 +72,7 @@ Show = Callable[[str, int, int, str], None]
 def work_dir_of(out_dir: Path) -> Path:
     """Beside the output; where that is a link, beside what it points to, so that a rename can
     publish it."""
-    out_dir = out_dir.resolve()
+    out_dir = files.real_path(out_dir)
     return out_dir.with_name(f".{out_dir.name}.qat")
 
 
@@ -98,7 +98,7 @@ class RunFolder(Workspace):
 def check_output(out_dir: Path, overwrite: bool) -> None:
     """`files.check_output`, after removing what a run left behind that was killed when its output
     was in place already."""
-    resolved = out_dir.resolve()
+    resolved = files.real_path(out_dir)
     if (resolved / files.MANIFEST).is_file():
         work_dir = work_dir_of(out_dir)
         remove_leftover(work_dir, STATE, lambda: is_published(work_dir, resolved))

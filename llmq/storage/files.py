@@ -166,6 +166,12 @@ def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
 
 
+def real_path(path: Path) -> Path:
+    """What a path points to. A circle of links, at which `Path.resolve` raises an error that is no
+    `OSError`, is left for whoever opens it."""
+    return Path(os.path.realpath(path))
+
+
 def digest(path: Path) -> dict[str, Any]:
     """sha256 and bytes of a regular file. Raises `OSError` for a link or a special file."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -220,7 +226,7 @@ def check_output(out_dir: Path, overwrite: bool) -> None:
                 f"{out_dir}: was not written by llmq (it has no {MANIFEST}), so --overwrite leaves "
                 "it alone; remove it yourself or choose another output"
             )
-        _check_aside(aside_of(out_dir.resolve()))
+        _check_aside(aside_of(real_path(out_dir)))
     parent = out_dir.absolute().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -290,7 +296,7 @@ def remove_aside(out_dir: Path) -> None:
 def publish(finished_dir: Path, out_dir: Path) -> None:
     """Put a finished folder in its place by renaming; an earlier output is moved aside first and
     removed after. Raises `LlmqError` when something that llmq did not make is in the way."""
-    out_dir = out_dir.resolve()  # a link stays, what it points to is replaced
+    out_dir = real_path(out_dir)  # a link stays, what it points to is replaced
     make_folder(out_dir.parent)
     aside = aside_of(out_dir)
     replaces = out_dir.exists()

@@ -140,7 +140,9 @@ def check_hashes(folder: Path) -> Verdict:
 def _difference(path: Path, expected: dict[str, Any]) -> str | None:
     """In what a file is another than the one in the manifest."""
     try:
-        found = files.digest(path.resolve())  # a link of the Hub's cache is what it points to
+        found = files.digest(
+            files.real_path(path)
+        )  # a link of the Hub's cache is what it points to
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     if found["bytes"] != expected["bytes"]:

@@ -86,7 +86,7 @@ class SourceFiles:
         """sha256 by name of everything but the weights: configs, tokenizer, companions."""
         self.check()
         return {
-            name: files.digest((self.folder / name).resolve())["sha256"]
+            name: files.digest(files.real_path(self.folder / name))["sha256"]
             for name, stamp in self.stamps.items()
             if not name.endswith(".safetensors") and stamp.size <= _LARGE
         }

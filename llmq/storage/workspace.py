@@ -154,7 +154,7 @@ class PartialCheckpoint(Workspace):
 
     def __init__(self, out_dir: Path, identity: dict[str, Any], n_shards: int) -> None:
         # beside what a link points to, so that renaming never crosses file systems
-        self.out_dir = out_dir.resolve()
+        self.out_dir = files.real_path(out_dir)
         work_dir = work_dir_of(self.out_dir)
         self.checkpoint_dir = work_dir / "checkpoint"
         self.blocks_dir = work_dir / "blocks"
@@ -355,7 +355,7 @@ def _remove_all(work_dir: Path) -> None:
 def check_output(out_dir: Path, overwrite: bool) -> None:
     """`files.check_output`, after removing what a run left behind that was killed when its output
     was in place already."""
-    resolved = out_dir.resolve()
+    resolved = files.real_path(out_dir)
     if (resolved / files.MANIFEST).is_file():
         with contextlib.suppress(OSError):
             work_dir = work_dir_of(resolved)

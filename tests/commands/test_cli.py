@@ -390,7 +390,7 @@ BAD_INPUT = [
     (None, ["--max-ram", "0.000001"], "planned to need"),
     (None, ["--max-gpu-memory", "8"], "the run is on the CPU"),
     (None, ["--recipe", "/nowhere.json"], "not a recipe"),
-    (None, ["--bits", "5"], "see 'llmq quantize --help'"),
+    (None, ["--bits", "7"], "see 'llmq quantize --help'"),
     (None, ["--frobnicate"], "unrecognized arguments: --frobnicate; see 'llmq quantize --help'"),
 ]
 

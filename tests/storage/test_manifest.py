@@ -116,6 +116,15 @@ def test_special_files_do_not_stop_it(checkpoint, verify):
     assert (code, list(result["damaged"])) == (1, ["config.json"])
 
 
+def test_a_circle_of_links_is_damage(checkpoint, verify):
+    weights = next(checkpoint.glob("*.safetensors"))
+    weights.unlink()
+    weights.symlink_to(weights.name)
+    code, result = verify(checkpoint)
+    assert code == 1
+    assert weights.name in result["error"]
+
+
 def test_a_folder_that_is_not_of_llmq(model_folder, tmp_path, capsys):
     assert main(["verify", str(model_folder())]) == 2
     assert "nothing to check it against" in capsys.readouterr().err

@@ -2,16 +2,9 @@
 
 An optimizer like Adam moves every weight by about its learning rate, whatever the gradient's size.
 Whether that is much depends on the distance between two levels, which differs between models,
-layers and bit widths by factors of ten: 2e-4 per update is 0.16% of a step of the 2-bit grid of one
-small Llama and 0.4% of another's, which it first ruins (perplexity 16.1 after 20 updates, from
-14.7). So rates are given in steps of the grid, for weights, scales and zero points alike: a scale
-may move its outermost code as far as a weight may move. Block-wise tuning counts in the same way.
-
-Perplexity of the bundled model at 4 bits after 100 updates of 2048 tokens: from 18.016, 17.982 with
-0.002 steps and 17.992 with 0.0006. At 2 bits after 280 updates: from 19.335, with 0.001, 0.002,
-0.004 and 0.008 steps 18.605, 18.490, 18.411 and 18.349, but on held-out windows of the training
-text the last three are 14.04, 14.06 and 14.10. Ternary, 280 updates: with 0.002 and 0.006 18.800
-and 18.758."""
+layers and bit widths by factors of ten. So rates are given in steps of the grid, for weights,
+scales and zero points alike: a scale may move its outermost code as far as a weight may move.
+Block-wise tuning counts in the same way. The README of `llmq/qat` has what was measured."""
 
 from __future__ import annotations
 
@@ -30,7 +23,7 @@ SCALES = "scales"  # marks groups of scales and zero points, which stop moving b
 
 def grid_rate(spec: QuantSpec) -> float:
     """Peak learning rate of the weights in steps of their grid. Those of 4 and 2 bits and ternary
-    are measured, see above; the others, half-integer levels among them, stand beside them, and
+    are measured (README); the others, half-integer levels among them, stand beside them, and
     codes between 4 and 8 bits take that of 8."""
     rates = {
         "int8": 1e-3,

@@ -71,8 +71,9 @@ def choose_format(
         if plan.spec is None:
             continue
         if reason := fmt.refusal(plan.spec, plan.layer.shape):
+            what = plan.note or plan.spec
             raise LlmqError(
-                f"format {name} cannot hold {plan.layer.name} ({plan.spec}): {reason}. {_ELSE}"
+                f"format {name} cannot hold {plan.layer.name} ({what}): {reason}. {_ELSE}"
             )
     if reason := fmt.refusal_of_model(_specs(plans)):
         raise LlmqError(f"format {name} cannot hold this model: {reason}. {_ELSE}")

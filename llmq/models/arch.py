@@ -216,11 +216,6 @@ def _is_inside(module: nn.Module, whole: nn.Module | None) -> bool:
     return whole is not None and any(each is module for each in whole.modules())
 
 
-def block_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names, relative to the block, and modules of its sites."""
-    return ((site.name, site.module) for site in sites_in(block))
-
-
 def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
     """Every linear layer inside the blocks. Embeddings and the output head lie outside and stay in
     full precision."""

@@ -9,7 +9,6 @@ differ the config that is worked with, and written, says that they are not tied.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +40,7 @@ class StoredModel:
     @classmethod
     def of(cls, source: Source) -> StoredModel:
         """Raises `LlmqError` when tensors are missing."""
-        config, skeleton = source_model(source.config, source.shards)
+        config, skeleton = _model_of(source.config, source.shards)
         return cls(source, config, skeleton, match_names(skeleton, source.shards.names))
 
     def check(self) -> None:
@@ -52,12 +51,34 @@ class StoredModel:
         check_dtypes(self.skeleton, shards.dtypes, self.names, str(self.source.folder))
 
     def remarks(self, strict: bool = False) -> dict[str, str]:
-        """What is to be known of the stored tensors (see `source_remarks`)."""
-        stored_config, shards = self.source.config, self.source.shards
-        return source_remarks(self.skeleton, stored_config, self.config, shards, self.names, strict)
+        """What is to be known of the stored tensors: an output head of its own beside a config that
+        says tied, parts that are no text model, and tensors without a place. Raises `LlmqError` for
+        the last under `strict`."""
+        model, shards, remarks = self.skeleton, self.source.shards, {}
+        if self.config is not self.source.config:
+            remarks["output head"] = (
+                "config.json says that it is tied to the embeddings, but one with other values is "
+                "stored: that one is kept, and the output says tie_word_embeddings false"
+            )
+        others = sorted(set(shards.names) - set(self.names.values()))
+        unused = left_out(model, others)
+        if is_text_part(model, self.config):
+            if others:
+                remarks["source tensors"] = (
+                    f"{len(others)} of {len(shards.names)} belong to other parts than the text "
+                    f"model {type(model).__name__} and are kept as they are"
+                )
+        elif unused:
+            remarks["source tensors"] = (
+                f"{len(unused)} of {len(shards.names)} are not used by {type(model).__name__} as "
+                f"config.json describes it and are left out, the first being {unused[0]}"
+            )
+            if strict:
+                raise LlmqError(f"--strict: {shards.model_dir}: {remarks['source tensors']}")
+        return remarks
 
 
-def source_model(
+def _model_of(
     config: PretrainedConfig, shards: ShardReader
 ) -> tuple[PretrainedConfig, PreTrainedModel]:
     """The meta model that the stored tensors belong to, and its config: the given one, or a copy
@@ -130,38 +151,3 @@ def is_text_part(model: PreTrainedModel, config: PretrainedConfig) -> bool:
     """Whether the model is the text model alone of a checkpoint of several: of such, only the text
     model can be built as a causal language model."""
     return type(model.config) is not type(config)
-
-
-def source_remarks(
-    model: PreTrainedModel,
-    stored_config: PretrainedConfig,
-    config: PretrainedConfig,
-    shards: ShardReader,
-    matched: Mapping[str, str],
-    strict: bool = False,
-) -> dict[str, str]:
-    """What is to be known of the stored tensors: an output head of its own beside a config that
-    says tied, parts that are no text model, and tensors without a place. model, config: of
-    `source_model`, from `stored_config`. Raises `LlmqError` for the last under `strict`."""
-    remarks = {}
-    if config is not stored_config:
-        remarks["output head"] = (
-            "config.json says that it is tied to the embeddings, but one with other values is "
-            "stored: that one is kept, and the output says tie_word_embeddings false"
-        )
-    others = sorted(set(shards.names) - set(matched.values()))
-    unused = left_out(model, others)
-    if is_text_part(model, config):
-        if others:
-            remarks["source tensors"] = (
-                f"{len(others)} of {len(shards.names)} belong to other parts than the text model "
-                f"{type(model).__name__} and are kept as they are"
-            )
-    elif unused:
-        remarks["source tensors"] = (
-            f"{len(unused)} of {len(shards.names)} are not used by {type(model).__name__} as "
-            f"config.json describes it and are left out, the first being {unused[0]}"
-        )
-        if strict:
-            raise LlmqError(f"--strict: {shards.model_dir}: {remarks['source tensors']}")
-    return remarks

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.models.arch import needs_bos
-from llmq.models.source import Source, load_tokenizer
+from llmq.models.source import Source
 
 # Rows of the embeddings beyond the tokenizer's tokens that are padding: vocabularies are rounded up
 # to multiples of 64 to 512, and published models leave up to 2.4% of theirs empty.
@@ -35,20 +35,10 @@ def own_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, after a look at whether it is that of this model: by the size of
     its vocabulary, by its special tokens, and by what the folder's report says of it. Raises
     `LlmqError` for one of another model, and warns where only its special tokens differ."""
-    return _checked(source.tokenizer, source.config, source.folder)
-
-
-def model_tokenizer(model_dir: Path, config: Any) -> PreTrainedTokenizerBase:
-    """`own_tokenizer` of a folder that is opened for it alone."""
-    return _checked(load_tokenizer(model_dir), config, model_dir)
-
-
-def _checked(
-    tokenizer: PreTrainedTokenizerBase, config: Any, model_dir: Path
-) -> PreTrainedTokenizerBase:
-    check_size(tokenizer, config, model_dir)
-    _check_report(tokenizer, model_dir)
-    _compare_special_tokens(tokenizer, config, model_dir)
+    tokenizer = source.tokenizer
+    check_size(tokenizer, source.config, source.folder)
+    _check_report(tokenizer, source.folder)
+    _compare_special_tokens(tokenizer, source.config, source.folder)
     return tokenizer
 
 

@@ -156,13 +156,6 @@ class BlockCalls:
 
         return call
 
-    @property
-    def n_stored_bytes(self) -> int:
-        """Bytes of the files."""
-        return sum(
-            slot.file.sequence_bytes * slot.n_seen for slot in self._slots if slot.file is not None
-        )
-
     def forget(self, index: int) -> None:
         """Remove the files that no block after `index` takes."""
         later: set[int] = set()

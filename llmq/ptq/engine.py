@@ -13,7 +13,7 @@ takes no second one."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from llmq.ptq.methods import method_of, needs_text
 from llmq.ptq.methods.base import Needs
 from llmq.ptq.precision import Precision
 from llmq.ptq.rebuild import Rebuild
-from llmq.ptq.results import BlockReport, BlockResult, Sink
+from llmq.ptq.results import BlockReport, BlockResult, EarlierRun, Sink
 from llmq.ptq.streams import Stream, Streams, batch_size
 from llmq.ptq.verify import verify_block
 from llmq.recipe import LayerPlan, Recipe
@@ -64,17 +64,16 @@ def quantize_blocks(
     sink: Sink,
     work_dir: Path,
     *,
-    first_block: int = 0,
-    damaged: Sequence[int] = (),
+    earlier: EarlierRun | None = None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> None:
-    """Quantize all blocks from `first_block` on, and before these the damaged ones among the
-    finished. Inputs that do not lie in `work_dir` as they were sealed are computed again from the
-    blocks before. on_block: told after each block."""
+    """Quantize all blocks that an earlier run has not finished, the damaged ones first. Inputs that
+    do not lie in `work_dir` as they were sealed are computed again from the blocks before.
+    on_block: told after each block."""
     torch.backends.cuda.matmul.allow_tf32 = False
     setup = prepare_setup(task, work_dir)
     map_large_tensors(setup.blocks.n_bytes)
-    rebuild = Rebuild(setup, sink, first_block, damaged)
+    rebuild = Rebuild(setup, earlier)
     if setup.streams is not None and rebuild.start is not None:
         _record_calls(setup.blocks, setup.streams, rebuild.start)
     for index in rebuild.blocks_to_run():

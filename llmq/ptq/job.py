@@ -85,8 +85,7 @@ def prepare(
     choose_format(format, plans, recipe.activations, act_order=is_ordered)
     if check_scales:
         reader = CheckpointReader(stored.skeleton, source.shards)
-        plans, changed = fitting_plans(plans, weight_reader(stored.skeleton, reader))
-        _check_scale_format(format, plans, changed)
+        plans, _ = fitting_plans(plans, weight_reader(stored.skeleton, reader))
     fmt = choose_format(format, plans, recipe.activations, act_order=is_ordered)
     if strict:
         _check_unchanged(plans)
@@ -117,18 +116,6 @@ def _check_unchanged(plans: list[LayerPlan]) -> None:
         raise LlmqError(
             f"--strict: {len(notes)} layers would differ from what was asked, the first being "
             f"{notes[0]}"
-        )
-
-
-def _check_scale_format(format: str, plans: list[LayerPlan], changed: list[str]) -> None:
-    """Refuse a format that was asked for and whose scales are float16, for layers that need
-    others."""
-    if changed and format not in ("auto", "llmq"):
-        note = next(plan.note for plan in plans if plan.layer.name == changed[0])
-        raise LlmqError(
-            f"format {format} cannot hold {changed[0]} ({note}), nor {len(changed) - 1} other "
-            "layers: its scales are float16. Use --format llmq, which holds everything, or keep "
-            f"them with --rule '{changed[0]}=keep'"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,24 +19,27 @@ from torch import nn
 
 from llmq.errors import LlmqWarning
 from llmq.ptq.block import Setup
-from llmq.ptq.results import Sink
+from llmq.ptq.results import EarlierRun
 from llmq.ptq.streams import Stream, Streams
 
 
 @dataclass
 class Rebuild:
-    """sink: has the blocks of an earlier run, where there are any. first_block: that is not
-    finished. damaged: blocks among the finished that are not as they were."""
+    """earlier: the run that is continued, where there is one."""
 
     setup: Setup
-    sink: Sink
-    first_block: int
-    damaged: Sequence[int]
+    earlier: EarlierRun | None
+
+    @property
+    def first_block(self) -> int:
+        """The first that is not finished."""
+        return 0 if self.earlier is None else self.earlier.first_block
 
     @property
     def todo(self) -> list[int]:
         """Blocks to solve."""
-        return [*self.damaged, *range(self.first_block, len(self.setup.blocks))]
+        damaged = () if self.earlier is None else self.earlier.damaged
+        return [*damaged, *range(self.first_block, len(self.setup.blocks))]
 
     @cached_property
     def start(self) -> int | None:
@@ -67,7 +70,8 @@ class Rebuild:
                     f"block {index}, done again, does not give the outputs that it gave: the "
                     "finished blocks behind it are done again, too"
                 )
-                self.sink.forget_after(index)
+                assert self.earlier is not None
+                self.earlier.finished.forget_after(index)
                 first_block, todo = index + 1, list(range(index + 1, n_blocks))
             if todo and todo[0] != index + 1:
                 start = self._nearest_inputs(streams, todo[0], index + 1)
@@ -104,7 +108,8 @@ class Rebuild:
         """A finished block as a stream runs through it."""
         blocks = self.setup.blocks
         if stream == "quantized":
-            return blocks.rebuild(index, self.sink.read_block(index))
+            assert self.earlier is not None
+            return blocks.rebuild(index, self.earlier.finished.read_block(index))
         block, dtype = blocks.load(index), self.setup.precision.stream
         return block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
 

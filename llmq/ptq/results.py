@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -76,13 +77,27 @@ class StoredBlock:
 
 class Sink(Protocol):
     """Where blocks go. store: stores a block and returns all of it as read back from there. seal:
-    makes a stored and verified block count. read_block, forget_after: of an earlier run: a block
-    from the stored bytes, and that blocks behind one count as finished no more."""
+    makes a stored and verified block count."""
 
     def store(self, result: BlockResult) -> StoredBlock: ...
 
     def seal(self, report: BlockReport) -> None: ...
 
+
+class FinishedBlocks(Protocol):
+    """What an earlier run stored. read_block: a block from the stored bytes. forget_after: blocks
+    behind one count as finished no more."""
+
     def read_block(self, index: int) -> StoredBlock: ...
 
     def forget_after(self, index: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What is continued. first_block: the first that is not finished. damaged: blocks among the
+    finished that are not as they were."""
+
+    finished: FinishedBlocks
+    first_block: int
+    damaged: Sequence[int]

@@ -4,7 +4,8 @@ from and go to."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from llmq.ptq.engine import Task, quantize_blocks
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.report import build_report, model_card
-from llmq.ptq.results import BlockReport
+from llmq.ptq.results import BlockReport, EarlierRun
 from llmq.ptq.sink import FolderSink
 from llmq.storage import files
 from llmq.storage.boundary import running
@@ -80,7 +81,7 @@ def quantize_folder(
     prefix, blocks = find_blocks(job.model)
     reader = CheckpointReader(job.model, job.source.shards, job.source.files)
     partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks) + 1)
-    try:
+    with _kept_for_later(partial, reader):
         sink = FolderSink(partial, reader, job.fmt, job.plans, job.recipe)
         if not all(map(reader.is_still, partial.sources())):
             partial.forget_all(
@@ -105,14 +106,28 @@ def quantize_folder(
             task,
             sink,
             partial.work_dir,
-            first_block=first_block,
-            damaged=damaged,
+            earlier=EarlierRun(sink, first_block, damaged),
             on_block=on_block,
         )
         resumed_at = min(first_block, *damaged) if damaged else first_block
         report = _finish(
             job, partial, reader, prefix, resumed_at, time.monotonic() - started, device
         )
+    n_fallbacks, n_layers = len(report["fallbacks"]), len(report["layers"])
+    if n_fallbacks > MAX_FALLBACK_SHARE * n_layers:
+        raise VerificationError(
+            f"{out_dir}: written, but {n_fallbacks} of {n_layers} layers fell back to plain "
+            f"rounding, the first being {report['fallbacks'][0]}; use more or other calibration "
+            "text"
+        )
+    return report
+
+
+@contextmanager
+def _kept_for_later(partial: PartialCheckpoint, reader: CheckpointReader) -> Iterator[None]:
+    """What was finished stays for the next attempt, unless the job itself is at fault."""
+    try:
+        yield
     except files.DamagedError:
         partial.close()
         raise
@@ -134,14 +149,6 @@ def quantize_folder(
     except BaseException:
         partial.close()
         raise
-    n_fallbacks, n_layers = len(report["fallbacks"]), len(report["layers"])
-    if n_fallbacks > MAX_FALLBACK_SHARE * n_layers:
-        raise VerificationError(
-            f"{out_dir}: written, but {n_fallbacks} of {n_layers} layers fell back to plain "
-            f"rounding, the first being {report['fallbacks'][0]}; use more or other calibration "
-            "text"
-        )
-    return report
 
 
 def _special_ids(job: Job) -> frozenset[int]:

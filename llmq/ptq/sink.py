@@ -94,12 +94,6 @@ class ModelSink:
         self.pending = StoredBlock(result.quantized, result.kept)
         return self.pending
 
-    def read_block(self, index: int) -> StoredBlock:
-        raise NotImplementedError("a model in memory has no earlier run")
-
-    def forget_after(self, index: int) -> None:
-        raise NotImplementedError("a model in memory has no earlier run")
-
     @torch.no_grad()
     def seal(self, report: BlockReport) -> None:
         state = self.model.state_dict()

@@ -97,12 +97,18 @@ def test_rows_of_x_are_rounded_up():
     assert [choices.bucket(m) for m in (1, 2, 3, 5, 64, 65, 100000)] == [1, 2, 4, 8, 64, 128, 4096]
 
 
+def forget():
+    """Have the next lookup read the files again, as a new process does."""
+    tuning._tuned.clear()
+    tuning._chosen.clear()
+
+
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path))
-    tuning.forget()
+    forget()
     yield choices.Chip("sm_90", 132, 227 << 10, "Some GPU 3000")
-    tuning.forget()
+    forget()
 
 
 def test_the_fastest_candidate_is_kept_on_disk(gpu):
@@ -113,7 +119,7 @@ def test_the_fastest_candidate_is_kept_on_disk(gpu):
     path = tuning.tuned_dir() / f"{tuning.slug(gpu.name)}.json"
     assert path.name == "some_gpu_3000.json"
     tuning.save(gpu, path, {"torch": "x"})
-    tuning.forget()
+    forget()
     assert tuning.choose(problem, gpu) == every[-1]
     content = json.loads(path.read_text())
     assert content["gpu"] == gpu.name
@@ -156,7 +162,7 @@ def test_a_choice_that_cannot_be_right_is_not_taken(gpu, choice):
 def test_another_version_of_triton_is_named(gpu):
     path = tuning.tuned_dir() / "some_gpu_3000.json"
     tuning.save(gpu, path, {"triton": "2.1.0"})
-    tuning.forget()
+    forget()
     errors._told.clear()
     with pytest.warns(errors.KernelWarning, match=r"measured with Triton 2\.1\.0"):
         tuning.tuned(gpu)
@@ -195,7 +201,7 @@ def test_a_file_that_others_can_write_is_named_and_ignored(gpu):
     path.write_text(json.dumps({"choices": {problem.key: {"method": "dequantize"}}}))
     assert tuning.choose(problem, gpu) == Choice("dequantize")
     path.chmod(0o666)
-    tuning.forget()
+    forget()
     errors._told.clear()
     with pytest.warns(errors.KernelWarning, match=r"can be written by others \(mode 0666"):
         assert tuning.choose(problem, gpu) == choices.default_choice(problem, gpu)

@@ -13,8 +13,8 @@ import llmq
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.models.arch import find_blocks
 from llmq.models.shards import ShardReader
-from llmq.models.source import load_config, meta_model
-from llmq.models.stored import source_model
+from llmq.models.source import Source, load_config, meta_model
+from llmq.models.stored import StoredModel
 from llmq.ptq.job import prepare
 from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
@@ -256,7 +256,7 @@ def test_a_tie_that_is_stored_in_part_is_refused(separate_head, monkeypatch):
     model.all_tied_weights_keys = ties
     monkeypatch.setattr("llmq.models.stored.meta_model", lambda config: model)
     with pytest.raises(LlmqError, match=r"lm_head\.bias is not stored at all"):
-        source_model(load_config(separate_head), ShardReader(separate_head))
+        StoredModel.of(Source(separate_head))
 
 
 def test_an_adapter_beside_the_weights_is_not_passed_over(model_folder):

@@ -12,13 +12,13 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.models.arch import needs_bos
-from llmq.models.source import load_config
+from llmq.models.source import Source
 from llmq.models.tokens import (
     FINGERPRINT,
     check_same_tokenizer,
     check_size,
     first_token,
-    model_tokenizer,
+    own_tokenizer,
 )
 from llmq.ptq.job import prepare, windows
 from llmq.ptq.run import quantize_folder
@@ -44,7 +44,7 @@ def test_a_tokenizer_of_another_size_is_refused(n_tokens, model_folder):
         path.unlink()
     words(n_tokens).save_pretrained(folder)
     with pytest.raises(LlmqError, match=rf"has {n_tokens} tokens and .* 2048; it does not"):
-        model_tokenizer(folder, load_config(folder))
+        own_tokenizer(Source(folder))
     recipe = Recipe.uniform("w4g32", samples=2, sequence_length=8)
     with pytest.raises(LlmqError, match="does not belong to this model"):
         prepare(str(folder), recipe)
@@ -61,7 +61,7 @@ def test_padded_vocabularies_of_published_models_pass(n_tokens, n_rows):
 def test_special_tokens_that_all_differ_are_told(model_folder):
     folder = model_folder(bos_token_id=5, eos_token_id=6)
     with pytest.warns(LlmqWarning, match="bos_token_id 0 and config.json 5"):
-        model_tokenizer(folder, load_config(folder))
+        own_tokenizer(Source(folder))
 
 
 def test_the_vocabulary_is_known_by_the_report(model_folder, calibration_file, tmp_path):
@@ -70,9 +70,8 @@ def test_the_vocabulary_is_known_by_the_report(model_folder, calibration_file, t
     report = quantize_folder(
         prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
     )
-    config = load_config(tmp_path / "out")
-    tokenizer = model_tokenizer(tmp_path / "out", config)
-    check_same_tokenizer(tokenizer, model_tokenizer(folder, config), ("a", "b"))
+    tokenizer = own_tokenizer(Source(tmp_path / "out"))
+    check_same_tokenizer(tokenizer, own_tokenizer(Source(folder)), ("a", "b"))
     assert len(report[FINGERPRINT]) == 64
     other = tmp_path / "out" / "tokenizer.json"
     data = json.loads(other.read_text())
@@ -81,10 +80,10 @@ def test_the_vocabulary_is_known_by_the_report(model_folder, calibration_file, t
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     other.write_text(json.dumps(data))
     with pytest.raises(LlmqError, match="not the one that this model was quantized with"):
-        model_tokenizer(tmp_path / "out", config)
+        own_tokenizer(Source(tmp_path / "out"))
     shutil.copy(other, folder / "tokenizer.json")
     with pytest.raises(LlmqError, match="has other tokens than that of base"):
-        check_same_tokenizer(tokenizer, model_tokenizer(folder, config), ("base", "quant"))
+        check_same_tokenizer(tokenizer, own_tokenizer(Source(folder)), ("base", "quant"))
 
 
 @pytest.mark.parametrize(

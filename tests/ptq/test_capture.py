@@ -6,7 +6,8 @@ import torch
 from conftest import FAMILY_CONFIGS, make_model
 
 from llmq.errors import LlmqError
-from llmq.models.arch import block_layers, find_blocks
+from llmq.models.arch import find_blocks
+from llmq.models.site import sites_in
 from llmq.ptq.capture import BlockRecorder, record_inputs, shared_inputs
 
 
@@ -52,7 +53,8 @@ def test_layers_that_share_an_input_are_found_in_running_order():
     model = make_model("llama")
     _, blocks = find_blocks(model)
     hidden, calls = BlockRecorder(model, blocks).run(torch.randint(2, 2048, (1, 8)))
-    groups = shared_inputs(blocks[0], dict(block_layers(blocks[0])), calls[0], hidden)
+    layers = {site.name: site.module for site in sites_in(blocks[0])}
+    groups = shared_inputs(blocks[0], layers, calls[0], hidden)
     assert groups == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],

@@ -31,7 +31,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmq_kernels.core.packing import WORD_BITS, pack, packed_width, unpack
+from llmq_kernels.core.packing import pack, packed_width, unpack
 from llmq_kernels.core.weight import PackedWeight
 
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (4, 4)}
@@ -166,9 +166,3 @@ def transposed(values: Tensor, n: int) -> Tensor:
     """Scales or zero points `[N or 1, G]` as the kernels read them, `[G, N]`: a tile of rows reads
     neighbours."""
     return values.expand(n, -1).T.contiguous()
-
-
-def row_words(packed: Tensor) -> int:
-    """Words from one row to the next."""
-    assert packed.shape[1] * WORD_BITS % K_MULTIPLE == 0
-    return packed.shape[1]

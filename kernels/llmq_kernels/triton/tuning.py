@@ -189,12 +189,6 @@ def _moved_split(choice: Choice, measured: Problem, problem: Problem) -> int:
     return max(min(split, 8, problem.k // choice.block_k // 4), 1)
 
 
-def forget() -> None:
-    """Read the files again at the next lookup."""
-    _tuned.clear()
-    _chosen.clear()
-
-
 def save(chip: Chip, path: Path, details: dict[str, Any]) -> None:
     """Write every measured choice of a GPU, atomically, with Triton's version. details: other
     versions and conditions of the measurement."""

@@ -126,14 +126,24 @@ class Method(Protocol):
         """Floating-point operations of `tune` for all blocks, which have these layers."""
 
 
+def check_no_init(recipe: Recipe) -> None:
+    """For methods that start from nothing else."""
+    if recipe.init != "gptq":
+        raise LlmqError(
+            f"init {recipe.init} is what method blockwise starts from, and the method is "
+            f"{recipe.method}; give --method blockwise, or --init gptq to leave it out"
+        )
+
+
 class Rounding:
     """Rounds each weight on its own; the base of methods that need more."""
 
     def check(self, recipe: Recipe) -> None:
-        if recipe.init != "gptq":
+        check_no_init(recipe)
+        if recipe.order == "act":
             raise LlmqError(
-                f"init {recipe.init} is what method blockwise starts from, and the method is "
-                f"{recipe.method}; give --method blockwise, or --init gptq to leave it out"
+                f"method {recipe.method} has no order of columns: leave out --act-order, or use "
+                "--method gptq"
             )
 
     def needs(self, recipe: Recipe) -> Needs:

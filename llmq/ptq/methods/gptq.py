@@ -30,7 +30,7 @@ from llmq.errors import LlmqError
 from llmq.grid import rounding
 from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor, stack_rows
-from llmq.ptq.methods.base import Needs, Rounding, Shape
+from llmq.ptq.methods.base import Needs, Rounding, Shape, check_no_init
 from llmq.ptq.methods.refine import refine
 from llmq.ptq.solver import RowErrors, SolverResult, stack_errors
 from llmq.ptq.stats import LayerStats, row_errors
@@ -342,6 +342,9 @@ def _block_starts(k: int, group_starts: list[int]) -> list[int]:
 
 class GPTQ(Rounding):
     """Every layer by `gptq`, under the Hessian of its inputs."""
+
+    def check(self, recipe: Recipe) -> None:
+        check_no_init(recipe)
 
     def needs(self, recipe: Recipe) -> Needs:
         return Needs(text=True, hessian=True, both_streams=recipe.inputs == "both")

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError
 from llmq.grid import rounding
-from llmq.grid.spec import PER_TENSOR, QuantSpec
+from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor, stack_rows
 from llmq.ptq.methods.base import Rounding, Shape
+from llmq.ptq.methods.gptq import ROW_BLOCK_BYTES, row_blocks
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stats import LayerStats
 from llmq.recipe import Recipe
 
 FACTORS = tuple(1 - 0.04 * i for i in range(11))  # of the range, that a fit may start from
 N_STEPS = 4
-ROW_BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -95,19 +94,10 @@ def _fitted(groups: Tensor, grid: _Grid, spec: QuantSpec) -> _Grid:
 class HQQ(Rounding):
     """Every layer by `hqq`."""
 
-    def check(self, recipe: Recipe) -> None:
-        super().check(recipe)
-        if recipe.order == "act":
-            raise LlmqError(
-                "method hqq has no order of columns: leave out --act-order, or use --method gptq"
-            )
-
     def solve(
         self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
     ) -> SolverResult:
-        n, k = weight.shape
-        at_once = n if spec.group_size == PER_TENSOR else max(1, ROW_BLOCK_BYTES // (4 * k))
-        parts = [hqq(rows, spec) for rows in weight.split(at_once)]
+        parts = [hqq(weight[rows], spec) for rows in row_blocks(weight, spec)]
         return SolverResult(stack_rows(parts))
 
     def solve_bytes(self, shape: Shape) -> int:

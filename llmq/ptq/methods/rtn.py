@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.ptq.methods.base import Rounding
@@ -22,13 +21,6 @@ def rtn(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> So
 
 class RTN(Rounding):
     """Plain rounding of every layer."""
-
-    def check(self, recipe: Recipe) -> None:
-        super().check(recipe)
-        if recipe.order == "act":
-            raise LlmqError(
-                "method rtn has no order of columns: leave out --act-order, or use --method gptq"
-            )
 
     def solve(
         self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe

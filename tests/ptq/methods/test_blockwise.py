@@ -12,7 +12,8 @@ from llmq.errors import LlmqError
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import quantized_modules
-from llmq.models.arch import block_layers, linear_weight
+from llmq.models.arch import linear_weight
+from llmq.models.site import sites_in
 from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.job import prepare
 from llmq.ptq.methods import method_of
@@ -82,9 +83,7 @@ class Problem:
             for part in hidden.split(batch):
                 append(part)
                 append_target(self.call.run(self.block, part))
-        self.weights = {
-            name: linear_weight(layer).detach().clone() for name, layer in block_layers(self.block)
-        }
+        self.weights = {site.name: site.weight.detach().clone() for site in sites_in(self.block)}
         self.start = {
             name: QuantizedTensor.quantize(weight, QuantSpec.parse(spec))
             for name, weight in self.weights.items()

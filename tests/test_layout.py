@@ -191,8 +191,10 @@ def test_installed_in_a_fresh_environment_it_quantizes_tiny(kind, built, tmp_pat
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "behind.pth").write_text(sysconfig.get_path("purelib"))
     package = next(built.glob(f"llmq-{kind}"))
-    call(python, "-m", "pip", "install", "--no-deps", "--quiet", package, timeout=600)
+    # With it, pip finds the checkout and takes the package for installed.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    install = ("-m", "pip", "install", "--no-deps", "--quiet", package)
+    call(python, *install, env=environment, timeout=600)
     settings = {"cwd": tmp_path, "env": environment, "timeout": 300}
     llmq = tmp_path / "venv" / "bin" / "llmq"
     where = call(python, "-c", "import llmq, llmq_kernels; print(llmq.__file__)", **settings)

@@ -7,9 +7,10 @@ when something cannot be found that way, and to be listed as tested."""
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,10 +27,15 @@ MOST_STRETCHED = 1e6  # factors of rotary positions beyond are no factors
 @dataclass(frozen=True)
 class Family:
     """bos_every_window: the model is broken on text that does not start with BOS (Gemma: perplexity
-    3.5 with it, 6e9 without)."""
+    3.5 with it, 6e9 without). config_values: what keys of the config are set to when it is read,
+    and in the output. refused: why it cannot be quantized. is_tested: whether a test of ours runs
+    it as a whole."""
 
     model_type: str
     bos_every_window: bool = False
+    config_values: Mapping[str, Any] = field(default_factory=dict)
+    refused: str | None = None
+    is_tested: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -47,35 +53,52 @@ FAMILIES: dict[str, Family] = {
         Family("opt"),
         Family("gpt_neox"),
         Family("falcon"),
+        Family("gemma3n_text", bos_every_window=True, is_tested=False),
+        Family("gemma4_text", bos_every_window=True, is_tested=False),
+        Family("gemma4_unified_text", bos_every_window=True, is_tested=False),
+        Family("recurrent_gemma", bos_every_window=True, is_tested=False),
+        Family("vaultgemma", bos_every_window=True, is_tested=False),
+        Family(
+            "rwkv",
+            refused="it divides the weights of its layers in place when it runs, which packed "
+            "weights do not allow",
+            is_tested=False,
+        ),
     )
 }
+TESTED = ", ".join(name for name, family in FAMILIES.items() if family.is_tested)
+# What a family without a row needs: nothing.
+_PLAIN = Family("", is_tested=False)
 
 
-# Relatives of those families, which no test of ours has run as a whole.
-_NEED_BOS = {
-    "gemma3n_text",
-    "gemma4_text",
-    "gemma4_unified_text",
-    "recurrent_gemma",
-    "vaultgemma",
-}
-_UNSUPPORTED = {
-    "rwkv": (
-        "it divides the weights of its layers in place when it runs, which packed weights do not "
-        "allow"
-    ),
-}
+def family_of(config: PretrainedConfig) -> Family:
+    """The row of a model's family. A multimodal model needs what its text model needs."""
+    return FAMILIES.get(config.get_text_config().model_type, _PLAIN)
+
+
+def set_config_values(config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
+    """Give a config, in place, the values that its family is run with. Returns what that changed:
+    key -> the old value, the new one."""
+    text_config = config.get_text_config()
+    changed = {}
+    for key, value in family_of(config).config_values.items():
+        old = getattr(text_config, key, None)
+        if old != value:
+            changed[key] = (old, value)
+            setattr(text_config, key, value)
+    return changed
 
 
 def check_type(model_type: str) -> None:
     """Refuse a `model_type` that transformers has no causal language model for, naming the nearest
     family. Raises `LlmqError`."""
     if model_type not in compat.causal_models():
-        nearest = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
+        tested = [name for name, family in FAMILIES.items() if family.is_tested]
+        nearest = difflib.get_close_matches(str(model_type), tested, n=1)
         hint = f" (the nearest is {nearest[0]})" if nearest else ""
         raise LlmqError(
             f"model type {model_type!r} is not a causal language model that transformers can "
-            f"build. Tested families: {', '.join(FAMILIES)}{hint}; other dense causal LMs usually "
+            f"build. Tested families: {TESTED}{hint}; other dense causal LMs usually "
             "work"
         )
 
@@ -84,7 +107,7 @@ def check_supported(config: PretrainedConfig) -> None:
     """Refuse, from the config alone, what cannot be quantized as a whole, of a type that passed
     `check_type`. Raises `LlmqError`."""
     text_config = config.get_text_config()
-    if reason := _UNSUPPORTED.get(text_config.model_type):
+    if reason := family_of(config).refused:
         raise LlmqError(f"{text_config.model_type}: {reason}; this architecture is not supported")
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         n_experts = getattr(text_config, key, None)
@@ -92,7 +115,7 @@ def check_supported(config: PretrainedConfig) -> None:
             raise LlmqError(
                 f"{config.model_type} is a mixture of experts ({key} = {n_experts}), which llmq "
                 "does not quantize yet: its experts are fused tensors that would stay in full "
-                f"precision. Tested dense families: {', '.join(FAMILIES)}"
+                f"precision. Tested dense families: {TESTED}"
             )
     found = config.architectures or []
     generating = {
@@ -160,11 +183,8 @@ def check_length(
 
 
 def needs_bos(config: PretrainedConfig) -> bool:
-    """Whether every window has to start with BOS. A multimodal model needs what its text model
-    needs."""
-    model_type = config.get_text_config().model_type
-    family = FAMILIES.get(model_type)
-    return model_type in _NEED_BOS or (family is not None and family.bos_every_window)
+    """Whether every window has to start with BOS."""
+    return family_of(config).bos_every_window
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -207,7 +227,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         names = ", ".join(name for name, _ in found) or "none"
         raise LlmqError(
             f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, "
-            f"found {names}. Tested families: {', '.join(FAMILIES)}"
+            f"found {names}. Tested families: {TESTED}"
         )
     return found[0]
 
@@ -219,12 +239,25 @@ def _is_inside(module: nn.Module, whole: nn.Module | None) -> bool:
 def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
     """Every linear layer inside the blocks. Embeddings and the output head lie outside and stay in
     full precision."""
+    _check_config_values(model.config)
     prefix, blocks = find_blocks(model)
     refuse_fused_experts(blocks)
     refuse_shared_weights(model, prefix)
     return [
         site.as_layer(f"{prefix}.{i}") for i, block in enumerate(blocks) for site in sites_in(block)
     ]
+
+
+def _check_config_values(config: PretrainedConfig) -> None:
+    """Raise for a model that was built without the values that its family has to be run with: what
+    it did to its weights meanwhile is not known."""
+    if changed := set_config_values(copy.deepcopy(config)):
+        wanted = ", ".join(f"{key}={new!r}" for key, (_, new) in changed.items())
+        found = ", ".join(f"{key}={old!r}" for key, (old, _) in changed.items())
+        raise LlmqError(
+            f"{config.model_type}: expected a model built with {wanted}, found {found}; give these "
+            "to from_pretrained, or quantize its folder"
+        )
 
 
 def refuse_fused_experts(blocks: nn.ModuleList) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from llmq.errors import LlmqError
 from llmq.messages import escaped
-from llmq.models.arch import check_supported, check_type
+from llmq.models.arch import check_supported, check_type, set_config_values
 from llmq.models.building import one_at_a_time
 from llmq.models.companions import Companions, find_companions
 from llmq.models.hub import resolve
@@ -75,6 +75,8 @@ class Source:
         check_folder(folder)
         self.folder = folder
         self.files = SourceFiles.of(folder)
+        # What reading the config changed in it: key -> the value in the file, the one it has now.
+        self.config_changes: dict[str, tuple[Any, Any]] = {}
 
     @classmethod
     def open(cls, model: str | os.PathLike[str] | Source, revision: str | None = None) -> Source:
@@ -151,6 +153,7 @@ def _read_config(source: Source) -> PretrainedConfig:
         if not isinstance(text, PretrainedConfig):
             raise TypeError(f"the config of its text model is no object but {text!r}")
         check_supported(config)
+        source.config_changes = set_config_values(config)
         check_buffers(config, path)
         _refuse_adapter(source.folder)
         _find_quantization(config, source)

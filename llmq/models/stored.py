@@ -51,10 +51,15 @@ class StoredModel:
         check_dtypes(self.skeleton, shards.dtypes, self.names, str(self.source.folder))
 
     def remarks(self, strict: bool = False) -> dict[str, str]:
-        """What is to be known of the stored tensors: an output head of its own beside a config that
+        """What is to be known of the config, where other values than its own are needed to run the
+        model, and of the stored tensors: an output head of its own beside a config that
         says tied, parts that are no text model, and tensors without a place. Raises `LlmqError` for
         the last under `strict`."""
-        model, shards, remarks = self.skeleton, self.source.shards, {}
+        model, shards = self.skeleton, self.source.shards
+        remarks = {
+            f"config.{key}": f"{old!r} in config.json; the model is run and written with {new!r}"
+            for key, (old, new) in self.source.config_changes.items()
+        }
         if self.config is not self.source.config:
             remarks["output head"] = (
                 "config.json says that it is tied to the embeddings, but one with other values is "

@@ -63,6 +63,7 @@ FAMILY_CONFIGS: dict[str, dict[str, object]] = {
         "multi_query": True,
         "ffn_hidden_size": 128,
     },
+    "rwkv": {"attention_hidden_size": 64, "context_length": 128, "rescale_every": 0},
 }
 
 

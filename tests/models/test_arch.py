@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 from conftest import make_model
+from transformers import AutoModelForCausalLM
 
+import llmq
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.models import arch
@@ -51,3 +54,13 @@ def test_a_family_that_cannot_be_quantized_is_refused_with_the_reason(model_fold
     monkeypatch.setitem(arch.FAMILIES, "llama", arch.Family("llama", refused="it is a test"))
     with pytest.raises(LlmqError, match="llama: it is a test"):
         load_config(folder)
+
+
+@torch.no_grad()
+def test_rwkv_runs_without_dividing_its_weights(model_folder):
+    folder = model_folder("rwkv", rescale_every=1)
+    tokens = torch.arange(12)[None]
+    expected = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    got = llmq.load(folder, dtype="float32")(tokens).logits
+    # Halved weights and states give the same up to the epsilon of the norms.
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)

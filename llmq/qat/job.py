@@ -179,28 +179,61 @@ def prepare_job(
     restricted.adapt()
     check_engine()
     source = Source.open(model, revision)
-    model_dir, stored_config = source.folder, source.config
-    read_settings(model_dir)  # it comes along, and the result has to load
-    if getattr(stored_config, "quantization_config", None) is not None:
-        raise LlmqError(f"{model_dir}: is quantized already; start from the full-precision model")
+    read_settings(source.folder)  # it comes along, and the result has to load
+    if getattr(source.config, "quantization_config", None) is not None:
+        raise LlmqError(
+            f"{source.folder}: is quantized already; start from the full-precision model"
+        )
     stored = StoredModel.of(source)
-    config, skeleton = stored.config, stored.skeleton
-    check_student(skeleton)
+    check_student(stored.skeleton)
     stored.check()
     remarks = stored.remarks(strict)
-    n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    activations = ActSpec(
-        settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope
+    recipe = _recipe_of_start(settings, rules)
+    plans = recipe.plan(quantizable_layers(stored.skeleton))
+    _check_plans(plans, settings, strict)
+    _check_settings(settings, train, device)
+    taught_by = _teacher(source, teacher)
+    check_same_vocabulary(stored.config, taught_by.config)
+    if teacher:
+        _check_same_tokens(taught_by, source)
+    n_processes = processes(device).num_processes
+    windows, held_out = None, None
+    if train != GENERATED:
+        windows, held_out = _read_text(source, stored.config, settings, train, n_processes)
+    # Or there is less than one step.
+    settings.n_steps(0 if windows is None else len(windows), n_processes)
+    return QATJob(
+        source=source,
+        teacher=taught_by,
+        settings=settings,
+        recipe=recipe,
+        train=train,
+        windows=windows,
+        held_out=held_out,
+        n_parameters=sum(parameter.numel() for parameter in stored.skeleton.parameters()),
+        plans=plans,
+        device=device,
+        remarks=remarks,
     )
-    recipe = Recipe(
-        rules=(*rules, Rule("*", settings.scheme.weights)),
+
+
+def _recipe_of_start(settings: QATSettings, rules: tuple[Rule, ...]) -> Recipe:
+    """How the quantized model is made that training starts from."""
+    scheme = settings.scheme
+    return Recipe(
+        rules=(*rules, Rule("*", scheme.weights)),
         method=settings.init,
         sequence_length=settings.sequence_length,
         seed=settings.seed,
-        activations=activations,
+        activations=ActSpec(scheme.activations, scheme.kv_bits, settings.kv_before_rope),
     )
-    plans = recipe.plan(quantizable_layers(skeleton))
-    if strict and (notes := [f"{each.layer.name}: {each.note}" for each in plans if each.note]):
+
+
+def _check_plans(plans: list[LayerPlan], settings: QATSettings, strict: bool) -> None:
+    """Raise where nothing would be quantized, where a layer's codes cannot be trained by the
+    quantizer, and under `strict` where a layer differs from what was asked."""
+    notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.note]
+    if strict and notes:
         raise LlmqError(
             f"--strict: {len(notes)} layers would differ from what was asked, the first being "
             f"{notes[0]}"
@@ -213,6 +246,10 @@ def prepare_job(
             f"none of the {len(plans)} linear layers would be quantized: every one is kept by a "
             "rule, or no group size divides it"
         )
+
+
+def _check_settings(settings: QATSettings, train: str, device: str) -> None:
+    """Raise for text without an end, and for an arithmetic that the device does not have."""
     if train == GENERATED and settings.max_tokens is None and settings.max_steps is None:
         raise LlmqError(
             "--train generated: give --max-tokens or --max-steps, since generated text has no end"
@@ -221,43 +258,21 @@ def prepare_job(
         raise LlmqError(
             "--precision fp16 needs a GPU: CPUs have no fast float16 training; use bf16 or fp32"
         )
-    if (
-        settings.precision == "bf16"
-        and device.startswith("cuda")
-        and not multiplies_bfloat16(device)
-    ):
+    if settings.precision != "bf16" or not device.startswith("cuda"):
+        return
+    if not multiplies_bfloat16(device):
         raise LlmqError(
             f"--precision bf16: {device} does not multiply bfloat16; use --precision fp16, or fp32"
         )
-    taught_by = _teacher(source, teacher)
-    check_same_vocabulary(config, taught_by.config)
-    if teacher and taught_by.tokenizer.get_vocab() != source.tokenizer.get_vocab():
+
+
+def _check_same_tokens(teacher: Source, student: Source) -> None:
+    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise LlmqError(
-            f"{taught_by.folder}: the teacher's tokenizer has other tokens than that of "
-            f"{model_dir}; distillation needs the same tokenizer, so take a teacher of the same "
-            "family"
+            f"{teacher.folder}: the teacher's tokenizer has other tokens than that of "
+            f"{student.folder}; distillation needs the same tokenizer, so take a teacher of the "
+            "same family"
         )
-    windows, held_out = None, None
-    if train != GENERATED:
-        windows, held_out = _read_text(
-            source, config, settings, train, processes(device).num_processes
-        )
-    settings.n_steps(
-        0 if windows is None else len(windows), processes(device).num_processes
-    )  # or there is less than one
-    return QATJob(
-        source,
-        taught_by,
-        settings,
-        recipe,
-        train,
-        windows,
-        held_out,
-        n_parameters,
-        plans,
-        device,
-        remarks,
-    )
 
 
 def _teacher(source: Source, teacher: str | None) -> Source:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from llmq.grid.spec import PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import linear_shape
-from llmq.ptq.methods.gptq import row_blocks
 from llmq.ptq.methods.rtn import rtn
-from llmq.ptq.solver import RowErrors, SolverResult
+from llmq.ptq.solver import RowErrors, SolverResult, row_blocks
 from llmq.ptq.stats import LayerStats, output_error
 from llmq.ptq.threads import total
 

@@ -1,4 +1,4 @@
-"""What every layer solver gives back."""
+"""What layer solvers share: the rows that they take at a time, and what they give back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.grid.spec import PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
+
+ROW_BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,17 @@ class SolverResult:
     fallback: str | None = None
     is_rounding: bool = False
     errors: RowErrors | None = None
+
+
+def row_blocks(weight: Tensor, spec: QuantSpec) -> list[slice]:
+    """Rows that are solved together. With H given they are independent of each other, and a solve
+    holds four copies of its rows: gate and up of a block 2048 wide, solved whole, were the peak of
+    a run. On a GPU the calls per column are what a solve costs, and one scale for the whole tensor
+    ties its rows together: there it is all rows at once."""
+    n, k = weight.shape
+    at_once = (
+        n
+        if weight.is_cuda or spec.group_size == PER_TENSOR
+        else max(1, ROW_BLOCK_BYTES // (weight.element_size() * k))
+    )
+    return [slice(start, min(start + at_once, n)) for start in range(0, n, at_once)]

@@ -22,6 +22,7 @@ from llmq.models.arch import quantizable_layers
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
 from llmq.models.tokens import first_token, own_tokenizer
+from llmq.ptq.methods import method_of
 from llmq.ptq.precision import multiplies_bfloat16
 from llmq.qat.losses import CHUNK_TOKENS
 from llmq.qat.settings import QATSettings
@@ -189,6 +190,7 @@ def prepare_job(
     stored.check()
     remarks = stored.remarks(strict)
     recipe = _recipe_of_start(settings, rules)
+    method_of(recipe)  # or it is refused here
     plans = recipe.plan(quantizable_layers(stored.skeleton))
     _check_plans(plans, settings, strict)
     _check_settings(settings, train, device)

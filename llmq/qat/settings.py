@@ -52,8 +52,8 @@ class Scheme:
 
 @dataclass(frozen=True)
 class QATSettings:
-    """scheme, quantizer: what is trained (see `llmq.qat.weights`). init: the method of the start,
-    "rtn", "gptq" or "blockwise". kv_before_rope: quantize keys before the rotary embedding
+    """scheme, quantizer: what is trained (see `llmq.qat.weights`). init: the method of the start
+    (see `llmq.ptq.methods`). kv_before_rope: quantize keys before the rotary embedding
     (LLM-QAT).
 
     max_tokens, max_steps: length of the run, one of them; both None: one pass over the text.
@@ -66,7 +66,7 @@ class QATSettings:
 
     scheme: Scheme
     quantizer: QuantizerName = "lsq"
-    init: Literal["rtn", "gptq", "blockwise"] = "gptq"
+    init: str = "gptq"
     kv_before_rope: bool = False
     max_tokens: int | None = None
     max_steps: int | None = None

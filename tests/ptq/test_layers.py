@@ -55,7 +55,7 @@ def test_other_specs_and_scales_of_whole_tensors_stay_apart():
 def test_errors_reported_by_rows_are_those_of_the_whole(stats, monkeypatch):
     weight, spec, layer = torch.randn(40, 64), QuantSpec.parse("w3g32"), stats(64)
     result = GPTQ.solve(weight, layer, spec, Recipe.uniform("w3g32"))
-    monkeypatch.setattr("llmq.ptq.methods.gptq.ROW_BLOCK_BYTES", 7 * weight[0].nbytes)
+    monkeypatch.setattr("llmq.ptq.solver.ROW_BLOCK_BYTES", 7 * weight[0].nbytes)
     report = report_layer("layer", weight, result, layer)
     energy = output_error(weight, layer.hessian)
     assert report.error == pytest.approx(

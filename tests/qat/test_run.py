@@ -105,7 +105,7 @@ def losses(out):
     ("scheme", "options", "fmt"),
     [
         ("w4", [], "gptq"),
-        ("w2", ["--precision", "bf16", "--gradient-checkpointing"], "llmq"),
+        ("w2", ["--precision", "bf16", "--gradient-checkpointing", "--init", "hqq"], "llmq"),
         (
             "ternarya8kv8",
             ["--quantizer", "absmean", "--recipe", {"gradual": 0.5, "activations": 0.5}],

@@ -32,14 +32,13 @@ from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor, stack_rows
 from llmq.ptq.methods.base import Needs, Rounding, Shape, check_no_init
 from llmq.ptq.methods.refine import refine
-from llmq.ptq.solver import RowErrors, SolverResult, stack_errors
+from llmq.ptq.solver import RowErrors, SolverResult, row_blocks, stack_errors
 from llmq.ptq.stats import LayerStats, row_errors
 from llmq.ptq.threads import one_thread
 from llmq.recipe import Recipe
 
 Order = Literal["group", "static", "none", "act"]
 BLOCK_COLUMNS = 128
-ROW_BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -178,20 +177,6 @@ def _damped(hessian: Tensor, ridge: Tensor) -> Iterator[None]:
     diagonal.add_(ridge)
     yield
     diagonal.copy_(before)
-
-
-def row_blocks(weight: Tensor, spec: QuantSpec) -> list[slice]:
-    """Rows that are solved together. With H given they are independent of each other, and a solve
-    holds four copies of its rows: gate and up of a block 2048 wide, solved whole, were the peak of
-    a run. On a GPU the calls per column are what a solve costs, and one scale for the whole tensor
-    ties its rows together: there it is all rows at once."""
-    n, k = weight.shape
-    at_once = (
-        n
-        if weight.is_cuda or spec.group_size == PER_TENSOR
-        else max(1, ROW_BLOCK_BYTES // (weight.element_size() * k))
-    )
-    return [slice(start, min(start + at_once, n)) for start in range(0, n, at_once)]
 
 
 def _shift(pull: Tensor, order: Tensor, factor: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ from llmq.grid import rounding
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor, stack_rows
 from llmq.ptq.methods.base import Rounding, Shape
-from llmq.ptq.methods.gptq import ROW_BLOCK_BYTES, row_blocks
-from llmq.ptq.solver import SolverResult
+from llmq.ptq.solver import ROW_BLOCK_BYTES, SolverResult, row_blocks
 from llmq.ptq.stats import LayerStats
 from llmq.recipe import Recipe
 

@@ -92,7 +92,7 @@ def test_rows_solved_in_blocks_are_rows_solved_alone(text, order, stats, monkeyp
     before = layer.hessian.clone()
     options = GPTQOptions(order=order, alpha=0.5)
     alone = [gptq(part, layer, spec, options).tensor for part in weight.split(16)]
-    monkeypatch.setattr("llmq.ptq.methods.gptq.ROW_BLOCK_BYTES", 16 * weight[0].nbytes)
+    monkeypatch.setattr("llmq.ptq.solver.ROW_BLOCK_BYTES", 16 * weight[0].nbytes)
     whole = gptq(weight, layer, spec, options).tensor
     whole.validate("weight")
     assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in alone]))
@@ -103,7 +103,7 @@ def test_rows_solved_in_blocks_are_rows_solved_alone(text, order, stats, monkeyp
 def test_one_scale_for_all_rows_is_solved_at_once(stats, monkeypatch):
     weight, layer, spec = torch.randn(40, 128), stats(128), QuantSpec.parse("w4-tensor")
     whole = gptq(weight, layer, spec).tensor
-    monkeypatch.setattr("llmq.ptq.methods.gptq.ROW_BLOCK_BYTES", 1)
+    monkeypatch.setattr("llmq.ptq.solver.ROW_BLOCK_BYTES", 1)
     assert torch.equal(gptq(weight, layer, spec).tensor.dequantize(), whole.dequantize())
 
 

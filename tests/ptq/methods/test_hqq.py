@@ -58,7 +58,7 @@ def test_rows_are_solved_alone(monkeypatch):
 
     weight, spec = torch.randn(24, 64), QuantSpec.parse("w4g32")
     together = module.METHOD.solve(weight, None, spec, Recipe()).tensor
-    monkeypatch.setattr("llmq.ptq.methods.gptq.ROW_BLOCK_BYTES", 5 * weight[0].nbytes)
+    monkeypatch.setattr("llmq.ptq.solver.ROW_BLOCK_BYTES", 5 * weight[0].nbytes)
     alone = module.METHOD.solve(weight, None, spec, Recipe()).tensor
     assert torch.equal(together.dequantize(), alone.dequantize())
 

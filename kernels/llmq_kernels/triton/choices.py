@@ -179,20 +179,22 @@ def default_choice(problem: Problem, chip: Chip) -> Choice:
 def _default_gemm(problem: Problem, chip: Chip) -> Choice:
     m = problem.m
     # Before Hopper, sums, weights and x all lie in the registers of a warp: of the larger tiles,
-    # Triton 3.6 or 3.9 spills at 64 x 128 and 128 x 128, at 64 x 64 neither does.
+    # Triton 3.6 or 3.9 spills at 64 x 128 and 128 x 128. At 64 x 64 neither does with 8 warps;
+    # with 4 it is one for INT4.
     wide = chip.arch in _ON_WGMMA
     # Groups of integer sums need a second accumulator, and with zero points sums of x beside it.
     large = (wide or chip.is_amd) and not (problem.kind == "int8" and problem.group)
     block_m = min(max(m, 16), 128 if large else 64)
     block_n = 128 if wide and m >= 64 else 64
     block_k = tile_columns(problem.group)
+    is_crowded = problem.kind == "float" and not wide and not chip.is_amd
     return Choice(
         "gemm",
         block_m,
         block_n,
         block_k,
         split_k=_split(problem, chip, block_m, block_n, block_k),
-        warps=8 if block_m * block_n >= 128 * 64 else 4,
+        warps=8 if block_m * block_n >= (64 if is_crowded else 128) * 64 else 4,
         stages=2 if chip.is_amd else 4 if m <= 32 else 3,
         fold=_folds(problem),
         early=_early(problem, chip),

@@ -14,7 +14,10 @@ from llmq.ptq.methods import METHODS
 # Of the table of codes (llmq_kernels.core.codes), whose package takes torch to import.
 BITS = ("2", "3", "4", "5", "6", "8", "ternary")
 MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
-TEXT_HELP = "text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled'"
+TEXT_HELP = (
+    "text file, .jsonl, .parquet, folder, Hub data set (name:config:split), each with #COLUMN for "
+    "a column of another name, or 'bundled'"
+)
 LARGEST = 2**63 - 1  # torch's generators and sizes take no more
 # Options of earlier versions, and how recipe files say the same.
 RECIPE_KEYS = {

@@ -91,6 +91,8 @@ def _summary(out: str, report: dict[str, Any]) -> str:
         f"{report['bits_per_quantized_weight']:.2f} bits per quantized weight",
         "seconds": f"{report['seconds']:.1f}",
     }
+    if report["calibration"] and (text := report["calibration"]["text"]):
+        pairs["calibrated on"] = rendering.text_line(text)
     pairs |= rendering.companion_lines(report)
     pairs |= _errors(report)
     pairs |= _tuning(report)

@@ -139,10 +139,11 @@ def windows(
     tokenizer: PreTrainedTokenizerBase, config: Any, recipe: Recipe, source: str
 ) -> documents.TokenSet:
     """Seeded windows of a text, each with a BOS token for the families that need it."""
-    row = documents.tokenize(documents.load_documents(source, "calibration"), tokenizer)
+    text = documents.read_text(source, "calibration", tokenizer)
+    row = documents.tokenize(text.documents, tokenizer)
     documents.check_vocabulary(row, config.get_text_config().vocab_size, source)
     bos = first_token(tokenizer, config)
     found = documents.calibration_windows(
         row, recipe.samples, recipe.sequence_length, recipe.seed, source, bos
     )
-    return replace(found, tokenizer_sha256=fingerprint(tokenizer))
+    return replace(found, tokenizer_sha256=fingerprint(tokenizer), read=text.read)

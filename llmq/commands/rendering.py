@@ -98,6 +98,10 @@ def skipped_rows(text: dict[str, Any]) -> str:
 def text_line(text: dict[str, Any]) -> str:
     """What was read of a text: rows, columns, and whether chats went through a template."""
     parts = [f"{text['source']}: {text['rows']} rows{skipped_rows(text)}"]
+    if text.get("dataset"):
+        parts.append(text["dataset"])
+    if text.get("revision"):
+        parts.append(f"commit {text['revision'][:12]}")
     if text.get("split"):
         parts.append(f"split {text['split']}")
     if columns := text.get("columns"):

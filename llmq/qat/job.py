@@ -239,7 +239,8 @@ def prepare_job(
             f"{model_dir}; distillation needs the same tokenizer, so take a teacher of the same "
             "family"
         )
-    windows, held_out, read = None, None, {}
+    windows, held_out = None, None
+    read: dict[str, Any] = {}
     if train != GENERATED:
         windows, held_out, read = _read_text(
             source, config, settings, train, processes(device).num_processes

@@ -6,11 +6,13 @@ notes.txt, page.md, rows.jsonl(.gz), x.parquet, or a folder of them, or one that
                                datasets wrote; which columns are read: see `llmq.text.rows`
 Salesforce/wikitext:wikitext-2-raw-v1:train    a Hub data set, with configuration and split
 rows.jsonl#body                a column of another name
+ultrachat, c4, wikitext, code  what other toolkits calibrate on (see `llmq.text.presets`)
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, LlmqWarning
 from llmq.storage.boundary import check_regular, reading
 from llmq.text.address import Address, Purpose
 from llmq.text.corpus import standard_library_documents
 from llmq.text.files import READERS, TEXT_SUFFIXES, add_file, kind_of
 from llmq.text.folders import add_folder
 from llmq.text.hub import add_hub
+from llmq.text.presets import PRESETS, add_preset
 from llmq.text.rows import Documents
 
 BUNDLED = "bundled"
@@ -63,12 +66,33 @@ def read_text(
     if source == BUNDLED:
         documents = standard_library_documents(purpose)
         return Text(documents, {"source": BUNDLED, "rows": len(documents)})
+    if source in PRESETS:
+        return _read_preset(source, purpose, tokenizer)
     address = Address.parse(source)
     collected = Documents(tokenizer, address.column)
     chosen = _collect(collected, address, purpose, source)
     if not any(document.strip() for document in collected.found):
         raise LlmqError(f"{source}: holds no text ({collected.summary()})")
     return Text(collected.found, {"source": _name(address), **collected.to_json(), **chosen})
+
+
+def _read_preset(name: str, purpose: Purpose, tokenizer: PreTrainedTokenizerBase | None) -> Text:
+    if Path(name).exists():
+        warnings.warn(
+            f"{name}: the text of this name is read; for what lies here write ./{name}",
+            LlmqWarning,
+            stacklevel=3,
+        )
+    collected = Documents(tokenizer)
+    if purpose == "train":  # the first rows would be too few
+        preset = PRESETS[name]
+        address = Address(preset.dataset, config=preset.config, split=preset.split)
+        chosen = {"dataset": preset.dataset, **add_hub(collected, address, purpose)}
+    else:
+        chosen = add_preset(collected, name, purpose)
+    if not any(document.strip() for document in collected.found):
+        raise LlmqError(f"{name}: holds no text ({collected.summary()})")
+    return Text(collected.found, {"source": name, **collected.to_json(), **chosen})
 
 
 def _collect(

@@ -96,14 +96,14 @@ def quiet() -> Iterator[None]:
     """Without the progress bars and remarks that datasets and its parts write to stderr."""
     import datasets
 
-    cards = logging.getLogger("huggingface_hub.repocard")
-    level, had_bars = cards.level, datasets.is_progress_bar_enabled()
-    cards.setLevel(logging.ERROR)
+    logger = logging.getLogger("huggingface_hub")
+    level, had_bars = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        cards.setLevel(level)
+        logger.setLevel(level)
         if had_bars:
             datasets.enable_progress_bars()
 

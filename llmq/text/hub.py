@@ -34,10 +34,11 @@ def open_rows(
     address: Address, purpose: Purpose = "train", data_file: str | None = None
 ) -> HubRows:
     """The rows of a data set. data_file: the only one of its files to look at, for sets of
-    thousands of them. Raises `LlmqError` that names what there is to choose from."""
+    thousands of them. Raises `LlmqError` that names what there is to choose from, and whatever
+    datasets raises (see `explaining`)."""
     from datasets import load_dataset_builder
 
-    with quiet(), explaining(address):
+    with quiet():
         files = None if data_file is None else {"train": data_file}
         builder = load_dataset_builder(
             address.name, address.config, data_files=files, revision=address.revision
@@ -99,9 +100,13 @@ def is_offline() -> bool:
 
 def add_hub(documents: Documents, address: Address, purpose: Purpose) -> dict[str, Any]:
     """Collect the first `MAX_DOCUMENTS` rows of a data set of the Hub, since some have no end that
-    could be waited for, and warn when there are more. Returns what was read."""
-    found = open_rows(address, purpose)
-    is_longer = add_rows(documents, found.rows, address, MAX_DOCUMENTS)
+    could be waited for, and warn when there are more. Returns what was read. Raises `LlmqError`
+    also when the download fails on its way."""
+    with quiet(), explaining(address):
+        found = open_rows(address, purpose)
+        rows = iter(found.rows)
+        documents.add(islice(rows, MAX_DOCUMENTS), address.name)
+        is_longer = next(rows, None) is not None
     if is_longer:
         warnings.warn(
             f"{address.name}: the first {MAX_DOCUMENTS} documents are used; the data set has more",
@@ -109,14 +114,3 @@ def add_hub(documents: Documents, address: Address, purpose: Purpose) -> dict[st
             stacklevel=4,
         )
     return {"config": address.config, "split": found.split, "revision": found.revision}
-
-
-def add_rows(
-    documents: Documents, rows: Iterable[dict[str, Any]], address: Address, n_rows: int
-) -> bool:
-    """Collect up to `n_rows` rows; whether there are more. Raises `LlmqError` also when the
-    download fails on its way."""
-    remaining = iter(rows)
-    with quiet(), explaining(address):
-        documents.add(islice(remaining, n_rows), address.name)
-        return next(remaining, None) is not None

@@ -206,7 +206,8 @@ def _add_calibration_arguments(parser: Parser) -> None:
         type=source,
         default="bundled",
         metavar="SOURCE",
-        help=f"{TEXT_HELP} (default)",
+        help=f"ultrachat, c4, wikitext, code (from the Hub, kept), self (written by the model), or "
+        f"{TEXT_HELP} (default)",
     )
     parser.more.add_argument(
         "--samples", type=whole(1), metavar="N", help="calibration windows (default: 128)"

@@ -106,6 +106,8 @@ def text_line(text: dict[str, Any]) -> str:
         parts.append(f"split {text['split']}")
     if columns := text.get("columns"):
         parts.append(f"column {', '.join(' + '.join(names) for names in columns)}")
+    if written := text.get("written"):
+        parts.append(f"written by the model itself with seed {written['seed']}")
     if (template := text.get("chat_template")) is not None:
         parts.append("chat template of the model" if template else "no chat template")
     if text.get("files_left_out"):

@@ -11,7 +11,7 @@ from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.methods.base import Windows
 from llmq.ptq.streams import batch_size
-from llmq.text.documents import TokenSet
+from llmq.text.documents import SELF, TokenSet
 
 
 def stored_bytes(job: Job) -> int:
@@ -74,7 +74,9 @@ def peak_bytes(job: Job) -> int:
         )
         * 2
     )
-    return int(max(embedding, block + max(solve, tuning) + batch))
+    # which writes its text as a whole, in what it is stored in or float32
+    own_text = 2 * job.source.weight_bytes if job.tokens.source == SELF else 0
+    return int(max(embedding, block + max(solve, tuning) + batch, own_text))
 
 
 def _windows(tokens: TokenSet) -> Windows:

@@ -3,9 +3,11 @@ format and the text, and every check that can be made by then."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
@@ -20,6 +22,7 @@ from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.methods import method_of, needs_text
 from llmq.ptq.precision import Precision
 from llmq.ptq.scales import fitting_plans
+from llmq.ptq.self_written import self_written
 from llmq.recipe import LayerPlan, Recipe
 from llmq.text import documents
 from llmq_kernels.core import restricted
@@ -59,13 +62,17 @@ def prepare(
     revision: str | None = None,
     strict: bool = False,
     check_scales: bool = True,
+    device: str = "cpu",
+    on_text: Callable[[int, int], None] = lambda done, total: None,
 ) -> Job:
     """Resolve and check everything that can be checked before computing: model, names of all
     tensors, rules, format, calibration text. Raises `LlmqError`.
 
     calibration: where the text is, or windows of tokens that are there already. check_scales: read
     the weights of all layers once, to give each a scale dtype that holds its scales; without, what
-    is planned is float16 as it was asked for.
+    is planned is float16 as it was asked for, and text of the model's own is not written but has
+    its shape alone. device: where it is written. on_text: told how many windows of it are, of how
+    many.
     """
     restricted.adapt()
     method_of(recipe)  # or it is refused before anything is read
@@ -92,7 +99,14 @@ def prepare(
     remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
     remarks |= stored.remarks(strict)
     tokens = None
-    if needs_text(recipe):
+    if needs_text(recipe) and calibration == documents.SELF:
+        check_windows(stored.config, recipe)
+        documents.warn_of_path(documents.SELF)
+        shape = recipe.samples, recipe.sequence_length
+        tokens = documents.TokenSet(torch.zeros(shape, dtype=torch.int64), documents.SELF)
+        if check_scales:
+            tokens = self_written(source, recipe, device, on_text)
+    elif needs_text(recipe):
         tokens = (
             calibration_tokens(source, stored.config, recipe, calibration)
             if isinstance(calibration, str)
@@ -131,8 +145,13 @@ def calibration_tokens(
 ) -> documents.TokenSet:
     """The calibration windows of a recipe for a model, from a text."""
     tokenizer = own_tokenizer(source)
-    check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
+    check_windows(config, recipe)
     return windows(tokenizer, config, recipe, text)
+
+
+def check_windows(config: Any, recipe: Recipe) -> None:
+    """Raise `LlmqError` for windows that are longer than the model has positions for."""
+    check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
 
 
 def windows(

@@ -7,6 +7,7 @@ notes.txt, page.md, rows.jsonl(.gz), x.parquet, or a folder of them, or one that
 Salesforce/wikitext:wikitext-2-raw-v1:train    a Hub data set, with configuration and split
 rows.jsonl#body                a column of another name
 ultrachat, c4, wikitext, code  what other toolkits calibrate on (see `llmq.text.presets`)
+self                           written by the model itself (see `llmq.ptq.self_written`)
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from llmq.text.presets import PRESETS, add_preset
 from llmq.text.rows import Documents
 
 BUNDLED = "bundled"
+SELF = "self"  # written by the model; see llmq.ptq.self_written
 _TOKENIZER_REMEDY = "put the model's own tokenizer files into its folder"
 
 
@@ -66,6 +68,11 @@ def read_text(
     if source == BUNDLED:
         documents = standard_library_documents(purpose)
         return Text(documents, {"source": BUNDLED, "rows": len(documents)})
+    if source == SELF:
+        raise LlmqError(
+            f"{SELF}: a model can write its own text to be calibrated on (--calibration {SELF}, "
+            "qat --train generated), not to be judged by; give another text"
+        )
     if source in PRESETS:
         return _read_preset(source, purpose, tokenizer)
     address = Address.parse(source)
@@ -77,12 +84,7 @@ def read_text(
 
 
 def _read_preset(name: str, purpose: Purpose, tokenizer: PreTrainedTokenizerBase | None) -> Text:
-    if Path(name).exists():
-        warnings.warn(
-            f"{name}: the text of this name is read; for what lies here write ./{name}",
-            LlmqWarning,
-            stacklevel=3,
-        )
+    warn_of_path(name)
     collected = Documents(tokenizer)
     if purpose == "train":  # the first rows would be too few
         preset = PRESETS[name]
@@ -93,6 +95,16 @@ def _read_preset(name: str, purpose: Purpose, tokenizer: PreTrainedTokenizerBase
     if not any(document.strip() for document in collected.found):
         raise LlmqError(f"{name}: holds no text ({collected.summary()})")
     return Text(collected.found, {"source": name, **collected.to_json(), **chosen})
+
+
+def warn_of_path(name: str) -> None:
+    """Warn where something lies here that has the name of a text."""
+    if Path(name).exists():
+        warnings.warn(
+            f"{name}: the text of this name is taken; for what lies here write ./{name}",
+            LlmqWarning,
+            stacklevel=4,
+        )
 
 
 def _collect(

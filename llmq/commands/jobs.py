@@ -135,6 +135,7 @@ def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
             strict=args.strict,
             check_scales=check_scales,
             device=args.device,
+            held_out=not args.no_held_out,
             **told,
         )
     if args.max_gpu_memory is not None and args.device == "cpu":

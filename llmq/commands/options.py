@@ -210,6 +210,12 @@ def _add_calibration_arguments(parser: Parser) -> None:
         f"{TEXT_HELP} (default)",
     )
     parser.more.add_argument(
+        "--no-held-out",
+        action="store_true",
+        help="do not measure the result on text that it was not calibrated on (KL and perplexity "
+        "of 8 windows each of that text and of another kind)",
+    )
+    parser.more.add_argument(
         "--samples", type=whole(1), metavar="N", help="calibration windows (default: 128)"
     )
     parser.more.add_argument(

@@ -25,6 +25,7 @@ from llmq.ptq.scales import fitting_plans
 from llmq.ptq.self_written import self_written
 from llmq.recipe import LayerPlan, Recipe
 from llmq.text import documents
+from llmq.text.held_out import begun_with, held_out_texts, window_starts
 from llmq_kernels.core import restricted
 
 
@@ -64,6 +65,7 @@ def prepare(
     check_scales: bool = True,
     device: str = "cpu",
     on_text: Callable[[int, int], None] = lambda done, total: None,
+    held_out: bool = True,
 ) -> Job:
     """Resolve and check everything that can be checked before computing: model, names of all
     tensors, rules, format, calibration text. Raises `LlmqError`.
@@ -72,7 +74,7 @@ def prepare(
     the weights of all layers once, to give each a scale dtype that holds its scales; without, what
     is planned is float16 as it was asked for, and text of the model's own is not written but has
     its shape alone. device: where it is written. on_text: told how many windows of it are, of how
-    many.
+    many. held_out: measure the result on text that is not calibrated on.
     """
     restricted.adapt()
     method_of(recipe)  # or it is refused before anything is read
@@ -112,6 +114,8 @@ def prepare(
             if isinstance(calibration, str)
             else calibration
         )
+    if tokens is not None and not held_out:
+        tokens = replace(tokens, held_out=())
     return Job(source, stored.config, stored.skeleton, recipe, plans, fmt, tokens, remarks)
 
 
@@ -165,4 +169,16 @@ def windows(
     found = documents.calibration_windows(
         row, recipe.samples, recipe.sequence_length, recipe.seed, source, bos
     )
-    return replace(found, tokenizer_sha256=fingerprint(tokenizer), read=text.read)
+    held_out = held_out_texts(
+        row,
+        window_starts(len(row), recipe.samples, recipe.sequence_length, recipe.seed),
+        recipe.sequence_length,
+        text.read["source"],
+        tokenizer,
+    )
+    return replace(
+        found,
+        tokenizer_sha256=fingerprint(tokenizer),
+        read=text.read,
+        held_out=tuple(begun_with(each, bos) for each in held_out),
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ from llmq.storage import files
 from llmq.storage.boundary import running
 from llmq.text.documents import SELF, TokenSet
 from llmq.text.generate import GREEDY_TOKENS, generate_windows, written_windows
+from llmq.text.held_out import (
+    MAX_LENGTH,
+    N_WINDOWS,
+    SAME,
+    HeldOutText,
+    begun_with,
+    bundled_texts,
+)
 from llmq_kernels.core.cache import cache_dir
 
 BATCH_SIZE = 32
@@ -50,10 +59,27 @@ def self_written(
     }
     read = {"source": SELF, "rows": recipe.samples, "written": told}
     folder = _folder(source, recipe, {**told, "device": device.partition(":")[0]})
+    bos = first_token(tokenizer, source.config)
+    size = min(MAX_LENGTH, recipe.sequence_length)
+    n_spare = -(-N_WINDOWS * size // recipe.sequence_length)
     tokens = running(source.folder)(_windows)(
-        source, recipe, folder, (dtype, device), first_token(tokenizer, source.config), on_batch
+        source,
+        replace(recipe, samples=recipe.samples + n_spare),
+        folder,
+        (dtype, device),
+        bos,
+        on_batch,
     )
-    return TokenSet(tokens, SELF, fingerprint(tokenizer), read)
+    spare = tokens[recipe.samples :]
+    cut = spare[:, : spare.shape[1] // size * size].reshape(-1, size)[:N_WINDOWS]
+    held_out = [HeldOutText(SAME, SELF, cut), *bundled_texts(False, tokenizer, size)]
+    return TokenSet(
+        tokens[: recipe.samples],
+        SELF,
+        fingerprint(tokenizer),
+        read,
+        tuple(begun_with(each, bos) for each in held_out),
+    )
 
 
 def _windows(

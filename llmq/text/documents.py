@@ -25,14 +25,15 @@ from transformers import PreTrainedTokenizerBase
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.storage.boundary import check_regular, reading
 from llmq.text.address import Address, Purpose
+from llmq.text.corpus import BUNDLED as BUNDLED
 from llmq.text.corpus import standard_library_documents
 from llmq.text.files import READERS, TEXT_SUFFIXES, add_file, kind_of
 from llmq.text.folders import add_folder
+from llmq.text.held_out import HeldOutText, window_starts
 from llmq.text.hub import add_hub
 from llmq.text.presets import PRESETS, add_preset
 from llmq.text.rows import Documents
 
-BUNDLED = "bundled"
 SELF = "self"  # written by the model; see llmq.ptq.self_written
 _TOKENIZER_REMEDY = "put the model's own tokenizer files into its folder"
 
@@ -139,12 +140,14 @@ def _name(address: Address) -> str:
 class TokenSet:
     """Token windows int64 `[n, length]`, where they came from and a hash that two equal sets
     share. tokenizer_sha256: of the vocabulary that they are tokens of, where it is known. read:
-    what was read of the source (see `Text`)."""
+    what was read of the source (see `Text`). held_out: windows that are not calibrated on, to
+    measure on."""
 
     tokens: Tensor
     source: str
     tokenizer_sha256: str | None = None
     read: dict[str, Any] = field(default_factory=dict)
+    held_out: tuple[HeldOutText, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -217,8 +220,7 @@ def calibration_windows(
             f"calibration text {source}: {len(tokens)} tokens, but one sequence needs {length}; "
             "give more text or a smaller --sequence-length"
         )
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.randint(len(tokens) - length + 1, (n_samples,), generator=generator)
+    offsets = window_starts(len(tokens), n_samples, length, seed)
     windows = tokens[offsets[:, None] + torch.arange(length)]
     if bos is not None:
         windows[:, 0] = bos

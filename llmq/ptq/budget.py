@@ -105,4 +105,7 @@ def flops(job: Job) -> float:
     layers = [plan.layer.shape for plan in job.plans]
     solves = sum(method.solve_flops(plan.layer.shape) for plan in job.plans if plan.spec)
     tuning = method.tuning_flops(layers, _windows(job.tokens), job.recipe)
-    return float(forward + hessians + solves) + tuning
+    # windows that are held out run through the source and through the result
+    n_held_out = sum(text.tokens.numel() for text in job.tokens.held_out)
+    measured = 2 * 2 * n_held_out * sum(prod(plan.layer.shape) for plan in job.plans)
+    return float(forward + hessians + solves + measured) + tuning

@@ -22,7 +22,7 @@ from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.results import FinishedBlocks
-from llmq.text.documents import token_hash
+from llmq.text.documents import check_vocabulary, token_hash
 from llmq.text.held_out import HeldOutText
 
 HEAD_TOKENS = 64  # at a time: their logits take 67 MB in a vocabulary of 262,144
@@ -46,9 +46,13 @@ def measure(
             measured.append({**about, "not_measured": reason})
             continue
         try:
+            vocab_size = blocks.model.config.get_text_config().vocab_size
+            check_vocabulary(text.tokens, vocab_size, text.source)
             with tempfile.TemporaryDirectory(prefix="held-out-", dir=work_dir) as folder:
                 figures = _HeldOut(blocks, finished, text.tokens, Path(folder)).compare()
-        except (LlmqError, RuntimeError, ValueError, TypeError) as error:
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # of a model's own code, too
             measured.append({**about, "not_measured": brief(error)})
         else:
             measured.append({**about, **figures})

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llmq.storage.boundary import reading
 from llmq.text.corpus import BUNDLED, standard_library_documents
 
 SAME, OTHER = "calibration", "other"
-N_WINDOWS, MAX_LENGTH = 8, 512
+N_WINDOWS, MAX_LENGTH = 8, 256
 CHARACTERS_PER_TOKEN = 12  # two to three times what tokenizers make of the bundled texts
 
 
@@ -98,7 +99,10 @@ def _excerpts(text: str, tokenizer: PreTrainedTokenizerBase, size: int, n_window
     room = size * CHARACTERS_PER_TOKEN
     starts = [i * (len(text) - room) // n_windows for i in range(n_windows)]
     parts = [text[start : start + room] for start in starts]
-    ids = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
+    where = getattr(tokenizer, "name_or_path", None) or "the tokenizer"
+    remedy = "put the model's own tokenizer files into its folder"
+    with reading(where, "this tokenizer cannot read the text", remedy):
+        ids = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
     rows = [row[:size] for row in ids if len(row) >= size]
     return torch.tensor(rows, dtype=torch.int64).view(-1, size)
 

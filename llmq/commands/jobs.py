@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
+
+from llmq.commands import rendering
 
 if TYPE_CHECKING:
     from llmq.grid.spec import QuantSpec
@@ -116,17 +119,25 @@ def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
     from llmq.models.source import Source
     from llmq.ptq.budget import peak_bytes
     from llmq.ptq.job import prepare
+    from llmq.text.documents import SELF
 
     source = Source.open(args.model, args.revision)
     recipe = read_recipe(args, max_positions(source.config))
-    job = prepare(
-        source,
-        recipe,
-        calibration=args.calibration,
-        format=args.format,
-        strict=args.strict,
-        check_scales=check_scales,
-    )
+    with ExitStack() as stack:
+        told: dict[str, Any] = {}
+        if args.calibration == SELF and check_scales:
+            told = {"on_text": stack.enter_context(rendering.progress("text of the model's own"))}
+        job = prepare(
+            source,
+            recipe,
+            calibration=args.calibration,
+            format=args.format,
+            strict=args.strict,
+            check_scales=check_scales,
+            device=args.device,
+            held_out=not args.no_held_out,
+            **told,
+        )
     if args.max_gpu_memory is not None and args.device == "cpu":
         raise LlmqError(
             f"--max-gpu-memory {args.max_gpu_memory}: the run is on the CPU; add --device cuda or "

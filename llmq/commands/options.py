@@ -14,7 +14,10 @@ from llmq.ptq.methods import METHODS
 # Of the table of codes (llmq_kernels.core.codes), whose package takes torch to import.
 BITS = ("2", "3", "4", "5", "6", "8", "ternary")
 MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
-TEXT_HELP = "text file, .jsonl, .parquet, folder, Hub data set (name:config:split), or 'bundled'"
+TEXT_HELP = (
+    "text file, .jsonl, .parquet, folder, Hub data set (name:config:split), each with #COLUMN for "
+    "a column of another name, or 'bundled'"
+)
 LARGEST = 2**63 - 1  # torch's generators and sizes take no more
 # Options of earlier versions, and how recipe files say the same.
 RECIPE_KEYS = {
@@ -203,7 +206,14 @@ def _add_calibration_arguments(parser: Parser) -> None:
         type=source,
         default="bundled",
         metavar="SOURCE",
-        help=f"{TEXT_HELP} (default)",
+        help=f"ultrachat, c4, wikitext, code (from the Hub, kept), self (written by the model), or "
+        f"{TEXT_HELP} (default)",
+    )
+    parser.more.add_argument(
+        "--no-held-out",
+        action="store_true",
+        help="do not measure the result on text that it was not calibrated on (KL and perplexity "
+        "of 8 windows each of that text and of another kind)",
     )
     parser.more.add_argument(
         "--samples", type=whole(1), metavar="N", help="calibration windows (default: 128)"

@@ -91,8 +91,11 @@ def _summary(out: str, report: dict[str, Any]) -> str:
         f"{report['bits_per_quantized_weight']:.2f} bits per quantized weight",
         "seconds": f"{report['seconds']:.1f}",
     }
+    if report["calibration"] and (text := report["calibration"]["text"]):
+        pairs["calibrated on"] = rendering.text_line(text)
     pairs |= rendering.companion_lines(report)
     pairs |= _errors(report)
+    pairs |= _held_out(report)
     pairs |= _tuning(report)
     pairs |= _deviations(report)
     return rendering.render_pairs(pairs)
@@ -107,6 +110,22 @@ def _errors(report: dict[str, Any]) -> dict[str, object]:
     rounded = sum(layer["rtn_error"] for layer in measured) / len(measured)
     text = f"{ours:.2e} of the layers' output on average; plain rounding: {rounded:.2e}"
     return {"output error": text}
+
+
+def _held_out(report: dict[str, Any]) -> dict[str, object]:
+    """What was lost on text that was not calibrated on."""
+    lines = {}
+    for text in report["held_out"]:
+        name = "KL, held-out text" if text["kind"] == "calibration" else "KL, another text"
+        if reason := text.get("not_measured"):
+            lines[name] = f"not measured on {text['source']}: {reason}"
+            continue
+        n_windows, length = text["windows"]
+        lines[name] = (
+            f"{text['kl_mean']:.2e}, perplexity {text['base_perplexity']:.2f} -> "
+            f"{text['quant_perplexity']:.2f}, on {n_windows} x {length} tokens of {text['source']}"
+        )
+    return {**lines}
 
 
 def _tuning(report: dict[str, Any]) -> dict[str, object]:

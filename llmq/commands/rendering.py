@@ -80,12 +80,39 @@ def render_pairs(pairs: dict[str, object]) -> str:
 
 def render_conditions(summary: dict[str, Any]) -> str:
     """What a figure was measured on and with, for its text."""
+    skipped = skipped_rows(summary.get("text", {}))
     head = "" if summary["head_bits"] is None else f", head at {summary['head_bits']} bits"
     return (
-        f"{summary['tokens']} tokens of {summary['data']}, protocol {summary['protocol']} at "
-        f"{summary['sequence_length']}, BOS {summary['bos']}, {summary['dtype']}, compute "
-        f"{summary['compute']}{head}"
+        f"{summary['tokens']} tokens of {summary['data']}{skipped}, "
+        f"protocol {summary['protocol']} at {summary['sequence_length']}, BOS {summary['bos']}, "
+        f"{summary['dtype']}, compute {summary['compute']}{head}"
     )
+
+
+def skipped_rows(text: dict[str, Any]) -> str:
+    """How many rows of a text were left out and why, for its name in a line; empty for none."""
+    reasons = [f"{count} {reason}" for reason, count in text.get("skipped_rows", {}).items()]
+    return f" ({', '.join(reasons)} of {text['rows']} rows left out)" if reasons else ""
+
+
+def text_line(text: dict[str, Any]) -> str:
+    """What was read of a text: rows, columns, and whether chats went through a template."""
+    parts = [f"{text['source']}: {text['rows']} rows{skipped_rows(text)}"]
+    if text.get("dataset"):
+        parts.append(text["dataset"])
+    if text.get("revision"):
+        parts.append(f"commit {text['revision'][:12]}")
+    if text.get("split"):
+        parts.append(f"split {text['split']}")
+    if columns := text.get("columns"):
+        parts.append(f"column {', '.join(' + '.join(names) for names in columns)}")
+    if written := text.get("written"):
+        parts.append(f"written by the model itself with seed {written['seed']}")
+    if (template := text.get("chat_template")) is not None:
+        parts.append("chat template of the model" if template else "no chat template")
+    if text.get("files_left_out"):
+        parts.append(f"{text['files_left_out']} files of other splits left out")
+    return ", ".join(parts)
 
 
 def companion_lines(report: dict[str, Any]) -> dict[str, str]:

@@ -21,20 +21,14 @@ def evaluation_windows(args: argparse.Namespace, source: Source) -> Windows:
     from dataclasses import replace
 
     from llmq.models.tokens import own_tokenizer
-    from llmq.text.documents import load_documents
+    from llmq.text.documents import read_text
     from llmq.text.windows import cut_windows
 
     length = args.sequence_length or min(2048, max_positions(source.config))
-    windows = cut_windows(
-        load_documents(args.data, "eval"),
-        own_tokenizer(source),
-        source.config,
-        length,
-        args.bos,
-    )
-    return (
-        replace(windows, tokens=windows.tokens[: args.max_windows]) if args.max_windows else windows
-    )
+    tokenizer = own_tokenizer(source)
+    text = read_text(args.data, "eval", tokenizer)
+    windows = cut_windows(text.documents, tokenizer, source.config, length, args.bos)
+    return replace(windows, tokens=windows.tokens[: args.max_windows], read=text.read)
 
 
 def check_manifest(args: argparse.Namespace, model_dir: Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from llmq.text.windows import Windows
 TOKENS_PER_BATCH = 2048
 
 
-def _window_statistics(
+def token_statistics(
     base_logits: Tensor, quant_logits: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
     """Per-token statistics in float32 for logits `[T, V]` and targets `[T]`."""
@@ -70,7 +70,7 @@ def compare(
             for model in (base, quant)
         )
         for base_row, quant_row, ids in zip(base_logits, quant_logits, batch, strict=True):
-            statistics = _window_statistics(base_row[:-1].cpu(), quant_row[:-1].cpu(), ids[1:])
+            statistics = token_statistics(base_row[:-1].cpu(), quant_row[:-1].cpu(), ids[1:])
             for name, values in statistics.items():
                 rows.setdefault(name, []).append(values)
         done += len(batch)
@@ -83,10 +83,11 @@ def compare(
             else ("base", base)
         )
         raise LlmqError(f"the {name} model's logits are {not_finite(model.dtype)}")
-    return _summary(table)
+    return summarize(table)
 
 
-def _summary(table: dict[str, Tensor]) -> dict[str, Any]:
+def summarize(table: dict[str, Tensor]) -> dict[str, Any]:
+    """The figures of `compare` from per-token statistics in float64, each `[n, T - 1]`."""
     log_ratio = (table["quant_nll"] - table["base_nll"]).mean(dim=1)
     kl = table["kl"]
     return {

@@ -70,9 +70,9 @@ class Blocks:
         return self.materialize(index, tensors)
 
     @contextmanager
-    def with_weights_outside(self) -> Iterator[None]:
+    def with_weights_outside(self, *, with_head: bool = False) -> Iterator[None]:
         """Real float32 weights for everything that may run before block 0. The output head does
-        not, and may be the largest tensor of all."""
+        not, and may be the largest tensor of all. with_head: for that, too."""
         head = self.model.get_output_embeddings()
         tied = compat.ties(self.model)
         outside = [
@@ -80,13 +80,20 @@ class Blocks:
             for name, _ in self.model.named_parameters()
             if not name.startswith(self.prefix + ".")
             and name not in tied
-            and not (head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head)
+            and (with_head or not self._is_of(head, name))
         ]
         for name, tensor in self.reader.read_parameters(outside).items():
             set_module_tensor_to_device(self.model, name, self.device, value=tensor.float())
         for name, buffer in self.model.named_buffers():
             if not name.startswith(self.prefix + "."):
                 set_module_tensor_to_device(self.model, name, self.device, value=buffer)
+        of_others = {name: tied[name] for name in tied if with_head and self._is_of(head, name)}
+        for name, other in of_others.items():
+            value = self.model.get_parameter(other)
+            set_module_tensor_to_device(self.model, name, self.device, value=value)
         yield
-        for name in outside:
+        for name in (*of_others, *outside):
             set_module_tensor_to_device(self.model, name, "meta")
+
+    def _is_of(self, head: nn.Module | None, name: str) -> bool:
+        return head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head

@@ -11,7 +11,7 @@ from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.methods.base import Windows
 from llmq.ptq.streams import batch_size
-from llmq.text.documents import TokenSet
+from llmq.text.documents import SELF, TokenSet
 
 
 def stored_bytes(job: Job) -> int:
@@ -74,7 +74,9 @@ def peak_bytes(job: Job) -> int:
         )
         * 2
     )
-    return int(max(embedding, block + max(solve, tuning) + batch))
+    # which writes its text as a whole, in what it is stored in or float32
+    own_text = 2 * job.source.weight_bytes if job.tokens.source == SELF else 0
+    return int(max(embedding, block + max(solve, tuning) + batch, own_text))
 
 
 def _windows(tokens: TokenSet) -> Windows:
@@ -103,4 +105,7 @@ def flops(job: Job) -> float:
     layers = [plan.layer.shape for plan in job.plans]
     solves = sum(method.solve_flops(plan.layer.shape) for plan in job.plans if plan.spec)
     tuning = method.tuning_flops(layers, _windows(job.tokens), job.recipe)
-    return float(forward + hessians + solves) + tuning
+    # windows that are held out run through the source and through the result
+    n_held_out = sum(text.tokens.numel() for text in job.tokens.held_out)
+    measured = 2 * 2 * n_held_out * sum(prod(plan.layer.shape) for plan in job.plans)
+    return float(forward + hessians + solves + measured) + tuning

@@ -48,8 +48,9 @@ class BlockRecorder:
 
     def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
         self.model, self.blocks = model, blocks
-        # What a block gives back: hidden states alone (0), or in a tuple of so many.
-        self._n_returned = 0
+        # What a block gives back: hidden states alone (0), or in a tuple of so many. Found out by
+        # the first run.
+        self.n_returned = 0
         self._calls: list[BlockCall] = []
         self._hidden: list[Tensor] = []
 
@@ -61,12 +62,12 @@ class BlockRecorder:
         # Some models unpack what a block returns. Given a tensor, the next block then sees its
         # first sequence alone, or there is an error.
         for n_returned in (2, 3):
-            if self._n_returned or len(calls) == len(self.blocks):
+            if self.n_returned or len(calls) == len(self.blocks):
                 break
             attempt = self._attempt(input_ids, n_returned)
             if len(attempt[1]) > len(calls):  # what comes furthest tells most
                 hidden, calls, error = attempt
-            self._n_returned = n_returned if len(calls) == len(self.blocks) else 0
+            self.n_returned = n_returned if len(calls) == len(self.blocks) else 0
         if hidden is None:
             reason = f"it cannot be run with its blocks replaced ({error})"
         elif hidden.shape[:-1] != input_ids.shape:
@@ -88,7 +89,7 @@ class BlockRecorder:
     ) -> tuple[Tensor | None, list[BlockCall], str]:
         """Hidden states before block 0, calls, and what ended the run early, if it was an error."""
         self._calls, self._hidden = [], []
-        n_returned = n_returned or self._n_returned
+        n_returned = n_returned or self.n_returned
         error = ""
 
         def record(*args: Any, **kwargs: Any) -> Any:

@@ -3,9 +3,11 @@ format and the text, and every check that can be made by then."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
@@ -20,8 +22,10 @@ from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.methods import method_of, needs_text
 from llmq.ptq.precision import Precision
 from llmq.ptq.scales import fitting_plans
+from llmq.ptq.self_written import self_written
 from llmq.recipe import LayerPlan, Recipe
 from llmq.text import documents
+from llmq.text.held_out import begun_with, held_out_texts, window_starts
 from llmq_kernels.core import restricted
 
 
@@ -59,13 +63,18 @@ def prepare(
     revision: str | None = None,
     strict: bool = False,
     check_scales: bool = True,
+    device: str = "cpu",
+    on_text: Callable[[int, int], None] = lambda done, total: None,
+    held_out: bool = True,
 ) -> Job:
     """Resolve and check everything that can be checked before computing: model, names of all
     tensors, rules, format, calibration text. Raises `LlmqError`.
 
     calibration: where the text is, or windows of tokens that are there already. check_scales: read
     the weights of all layers once, to give each a scale dtype that holds its scales; without, what
-    is planned is float16 as it was asked for.
+    is planned is float16 as it was asked for, and text of the model's own is not written but has
+    its shape alone. device: where it is written. on_text: told how many windows of it are, of how
+    many. held_out: measure the result on text that is not calibrated on.
     """
     restricted.adapt()
     method_of(recipe)  # or it is refused before anything is read
@@ -92,12 +101,21 @@ def prepare(
     remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
     remarks |= stored.remarks(strict)
     tokens = None
-    if needs_text(recipe):
+    if needs_text(recipe) and calibration == documents.SELF:
+        check_windows(stored.config, recipe)
+        documents.warn_of_path(documents.SELF)
+        shape = recipe.samples, recipe.sequence_length
+        tokens = documents.TokenSet(torch.zeros(shape, dtype=torch.int64), documents.SELF)
+        if check_scales:
+            tokens = self_written(source, recipe, device, on_text)
+    elif needs_text(recipe):
         tokens = (
             calibration_tokens(source, stored.config, recipe, calibration)
             if isinstance(calibration, str)
             else calibration
         )
+    if tokens is not None and not held_out:
+        tokens = replace(tokens, held_out=())
     return Job(source, stored.config, stored.skeleton, recipe, plans, fmt, tokens, remarks)
 
 
@@ -131,18 +149,36 @@ def calibration_tokens(
 ) -> documents.TokenSet:
     """The calibration windows of a recipe for a model, from a text."""
     tokenizer = own_tokenizer(source)
-    check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
+    check_windows(config, recipe)
     return windows(tokenizer, config, recipe, text)
+
+
+def check_windows(config: Any, recipe: Recipe) -> None:
+    """Raise `LlmqError` for windows that are longer than the model has positions for."""
+    check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
 
 
 def windows(
     tokenizer: PreTrainedTokenizerBase, config: Any, recipe: Recipe, source: str
 ) -> documents.TokenSet:
     """Seeded windows of a text, each with a BOS token for the families that need it."""
-    row = documents.tokenize(documents.load_documents(source, "calibration"), tokenizer)
+    text = documents.read_text(source, "calibration", tokenizer)
+    row = documents.tokenize(text.documents, tokenizer)
     documents.check_vocabulary(row, config.get_text_config().vocab_size, source)
     bos = first_token(tokenizer, config)
     found = documents.calibration_windows(
         row, recipe.samples, recipe.sequence_length, recipe.seed, source, bos
     )
-    return replace(found, tokenizer_sha256=fingerprint(tokenizer))
+    held_out = held_out_texts(
+        row,
+        window_starts(len(row), recipe.samples, recipe.sequence_length, recipe.seed),
+        recipe.sequence_length,
+        text.read["source"],
+        tokenizer,
+    )
+    return replace(
+        found,
+        tokenizer_sha256=fingerprint(tokenizer),
+        read=text.read,
+        held_out=tuple(begun_with(each, bos) for each in held_out),
+    )

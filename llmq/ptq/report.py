@@ -40,9 +40,10 @@ def build_report(
         "calibration": None
         if job.tokens is None
         else {
-            "source": source_name(job.tokens.source),
+            "source": job.tokens.read.get("source") or source_name(job.tokens.source),
             "windows": list(job.tokens.tokens.shape),
             "sha256": job.tokens.sha256,
+            "text": job.tokens.read,
         },
         "source_bytes": source_bytes,
         "stored_bytes": stored_bytes,

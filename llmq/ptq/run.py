@@ -24,8 +24,10 @@ from llmq.models.readers import CheckpointReader
 from llmq.models.shards import ShardReader
 from llmq.models.stored import is_text_part
 from llmq.models.tokens import FINGERPRINT, fingerprint
+from llmq.ptq.blocks import Blocks
 from llmq.ptq.budget import stored_bytes, work_bytes
 from llmq.ptq.engine import Task, quantize_blocks
+from llmq.ptq.held_out import measure
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.report import build_report, model_card
@@ -110,8 +112,9 @@ def quantize_folder(
             on_block=on_block,
         )
         resumed_at = min(first_block, *damaged) if damaged else first_block
+        held_out = _held_out(job, sink, partial.work_dir, device)
         report = _finish(
-            job, partial, reader, prefix, resumed_at, time.monotonic() - started, device
+            job, partial, reader, prefix, resumed_at, time.monotonic() - started, device, held_out
         )
     n_fallbacks, n_layers = len(report["fallbacks"]), len(report["layers"])
     if n_fallbacks > MAX_FALLBACK_SHARE * n_layers:
@@ -151,6 +154,15 @@ def _kept_for_later(partial: PartialCheckpoint, reader: CheckpointReader) -> Ite
         raise
 
 
+def _held_out(job: Job, sink: FolderSink, work_dir: Path, device: str) -> list[dict[str, Any]]:
+    """What the stored blocks cost on text that they were not calibrated on."""
+    if job.tokens is None or not job.tokens.held_out:
+        return []
+    # What is read here is no part of what the blocks were made of.
+    blocks = Blocks(job.model, CheckpointReader(job.model, job.source.shards), device)
+    return measure(blocks, sink, job.tokens.held_out, work_dir)
+
+
 def _special_ids(job: Job) -> frozenset[int]:
     """Tokens that block-wise tuning watches on their own."""
     if not method_of(job.recipe).needs(job.recipe).tuning:
@@ -166,6 +178,7 @@ def _finish(
     resumed_at: int,
     seconds: float,
     device: str,
+    held_out: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Write everything that is not a block, then publish."""
     partial.keep_only_shards()
@@ -203,6 +216,7 @@ def _finish(
         device=device,
     )
     report["redone_blocks"] = partial.redone
+    report["held_out"] = held_out
     report |= {**companions.to_json(), FINGERPRINT: _tokenizer_hash(job)}
     files.write_json(target / "report.json", report)
     (target / "README.md").write_text(model_card(report))

@@ -41,7 +41,8 @@ GENERATED = "generated"
 @dataclass(frozen=True)
 class QATJob:
     """Everything known before anything is trained. windows: int64 `[n, T]`, or None while they are
-    still to be generated. held_out: windows of the same text, or None where there are none.
+    still to be generated. held_out: windows of the same text, or None where there are none. read:
+    what was read of which rows of the text.
     teacher: the source itself where the model teaches itself."""
 
     source: Source
@@ -55,6 +56,7 @@ class QATJob:
     plans: list[LayerPlan]
     device: str
     remarks: dict[str, str] = field(default_factory=dict)
+    read: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sources(self) -> list[Source]:
@@ -200,8 +202,9 @@ def prepare_job(
         _check_same_tokens(taught_by, source)
     n_processes = processes(device).num_processes
     windows, held_out = None, None
+    read: dict[str, Any] = {}
     if train != GENERATED:
-        windows, held_out = _read_text(source, stored.config, settings, train, n_processes)
+        windows, held_out, read = _read_text(source, stored.config, settings, train, n_processes)
     # Or there is less than one step.
     settings.n_steps(0 if windows is None else len(windows), n_processes)
     return QATJob(
@@ -216,6 +219,7 @@ def prepare_job(
         plans=plans,
         device=device,
         remarks=remarks,
+        read=read,
     )
 
 
@@ -304,9 +308,11 @@ def check_engine() -> None:
 
 def _read_text(
     source: Source, config: Any, settings: QATSettings, train: str, n_processes: int
-) -> tuple[Tensor, Windows | None]:
-    documents, tokenizer = data.load_documents(train, "train"), own_tokenizer(source)
-    row = data.tokenize(documents, tokenizer)
+) -> tuple[Tensor, Windows | None, dict[str, Any]]:
+    """Windows to train on, held-out ones, and what was read (see `documents.Text`)."""
+    tokenizer = own_tokenizer(source)
+    text = data.read_text(train, "train", tokenizer)
+    row = data.tokenize(text.documents, tokenizer)
     data.check_vocabulary(row, config.get_text_config().vocab_size, train)
     windows, held_out = split_windows(
         row,
@@ -318,4 +324,6 @@ def _read_text(
     bos, policy = first_token(tokenizer, config), "none"
     if bos is not None:  # trained and judged as the model will be used
         windows[:, 0], held_out[:, 0], policy = bos, bos, "every-window"
-    return windows, identified(held_out, policy, documents, tokenizer) if len(held_out) else None
+    if not len(held_out):
+        return windows, None, text.read
+    return windows, identified(held_out, policy, text.documents, tokenizer), text.read

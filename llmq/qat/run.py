@@ -42,7 +42,6 @@ from llmq.models.source import Source
 from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.job import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
-from llmq.qat.generate import generate_windows
 from llmq.qat.job import QATJob
 from llmq.qat.ship import is_published, ship
 from llmq.qat.student import Student
@@ -62,6 +61,7 @@ from llmq.storage import files
 from llmq.storage.manifest import check_hashes
 from llmq.storage.workspace import Workspace, remove_leftover, tell
 from llmq.text import documents
+from llmq.text.generate import generate_windows
 from llmq.text.training import TokenWindows
 from llmq.text.windows import identified
 

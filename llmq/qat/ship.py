@@ -148,8 +148,9 @@ def _report(
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
         "train": {
-            "source": source_name(job.train),
+            "source": job.read.get("source") or source_name(job.train),
             "windows": list(job.windows.shape) if job.windows is not None else job.n_windows,
+            "text": job.read,
         },
         "budget": job.budget(),
         "first_loss": losses[0] if losses else None,

@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+BUNDLED = "bundled"
 SPLITS = ("train", "calibration", "eval")
 # Tables of character mappings, third-party code, tests and generated files: not text that a small
 # model learns anything from, or not in every installation.

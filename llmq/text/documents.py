@@ -2,102 +2,152 @@
 as tokens with a fingerprint.
 
 bundled                        sources of the standard library (see `llmq.text.corpus`); the default
-notes.txt, rows.jsonl, x.parquet, or a folder of them; jsonl and parquet hold a column `text`
+notes.txt, page.md, rows.jsonl(.gz), x.parquet, or a folder of them, or one that `save_to_disk` of
+                               datasets wrote; which columns are read: see `llmq.text.rows`
 Salesforce/wikitext:wikitext-2-raw-v1:train    a Hub data set, with configuration and split
+rows.jsonl#body                a column of another name
+ultrachat, c4, wikitext, code  what other toolkits calibrate on (see `llmq.text.presets`)
+self                           written by the model itself (see `llmq.ptq.self_written`)
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError, LlmqWarning
-from llmq.messages import brief
 from llmq.storage.boundary import check_regular, reading
+from llmq.text.address import Address, Purpose
+from llmq.text.corpus import BUNDLED as BUNDLED
 from llmq.text.corpus import standard_library_documents
-from llmq.text.files import READERS, read_documents, texts
+from llmq.text.files import READERS, TEXT_SUFFIXES, add_file, kind_of
+from llmq.text.folders import add_folder
+from llmq.text.held_out import HeldOutText, window_starts
+from llmq.text.hub import add_hub
+from llmq.text.presets import PRESETS, add_preset
+from llmq.text.rows import Documents
 
-BUNDLED = "bundled"
-MAX_HUB_DOCUMENTS = 20_000
+SELF = "self"  # written by the model; see llmq.ptq.self_written
 _TOKENIZER_REMEDY = "put the model's own tokenizer files into its folder"
 
 
-def load_documents(
-    source: str, split: Literal["train", "calibration", "eval"], revision: str | None = None
-) -> list[str]:
-    """The documents of a source, empty rows included: joined by blank lines they are the text that
+@dataclass(frozen=True)
+class Text:
+    """documents: joined by blank lines they are the text. read: what was read of which rows and
+    how, JSON-able."""
+
+    documents: list[str]
+    read: dict[str, Any]
+
+
+def load_documents(source: str, purpose: Purpose, revision: str | None = None) -> list[str]:
+    """The documents of a source, chats without a template; see `read_text`."""
+    address = source if revision is None else _at_revision(source, revision)
+    return read_text(address, purpose).documents
+
+
+def _at_revision(source: str, revision: str) -> str:
+    name, separator, rest = source.partition(":")
+    return f"{name}@{revision}{separator}{rest}"
+
+
+def read_text(
+    source: str, purpose: Purpose, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Text:
+    """The text of a source, empty rows included: joined by blank lines they are the text that
     published perplexities are measured on (a third of WikiText-2's rows are empty).
 
-    split: which part of the bundled text. Of a Hub data set the first `MAX_HUB_DOCUMENTS` are read,
-    since some have no end that could be waited for, and a warning tells when there are more. Raises
-    `LlmqError` for what cannot be found or read."""
+    purpose: which part of the bundled text, and which split where there are several. tokenizer:
+    through whose chat template chats go. Raises `LlmqError` for what cannot be found or read."""
     if source == BUNDLED:
-        return standard_library_documents(split)
-    path = Path(source)
+        documents = standard_library_documents(purpose)
+        return Text(documents, {"source": BUNDLED, "rows": len(documents)})
+    if source == SELF:
+        raise LlmqError(
+            f"{SELF}: a model can write its own text to be calibrated on (--calibration {SELF}, "
+            "qat --train generated), not to be judged by; give another text"
+        )
+    if source in PRESETS:
+        return _read_preset(source, purpose, tokenizer)
+    address = Address.parse(source)
+    collected = Documents(tokenizer, address.column)
+    chosen = _collect(collected, address, purpose, source)
+    if not any(document.strip() for document in collected.found):
+        raise LlmqError(f"{source}: holds no text ({collected.summary()})")
+    return Text(collected.found, {"source": _name(address), **collected.to_json(), **chosen})
+
+
+def _read_preset(name: str, purpose: Purpose, tokenizer: PreTrainedTokenizerBase | None) -> Text:
+    warn_of_path(name)
+    collected = Documents(tokenizer)
+    if purpose == "train":  # the first rows would be too few
+        preset = PRESETS[name]
+        address = Address(preset.dataset, config=preset.config, split=preset.split)
+        chosen = {"dataset": preset.dataset, **add_hub(collected, address, purpose)}
+    else:
+        chosen = add_preset(collected, name, purpose)
+    if not any(document.strip() for document in collected.found):
+        raise LlmqError(f"{name}: holds no text ({collected.summary()})")
+    return Text(collected.found, {"source": name, **collected.to_json(), **chosen})
+
+
+def warn_of_path(name: str) -> None:
+    """Warn where something lies here that has the name of a text."""
+    if Path(name).exists():
+        warnings.warn(
+            f"{name}: the text of this name is taken; for what lies here write ./{name}",
+            LlmqWarning,
+            stacklevel=4,
+        )
+
+
+def _collect(
+    documents: Documents, address: Address, purpose: Purpose, source: str
+) -> dict[str, Any]:
+    """Collect what lies at an address, and return what was chosen of it."""
+    path = Path(address.name)
     if path.exists() and not path.is_dir():
         check_regular(path)
     if path.is_dir():
-        with reading(path, "not a folder that can be listed", "check its permissions"):
-            paths = sorted(p for p in path.iterdir() if p.suffix in {".txt", *READERS})
-        if not paths:
-            raise LlmqError(f"{source}: no .txt, .jsonl or .parquet file in this folder")
-        documents = [document for p in paths for document in read_documents(p)]
-    elif path.is_file():
-        documents = read_documents(path)
-    elif path.suffix in {".txt", *READERS} or path.is_absolute() or source.startswith("."):
+        return add_folder(documents, address, purpose)
+    if path.is_file():
+        add_file(documents, path)
+        return {}
+    is_path = path.suffix in TEXT_SUFFIXES or kind_of(path) in READERS
+    if is_path or path.is_absolute() or source.startswith("."):
         raise LlmqError(
-            f"{source}: no such file; give a .txt, .jsonl or .parquet file, a folder of them, a "
-            f"Hub data set (name:config:split) or '{BUNDLED}'"
+            f"{source}: no such file; give a .txt, .md, .jsonl or .parquet file, a folder of them, "
+            f"a Hub data set (name:config:split) or '{BUNDLED}'"
         )
-    else:
-        documents = _read_hub(source, revision)
-    if not any(document.strip() for document in documents):
-        raise LlmqError(f"{source}: holds no text")
-    return documents
+    return add_hub(documents, address, purpose)
 
 
-def _read_hub(source: str, revision: str | None) -> list[str]:
-    from datasets import load_dataset
-
-    name, config, split = ([*source.split(":"), "", ""])[:3]
-    try:
-        rows = load_dataset(
-            name, config or None, split=split or "train", streaming=True, revision=revision
-        )
-        documents = texts(islice(rows, MAX_HUB_DOCUMENTS + 1), source)
-    except LlmqError:
-        raise
-    # datasets raises whatever its file systems raise; each means that the data cannot be had.
-    except Exception as error:
-        raise LlmqError(
-            f"{source}: not a file here, and as a Hub data set it failed ({type(error).__name__}: "
-            f"{brief(error)}); expected name:config:split"
-        ) from None
-    if len(documents) > MAX_HUB_DOCUMENTS:
-        warnings.warn(
-            f"{source}: the first {MAX_HUB_DOCUMENTS} documents are used; the data set has more",
-            LlmqWarning,
-            stacklevel=3,
-        )
-    return documents[:MAX_HUB_DOCUMENTS]
+def _name(address: Address) -> str:
+    """What reports call a text: the name of a file or folder, without saying where on this machine
+    it lay, or the data set."""
+    path = Path(address.name)
+    return path.absolute().name if path.exists() else address.name
 
 
 @dataclass(frozen=True)
 class TokenSet:
     """Token windows int64 `[n, length]`, where they came from and a hash that two equal sets
-    share. tokenizer_sha256: of the vocabulary that they are tokens of, where it is known."""
+    share. tokenizer_sha256: of the vocabulary that they are tokens of, where it is known. read:
+    what was read of the source (see `Text`). held_out: windows that are not calibrated on, to
+    measure on."""
 
     tokens: Tensor
     source: str
     tokenizer_sha256: str | None = None
+    read: dict[str, Any] = field(default_factory=dict)
+    held_out: tuple[HeldOutText, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -170,8 +220,7 @@ def calibration_windows(
             f"calibration text {source}: {len(tokens)} tokens, but one sequence needs {length}; "
             "give more text or a smaller --sequence-length"
         )
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.randint(len(tokens) - length + 1, (n_samples,), generator=generator)
+    offsets = window_starts(len(tokens), n_samples, length, seed)
     windows = tokens[offsets[:, None] + torch.arange(length)]
     if bos is not None:
         windows[:, 0] = bos

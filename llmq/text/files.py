@@ -1,53 +1,41 @@
-"""Documents of local text files. Rows of JSON are parsed by Python's own parser, which refuses what
-is nested too deep; faster ones overflow the stack of the process."""
+"""Rows of local text files. Rows of JSON are parsed by Python's own parser, which refuses what is
+nested too deep; faster ones overflow the stack of the process."""
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from llmq.errors import LlmqError
 from llmq.storage.boundary import check_regular, reading
+from llmq.text.rows import Documents, layout_of
 
 MAX_LINE_BYTES = 256 << 20
-_REMEDY = "give a .txt, .jsonl or .parquet file with text"
+MAX_LIST_BYTES = 4 << 30  # of a .json file that is one list, unpacked
+TEXT_SUFFIXES = (".txt", ".md")
+_REMEDY = "give a .txt, .md, .jsonl or .parquet file with text"
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents of a file by its suffix: the whole of a text file, or the column `text` of a
-    .jsonl, .json or .parquet file. Raises `LlmqError` that names the file for what cannot be read
-    so."""
+def kind_of(path: Path) -> str:
+    """The suffix by which a file is read: `.jsonl.gz` of `rows.jsonl.gz`, `.txt` of `a.txt`."""
+    suffixes = path.suffixes[-2:]
+    return "".join(suffixes) if path.suffix == ".gz" else path.suffix
+
+
+def add_file(documents: Documents, path: Path) -> None:
+    """Collect the documents of a file by its suffix: the rows of a .jsonl, .json (both also .gz) or
+    .parquet file, or the whole of any other. Raises `LlmqError` that names the file for what cannot
+    be read so."""
     check_regular(path)
-    read = READERS.get(path.suffix)
+    read = READERS.get(kind_of(path))
     if read is None:
-        return [_whole(path)]
-    with reading(path, f"not readable as {path.suffix}", _REMEDY):
-        return texts(read(path), str(path))
-
-
-def texts(rows: Iterable[dict[str, Any]], where: str) -> list[str]:
-    """The column `text` of rows. Raises `LlmqError` for a row without it, or where it is no text
-    that can be stored as UTF-8."""
-    found = []
-    for number, row in enumerate(rows):
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise LlmqError(
-                f"{where}: expected a column 'text' with strings, found columns {columns} in row "
-                f"{number}"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise LlmqError(
-                f"{where}: row {number} holds half of a surrogate pair at character {error.start}, "
-                "which is no text; repair or leave out this row"
-            ) from None
-        found.append(text)
-    return found
+        documents.add_text(_whole(path))
+        return
+    with reading(path, f"not readable as {kind_of(path)}", _REMEDY):
+        documents.add(read(path, documents.column), str(path))
 
 
 def _whole(path: Path) -> str:
@@ -62,8 +50,12 @@ def _whole(path: Path) -> str:
         ) from None
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
+def _opened(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
+
+
+def _json_lines(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
+    with _opened(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -86,30 +78,37 @@ def _parsed(row: str, number: int) -> dict[str, Any]:
     return value
 
 
-def _json(path: Path) -> Iterable[dict[str, Any]]:
+def _json(path: Path, column: str | None = None) -> Iterable[dict[str, Any]]:
     """A list of rows, or one row per line."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         start = file.read(1024).decode("utf-8-sig", "replace").lstrip()[:1]
     if start != "[":
         return _json_lines(path)
-    rows: list[dict[str, Any]] = json.loads(path.read_bytes())
+    with _opened(path) as file:
+        data = file.read(MAX_LIST_BYTES + 1)
+    if len(data) > MAX_LIST_BYTES:
+        raise ValueError(f"one list of more than {MAX_LIST_BYTES} bytes; put one row on each line")
+    rows: list[dict[str, Any]] = json.loads(data)
     return rows
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        if "text" not in names:
+        layout = layout_of(names, column)
+        if layout is None:
             yield dict.fromkeys(names)
             return
-        for batch in file.iter_batches(columns=["text"]):
+        for batch in file.iter_batches(columns=list(layout.columns)):
             yield from batch.to_pylist()
 
 
-READERS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
+READERS: dict[str, Callable[[Path, str | None], Iterable[dict[str, Any]]]] = {
     ".jsonl": _json_lines,
+    ".jsonl.gz": _json_lines,
     ".json": _json,
+    ".json.gz": _json,
     ".parquet": _parquet,
 }

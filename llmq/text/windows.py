@@ -7,7 +7,7 @@ tokens, the tail dropped, T - 1 targets each."""
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -26,12 +26,13 @@ BOS_POLICIES = ("auto", "every-window", "start", "none")
 @dataclass(frozen=True)
 class Windows:
     """tokens: int64 `[n, T]`. bos: the policy that was applied. The hashes identify text and
-    tokenizer."""
+    tokenizer. read: what was read of the source of the text, where that is known."""
 
     tokens: Tensor
     bos: str
     text_sha256: str
     tokenizer_sha256: str
+    read: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_targets(self) -> int:
@@ -39,6 +40,7 @@ class Windows:
 
     def identity(self) -> dict[str, Any]:
         """What a figure measured on these windows has to carry."""
+        text = {"text": self.read} if self.read else {}
         return {
             "protocol": "gptq",
             "sequence_length": self.tokens.shape[1],
@@ -48,6 +50,7 @@ class Windows:
             "text_sha256": self.text_sha256,
             "tokens_sha256": token_hash(self.tokens),
             "tokenizer_sha256": self.tokenizer_sha256,
+            **text,
         }
 
 

@@ -15,6 +15,7 @@ from llmq.commands.cli import build_parser, main
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.recipe import Recipe, Rule
+from llmq.text.hub import HubRows
 
 
 @pytest.fixture
@@ -716,11 +717,9 @@ def test_an_interruption_in_disguise_is_still_one(llmq, monkeypatch, disguise, n
 
 
 def test_warnings_are_told_and_in_the_json(model_folder, monkeypatch, capsys):
-    monkeypatch.setattr("llmq.text.documents.MAX_HUB_DOCUMENTS", 2)
-    monkeypatch.setattr(
-        "datasets.load_dataset",
-        lambda *args, **kwargs: ({"text": "some words of a row " * 20} for _ in range(3)),
-    )
+    monkeypatch.setattr("llmq.text.hub.MAX_DOCUMENTS", 2)
+    rows = [{"text": "some words of a row " * 20}] * 3
+    monkeypatch.setattr("llmq.text.hub.open_rows", lambda *a, **k: HubRows(rows, "train", None))
     arguments = [
         "eval",
         str(model_folder()),

@@ -22,8 +22,8 @@ from llmq.models.tokens import (
 )
 from llmq.ptq.job import prepare, windows
 from llmq.ptq.run import quantize_folder
-from llmq.qat.generate import generate_windows
 from llmq.recipe import Recipe
+from llmq.text.generate import generate_windows
 from llmq.text.windows import cut_windows
 
 TEXT = "def f(value):\n    return value + 1\n" * 200

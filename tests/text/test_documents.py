@@ -2,13 +2,14 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pandas
 import pytest
 import torch
 
 from llmq.errors import LlmqError
-from llmq.text import corpus, documents
+from llmq.text import corpus, documents, hub
 
 
 def test_every_local_source_gives_the_same_documents(tmp_path):
@@ -26,14 +27,28 @@ def test_every_local_source_gives_the_same_documents(tmp_path):
         assert documents.load_documents(str(source), "calibration") == texts
 
 
+class Builder:
+    """Of datasets, for a data set without a list of splits."""
+
+    config = SimpleNamespace(data_files=None)
+    info = SimpleNamespace(splits=None)
+
+    def __init__(self, seen, rows):
+        self.seen, self.rows = seen, rows
+
+    def as_streaming_dataset(self, split):
+        self.seen["split"] = split
+        return self.rows
+
+
 def test_hub_data_set_names_are_split(monkeypatch):
     seen = {}
 
-    def load_dataset(name, config, split, streaming, revision):
-        seen.update(name=name, config=config, split=split, streaming=streaming, revision=revision)
-        return [{"text": "a"}, {"text": ""}, {"text": "b"}]
+    def load_dataset_builder(name, config, data_files, revision):
+        seen.update(name=name, config=config, revision=revision)
+        return Builder(seen, [{"text": "a"}, {"text": ""}, {"text": "b"}])
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
     assert documents.load_documents("someone/texts:small:validation", "eval", "r1") == [
         "a",
         "",
@@ -42,23 +57,19 @@ def test_hub_data_set_names_are_split(monkeypatch):
     assert seen == {
         "name": "someone/texts",
         "config": "small",
-        "split": "validation",
-        "streaming": True,
         "revision": "r1",
+        "split": "validation",
     }
     documents.load_documents("someone/texts", "eval")
     assert (seen["config"], seen["split"]) == (None, "train")
 
 
 def test_long_hub_data_sets_are_cut_with_a_warning_and_files_are_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(documents, "MAX_HUB_DOCUMENTS", 3)
-    monkeypatch.setattr(
-        "datasets.load_dataset", lambda *args, **kwargs: ({"text": str(i)} for i in range(5))
-    )
+    monkeypatch.setattr(hub, "MAX_DOCUMENTS", 3)
+    rows = [{"text": str(i)} for i in range(5)]
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *a, **k: Builder({}, rows))
     with pytest.warns(UserWarning, match="someone/texts: the first 3 documents are used"):
         assert documents.load_documents("someone/texts", "train") == ["0", "1", "2"]
-    monkeypatch.undo()
-    monkeypatch.setattr(documents, "MAX_HUB_DOCUMENTS", 3)
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": str(i)}) + "\n" for i in range(5))
     )
@@ -72,7 +83,7 @@ def test_long_hub_data_sets_are_cut_with_a_warning_and_files_are_not(monkeypatch
         ("empty.txt", b"  \n", "holds no text"),
         ("binary.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("bad.jsonl", b"{not json", "not readable as .jsonl"),
-        ("columns.jsonl", b'{"content": "x"}\n', "expected a column 'text'"),
+        ("columns.jsonl", b'{"body": "x"}\n', "expected a column 'text'"),
         ("bad.parquet", b"PAR0", "not readable as .parquet"),
     ],
 )
@@ -85,7 +96,7 @@ def test_unusable_files_are_explained(tmp_path, name, content, message):
 
 
 def test_an_unreachable_data_set_is_explained():
-    with pytest.raises(LlmqError, match="as a Hub data set it failed"):
+    with pytest.raises(LlmqError, match="cannot be read with HF_HUB_OFFLINE=1; unset it"):
         documents.load_documents("someone/no-such-data", "calibration")
 
 

@@ -1,9 +1,9 @@
-"""Text from the teacher: seeded, resumable, greedy at the start."""
+"""Text that a model writes itself: seeded, resumable, greedy at the start."""
 
 import torch
 from conftest import make_model
 
-from llmq.qat.generate import generate_batch, generate_windows
+from llmq.text.generate import generate_batch, generate_windows, written_windows
 
 
 def test_starts_are_greedy_and_the_rest_is_sampled():
@@ -35,6 +35,8 @@ def test_batches_are_not_made_twice(tmp_path):
         generate_windows(teacher, 10, 8, tmp_path / "b", seed=1, batch_size=4), whole
     )
     assert len(calls) == 7, "only the last batch was missing"
+    assert torch.equal(written_windows(tmp_path / "b", 10, batch_size=4), whole)
+    assert written_windows(tmp_path / "b", 13, batch_size=4) is None
     assert not torch.equal(
         generate_windows(teacher, 4, 8, tmp_path / "c", seed=2, batch_size=4), whole[:4]
     )

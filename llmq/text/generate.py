@@ -1,5 +1,5 @@
-"""Training text from the teacher itself, for those who have none (LLM-QAT, Liu et al., 2023,
-section 3.1).
+"""Text that a model writes itself, to train or calibrate on where there is no other (LLM-QAT, Liu
+et al., 2023, section 3.1).
 
 Each sequence starts from a token of the vocabulary, goes on greedily for three to five tokens and
 is then sampled from the teacher's own distribution: greedy starts keep the beginnings sensible,
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from llmq.inference.cache import in_place_cache
 from llmq.storage import files, seals
 from llmq.storage.workspace import tell
 
@@ -37,7 +38,7 @@ def generate_batch(
     n_greedy = torch.tensor(GREEDY_TOKENS)[
         torch.randint(len(GREEDY_TOKENS), (len(first),), generator=generator)
     ]
-    tokens, cache = [first], DynamicCache(config=teacher.config)
+    tokens, cache = [first], in_place_cache(teacher.config, length)
     unseen = first[:, None]
     if bos is not None:
         unseen = torch.stack([torch.full_like(first, bos), first], dim=1)
@@ -60,6 +61,18 @@ def generate_batch(
     return torch.stack(tokens, dim=1)
 
 
+def _batch_path(work_dir: Path, number: int) -> Path:
+    return work_dir / f"generated-{number:05d}.safetensors"
+
+
+def written_windows(work_dir: Path, n_windows: int, batch_size: int = 32) -> Tensor | None:
+    """What `generate_windows` left in a folder, None where a batch is missing or damaged."""
+    paths = [_batch_path(work_dir, i) for i in range(-(-n_windows // batch_size))]
+    if not all(map(seals.is_sound, paths)):
+        return None
+    return torch.cat([load_file(path)["tokens"] for path in paths])
+
+
 def generate_windows(
     teacher: PreTrainedModel,
     n_windows: int,
@@ -80,7 +93,7 @@ def generate_windows(
     work_dir.mkdir(parents=True, exist_ok=True)
     batches = []
     for number, start in enumerate(range(0, n_windows, batch_size)):
-        path = work_dir / f"generated-{number:05d}.safetensors"
+        path = _batch_path(work_dir, number)
         if not seals.is_sound(path):
             if os.path.lexists(path):
                 tell(f"{path}: is not as it was when it was finished; this batch is written again")

@@ -8,6 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from llmq.grid.spec import QuantSpec
     from llmq.ptq.job import Job
     from llmq.recipe import Recipe, Rule
@@ -34,16 +36,21 @@ def max_positions(config: Any) -> int:
     return position_limit(config) or 2048
 
 
-def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
-    """The recipe of the options. max_length: tokens the model has positions for, the cap of the
-    default window."""
+def read_recipe(args: argparse.Namespace, config: PretrainedConfig) -> Recipe:
+    """The recipe of the options, for the model of a config, which decides how much text is read
+    where nobody says it."""
     from dataclasses import replace
 
+    from llmq.ptq.sizing import windows_for
     from llmq.recipe import Recipe, Rule
 
-    recipe = Recipe(sequence_length=min(2048, max_length), rules=(Rule("*", _spec(args)),))
+    windows = windows_for(config, quick=args.quick)
+    sizes = {"samples": windows.n_sequences, "sequence_length": windows.length}
+    recipe = Recipe(**sizes, rules=(Rule("*", _spec(args)),))
     if args.recipe:
         recipe = _recipe_of_file(args, recipe)
+    if args.quick:  # is an option, and so overrides the file
+        recipe = replace(recipe, **sizes)
     options = {name: getattr(args, name) for name in _FIELDS}
     options["order"] = "act" if args.act_order else None
     options["search"] = False if args.no_search else None
@@ -88,7 +95,8 @@ def _recipe_of_file(args: argparse.Namespace, defaults: Recipe) -> Recipe:
 
     data = read_recipe_file(args.recipe).for_quantize()
     try:
-        recipe = Recipe.from_json({"sequence_length": defaults.sequence_length, **data})
+        sizes = {"samples": defaults.samples, "sequence_length": defaults.sequence_length}
+        recipe = Recipe.from_json({**sizes, **data})
         if "rules" not in data:
             return replace(recipe, rules=defaults.rules)
         return replace(recipe, rules=tuple(_with_options(rule, args) for rule in recipe.rules))
@@ -118,7 +126,7 @@ def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
     from llmq.ptq.job import prepare
 
     source = Source.open(args.model, args.revision)
-    recipe = read_recipe(args, max_positions(source.config))
+    recipe = read_recipe(args, source.config)
     job = prepare(
         source,
         recipe,

@@ -23,6 +23,7 @@ from llmq.models.source import Source
 from llmq.models.stored import StoredModel
 from llmq.models.tokens import first_token, own_tokenizer
 from llmq.ptq.precision import multiplies_bfloat16
+from llmq.ptq.sizing import MOST_WINDOWS, windows_for
 from llmq.qat.losses import CHUNK_TOKENS
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import check_same_vocabulary, check_student
@@ -195,6 +196,7 @@ def prepare_job(
     recipe = Recipe(
         rules=(*rules, Rule("*", settings.scheme.weights)),
         method=settings.init,
+        samples=_start_samples(config, settings.sequence_length),
         sequence_length=settings.sequence_length,
         seed=settings.seed,
         activations=activations,
@@ -258,6 +260,12 @@ def prepare_job(
         device,
         remarks,
     )
+
+
+def _start_samples(config: Any, length: int) -> int:
+    """Windows that the PTQ start is measured on: as much text as `llmq quantize` takes, in those of
+    the training."""
+    return max(1, min(MOST_WINDOWS, windows_for(config).n_tokens // length))
 
 
 def _teacher(source: Source, teacher: str | None) -> Source:

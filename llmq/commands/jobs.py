@@ -45,7 +45,7 @@ def read_recipe(args: argparse.Namespace, config: PretrainedConfig) -> Recipe:
     from llmq.recipe import Recipe, Rule
 
     windows = windows_for(config, quick=args.quick)
-    sizes = {"samples": windows.n_sequences, "sequence_length": windows.length}
+    sizes: dict[str, Any] = {"samples": windows.n_sequences, "sequence_length": windows.length}
     recipe = Recipe(**sizes, rules=(Rule("*", _spec(args)),))
     if args.recipe:
         recipe = _recipe_of_file(args, recipe)

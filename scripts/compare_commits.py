@@ -147,11 +147,11 @@ def _kill_after_first_block(
 def differences(base: Path, head: Path, ignored: set[str]) -> list[str]:
     """What differs between two output folders."""
     found = []
-    there, here = _tensors(base), _tensors(head)
-    for key in sorted(there.keys() | here.keys()):
-        if key not in there or key not in here:
+    before, after = _tensors(base), _tensors(head)
+    for key in sorted(before.keys() | after.keys()):
+        if key not in before or key not in after:
             found.append(f"tensor {key} is in one only")
-        elif there[key].dtype != here[key].dtype or not _same_bits(there[key], here[key]):
+        elif before[key].dtype != after[key].dtype or not _same_bits(before[key], after[key]):
             found.append(f"tensor {key} differs")
     for name in ("config.json", "quantize_config.json", "report.json"):
         paths = [folder / name for folder in (base, head)]

@@ -23,7 +23,7 @@ from llmq.models.identity import hub_id
 from llmq.models.readers import CheckpointReader
 from llmq.models.stored import is_text_part
 from llmq.models.tokens import FINGERPRINT, fingerprint
-from llmq.ptq.budget import stored_bytes, work_bytes
+from llmq.ptq.budget import disk_bytes
 from llmq.ptq.engine import Task, quantize_blocks
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
@@ -90,7 +90,7 @@ def quantize_folder(
             )
         first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
-            files.check_space(partial.work_dir, stored_bytes(job) + work_bytes(job))
+            files.check_space(partial.work_dir, disk_bytes(job))
         on_start(first_block - len(damaged), len(blocks))
         task = Task(
             job.model,

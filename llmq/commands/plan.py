@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.ptq.budget import disk_bytes, flops, peak_bytes, stored_bytes, work_bytes
     from llmq.ptq.parts import parts
 
+    plan_qat.check(args)
     if args.qat:
         return plan_qat.run(args)
     job = jobs.prepare_job(args, is_plan=True)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from llmq.qat.settings import QATSettings
     from llmq.recipe import LayerPlan
 
+# Options that only mean something with --qat, and those of `llmq plan` that do so with it.
+OWN = frozenset({"scheme", "max_tokens", "batch_size", "precision", "gradient_checkpointing"})
+SHARED = frozenset({"model", "qat", "sequence_length", "device", "revision", "max_ram", "json"})
 # What is tried, in this order, where a run does not fit.
 SMALLER: dict[str, dict[str, Any]] = {
     "--gradient-checkpointing": {"gradient_checkpointing": True},
@@ -41,6 +44,22 @@ def add_arguments(parser: Parser) -> None:
         "--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="with --qat"
     )
     parser.more.add_argument("--gradient-checkpointing", action="store_true", help="with --qat")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `LlmqError` for an option that the kind of plan does not go by: it would be ignored."""
+    from llmq.errors import LlmqError
+
+    given = {name for name, value in vars(args).items() if value != args.parser.get_default(name)}
+    given -= {"command"}
+    wrong = given - OWN - SHARED if args.qat else given & OWN
+    for name in sorted(wrong):
+        option = f"--{name.replace('_', '-')}"
+        raise LlmqError(
+            f"{option}: plans with --qat go by the scheme, such as --scheme w4a8; leave it out"
+            if args.qat
+            else f"{option}: is an option of fine-tuning; give --qat, or leave it out"
+        )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from math import prod
 
+from llmq.models import compat
 from llmq.models.arch import find_blocks
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
@@ -48,17 +49,20 @@ def work_bytes(job: Job) -> int:
 
 
 def peak_bytes(job: Job) -> int:
-    """Peak resident memory above the loaded libraries: one float32 block (and its stored copy), and
-    the larger of the embedding phase and the largest solve."""
-    prefix, blocks = find_blocks(job.model)
+    """Peak resident memory above the loaded libraries: the largest of recording what the blocks are
+    called with (embeddings in float32, beside what they were read as), a float32 block (and its
+    stored copy) with its largest solve, and writing embeddings and head."""
+    _, blocks = find_blocks(job.model)
     block = 6 * sum(prod(parameter.shape) for parameter in blocks[0].parameters())
-    outside = sum(
-        prod(parameter.shape)
-        for name, parameter in job.model.named_parameters()
-        if not name.startswith(prefix + ".")
+    outside = _outside(job)
+    writing = 2 * element_bytes(job) * sum(outside.values())  # once more as bytes of the file
+    if job.tokens is None:
+        return int(max(block * 1.5, writing))
+    head = job.model.get_output_embeddings()
+    n_before = sum(
+        n for name, n in outside.items() if job.model.get_submodule(_module(name)) is not head
     )
-    if job.tokens is None:  # what lies outside is read, and once more as bytes to be written
-        return int(max(block * 1.5, 2 * outside * element_bytes(job)))
+    recording = (4 + element_bytes(job)) * n_before
     method, windows = method_of(job.recipe), _windows(job.tokens)
     shapes = [plan.layer.shape for plan in job.plans if plan.spec]
     solve = max(method.solve_bytes(shape) for shape in shapes)
@@ -66,7 +70,23 @@ def peak_bytes(job: Job) -> int:
     widest = max(max(shape) for shape in shapes)
     length = windows.length
     batch = 4 * batch_size(job.plans, length) * length * widest * 4
-    return int(max(8 * outside, block + max(solve, tuning) + batch))
+    return int(max(recording, block + max(solve, tuning) + batch, writing))
+
+
+def _outside(job: Job) -> dict[str, int]:
+    """Weights of every parameter that is in no block, tied ones once."""
+    prefix, _ = find_blocks(job.model)
+    ties = compat.ties(job.model)
+    return {
+        name: prod(parameter.shape)
+        for name, parameter in job.model.named_parameters()
+        if not name.startswith(prefix + ".") and name not in ties
+    }
+
+
+def _module(name: str) -> str:
+    """The module that a parameter belongs to."""
+    return name.rpartition(".")[0]
 
 
 def _windows(tokens: TokenSet) -> Windows:

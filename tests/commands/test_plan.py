@@ -84,7 +84,7 @@ def test_a_config_is_enough(planned, config_of_8b):
     assert plan["calibration"]["windows"] == [128, 2048]
     assert plan["memory"]["fits"] is True
     assert 5.3e9 < plan["planned_bytes"] < 6.2e9
-    plan = planned(config_of_8b, "--max-ram", "6")
+    plan = planned(config_of_8b, "--max-ram", "5")
     assert plan["memory"]["fits"] is False
     assert list(plan["memory"]["fitting_methods"]) == ["hqq", "rtn"]
 
@@ -98,6 +98,9 @@ def test_fine_tuning_is_planned_too(planned, config_of_8b, capsys):
     assert "--batch-size 1" in plan["fitting_options"]
     assert main(["plan", str(config_of_8b), "--qat", "--max-ram", "16"]) == 0
     assert "no option changes that" in capsys.readouterr().out
+    for wrong in (["--qat", "--bits", "2"], ["--batch-size", "1"]):  # or it would be ignored
+        assert main(["plan", "tiny", *wrong]) == 2
+        assert f"{wrong[-2]}: " in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_fit_names_a_method_that_does(config_of_8b, model_folder, capsys):

@@ -136,7 +136,9 @@ def _kill_after_first_block(
     process = subprocess.Popen(argv, env=environment, cwd=checkout, stderr=subprocess.DEVNULL)
     work_dirs = f".{out_dir.name}.*"
     while process.poll() is None:
-        if list(out_dir.parent.glob(f"{work_dirs}/checkpoint/model-00001*.safetensors")):
+        first = out_dir.parent.glob(f"{work_dirs}/*/00000.safetensors")
+        earlier = out_dir.parent.glob(f"{work_dirs}/checkpoint/model-00001*.safetensors")
+        if any(first) or any(earlier):  # as older commits call it
             process.send_signal(signal.SIGKILL)
             process.wait()
         time.sleep(0.01)
@@ -145,19 +147,25 @@ def _kill_after_first_block(
 def differences(base: Path, head: Path, ignored: set[str]) -> list[str]:
     """What differs between two output folders."""
     found = []
-    names = {path.name for folder in (base, head) for path in folder.glob("*.safetensors")}
-    for name in sorted(names):
-        there, here = ({} if not p.is_file() else load_file(p) for p in (base / name, head / name))
-        for key in sorted(there.keys() | here.keys()):
-            if key not in there or key not in here:
-                found.append(f"{name}: tensor {key} is in one only")
-            elif there[key].dtype != here[key].dtype or not _same_bits(there[key], here[key]):
-                found.append(f"{name}: tensor {key} differs")
+    before, after = _tensors(base), _tensors(head)
+    for key in sorted(before.keys() | after.keys()):
+        if key not in before or key not in after:
+            found.append(f"tensor {key} is in one only")
+        elif before[key].dtype != after[key].dtype or not _same_bits(before[key], after[key]):
+            found.append(f"tensor {key} differs")
     for name in ("config.json", "quantize_config.json", "report.json"):
         paths = [folder / name for folder in (base, head)]
         there, here = (json.loads(p.read_text()) if p.is_file() else None for p in paths)
         found += [f"{name}: {line}" for line in _json_differences(there, here, ignored)]
     return found
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that is stored, in whatever files it lies."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -365,6 +365,9 @@ def _import_everything(folder: Path) -> None:
     gradients: their threads do not survive a fork."""
     import importlib
 
+    from llmq.storage import packing
+
+    packing.MAX_SHARD_BYTES = 150_000  # several blocks to a shard, and several shards
     for name in ("llmq.qat.run", "torch._dynamo", "llmq.commands.verify"):
         importlib.import_module(name)
     from llmq.commands.cli import main as run

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from llmq.commands import rendering
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from llmq.grid.spec import QuantSpec
+    from llmq.models.source import Source
     from llmq.ptq.job import Job
     from llmq.recipe import Recipe, Rule
+    from llmq.text.documents import TokenSet
 
 # Options that are named as the field of the recipe that they set.
 _FIELDS = (
@@ -37,16 +41,21 @@ def max_positions(config: Any) -> int:
     return position_limit(config) or 2048
 
 
-def read_recipe(args: argparse.Namespace, max_length: int) -> Recipe:
-    """The recipe of the options. max_length: tokens the model has positions for, the cap of the
-    default window."""
+def read_recipe(args: argparse.Namespace, config: PretrainedConfig) -> Recipe:
+    """The recipe of the options, for the model of a config, which decides how much text is read
+    where nobody says it."""
     from dataclasses import replace
 
+    from llmq.ptq.sizing import windows_for
     from llmq.recipe import Recipe, Rule
 
-    recipe = Recipe(sequence_length=min(2048, max_length), rules=(Rule("*", _spec(args)),))
+    windows = windows_for(config, quick=args.quick)
+    sizes: dict[str, Any] = {"samples": windows.n_sequences, "sequence_length": windows.length}
+    recipe = Recipe(**sizes, rules=(Rule("*", _spec(args)),))
     if args.recipe:
         recipe = _recipe_of_file(args, recipe)
+    if args.quick:  # is an option, and so overrides the file
+        recipe = replace(recipe, **sizes)
     options = {name: getattr(args, name) for name in _FIELDS}
     options["order"] = "act" if args.act_order else None
     options["search"] = False if args.no_search else None
@@ -91,7 +100,8 @@ def _recipe_of_file(args: argparse.Namespace, defaults: Recipe) -> Recipe:
 
     data = read_recipe_file(args.recipe).for_quantize()
     try:
-        recipe = Recipe.from_json({"sequence_length": defaults.sequence_length, **data})
+        sizes = {"samples": defaults.samples, "sequence_length": defaults.sequence_length}
+        recipe = Recipe.from_json({**sizes, **data})
         if "rules" not in data:
             return replace(recipe, rules=defaults.rules)
         return replace(recipe, rules=tuple(_with_options(rule, args) for rule in recipe.rules))
@@ -112,28 +122,31 @@ def _with_options(rule: Rule, args: argparse.Namespace) -> Rule:
     return replace(rule, spec=replace(rule.spec, **_given(given)))
 
 
-def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
-    """The checked job of the options. check_scales: see `llmq.ptq.run.prepare`. Raises `LlmqError`
-    also when the planned memory is above `--max-ram` or `--max-gpu-memory`."""
+def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
+    """The checked job of the options. is_plan: nothing will be run, so a config will do for a
+    model, scales are not looked for in the weights, and what is more than `--max-ram` is no error.
+    Raises `LlmqError` otherwise when the planned memory is above `--max-ram`, and in any case when
+    it is above `--max-gpu-memory`."""
     from llmq.errors import LlmqError
+    from llmq.models.config_only import open_to_plan
     from llmq.models.source import Source
-    from llmq.ptq.budget import peak_bytes
     from llmq.ptq.job import prepare
     from llmq.text.documents import SELF
 
-    source = Source.open(args.model, args.revision)
-    recipe = read_recipe(args, max_positions(source.config))
+    opened = open_to_plan if is_plan else Source.open
+    source = opened(args.model, args.revision)
+    recipe = read_recipe(args, source.config)
     with ExitStack() as stack:
         told: dict[str, Any] = {}
-        if args.calibration == SELF and check_scales:
+        if args.calibration == SELF and not is_plan:
             told = {"on_text": stack.enter_context(rendering.progress("text of the model's own"))}
         job = prepare(
             source,
             recipe,
-            calibration=args.calibration,
+            calibration=_text_of(args, source, recipe),
             format=args.format,
             strict=args.strict,
-            check_scales=check_scales,
+            check_scales=not is_plan,
             device=args.device,
             held_out=not args.no_held_out,
             **told,
@@ -145,13 +158,44 @@ def prepare_job(args: argparse.Namespace, *, check_scales: bool = True) -> Job:
         )
     # Whatever is computed with lies on the device, so the plan is the same for both; beside a GPU
     # the RAM holds a stored block and a batch of activations at most.
-    for option, limit in (("--max-ram", args.max_ram), ("--max-gpu-memory", args.max_gpu_memory)):
-        if limit is not None and peak_bytes(job) > limit * 1e9:
-            raise LlmqError(
-                f"{option} {limit}: the run is planned to need {peak_bytes(job) / 1e9:.2f} GB "
-                "above the libraries; raise it, or use --method rtn, which needs no calibration"
-            )
+    _check_memory(job, "--max-gpu-memory", args.max_gpu_memory)
+    if not is_plan:
+        _check_memory(job, "--max-ram", args.max_ram)
     return job
+
+
+def _text_of(args: argparse.Namespace, source: Source, recipe: Recipe) -> str | TokenSet:
+    """The calibration text; beside a config alone there may be no tokenizer, and its size is
+    enough."""
+    from llmq.models.arch import check_length
+    from llmq.models.config_only import ConfigOnly
+    from llmq.ptq.alternatives import unread_tokens
+    from llmq.text.documents import TokenSet
+
+    if not isinstance(source, ConfigOnly):
+        return str(args.calibration)
+    length = recipe.sequence_length
+    check_length(source.config, length, f"--sequence-length {length}")
+    return TokenSet(unread_tokens(recipe.samples, length), args.calibration)
+
+
+def _check_memory(job: Job, option: str, limit: float | None) -> None:
+    """Raise `LlmqError` for a job that needs more than an option allows, in GB, and name a method
+    that does not."""
+    from llmq.errors import LlmqError
+    from llmq.ptq.alternatives import lighter_methods
+    from llmq.ptq.budget import peak_bytes
+
+    if limit is None or (peak := peak_bytes(job)) <= limit * 1e9:
+        return
+    remedy = "raise it"
+    for name, n_bytes in lighter_methods(job, limit * 1e9).items():
+        remedy = f"raise it, or use --method {name}, which takes {n_bytes / 1e9:.2f} GB"
+        break
+    raise LlmqError(
+        f"{option} {limit}: the run is planned to need {peak / 1e9:.2f} GB above the libraries; "
+        f"{remedy}"
+    )
 
 
 def measured_rate(device: str = "cpu", precision: str = "fp32") -> float:

@@ -215,14 +215,22 @@ def _add_calibration_arguments(parser: Parser) -> None:
         help="do not measure the result on text that it was not calibrated on (KL and perplexity "
         "of 8 windows each of that text and of another kind)",
     )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a quarter of the calibration text, in shorter windows, for a first look",
+    )
     parser.more.add_argument(
-        "--samples", type=whole(1), metavar="N", help="calibration windows (default: 128)"
+        "--samples",
+        type=whole(1),
+        metavar="N",
+        help="calibration windows (default: by the width of the model, 64 to 128; see 'llmq plan')",
     )
     parser.more.add_argument(
         "--sequence-length",
         type=whole(2),
         metavar="T",
-        help="tokens per calibration window (default: 2048, or what the model has positions for)",
+        help="tokens per calibration window (default: by the width of the model, up to 2048)",
     )
     parser.more.add_argument(
         "--seed", type=whole(0), help="seed of the calibration windows (default: 0)"

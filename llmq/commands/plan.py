@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmq.commands import jobs, options, rendering
+from llmq.commands import jobs, options, plan_qat, rendering
+from llmq.commands.machine import LIBRARY_BYTES, duration, memory_bytes, timed_device
 from llmq.commands.parser import Parser
 
-HELP = "Show what would be quantized and what not, the size, peak memory and time. Nothing is run."
+if TYPE_CHECKING:
+    from llmq.ptq.job import Job
+
+HELP = (
+    "Show what would be quantized and what not, the size, peak memory and time. Nothing is run. "
+    "A folder with a config and no weights will do."
+)
+
+MENTIONED = 0.1  # share of the output that is worth a word when it is not quantized
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)
     options.add_quantization_arguments(parser)
+    plan_qat.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    from llmq.ptq.budget import flops, peak_bytes, stored_bytes, work_bytes
+    from llmq.models.config_only import ConfigOnly
+    from llmq.ptq.budget import disk_bytes, flops, peak_bytes, stored_bytes, work_bytes
+    from llmq.ptq.parts import parts
 
-    job = jobs.prepare_job(args, check_scales=False)  # which would read all weights
-    source = job.source.weight_bytes
-    rate = jobs.measured_rate()
+    plan_qat.check(args)
+    if args.qat:
+        return plan_qat.run(args)
+    job = jobs.prepare_job(args, is_plan=True)
+    device = timed_device(args.device)
+    rate = jobs.measured_rate(device)
+    found = parts(job)
+    stored = stored_bytes(job)
     result = {
         "model": str(job.source.folder),
         "model_type": job.model.config.model_type,
+        "has_weights": not isinstance(job.source, ConfigOnly),
         "method": job.recipe.method,
         "format": job.fmt.name,
         "layers": [
@@ -37,35 +55,145 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             }
             for plan in job.plans
         ],
-        "source_bytes": source,
-        "planned_bytes": stored_bytes(job),
+        "parts": [part.to_json() for part in found],
+        "unquantized_bytes": int(sum(part.planned_bytes for part in found if part.spec is None)),
+        "calibration": None
+        if job.tokens is None
+        else {"source": job.tokens.source, "windows": list(job.tokens.tokens.shape)},
+        "source_bytes": job.source.weight_bytes,
+        "planned_bytes": stored,
         "planned_work_bytes": work_bytes(job),
+        "planned_disk_bytes": disk_bytes(job),
         "planned_peak_bytes": peak_bytes(job),
+        "memory": _memory(args, job),
         "planned_seconds": round(flops(job) / rate, 1),
+        "estimate": {"flops": flops(job), "flops_per_second": rate, "device": device},
+        "quick": _quick(job, rate),
         "recipe": job.recipe.to_json(),
     }
     return result, _text(result)
 
 
+def _quick(job: Job, rate: float) -> dict[str, Any] | None:
+    """What `--quick` would take, where that is less."""
+    from llmq.ptq.alternatives import quick_job
+    from llmq.ptq.budget import disk_bytes, flops
+
+    quick = quick_job(job)
+    if quick is None or quick.tokens is None:
+        return None
+    return {
+        "windows": list(quick.tokens.tokens.shape),
+        "planned_seconds": round(flops(quick) / rate, 1),
+        "planned_disk_bytes": disk_bytes(quick),
+    }
+
+
+def _memory(args: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """Whether the run fits, and the methods that would. limit_bytes: of --max-ram, else what this
+    machine has beside the libraries; None where nobody says."""
+    from llmq.ptq.alternatives import lighter_methods
+    from llmq.ptq.budget import peak_bytes
+
+    if args.max_ram is not None:
+        limit, where = args.max_ram * 1e9, "--max-ram"
+    elif (there := memory_bytes()) is not None:
+        limit, where = there - LIBRARY_BYTES, "this machine"
+    else:
+        return {"limit_bytes": None, "of": None, "fits": None, "fitting_methods": {}}
+    fits = peak_bytes(job) <= limit
+    return {
+        "limit_bytes": int(limit),
+        "of": where,
+        "fits": fits,
+        "fitting_methods": {} if fits else lighter_methods(job, limit),
+    }
+
+
 def _text(result: dict[str, Any]) -> str:
+    tables = [_layer_table(result), _part_table(result)]
+    return "\n\n".join([*tables, rendering.render_pairs(_pairs(result))])
+
+
+def _layer_table(result: dict[str, Any]) -> str:
     groups: dict[tuple[str, str, str, str], int] = {}
     for layer in result["layers"]:
         kind = ".".join("*" if part.isdigit() else part for part in layer["name"].split("."))
         key = (kind, "x".join(map(str, layer["shape"])), layer["spec"] or "keep", layer["note"])
         groups[key] = groups.get(key, 0) + 1
-    table = rendering.render(
+    return rendering.render(
         [(*key[:3], count, key[3]) for key, count in groups.items()],
         ("layers", "N x K", "spec", "count", "note"),
     )
-    disk = result["planned_bytes"] + result["planned_work_bytes"]
-    pairs = rendering.render_pairs(
-        {
-            "method, format": f"{result['method']}, {result['format']}",
-            "weight files": f"{result['source_bytes'] / 1e6:.1f} MB -> about "
-            f"{result['planned_bytes'] / 1e6:.1f} MB",
-            "peak memory": f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries",
-            "disk": f"about {disk / 1e9:.2f} GB while it runs",
-            "time": f"about {result['planned_seconds']:.0f} s on this machine's CPU",
-        }
+
+
+def _part_table(result: dict[str, Any]) -> str:
+    total = max(1, result["planned_bytes"])
+    rows = [
+        (
+            part["name"],
+            part["spec"] or "as stored",
+            f"{part['source_bytes'] / 1e6:.1f}",
+            f"{part['planned_bytes'] / 1e6:.1f}",
+            f"{part['planned_bytes'] / total:.0%}",
+        )
+        for part in result["parts"]
+    ]
+    return rendering.render(rows, ("part", "spec", "MB now", "MB then", "share"))
+
+
+def _pairs(result: dict[str, Any]) -> dict[str, object]:
+    method = f"{result['method']}, {result['format']}"
+    pairs: dict[str, object] = {"method, format": method}
+    if not result["has_weights"]:
+        pairs["weights"] = "none in this folder: sizes are those that its config describes"
+    if calibration := result["calibration"]:
+        n, length = calibration["windows"]
+        pairs["calibration"] = f"{n} windows of {length} tokens of {calibration['source']}"
+    pairs["weight files"] = _size_line(result)
+    pairs["peak memory"] = _memory_line(result)
+    disk, work = result["planned_disk_bytes"], result["planned_work_bytes"]
+    pairs["disk"] = (
+        f"about {disk / 1e9:.2f} GB while it runs, {work / 1e9:.2f} GB of it to resume from"
     )
-    return f"{table}\n\n{pairs}"
+    estimate = result["estimate"]
+    where = "this machine's CPU" if estimate["device"] == "cpu" else estimate["device"]
+    pairs["time"] = f"about {duration(result['planned_seconds'])} on {where}"
+    pairs["estimated from"] = (
+        f"{estimate['flops']:.1e} operations at {estimate['flops_per_second'] / 1e9:.0f} GFLOP/s, "
+        "half of what a product of matrices ran at just now"
+    )
+    if quick := result["quick"]:
+        n, length = quick["windows"]
+        pairs["with --quick"] = (
+            f"{n} windows of {length} tokens, about {duration(quick['planned_seconds'])}, "
+            f"{quick['planned_disk_bytes'] / 1e9:.2f} GB of disk"
+        )
+    return pairs
+
+
+def _size_line(result: dict[str, Any]) -> str:
+    """Sizes, and what is not quantized where that is much of them."""
+    planned, left = result["planned_bytes"], result["unquantized_bytes"]
+    line = f"{result['source_bytes'] / 1e6:.1f} MB -> about {planned / 1e6:.1f} MB"
+    kept = [part for part in result["parts"] if part["spec"] is None]
+    if left < MENTIONED * planned or not kept:
+        return line
+    bits = 8 * kept[0]["source_bytes"] / kept[0]["weights"]
+    return (
+        f"{line}; {left / 1e6:.1f} MB ({left / planned:.0%}) stay at {bits:.0f} bits, most of it "
+        f"{kept[0]['name']}"
+    )
+
+
+def _memory_line(result: dict[str, Any]) -> str:
+    memory = result["memory"]
+    line = f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries"
+    if memory["fits"] is None:
+        return line
+    limit = f"the {memory['limit_bytes'] / 1e9:.1f} GB of {memory['of']}"
+    if memory["fits"]:
+        return f"{line}: fits into {limit}"
+    for name, n_bytes in memory["fitting_methods"].items():
+        return f"{line}: more than {limit}; --method {name} takes {n_bytes / 1e9:.2f} GB"
+    return f"{line}: more than {limit}, and so has every other method"

@@ -27,8 +27,7 @@ from llmq.models.source import meta_model
 from llmq.models.stored import state_ties
 from llmq.recipe import Layer, LayerPlan
 from llmq.storage import files
-
-MAX_SHARD_BYTES = 5_000_000_000
+from llmq.storage.packing import MAX_SHARD_BYTES
 
 
 def checkpoint_config(

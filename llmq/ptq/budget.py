@@ -10,27 +10,24 @@ from llmq.models.arch import find_blocks
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.methods.base import Windows
+from llmq.ptq.parts import element_bytes, parts
 from llmq.ptq.streams import batch_size
+from llmq.storage.packing import MAX_SHARD_BYTES
 from llmq.text.documents import SELF, TokenSet
+
+PASSES = 4  # of a block, by the weights
 
 
 def stored_bytes(job: Job) -> int:
     """Bytes of the weight files that the job writes."""
-    source = job.source.weight_bytes
-    element = source / max(
-        1,
-        sum(
-            prod(parameter.shape)
-            for name, parameter in job.model.named_parameters()
-            if name not in compat.ties(job.model)
-        ),
-    )
-    saved = sum(
-        prod(plan.layer.shape) * (element - plan.spec.bits_per_weight(*plan.layer.shape) / 8)
-        for plan in job.plans
-        if plan.spec
-    )
-    return int(source - saved)
+    return int(sum(part.planned_bytes for part in parts(job)))
+
+
+def disk_bytes(job: Job) -> int:
+    """Bytes that the output and the folder beside it take at their largest: while blocks are
+    solved, or while they are put together, when one shard more is there."""
+    stored = stored_bytes(job)
+    return stored + max(work_bytes(job), min(stored, MAX_SHARD_BYTES))
 
 
 def work_bytes(job: Job) -> int:
@@ -52,12 +49,20 @@ def work_bytes(job: Job) -> int:
 
 
 def peak_bytes(job: Job) -> int:
-    """Peak resident memory above the loaded libraries: one float32 block (and its stored copy), and
-    the larger of the embedding phase and the largest solve."""
-    prefix, blocks = find_blocks(job.model)
+    """Peak resident memory above the loaded libraries: the largest of recording what the blocks are
+    called with (embeddings in float32, beside what they were read as), a float32 block (and its
+    stored copy) with its largest solve, and writing embeddings and head."""
+    _, blocks = find_blocks(job.model)
     block = 6 * sum(prod(parameter.shape) for parameter in blocks[0].parameters())
+    outside = _outside(job)
+    writing = 2 * element_bytes(job) * sum(outside.values())  # once more as bytes of the file
     if job.tokens is None:
-        return int(block * 1.5)
+        return int(max(block * 1.5, writing))
+    head = job.model.get_output_embeddings()
+    n_before = sum(
+        n for name, n in outside.items() if job.model.get_submodule(_module(name)) is not head
+    )
+    recording = (4 + element_bytes(job)) * n_before
     method, windows = method_of(job.recipe), _windows(job.tokens)
     shapes = [plan.layer.shape for plan in job.plans if plan.spec]
     solve = max(method.solve_bytes(shape) for shape in shapes)
@@ -65,18 +70,25 @@ def peak_bytes(job: Job) -> int:
     widest = max(max(shape) for shape in shapes)
     length = windows.length
     batch = 4 * batch_size(job.plans, length) * length * widest * 4
-    embedding = (
-        4
-        * sum(
-            prod(p.shape)
-            for name, p in job.model.named_parameters()
-            if not name.startswith(prefix + ".")
-        )
-        * 2
-    )
     # which writes its text as a whole, in what it is stored in or float32
     own_text = 2 * job.source.weight_bytes if job.tokens.source == SELF else 0
-    return int(max(embedding, block + max(solve, tuning) + batch, own_text))
+    return int(max(recording, block + max(solve, tuning) + batch, writing, own_text))
+
+
+def _outside(job: Job) -> dict[str, int]:
+    """Weights of every parameter that is in no block, tied ones once."""
+    prefix, _ = find_blocks(job.model)
+    ties = compat.ties(job.model)
+    return {
+        name: prod(parameter.shape)
+        for name, parameter in job.model.named_parameters()
+        if not name.startswith(prefix + ".") and name not in ties
+    }
+
+
+def _module(name: str) -> str:
+    """The module that a parameter belongs to."""
+    return name.rpartition(".")[0]
 
 
 def _windows(tokens: TokenSet) -> Windows:
@@ -91,13 +103,24 @@ def _first_block(job: Job) -> list[tuple[int, int]]:
     return [layer.shape for layer in planned if layer.name.startswith(f"{prefix}.{index}.")]
 
 
+def _attention_width(job: Job) -> int:
+    """Channels of all query heads together."""
+    config = job.model.config.get_text_config()
+    head = getattr(config, "head_dim", None)
+    heads = getattr(config, "num_attention_heads", None)
+    return int(heads * head) if head and heads else int(config.hidden_size)
+
+
 def flops(job: Job) -> float:
-    """Floating-point operations of the job: four forward passes of each block, Hessians,
-    factorizations, column updates and error reports."""
+    """Floating-point operations of the job: forward passes of each block, attention included,
+    Hessians, factorizations, column updates and error reports."""
     if job.tokens is None:
         return float(50 * sum(prod(plan.layer.shape) for plan in job.plans))
     n_tokens = job.tokens.n_tokens
-    forward = 4 * 2 * n_tokens * sum(prod(plan.layer.shape) for plan in job.plans)
+    text_config = job.model.config.get_text_config()
+    attention = 2 * job.tokens.tokens.shape[1] * _attention_width(job)
+    weights = sum(prod(plan.layer.shape) for plan in job.plans)
+    forward = PASSES * 2 * n_tokens * (weights + text_config.num_hidden_layers * attention)
     hessians = (
         sum(2 * n_tokens * plan.layer.shape[1] ** 2 for plan in job.plans if plan.spec) / 2
     )  # about half of the layers share an input

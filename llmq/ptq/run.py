@@ -21,11 +21,10 @@ from llmq.models.arch import find_blocks
 from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
 from llmq.models.readers import CheckpointReader
-from llmq.models.shards import ShardReader
 from llmq.models.stored import is_text_part
 from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.budget import stored_bytes, work_bytes
+from llmq.ptq.budget import disk_bytes
 from llmq.ptq.engine import Task, quantize_blocks
 from llmq.ptq.held_out import measure
 from llmq.ptq.job import Job
@@ -35,8 +34,9 @@ from llmq.ptq.results import BlockReport, EarlierRun
 from llmq.ptq.sink import FolderSink
 from llmq.storage import files
 from llmq.storage.boundary import running
+from llmq.storage.partial_checkpoint import PartialCheckpoint
 from llmq.storage.stamps import SourceChangedError
-from llmq.storage.workspace import PartialCheckpoint, check_output
+from llmq.storage.workspace import check_output
 
 MAX_FALLBACK_SHARE = 0.05
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -82,7 +82,7 @@ def quantize_folder(
     started = time.monotonic()
     prefix, blocks = find_blocks(job.model)
     reader = CheckpointReader(job.model, job.source.shards, job.source.files)
-    partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks) + 1)
+    partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks))
     with _kept_for_later(partial, reader):
         sink = FolderSink(partial, reader, job.fmt, job.plans, job.recipe)
         if not all(map(reader.is_still, partial.sources())):
@@ -92,7 +92,7 @@ def quantize_folder(
             )
         first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
-            files.check_space(partial.work_dir, stored_bytes(job) + work_bytes(job))
+            files.check_space(partial.work_dir, disk_bytes(job))
         on_start(first_block - len(damaged), len(blocks))
         task = Task(
             job.model,
@@ -181,28 +181,16 @@ def _finish(
     held_out: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Write everything that is not a block, then publish."""
-    partial.keep_only_shards()
-    outside = [
-        name
-        for name in reader.names
-        if not name.startswith(prefix + ".") and name not in compat.ties(job.model)
-    ]
-    last = partial.n_shards - 1
+    partial.keep_only_blocks()
     unused = reader.unused()
-    tensors = reader.stored_names(reader.read_parameters(outside))
-    if is_text_part(job.model, job.config):  # the folder stays the wrapper that config.json says
-        tensors |= job.source.shards.read(unused)
+    _write_outside(job, partial, reader, prefix)
+    if is_text_part(job.model, job.config):  # all of it is kept
         unused = []
-    for _ in partial.written(last, tensors):
-        pass
-    del tensors
-    partial.finish_shard(last)
     target = partial.checkpoint_dir
-    shards = {
-        partial.shard_path(i).name: list(ShardReader.names_in(partial.shard_path(i)))
-        for i in range(partial.n_shards)
-    }
-    files.write_index(target, shards, sum((target / name).stat().st_size for name in shards))
+    shards = partial.pack()
+    if len(shards) > 1:
+        total = sum(tensor.n_bytes for tensors in shards.values() for tensor in tensors.values())
+        files.write_index(target, shards, total)
     companions = copy_companions(job.source.folder, target, job.source.weight_names)
     job.source.files.check()  # what was copied and read is what the run began with
     report = build_report(
@@ -234,6 +222,26 @@ def _finish(
     )
     partial.publish()
     return report
+
+
+def _write_outside(
+    job: Job, partial: PartialCheckpoint, reader: CheckpointReader, prefix: str
+) -> None:
+    """Keep embeddings, norms and head as they are, and of a wrapper, which the folder stays as
+    config.json says, everything else."""
+    if partial.is_finished(partial.outside):
+        return
+    outside = [
+        name
+        for name in reader.names
+        if not name.startswith(prefix + ".") and name not in compat.ties(job.model)
+    ]
+    tensors = reader.stored_names(reader.read_parameters(outside))
+    if is_text_part(job.model, job.config):
+        tensors |= job.source.shards.read(reader.unused())
+    for _ in partial.written(partial.outside, tensors):
+        pass
+    partial.finish_block(partial.outside, source=reader.take_read())
 
 
 def _tokenizer_hash(job: Job) -> str | None:

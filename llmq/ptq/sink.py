@@ -12,11 +12,11 @@ from llmq.inference.module import swap
 from llmq.models.readers import CheckpointReader
 from llmq.ptq.results import BlockReport, BlockResult, StoredBlock
 from llmq.recipe import LayerPlan, Recipe
-from llmq.storage.workspace import PartialCheckpoint
+from llmq.storage.partial_checkpoint import PartialCheckpoint
 
 
 class FolderSink:
-    """Stores blocks as shards and reads them back."""
+    """Stores blocks as files and reads them back."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class FolderSink:
         tensors = dict(result.kept)
         for parts in packed.values():
             tensors.update(parts)
-        written = self.partial.write_shard(result.report.index, self.reader.stored_names(tensors))
+        written = self.partial.write_block(result.report.index, self.reader.stored_names(tensors))
         read_back = {}
         for name, parts in packed.items():
             stored = {
@@ -55,8 +55,8 @@ class FolderSink:
         return StoredBlock(read_back, kept)
 
     def read_block(self, index: int) -> StoredBlock:
-        """What is stored of a finished block, from its shard alone."""
-        tensors = self.partial.read_shard(index)
+        """What is stored of a finished block, from its file alone."""
+        tensors = self.partial.read_block(index)
         quantized = {}
         for plan in self.plans:
             name = plan.layer.name
@@ -78,7 +78,7 @@ class FolderSink:
         self.partial.forget_after(index)
 
     def seal(self, report: BlockReport) -> None:
-        self.partial.finish_shard(report.index, report.to_json(), self.reader.take_read())
+        self.partial.finish_block(report.index, report.to_json(), self.reader.take_read())
 
 
 class ModelSink:

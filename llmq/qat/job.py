@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from torch import Tensor
+from transformers import PretrainedConfig
 
 import llmq
 from llmq.errors import LlmqError
@@ -24,7 +25,8 @@ from llmq.models.stored import StoredModel
 from llmq.models.tokens import first_token, own_tokenizer
 from llmq.ptq.methods import method_of
 from llmq.ptq.precision import multiplies_bfloat16
-from llmq.qat.losses import CHUNK_TOKENS
+from llmq.ptq.sizing import MOST_WINDOWS, windows_for
+from llmq.qat.budget import Memory, training_flops
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import check_same_vocabulary, check_student
 from llmq.qat.weights import check_quantizer
@@ -139,30 +141,15 @@ class QATJob:
         n_processes = self.processes.num_processes
         steps = self.settings.n_steps(self.n_windows, n_processes)
         tokens = steps * self.settings.windows_per_step(n_processes) * self.settings.sequence_length
-        # float32 masters, gradients and two moments, and the teacher. Student forward and backward,
-        # teacher forward, heads once more in the backward pass.
-        n_bytes = self.n_parameters * (4 * 4 + (2 if self.teacher_dtype == "bfloat16" else 4))
-        # Kept for the backward pass: each layer's input and output, and as much again around
-        # attention and norms; with checkpointing, of one block. And one chunk of float32 logits
-        # three times.
-        per_token = (
-            2
-            * sum(sum(plan.layer.shape) for plan in self.plans)
-            * (4 if self.settings.precision == "fp32" else 2)
-        )
         config = self.source.config.get_text_config()
-        kept = (
-            self.settings.tokens_per_batch
-            * per_token
-            // (config.num_hidden_layers if self.settings.gradient_checkpointing else 1)
-        )
-        logits = 3 * 4 * CHUNK_TOKENS * config.vocab_size
+        teacher = 2 if self.teacher_dtype == "bfloat16" else 4
+        memory = Memory.of(config, self.plans, self.settings, self.n_parameters, teacher)
         return {
             "tokens": tokens,
             "steps": steps,
-            "bytes": n_bytes,
-            "activation_bytes": kept + logits,
-            "flops": 8.5 * self.n_parameters * tokens,
+            "bytes": memory.weight_bytes,
+            "activation_bytes": memory.activation_bytes,
+            "flops": training_flops(self.n_parameters, tokens),
         }
 
 
@@ -191,7 +178,7 @@ def prepare_job(
     check_student(stored.skeleton)
     stored.check()
     remarks = stored.remarks(strict)
-    recipe = _recipe_of_start(settings, rules)
+    recipe = _recipe_of_start(settings, rules, stored.config)
     method_of(recipe)  # or it is refused here
     plans = recipe.plan(quantizable_layers(stored.skeleton))
     _check_plans(plans, settings, strict)
@@ -223,12 +210,15 @@ def prepare_job(
     )
 
 
-def _recipe_of_start(settings: QATSettings, rules: tuple[Rule, ...]) -> Recipe:
+def _recipe_of_start(
+    settings: QATSettings, rules: tuple[Rule, ...], config: PretrainedConfig
+) -> Recipe:
     """How the quantized model is made that training starts from."""
     scheme = settings.scheme
     return Recipe(
         rules=(*rules, Rule("*", scheme.weights)),
         method=settings.init,
+        samples=_start_samples(config, settings.sequence_length),
         sequence_length=settings.sequence_length,
         seed=settings.seed,
         activations=ActSpec(scheme.activations, scheme.kv_bits, settings.kv_before_rope),
@@ -279,6 +269,12 @@ def _check_same_tokens(teacher: Source, student: Source) -> None:
             f"{student.folder}; distillation needs the same tokenizer, so take a teacher of the "
             "same family"
         )
+
+
+def _start_samples(config: Any, length: int) -> int:
+    """Windows that the PTQ start is measured on: as much text as `llmq quantize` takes, in those of
+    the training."""
+    return max(1, min(MOST_WINDOWS, windows_for(config).n_tokens // length))
 
 
 def _teacher(source: Source, teacher: str | None) -> Source:

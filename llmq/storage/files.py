@@ -194,21 +194,23 @@ def write_manifest(target_dir: Path, expected: Mapping[str, Mapping[str, Any]] =
     """The last file: sha256 and size of every other one, and a hash of these. A folder with it was
     written by llmq and is complete.
 
-    expected: digests by name that were recorded when the files were checked. Raises
-    `DamagedError` where a file is another by now."""
+    expected: digests by name of files that were read back already, durable and as they should be.
+    Raises `DamagedError` where one has another size by now."""
     entries = {}
     for path in sorted(target_dir.rglob("*")):
         name = path.relative_to(target_dir).as_posix()
         if path.is_dir():
             sync_folder(path)
-        elif path.is_file():
-            entries[name] = digest(path)
-            sync(path)
-            if name in expected and entries[name] != expected[name]:
+        elif name in expected:
+            entries[name] = dict(expected[name])
+            if path.lstat().st_size != expected[name]["bytes"]:
                 raise DamagedError(
                     f"{path}: changed after it was written and checked; the disk or the memory is "
                     "faulty, repeat the command to do this part again"
                 )
+        elif path.is_file():
+            entries[name] = digest(path)
+            sync(path)
     write_json(target_dir / MANIFEST, {"files": entries, "sha256": hash_of_json(entries)})
 
 

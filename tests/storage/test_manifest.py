@@ -166,7 +166,7 @@ def test_eval_and_compare_check_first(checkpoint, tmp_path, calibration_file, ca
     flip_last_byte(sorted(checkpoint.glob("*.safetensors"))[0])
     for command in (["eval", str(checkpoint)], ["compare", base, str(checkpoint)]):
         assert main([*command, *options]) == 1
-        assert "not as llmq wrote them: model-00001-of" in capsys.readouterr().err
+        assert "not as llmq wrote them: model.safetensors" in capsys.readouterr().err
         assert main([*command, *options, "--no-verify"]) == 0
         capsys.readouterr()
 

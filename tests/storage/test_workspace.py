@@ -15,8 +15,8 @@ from llmq.ptq import streams as streams_module
 from llmq.ptq.job import prepare
 from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
-from llmq.storage import files
-from llmq.storage.workspace import PartialCheckpoint
+from llmq.storage import files, packing
+from llmq.storage.partial_checkpoint import PartialCheckpoint
 
 N_BLOCKS = 4
 
@@ -81,10 +81,10 @@ def lab(model_folder, calibration_file, tmp_path, monkeypatch):
     return make
 
 
-SHARD = "checkpoint/model-0000{}-of-00005.safetensors"
+BLOCK = "blocks/0000{}.safetensors"
 DAMAGES = {
-    SHARD.format(1): [0, 3],
-    SHARD.format(3): [2, 3],  # the inputs of block 3 are there
+    BLOCK.format(0): [0, 3],
+    BLOCK.format(2): [2, 3],  # the inputs of block 3 are there
     "blocks/00001.json": [1, 3],
     "inputs-quantized-00003.bin": [3],
     "inputs-full-precision-00003.bin.seal": [3],
@@ -135,8 +135,8 @@ def test_inputs_are_computed_again_to_the_same_bits_in_every_family(
 def test_two_damaged_blocks_and_no_inputs(lab):
     lab = lab()
     lab.stop_after(3)
-    for index in (1, 3):
-        (lab.work_dir / SHARD.format(index)).unlink()
+    for index in (0, 2):
+        (lab.work_dir / BLOCK.format(index)).unlink()
     for path in lab.work_dir.glob("inputs-*.bin"):
         path.unlink()
     _, told = lab.resume()
@@ -150,7 +150,7 @@ def test_without_calibration_text_blocks_are_on_their_own(model_folder, calibrat
     folder = model_folder(num_hidden_layers=N_BLOCKS)
     lab = Lab(folder, calibration_file, tmp_path, recipe)
     lab.stop_after(3)
-    flip(lab.work_dir / SHARD.format(1))
+    flip(lab.work_dir / BLOCK.format(0))
     lab.resume()
     assert lab.solved == [0, 3]
     assert digests(lab.out) == digests(lab.reference)
@@ -159,7 +159,7 @@ def test_without_calibration_text_blocks_are_on_their_own(model_folder, calibrat
 def test_a_block_that_comes_out_otherwise_takes_the_later_ones_along(lab, monkeypatch):
     lab = lab()
     lab.stop_after(3)
-    flip(lab.work_dir / SHARD.format(2))
+    flip(lab.work_dir / BLOCK.format(1))
     flip(lab.work_dir / "inputs-quantized-00002.bin.seal")
     _, told = lab.resume()
     assert lab.solved == [1, 2, 3]
@@ -167,22 +167,69 @@ def test_a_block_that_comes_out_otherwise_takes_the_later_ones_along(lab, monkey
     assert digests(lab.out) == digests(lab.reference)
 
 
-def test_a_shard_that_changes_after_it_was_verified_is_not_published(lab, monkeypatch):
+def test_a_block_that_changes_after_it_was_verified_is_not_published(lab, monkeypatch):
     lab = lab()
-    finish, kept = PartialCheckpoint.keep_only_shards, []
+    keep, kept = PartialCheckpoint.keep_only_blocks, []
 
     def damage(self):
-        finish(self)
-        kept.append(flip(self.shard_path(1)))
+        keep(self)
+        kept.append(flip(self.block_path(1)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartialCheckpoint, "keep_only_shards", damage)
-        with pytest.raises(LlmqError, match=r"00002-of-00005\.safetensors: changed after it was"):
+        patch.setattr(PartialCheckpoint, "keep_only_blocks", damage)
+        with pytest.raises(LlmqError, match=r"00001\.safetensors: changed after it was"):
             lab.resume()
     assert not lab.out.exists()
     lab.resume()
     assert lab.solved == [1]
     assert digests(lab.out) == digests(lab.reference)
+
+
+def test_damage_to_a_shard_costs_the_block_it_is_in(lab, monkeypatch):
+    """Blocks are read from shards once these are written, and go as soon as that is so."""
+    monkeypatch.setattr(packing, "MAX_SHARD_BYTES", 80_000)
+    lab = lab()
+    assert [path.name for path in sorted(lab.reference.glob("*.safetensors"))] == [
+        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    ]
+    n_left = []
+
+    def stop(self):
+        n_left.append(len(list(self.blocks_dir.glob("*.safetensors"))))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialCheckpoint, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_folder(lab.job(), lab.out)
+    assert n_left == [0]
+    kept = lab.tmp_path / "kept"
+    shutil.copytree(lab.work_dir, kept)
+    first = "checkpoint/model-00001-of-00003.safetensors"
+    tensors = packing.stored_tensors(kept / first)
+    starts = {name: tensor.start for name, tensor in tensors.items()}
+    damages = {
+        (first, min(starts[name] for name in starts if ".layers.1." in name)): [1],
+        (first, 20): [0, 1],  # the header tells of all blocks in it
+        (first, None): [0, 1],
+        ("blocks/model-00001-of-00003.safetensors.json", 40): [],
+        ("blocks/00002.json", 40): [2],
+    }
+    for (name, place), solved in damages.items():
+        shutil.rmtree(lab.work_dir, ignore_errors=True)
+        shutil.copytree(kept, lab.work_dir)
+        if place is None:
+            (lab.work_dir / name).unlink()
+        else:
+            content = bytearray((lab.work_dir / name).read_bytes())
+            content[place] ^= 4
+            (lab.work_dir / name).write_bytes(content)
+        report, told = lab.resume()
+        assert lab.solved == solved, (name, place)
+        assert told, (name, place)
+        assert report["redone_blocks"] == solved, (name, place)
+        assert digests(lab.out) == digests(lab.reference), (name, place)
+        shutil.rmtree(lab.out)
 
 
 def victim_of(tmp_path: Path) -> Path:
@@ -205,8 +252,9 @@ LINKS = [
     {"blocks": ".", "lock": "a.tmp"},
     {"state.json": "state.json"},
     {
-        SHARD.format(1): "model-00001-of-00005.safetensors",
-        "checkpoint/model-00003-of-00005.tmp": "a.tmp",
+        BLOCK.format(0): "model-00001-of-00005.safetensors",
+        "blocks/00002.tmp": "a.tmp",
+        "checkpoint/model.safetensors": "model-00001-of-00005.safetensors",
         "checkpoint/config.json.tmp": "a.tmp",
         "checkpoint/README.md": "a.tmp",
         "inputs-quantized-00003.tmp": "a.tmp",

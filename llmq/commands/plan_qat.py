@@ -1,0 +1,200 @@
+"""`llmq plan MODEL --qat`: what `llmq qat` would take."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llmq.commands import jobs, rendering
+from llmq.commands.machine import LIBRARY_BYTES, duration, memory_bytes, timed_device
+from llmq.commands.options import real, whole
+from llmq.commands.parser import Parser
+
+if TYPE_CHECKING:
+    from llmq.models.source import Source
+    from llmq.qat.budget import Memory
+    from llmq.qat.settings import QATSettings
+    from llmq.recipe import LayerPlan
+
+# Options that only mean something with --qat, and those of `llmq plan` that do so with it.
+OWN = frozenset({"scheme", "max_tokens", "batch_size", "precision", "gradient_checkpointing"})
+SHARED = frozenset({"model", "qat", "sequence_length", "device", "revision", "max_ram", "json"})
+# What is tried, in this order, where a run does not fit.
+SMALLER: dict[str, dict[str, Any]] = {
+    "--gradient-checkpointing": {"gradient_checkpointing": True},
+    "--batch-size 1": {"batch_size": 1},
+    "--batch-size 1 --gradient-checkpointing": {"batch_size": 1, "gradient_checkpointing": True},
+}
+
+
+def add_arguments(parser: Parser) -> None:
+    """The options of `llmq qat` that decide memory and time."""
+    parser.add_argument(
+        "--qat", action="store_true", help="plan fine-tuning by 'llmq qat' instead: memory and time"
+    )
+    parser.more.add_argument("--scheme", default="w4", help="with --qat (default: w4)")
+    parser.more.add_argument(
+        "--max-tokens", type=real(1), metavar="N", help="with --qat: training tokens"
+    )
+    parser.more.add_argument(
+        "--batch-size", type=whole(1), default=8, help="with --qat (default: 8)"
+    )
+    parser.more.add_argument(
+        "--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="with --qat"
+    )
+    parser.more.add_argument("--gradient-checkpointing", action="store_true", help="with --qat")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `LlmqError` for an option that the kind of plan does not go by: it would be ignored."""
+    from llmq.errors import LlmqError
+
+    given = {name for name, value in vars(args).items() if value != args.parser.get_default(name)}
+    given -= {"command"}
+    wrong = given - OWN - SHARED if args.qat else given & OWN
+    for name in sorted(wrong):
+        option = f"--{name.replace('_', '-')}"
+        raise LlmqError(
+            f"{option}: plans with --qat go by the scheme, such as --scheme w4a8; leave it out"
+            if args.qat
+            else f"{option}: is an option of fine-tuning; give --qat, or leave it out"
+        )
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
+    from llmq.models.config_only import ConfigOnly, open_to_plan
+    from llmq.qat.budget import training_flops
+
+    source = open_to_plan(args.model, args.revision)
+    settings = _settings(args, source)
+    plans, n_parameters = _layers(source, settings)
+    memory = _memory(source, settings, plans, n_parameters)
+    limit, where = _limit(args)
+    device = timed_device(args.device)
+    rate = jobs.measured_rate(device, settings.precision)
+    per_million = training_flops(n_parameters, 1e6) / rate
+    result = {
+        "model": str(source.folder),
+        "has_weights": not isinstance(source, ConfigOnly),
+        "scheme": args.scheme,
+        "parameters": n_parameters,
+        "quantized_layers": sum(plan.spec is not None for plan in plans),
+        "windows_per_step": [settings.batch_size, settings.sequence_length],
+        "memory": memory.to_json(),
+        "planned_peak_bytes": memory.n_bytes,
+        "limit_bytes": limit,
+        "limit_of": where,
+        "fits": None if limit is None else memory.n_bytes <= limit,
+        "fitting_options": _fitting(source, settings, plans, n_parameters, limit),
+        "planned_seconds_per_million_tokens": round(per_million, 1),
+        "max_tokens": args.max_tokens,
+        "planned_seconds": args.max_tokens and round(per_million * args.max_tokens / 1e6, 1),
+        "estimate": {"flops_per_second": rate, "device": device},
+    }
+    return result, _text(result)
+
+
+def _settings(args: argparse.Namespace, source: Source) -> QATSettings:
+    from llmq.qat.settings import QATSettings, Scheme
+
+    length = args.sequence_length or min(2048, jobs.max_positions(source.config))
+    return QATSettings(
+        Scheme.parse(args.scheme),
+        sequence_length=length,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+
+
+def _layers(source: Source, settings: QATSettings) -> tuple[list[LayerPlan], int]:
+    """What becomes of each layer, and the parameters of the model."""
+    from llmq.models.arch import quantizable_layers
+    from llmq.models.source import meta_model
+    from llmq.recipe import Recipe
+
+    model = meta_model(source.config)
+    plans = Recipe.uniform(settings.scheme.weights).plan(quantizable_layers(model))
+    return plans, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _memory(
+    source: Source, settings: QATSettings, plans: list[LayerPlan], n_parameters: int
+) -> Memory:
+    import torch
+
+    from llmq.qat.budget import Memory
+
+    is_half = settings.precision == "bf16" and source.config.dtype == torch.bfloat16
+    config = source.config.get_text_config()
+    return Memory.of(config, plans, settings, n_parameters, 2 if is_half else 4)
+
+
+def _limit(args: argparse.Namespace) -> tuple[int | None, str | None]:
+    """Bytes that training may take beside the libraries, and who says so."""
+    if args.max_ram is not None:
+        return int(args.max_ram * 1e9), "--max-ram"
+    there = memory_bytes() if args.device == "cpu" else None
+    return (None, None) if there is None else (there - LIBRARY_BYTES, "this machine")
+
+
+def _fitting(
+    source: Source,
+    settings: QATSettings,
+    plans: list[LayerPlan],
+    n_parameters: int,
+    limit: int | None,
+) -> dict[str, int]:
+    """Options with which it fits, with their peak memory in bytes, where it does not."""
+    if limit is None or _memory(source, settings, plans, n_parameters).n_bytes <= limit:
+        return {}
+    found = {}
+    for option, values in SMALLER.items():
+        other = _memory(source, replace(settings, **values), plans, n_parameters)
+        if other.n_bytes <= limit:
+            found[option] = other.n_bytes
+    return found
+
+
+def _text(result: dict[str, Any]) -> str:
+    memory = result["memory"]
+    rows = [(name, f"{n_bytes / 1e9:.2f}") for name, n_bytes in memory.items()]
+    table = rendering.render(rows, ("memory of a process", "GB"))
+    batch, length = result["windows_per_step"]
+    pairs: dict[str, object] = {
+        "model": f"{result['parameters'] / 1e6:.1f}M parameters, {result['quantized_layers']} "
+        f"layers at {result['scheme']}",
+        "batch": f"{batch} windows of {length} tokens",
+        "peak memory": _fit_line(result),
+        "time": f"about {duration(result['planned_seconds_per_million_tokens'])} per million "
+        "tokens",
+        "estimated from": f"8.5 operations per parameter and token at "
+        f"{result['estimate']['flops_per_second'] / 1e9:.0f} GFLOP/s, half of what a product of "
+        "matrices ran at just now",
+    }
+    if not result["has_weights"]:
+        pairs["weights"] = "none in this folder: sizes are those that its config describes"
+    if result["planned_seconds"]:
+        pairs["time"] = (
+            f"about {duration(result['planned_seconds'])} for {result['max_tokens']:.0f} tokens"
+        )
+    return f"{table}\n\n{rendering.render_pairs(pairs)}"
+
+
+def _fit_line(result: dict[str, Any]) -> str:
+    line = f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries"
+    if result["fits"] is None:
+        return line
+    limit = f"the {result['limit_bytes'] / 1e9:.1f} GB of {result['limit_of']}"
+    if result["fits"]:
+        return f"{line}: fits into {limit}"
+    for option, n_bytes in result["fitting_options"].items():
+        return f"{line}: more than {limit}; {option} takes {n_bytes / 1e9:.2f} GB"
+    memory = result["memory"]
+    fixed = sum(memory[name] for name in ("masters", "gradients", "optimizer", "teacher"))
+    return (
+        f"{line}: more than {limit}, and no option changes that: weights and optimizer alone take "
+        f"{fixed / 1e9:.2f} GB; use 'llmq quantize'"
+    )

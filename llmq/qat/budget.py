@@ -1,0 +1,74 @@
+"""What training takes, from shapes alone: memory and floating-point operations. Estimates."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from transformers import PretrainedConfig
+
+from llmq.qat.losses import CHUNK_TOKENS
+from llmq.qat.settings import QATSettings
+from llmq.recipe import LayerPlan
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. masters, gradients: float32. optimizer: two moments. teacher: its
+    weights. activations: what a batch keeps for the backward pass. logits: of a chunk, three times
+    in float32."""
+
+    masters: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    activations: int
+    logits: int
+
+    @classmethod
+    def of(
+        cls,
+        config: PretrainedConfig,
+        plans: list[LayerPlan],
+        settings: QATSettings,
+        n_parameters: int,
+        teacher_bytes: int,
+    ) -> Memory:
+        """config: of the text model. teacher_bytes: of one of its weights."""
+        # Each layer's input and output, and as much again around attention and norms; with
+        # checkpointing, of one block.
+        per_token = (
+            2
+            * sum(sum(plan.layer.shape) for plan in plans)
+            * (4 if settings.precision == "fp32" else 2)
+        )
+        n_kept = config.num_hidden_layers if settings.gradient_checkpointing else 1
+        return cls(
+            masters=4 * n_parameters,
+            gradients=4 * n_parameters,
+            optimizer=8 * n_parameters,
+            teacher=teacher_bytes * n_parameters,
+            activations=settings.tokens_per_batch * per_token // n_kept,
+            logits=3 * 4 * CHUNK_TOKENS * config.vocab_size,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of weights and optimizer, whatever the batch."""
+        return self.masters + self.gradients + self.optimizer + self.teacher
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of a batch."""
+        return self.activations + self.logits
+
+    @property
+    def n_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def training_flops(n_parameters: int, n_tokens: float) -> float:
+    """Student forward and backward, teacher forward, heads once more in the backward pass."""
+    return 8.5 * n_parameters * n_tokens

@@ -1,0 +1,115 @@
+"""What `plan` says of size, memory and time, and that `--quick` is what it says."""
+
+import json
+
+import pytest
+
+from llmq.commands.cli import main
+from llmq.commands.machine import duration
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def planned(capsys):
+    def run(*arguments):
+        assert main(["plan", *map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def config_of_8b(tmp_path):
+    folder = tmp_path / "llama-8b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return folder
+
+
+def test_bytes_by_part(planned, model_folder):
+    """Tied embeddings are one part, and what is not quantized is named."""
+    plan = planned(
+        model_folder(tie_word_embeddings=True), "--method", "rtn", "--group-size", "32",
+        "--rule", "*.v_proj=w8g32", "--rule", "*.k_proj=keep",
+    )  # fmt: skip
+    parts = {(part["name"], part["spec"]): part for part in plan["parts"]}
+    assert parts.keys() == {
+        ("embeddings and head", None),
+        ("layers", "w4g32"),
+        ("layers", "w8g32"),
+        ("layers that are kept", None),
+        ("norms, biases and others", None),
+    }
+    table = parts["embeddings and head", None]
+    assert table["weights"] == 2048 * 64
+    assert table["planned_bytes"] == pytest.approx(table["source_bytes"])
+    total = sum(part["planned_bytes"] for part in plan["parts"])
+    assert total == pytest.approx(plan["planned_bytes"], abs=10)
+    assert table["planned_bytes"] < plan["unquantized_bytes"] < plan["planned_bytes"]
+
+
+def test_quick_is_planned_and_run(planned, model_folder, calibration_file, tmp_path, capsys):
+    folder = model_folder()
+    text = ["--calibration", str(calibration_file), "--group-size", "32"]
+    plan, quick = planned(folder, *text), planned(folder, *text, "--quick")
+    assert quick["calibration"]["windows"] == plan["quick"]["windows"] == [32, 128]
+    assert quick["quick"] is None
+    assert quick["planned_disk_bytes"] == plan["quick"]["planned_disk_bytes"]
+    assert quick["estimate"]["flops"] < plan["estimate"]["flops"]
+    out = tmp_path / "out"
+    options = ["--quick", "--samples", "3"]  # what is said of one of them holds
+    assert main(["quantize", str(folder), str(out), *text, *options]) == 0
+    recipe = json.loads((out / "report.json").read_text())["recipe"]
+    assert (recipe["samples"], recipe["sequence_length"]) == (3, 128)
+
+
+def test_a_config_is_enough(planned, config_of_8b):
+    """Nothing is read of 16 GB that are not there, and 8B parameters take no memory."""
+    plan = planned(config_of_8b, "--max-ram", "16")
+    assert plan["has_weights"] is False
+    assert plan["source_bytes"] == pytest.approx(16.06e9, rel=0.001)
+    assert plan["calibration"]["windows"] == [128, 2048]
+    assert plan["memory"]["fits"] is True
+    assert 5.3e9 < plan["planned_bytes"] < 6.2e9
+    plan = planned(config_of_8b, "--max-ram", "5")
+    assert plan["memory"]["fits"] is False
+    assert list(plan["memory"]["fitting_methods"]) == ["hqq", "rtn"]
+
+
+def test_fine_tuning_is_planned_too(planned, config_of_8b, capsys):
+    plan = planned(config_of_8b, "--qat", "--max-ram", "16")
+    assert plan["fits"] is False
+    assert plan["fitting_options"] == {}
+    assert plan["memory"]["optimizer"] == 2 * plan["memory"]["masters"] == 8 * plan["parameters"]
+    plan = planned(config_of_8b, "--qat", "--max-ram", "170")
+    assert "--batch-size 1" in plan["fitting_options"]
+    assert main(["plan", str(config_of_8b), "--qat", "--max-ram", "16"]) == 0
+    assert "no option changes that" in capsys.readouterr().out
+    for wrong in (["--qat", "--bits", "2"], ["--batch-size", "1"]):  # or it would be ignored
+        assert main(["plan", "tiny", *wrong]) == 2
+        assert f"{wrong[-2]}: " in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_fit_names_a_method_that_does(config_of_8b, model_folder, capsys):
+    out = ["nowhere", "--group-size", "32", "--max-ram", "0.005"]
+    assert main(["quantize", str(model_folder()), *out]) == 2
+    assert "or use --method hqq, which takes 0.00 GB" in capsys.readouterr().err
+    assert main(["quantize", str(config_of_8b), "nowhere"]) == 2
+    assert "no model.safetensors" in capsys.readouterr().err
+
+
+def test_times_as_people_say_them():
+    assert [duration(each) for each in (3, 89, 100, 20_000)] == ["3 s", "89 s", "2 min", "5.6 h"]

@@ -16,7 +16,7 @@ import importlib
 import threading
 from typing import TYPE_CHECKING, Any
 
-import wrapt
+from llmq.hooks import when_imported
 
 if TYPE_CHECKING:
     from llmq.errors import LlmqError, VerificationError
@@ -77,6 +77,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-@wrapt.when_imported("transformers.quantizers")
-def _register_quantizer(module: Any) -> None:
+def _register_quantizer() -> None:
     importlib.import_module("llmq.formats.hf_quantizer")
+
+
+when_imported("transformers.quantizers", _register_quantizer)

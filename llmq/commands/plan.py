@@ -10,6 +10,12 @@ from llmq.commands.parser import Parser
 
 HELP = "Show what would be quantized and what not, the size, peak memory and time. Nothing is run."
 
+EXAMPLES = (
+    "llmq plan tiny",
+    "llmq plan tiny --bits 3 --group-size 64 --method blockwise",
+    "llmq plan Qwen/Qwen3-0.6B --recipe w4-gptq",
+)
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)

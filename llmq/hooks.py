@@ -19,7 +19,8 @@ def when_imported(name: str, act: Callable[[], object]) -> None:
 
 
 class _Watcher:
-    """A finder that finds what the others find, and lets one module's loader act afterwards."""
+    """A finder that finds what those behind it find, and lets the loader of one module act
+    afterwards."""
 
     def __init__(self, name: str, act: Callable[[], object]) -> None:
         self._name, self._act = name, act
@@ -29,8 +30,9 @@ class _Watcher:
     ) -> ModuleSpec | None:
         if name != self._name:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
+        # Those behind this one: of several watchers each asks the next, and none the one before.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(name, path, target)
             if spec is not None:
                 self._extend(spec)
                 return spec

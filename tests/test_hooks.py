@@ -40,6 +40,10 @@ def test_what_is_imported_already_is_acted_on_at_once(later):
     assert printed(f"import later\n{HOOKED}", later) == ["ran", "acted"]
 
 
+def test_several_hooks_act_each(later):
+    assert printed(f"{HOOKED}{HOOKED}{HOOKED}import later", later) == ["ran", *["acted"] * 3]
+
+
 def test_other_modules_and_missing_ones_are_as_without(later):
     program = f"{HOOKED}import json\ntry:\n    import nowhere\nexcept ImportError:\n    print('no')"
     assert printed(program, later) == ["no"]

@@ -139,7 +139,15 @@ def windows(
     tokenizer: PreTrainedTokenizerBase, config: Any, recipe: Recipe, source: str
 ) -> documents.TokenSet:
     """Seeded windows of a text, each with a BOS token for the families that need it."""
-    row = documents.tokenize(documents.load_documents(source, "calibration"), tokenizer)
+    texts = documents.load_documents(source, "calibration")
+    return windows_of(tokenizer, config, recipe, texts, source)
+
+
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase, config: Any, recipe: Recipe, texts: list[str], source: str
+) -> documents.TokenSet:
+    """`windows` of texts that are there already. source: what reports call them."""
+    row = documents.tokenize(texts, tokenizer)
     documents.check_vocabulary(row, config.get_text_config().vocab_size, source)
     bos = first_token(tokenizer, config)
     found = documents.calibration_windows(

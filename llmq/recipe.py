@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from llmq import patterns
+from llmq.arguments import check_type, refused
 from llmq.errors import LlmqError
 from llmq.fields import check_fields
+from llmq.grid.scheme import parse_treatment
 from llmq.grid.spec import ActSpec, QuantSpec
 
 KEEP = "keep"
@@ -50,13 +52,27 @@ class Rule:
     @classmethod
     def parse(cls, text: str) -> Rule:
         """Read `PATTERN=SPEC`, such as `*.down_proj=w8` or `model.layers.0.*=keep`."""
+        check_type("rule", text, str, "a text PATTERN=SPEC, such as '*.down_proj=w8'")
         pattern, separator, spec = text.rpartition("=")
         if not separator or not pattern:
             raise LlmqError(
                 f"rule {text!r}: expected PATTERN=SPEC, such as '*.down_proj=w8' or "
                 "'model.layers.0.*=keep'"
             )
-        return cls(pattern, None if spec == KEEP else QuantSpec.parse(spec))
+        return cls(pattern, _weights_of(spec, text))
+
+
+def _weights_of(spec: str, rule: str) -> QuantSpec | None:
+    """The spec of a rule's text, None to keep."""
+    if spec == KEEP:
+        return None
+    weights, activations = parse_treatment(spec)
+    if not activations.is_none:
+        raise LlmqError(
+            f"rule {rule!r}: activations are treated alike in all layers; give the weights alone, "
+            f"{weights}"
+        )
+    return weights
 
 
 @dataclass(frozen=True)
@@ -174,10 +190,15 @@ class Recipe:
 
     @classmethod
     def uniform(cls, spec: str | QuantSpec, **options: Any) -> Recipe:
-        """One spec for every layer: `Recipe.uniform("w4g128", method="gptq")`."""
-        return cls(
-            rules=(Rule("*", QuantSpec.parse(spec) if isinstance(spec, str) else spec),), **options
-        )
+        """One spec for every layer, or one scheme: `Recipe.uniform("w4g128", method="gptq")`,
+        `Recipe.uniform("W8A8")`."""
+        if isinstance(spec, str):
+            spec, activations = parse_treatment(spec)
+            if not activations.is_none:
+                options.setdefault("activations", activations)
+        elif not isinstance(spec, QuantSpec):
+            raise refused("spec", spec, "a QuantSpec, or a text such as w4g128 or W4A16")
+        return cls(rules=(Rule("*", spec),), **options)
 
     def plan(self, layers: Iterable[Layer]) -> list[LayerPlan]:
         """Decide every layer. Raises `LlmqError` when a rule matches no layer."""

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each room may import the rooms below it and itself.
 ROOMS = [
     "commands",
+    "api",
     "benchmark",
     "qat",
     "ptq",
@@ -35,6 +36,7 @@ ROOMS = [
     "storage",
     "fields",
     "patterns",
+    "arguments",
     "errors",
     "messages",
 ]

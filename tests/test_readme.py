@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmq.commands.cli import build_parser, main
+from llmq.commands.catalog import command_parsers
+from llmq.commands.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -140,10 +141,9 @@ def test_no_line_is_longer_than_a_hundred_columns():
 
 
 def test_every_option_of_the_readme_exists():
-    (commands,) = (action.choices for action in build_parser()._actions if action.dest == "command")
     known = {
         option
-        for parser in commands.values()
+        for parser in command_parsers().values()
         for action in parser._actions
         if action.help != SUPPRESS
         for option in action.option_strings

@@ -18,8 +18,15 @@ HELP = (
     "default), or decoding with a synthetic Llama (--decode)."
 )
 
+EXAMPLES = (
+    "llmq bench",
+    "llmq bench --shapes 4096x4096 --rows 1 8 --weights w4g128 w8+a8",
+    "llmq bench --decode                   # needs a GPU",
+)
+
 
 def add_arguments(parser: Parser) -> None:
+    parser.section("what is timed")
     parser.add_argument(
         "--kernels", action="store_true", help="products of single layers (default)"
     )
@@ -29,7 +36,6 @@ def add_arguments(parser: Parser) -> None:
         help="tokens per second of a synthetic Llama-3-8B-shaped model, bfloat16 and quantized; "
         "needs a GPU",
     )
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -45,6 +51,8 @@ def add_arguments(parser: Parser) -> None:
         help="such as w4g128, w3g64-asym, w8; +a8 for INT8 activations, +a8g for those of "
         "--compute int8: w8+a8, ternary+a8g",
     )
+    parser.section("how it is timed")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.more.add_argument(
         "--repeats",
         type=whole(1),

@@ -1,5 +1,4 @@
-"""The command line. Each command is a module of `llmq.commands` with `HELP`,
-`add_arguments(parser)` and `run(args) -> (JSON-able result, text)`, or None.
+"""The command line: runs a command of `llmq.commands.catalog`.
 
 Progress goes to stderr, results to stdout; `--json` prints one JSON object instead of text. Exit
 codes: 0 done, 1 quality or verification failed, 2 bad usage or input, 130 interrupted, 141 when the
@@ -8,9 +7,7 @@ torch nor transformers, so `--help` answers at once."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -22,46 +19,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from llmq import __version__
-from llmq.commands.parser import Parser
+from llmq.commands.catalog import read_arguments
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.messages import escaped, one_line
 from llmq.storage.boundary import out_of_memory
 
-COMMANDS = (
-    "plan",
-    "quantize",
-    "qat",
-    "eval",
-    "compare",
-    "generate",
-    "inspect",
-    "verify",
-    "bench",
-    "doctor",
-)
-
-
-def build_parser() -> Parser:
-    """The parser of every command."""
-    parser = Parser(
-        prog="llmq",
-        description="Quantize Hugging Face causal language models, with proof of what was lost.",
-        epilog="llmq COMMAND --help shows the options of a command that most people need, "
-        "--help-all all.",
-    )
-    parser.add_argument("--version", action="version", version=f"llmq {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f"llmq.commands.{name}")
-        subparser = subparsers.add_parser(
-            name, help=module.HELP.splitlines()[0], description=module.HELP
-        )
-        module.add_arguments(subparser)
-        subparser.add_argument("--json", action="store_true", help="print one JSON object")
-        subparser.add_help_all()
-        subparser.set_defaults(module=module, parser=subparser)
-    return parser
+# Of the JSON that commands print. It goes up when a key changes its meaning or is gone; new keys
+# come without notice.
+SCHEMA_VERSION = 1
 
 
 class _Stop:
@@ -175,14 +140,14 @@ def _safe_streams() -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     with _safe_streams():
-        return _main(argv)
+        return _main(sys.argv[1:] if argv is None else argv)
 
 
-def _main(argv: list[str] | None) -> int:
+def _main(arguments: list[str]) -> int:
     try:
-        args = _parse(argv)
+        args = read_arguments(arguments)
     except LlmqError as error:
-        return _fail("--json" in (sys.argv if argv is None else argv), str(error), error.exit_code)
+        return _fail("--json" in arguments, str(error), error.exit_code)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     stop = _Stop()
     try:
@@ -193,7 +158,7 @@ def _main(argv: list[str] | None) -> int:
         result, text = answer
         if told:
             result = {**result, "warnings": told}
-        print(json.dumps(result) if args.json else escaped(text, keep="\n\t"), flush=True)
+        print(_as_json(result) if args.json else escaped(text, keep="\n\t"), flush=True)
     except (Exception, KeyboardInterrupt) as error:
         if stop.requested or isinstance(error, KeyboardInterrupt):
             hint = (
@@ -229,11 +194,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     raise error
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    args, unknown = build_parser().parse_known_args(argv)
-    if unknown:  # told by the command's own parser, whose help lists what there is
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return args
+def _as_json(result: Mapping[str, Any]) -> str:
+    """The object that `--json` prints, of a result or of an error."""
+    return json.dumps({"schema_version": SCHEMA_VERSION, **result})
 
 
 def _fail(as_json: bool, message: str, code: int, details: Mapping[str, Any] = {}) -> int:
@@ -241,7 +204,7 @@ def _fail(as_json: bool, message: str, code: int, details: Mapping[str, Any] = {
     print(f"llmq: {line}", file=sys.stderr)
     try:
         if as_json:
-            print(json.dumps({**details, "error": line}))
+            print(_as_json({**details, "error": line}))
         sys.stdout.flush()
     except (OSError, ValueError):  # a full disk, which may be what the message is about
         _discard(sys.stdout)

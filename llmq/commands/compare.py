@@ -16,6 +16,12 @@ HELP = (
     "divergence, top-1 agreement, size."
 )
 
+EXAMPLES = (
+    "llmq compare tiny tiny-w4",
+    "llmq compare tiny tiny-w4 --data my-text.jsonl --max-windows 50",
+    "llmq compare tiny tiny-w4 --compute int8 --head-bits 8  # the fastest",
+)
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("base", help=options.MODEL_HELP)

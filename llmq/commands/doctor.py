@@ -12,6 +12,7 @@ from llmq.commands import rendering
 from llmq.commands.parser import Parser
 
 HELP = "Print versions, devices, the backends that work here, and what is missing."
+EXAMPLES = ("llmq doctor", "llmq doctor --json")
 
 REQUIRED = (
     "torch",
@@ -21,7 +22,6 @@ REQUIRED = (
     "safetensors",
     "huggingface-hub",
     "rich",
-    "wrapt",
 )
 OPTIONAL = {
     "triton": "GPU kernels",

@@ -13,9 +13,16 @@ HELP = (
     "figure."
 )
 
+EXAMPLES = (
+    "llmq eval tiny --max-windows 20",
+    "llmq eval tiny-w4 --data my-text.jsonl",
+    "llmq eval tiny-w4 --data Salesforce/wikitext:wikitext-2-raw-v1:test",
+)
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)
+    parser.section("text")
     parser.more.add_argument(
         "--protocol",
         choices=("gptq",),

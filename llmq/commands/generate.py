@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from llmq.models.source import Source
 
 HELP = "Generate text; streams tokens to stdout, prints tokens/s and weight GB/s to stderr."
+EXAMPLES = (
+    "llmq generate tiny --prompt 'def main():'",
+    "llmq generate tiny --prompt 'def main():' --temperature 0.7 --seed 1",
+    "llmq generate tiny-w4 --prompt 'import' --compute int8 --head-bits 8",
+)
 DEFAULT_NEW_TOKENS = 64
 # Closer to 0 a score over the temperature leaves float32, and only the likeliest token is left
 # anyway.
@@ -34,6 +39,7 @@ _USUAL = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)
+    parser.section("text")
     parser.add_argument("--prompt", required=True)
     parser.add_argument(
         "--max-new-tokens",
@@ -50,6 +56,7 @@ def add_arguments(parser: Parser) -> None:
         "generation config says of sampling); above, samples with its top_k, top_p and so on",
     )
     parser.add_argument("--seed", type=whole(0), default=0)
+    parser.section("how it runs")
     parser.add_argument(
         "--dtype",
         default="auto",

@@ -14,9 +14,12 @@ from llmq.commands.parser import Parser
 
 HELP = "Show what is stored in a model folder: format, layers, dtypes, sizes, and how it was made."
 
+EXAMPLES = ("llmq inspect tiny", "llmq inspect tiny-w4 --json")
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)
+    parser.section("where it is")
     parser.add_argument("--revision", help="revision of a Hub model")
 
 

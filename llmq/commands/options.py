@@ -7,7 +7,7 @@ import argparse
 import math
 from collections.abc import Callable
 
-from llmq.commands.parser import Parser, fold_into_recipes
+from llmq.commands.parser import More, Parser, fold_into_recipes
 from llmq.formats.registry import AUTO, NAMES
 from llmq.ptq.methods import METHODS
 
@@ -83,7 +83,7 @@ def add_recipe_argument(parser: Parser) -> None:
     )
 
 
-def add_rule_argument(parser: argparse._ActionsContainer) -> None:
+def add_rule_argument(parser: Parser | More) -> None:
     """Other treatment for some layers."""
     parser.add_argument(
         "--rule",
@@ -118,6 +118,7 @@ def add_strict_argument(parser: Parser) -> None:
 
 def add_inference_arguments(parser: Parser) -> None:
     """How a model is run: device, arithmetic, and the bits of its head."""
+    parser.section("how it runs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--compute",
@@ -138,6 +139,7 @@ def add_inference_arguments(parser: Parser) -> None:
 
 def add_evaluation_arguments(parser: Parser) -> None:
     """Text, windows, BOS policy, dtype and device of an evaluation."""
+    parser.section("text")
     parser.add_argument(
         "--data", type=source, default="bundled", metavar="SOURCE", help=f"{TEXT_HELP} (default)"
     )
@@ -150,13 +152,14 @@ def add_evaluation_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--max-windows", type=whole(1), metavar="N", help="evaluate the first N windows only"
     )
+    parser.more.add_argument(
+        "--bos", default="auto", help="auto, every-window, start or none (default: auto)"
+    )
+    parser.section("how it runs")
     parser.add_argument(
         "--dtype",
         default="float32",
         help="auto, float32, bfloat16 or float16 (default: float32, free of kernel rounding)",
-    )
-    parser.more.add_argument(
-        "--bos", default="auto", help="auto, every-window, start or none (default: auto)"
     )
     parser.more.add_argument(
         "--no-verify",
@@ -169,26 +172,34 @@ def add_evaluation_arguments(parser: Parser) -> None:
 def add_quantization_arguments(parser: Parser) -> None:
     """What `plan` and `quantize` have in common: everything that makes a recipe, its text, and the
     limits of the run."""
+    parser.section("what it becomes")
     _add_grid_arguments(parser)
     add_rule_argument(parser)
     add_recipe_argument(parser)
+    _add_activation_arguments(parser)
+    parser.section("how it is quantized")
+    _add_method_argument(parser)
+    _add_gptq_arguments(parser)
+    _add_blockwise_arguments(parser)
+    parser.section("calibration text")
     _add_calibration_arguments(parser)
+    parser.section("run and output")
     parser.add_argument(
         "--device", default="cpu", help="cpu, or cuda to run block by block on the GPU"
     )
-    _add_gptq_arguments(parser)
-    _add_blockwise_arguments(parser)
-    _add_activation_arguments(parser)
     _add_limits(parser)
     fold_into_recipes(parser, RECIPE_KEYS)
 
 
-def _add_grid_arguments(parser: Parser) -> None:
+def _add_method_argument(parser: Parser) -> None:
     parser.add_argument(
         "--method",
         choices=tuple(METHODS),
         help=f"{'; '.join(f'{name}: {what}' for name, what in METHODS.items())} (default: gptq)",
     )
+
+
+def _add_grid_arguments(parser: Parser) -> None:
     parser.add_argument("--bits", choices=BITS, help="default: 4")
     parser.add_argument(
         "--group-size",

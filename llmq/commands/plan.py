@@ -19,6 +19,12 @@ HELP = (
 
 MENTIONED = 0.1  # share of the output that is worth a word when it is not quantized
 
+EXAMPLES = (
+    "llmq plan tiny",
+    "llmq plan tiny --bits 3 --group-size 64 --method blockwise",
+    "llmq plan Qwen/Qwen3-0.6B --recipe w4-gptq",
+)
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)

@@ -18,6 +18,12 @@ HELP = (
     "For many GPUs: accelerate launch -m llmq qat ..."
 )
 
+EXAMPLES = (
+    "llmq qat tiny tiny-w4 --scheme w4 --max-tokens 1e6",
+    "llmq qat tiny tiny-w2 --recipe w2-qat --max-steps 100 --batch-size 4",
+    "llmq qat Qwen/Qwen3-0.6B qwen3-w3 --scheme w3 --train my-text.jsonl",
+)
+
 
 def add_arguments(parser: Parser) -> None:
     qat_options.add_arguments(parser)

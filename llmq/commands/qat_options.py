@@ -21,17 +21,22 @@ def add_arguments(parser: Parser) -> None:
     """Every option, none with a default that a recipe file could not override."""
     parser.add_argument("model", help=options.MODEL_HELP)
     parser.add_argument("out", help="the folder to write")
+    parser.section("what it becomes")
     parser.add_argument(
         "--scheme",
         help="w8, w4, w3, w2 or ternary, with a8 and kv8 or kv4 behind where wanted: w4a8kv8 "
         "(default: w4)",
     )
     options.add_recipe_argument(parser)
-    _add_text_arguments(parser)
-    _add_run_arguments(parser)
-    options.add_overwrite_argument(parser)
     _add_scheme_arguments(parser)
+    parser.section("training text")
+    _add_text_arguments(parser)
+    parser.section("training")
+    _add_run_arguments(parser)
     _add_training_arguments(parser)
+    parser.section("run and output")
+    _add_device_arguments(parser)
+    options.add_overwrite_argument(parser)
     _add_cadence_arguments(parser)
     parser.more.add_argument(
         "--strict",
@@ -84,6 +89,10 @@ def _add_run_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--accumulation", type=whole(1), help="batches per optimizer step (default: 1)"
     )
+    parser.more.add_argument("--seed", type=whole(0, 2**32 - 1), help="(default: 0)")
+
+
+def _add_device_arguments(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.more.add_argument(
         "--precision",
@@ -96,7 +105,6 @@ def _add_run_arguments(parser: Parser) -> None:
         default=None,
         help="compute activations twice instead of keeping them",
     )
-    parser.more.add_argument("--seed", type=whole(0, 2**32 - 1), help="(default: 0)")
 
 
 def _add_scheme_arguments(parser: Parser) -> None:

@@ -19,11 +19,20 @@ HELP = (
     "again."
 )
 
+EXAMPLES = (
+    "llmq quantize tiny tiny-w4                        # 4 bits, groups of 128",
+    "llmq quantize tiny tiny-w3 --bits 3 --group-size 64 --asymmetric",
+    "llmq quantize tiny tiny-mix --rule '*.down_proj=w8' --rule '*.layers.0.*=keep'",
+    "llmq quantize tiny tiny-w8a8 --recipe w8a8        # see llmq/recipes/README.md",
+    "llmq quantize Qwen/Qwen3-0.6B qwen3-w4 --calibration my-text.jsonl",
+)
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)
     parser.add_argument("out", help="the folder to write")
     options.add_quantization_arguments(parser)
+    parser.section("run and output")
     options.add_overwrite_argument(parser)
 
 

@@ -13,9 +13,12 @@ HELP = (
     "when one differs."
 )
 
+EXAMPLES = ("llmq verify tiny-w4",)
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", help="a folder that llmq wrote, or a Hub id of one")
+    parser.section("where it is")
     parser.add_argument("--revision", help="revision of a Hub model")
 
 

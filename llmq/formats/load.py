@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.hf_quantizer import knowing
+from llmq.formats.placement import DeviceMap, device_of
 from llmq.formats.registry import all_formats
 from llmq.formats.settings import quantization_settings
 from llmq.inference.module import quantized_modules
@@ -29,7 +31,7 @@ from llmq.storage.manifest import check_folder, check_sizes
 from llmq_kernels.core import restricted
 from llmq_kernels.core.compute import MODES, default_mode, refusal
 
-_DTYPES = {
+_DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -42,8 +44,9 @@ def load(
     model: str | os.PathLike[str] | Source,
     *,
     revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: DeviceMap | None = None,
     compute: str | None = None,
     verify: bool = False,
     strict: bool = False,
@@ -52,16 +55,21 @@ def load(
     `llmq.formats.registry.NAMES` (also by other tools), or in full precision.
 
     dtype: of activations and unquantized weights: "auto" (as stored), "float32", "bfloat16",
-    "float16". compute: "exact", or "int8" to let quantized layers round their activations to INT8
+    "float16", or torch's dtype of that name. device: "cpu" (default) or "cuda". device_map: the
+    same in transformers' words, "auto" for a GPU with room, else the CPU; a model that would lie on
+    several devices is refused.
+
+    compute: "exact", or "int8" to let quantized layers round their activations to INT8
     per token and group on a CPU, which is faster (default: what LLMQ_COMPUTE says, else "exact").
     verify: check every file against the hashes of the manifest that llmq wrote; sizes always are.
     strict: refuse stored tensors that the model has no place for, which are named in a
     `LlmqWarning` otherwise. Raises `LlmqError` when anything is missing or damaged."""
-    if dtype not in _DTYPES:
-        raise LlmqError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    loaded_dtype = _checked_dtype(dtype)
+    check_type("model", model, (str, os.PathLike, Source), "a folder, a Hub id, or 'tiny'")
     restricted.adapt()
-    compute = _checked_compute(compute, device)
     source = Source.open(model, revision)
+    place = device_of(device, device_map, source.weight_bytes if device_map == "auto" else 0)
+    compute = _checked_compute(compute, place)
     model_dir = source.folder
     (check_folder if verify else check_sizes)(model_dir)
     config = copy.deepcopy(source.config)  # of this one load
@@ -81,7 +89,7 @@ def load(
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model_dir,
             config=config,
-            dtype=_DTYPES[dtype],
+            dtype=loaded_dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
@@ -96,7 +104,7 @@ def load(
     state_ties(loaded)
     for part in (loaded.config, loaded.config.get_text_config()):
         vars(part).pop("transformers_weights", None)
-    quantized: PreTrainedModel = loaded.to(device).eval()
+    quantized: PreTrainedModel = loaded.to(place).eval()
     for module in quantized_modules(quantized).values():
         module.set_compute(compute)
     take_turns(quantized)
@@ -144,14 +152,23 @@ def _tell_left_out(
     warnings.warn(text, LlmqWarning, stacklevel=3)
 
 
-def _checked_compute(mode: str | None, device: str) -> str:
+def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        names = ", ".join(_DTYPES)
+        raise LlmqError(f"dtype {dtype!r}: expected one of {names}, or torch's of these names")
+    return _DTYPES[dtype]
+
+
+def _checked_compute(mode: str | None, device: torch.device) -> str:
     try:
         mode = mode or default_mode()
     except ValueError as error:
         raise LlmqError(str(error)) from None
     if mode not in MODES:
         raise LlmqError(f"compute {mode!r}: expected one of {', '.join(MODES)}")
-    if reason := refusal(mode, torch.device(device)):
+    if reason := refusal(mode, device):
         raise LlmqError(
             f"compute {mode}: {reason}; without it (compute exact) the model runs here, too"
         )

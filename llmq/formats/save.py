@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats.base import Format
 from llmq.formats.registry import choose_format, detect, has_groups
@@ -84,6 +85,8 @@ def save(
     tokenizer: in place of that folder's. format: "auto" or one of `llmq.formats.registry.NAMES`.
     Raises `LlmqError` when the model is not quantized, the format cannot hold it, or the output
     exists."""
+    check_type("model", model, PreTrainedModel, "a transformers model, as llmq.load gives it")
+    check_type("out_dir", out_dir, (str, os.PathLike), "the folder to write")
     quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
     if not quantized:
         raise LlmqError(
@@ -106,7 +109,7 @@ def save(
     made = files.make_folder(work_dir)
     try:
         _write_shards(work_dir, tensors, max_shard_bytes)
-        source_dir = _source_of(model)
+        source_dir = source_folder(model)
         companions = Companions()
         if source_dir is not None:
             companions = copy_companions(source_dir, work_dir, tokenizer=tokenizer is None)
@@ -163,7 +166,7 @@ def _kept_tensors(model: PreTrainedModel, quantized: Collection[str]) -> dict[st
     return tensors
 
 
-def _source_of(model: PreTrainedModel) -> Path | None:
+def source_folder(model: PreTrainedModel) -> Path | None:
     """The folder that a model was loaded from, or None."""
     name = getattr(model.config, "_name_or_path", None) or getattr(model, "name_or_path", None)
     if not name:

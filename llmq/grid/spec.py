@@ -15,6 +15,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_type_hints
 
+from llmq.arguments import check_type
 from llmq.errors import LlmqError
 from llmq.fields import check_fields
 from llmq_kernels.core.codes import CODES, Code
@@ -101,6 +102,7 @@ class QuantSpec:
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
         """Read the short text form. Raises `LlmqError` with the forms that exist."""
+        check_type("spec", text, str, "a text such as w4g128")
         match = _TEXT.fullmatch(text.strip().lower()) if len(text) <= MAX_TEXT else None
         code = match and ("ternary" if match["ternary"] else f"int{match['bits']}")
         if not match or code not in CODES:

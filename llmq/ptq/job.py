@@ -163,6 +163,17 @@ def windows(
 ) -> documents.TokenSet:
     """Seeded windows of a text, each with a BOS token for the families that need it."""
     text = documents.read_text(source, "calibration", tokenizer)
+    return windows_of(tokenizer, config, recipe, text, source)
+
+
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any,
+    recipe: Recipe,
+    text: documents.Text,
+    source: str,
+) -> documents.TokenSet:
+    """`windows` of a text that was read already. source: what messages call it."""
     row = documents.tokenize(text.documents, tokenizer)
     documents.check_vocabulary(row, config.get_text_config().vocab_size, source)
     bos = first_token(tokenizer, config)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from llmq.errors import LlmqError
 from llmq.fields import check_fields
+from llmq.grid.scheme import read_scheme
 from llmq.grid.spec import QuantSpec
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.weights import QuantizerName
-
-_SCHEME = re.compile(r"(?P<weights>w[2348]|ternary)(?:a(?P<activations>8))?(?:kv(?P<kv>[48]))?")
-# Group sizes and zero points where nothing else is asked: those of the published low-bit results.
-_GRIDS = {
-    "w8": QuantSpec("int8", -1),
-    "w4": QuantSpec("int4", 128),
-    "w3": QuantSpec("int3", 128),
-    "w2": QuantSpec("int2", 64, symmetric=False),
-    "ternary": QuantSpec("ternary", 128),
-}
 
 
 @dataclass(frozen=True)
@@ -35,19 +25,17 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """Read w4, w3, w2, w8 or ternary, with a8 and kv8 or kv4 behind where wanted: `w4a8kv8`.
+        """Read w4, w3, w2, w8 or ternary, with a8 and kv8 or kv4 behind where wanted: `w4a8kv8`
+        (see `llmq.grid.scheme`).
         Raises `LlmqError` with the forms that exist."""
-        match = _SCHEME.fullmatch(text.strip().lower())
-        if not match:
+        found = read_scheme(text)
+        if found is None:
             raise LlmqError(
                 f"unknown scheme {text!r}: expected w8, w4, w3, w2 or ternary, with a8 and kv8 or "
                 "kv4 behind where wanted, such as w4a8kv8"
             )
-        return cls(
-            _GRIDS[match["weights"]],
-            "int8-token" if match["activations"] else "none",
-            int(match["kv"]) if match["kv"] else None,
-        )
+        weights, activations = found
+        return cls(weights, activations.kind, activations.kv_bits)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmq.activations.nodes import ActivationQuantizer
+from llmq.arguments import check_type
 from llmq.errors import LlmqError
 from llmq.formats.hf_quantizer import state_quantization
 from llmq.grid import rounding
@@ -229,6 +230,7 @@ def freeze(model: nn.Module, activations: ActSpec = ActSpec()) -> dict[str, Quan
     """Replace every `FakeQuantLinear` by a `QuantLinear` with the same values, in place, and return
     the packed weights. Raises `LlmqError` when one would differ by a bit, and for other activations
     than the layers were trained with."""
+    check_type("activations", activations, ActSpec, "an ActSpec, such as recipe.activations")
     frozen = {}
     for name, module in fake_quant_modules(model).items():
         trained = "none" if module.activations is None else module.activations.kind

@@ -26,12 +26,13 @@ BOS_POLICIES = ("auto", "every-window", "start", "none")
 @dataclass(frozen=True)
 class Windows:
     """tokens: int64 `[n, T]`. bos: the policy that was applied. The hashes identify text and
-    tokenizer. read: what was read of the source of the text, where that is known."""
+    tokenizer, None where tokens were given. read: what was read of the source of the text, where
+    that is known."""
 
     tokens: Tensor
     bos: str
-    text_sha256: str
-    tokenizer_sha256: str
+    text_sha256: str | None
+    tokenizer_sha256: str | None
     read: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,7 +90,7 @@ def cut_windows(
                 "--bos every-window: neither this tokenizer nor config.json has a BOS token; use "
                 "--bos start or none"
             )
-        body = _cut(row, sequence_length - 1)
+        body = cut_row(row, sequence_length - 1)
         tokens = torch.cat([torch.full((len(body), 1), begin), body], dim=1)
     else:
         # Some tokenizers add BOS by themselves; an EOS that they would add at the end of the text
@@ -100,11 +101,13 @@ def cut_windows(
             and tokenizer("a", verbose=False)["input_ids"][:1] == [begin]
         ):
             row = torch.cat([torch.tensor([begin]), row])
-        tokens = _cut(row, sequence_length)
+        tokens = cut_row(row, sequence_length)
     return identified(tokens, policy, documents, tokenizer)
 
 
-def _cut(row: Tensor, length: int) -> Tensor:
+def cut_row(row: Tensor, length: int) -> Tensor:
+    """Disjoint windows `[n, length]` of a row of tokens, its tail dropped. Raises `LlmqError` where
+    there is not one."""
     n = len(row) // length
     if n == 0:
         raise LlmqError(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmq.commands.cli import build_parser
+from llmq.commands.catalog import build_parser
 from llmq.commands.qat_settings import read_settings
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec

@@ -37,7 +37,7 @@ def test_full_and_closed_streams_change_no_exit_code(streams, tmp_path):
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     if done.stdout:
-        assert "invalid choice" in json.loads(done.stdout)["error"]
+        assert "unknown command nothing" in json.loads(done.stdout)["error"]
 
 
 def test_a_full_stderr_does_not_lose_a_result(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The command line. Each command is a module of `llmq.commands` with `HELP`,
-`add_arguments(parser)` and `run(args) -> (JSON-able result, text)`, or None.
+`add_arguments(parser)` and `run(args) -> (JSON-able result, text)`, or None where nothing is left
+to print.
 
 Progress goes to stderr, results to stdout; `--json` prints one JSON object instead of text. Exit
 codes: 0 done, 1 quality or verification failed, 2 bad usage or input, 130 interrupted, 141 when the
@@ -35,6 +36,7 @@ COMMANDS = (
     "eval",
     "compare",
     "generate",
+    "chat",
     "inspect",
     "verify",
     "bench",
@@ -188,7 +190,7 @@ def _main(argv: list[str] | None) -> int:
     try:
         with _told_warnings() as told:
             answer = args.module.run(args)
-        if answer is None:  # one of many processes, whose main one answers
+        if answer is None:  # it is printed, or another of many processes answers
             return 0
         result, text = answer
         if told:

@@ -269,7 +269,7 @@ def _end(row: Sequence[int], n_prompt: int, settings: Mapping[str, Any]) -> int:
 def speed(model: PreTrainedModel, n_new: int, seconds: float) -> dict[str, Any]:
     """Tokens, seconds, and what they make."""
     weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    rate = n_new / seconds
+    rate = n_new / seconds if n_new else 0.0
     return {
         "new_tokens": n_new,
         "seconds": seconds,

@@ -28,6 +28,11 @@ HELP = (
     "terminal, a file or a pipe. /reset forgets what was said, /exit or the end of input ends. "
     "--json prints all turns at the end."
 )
+EXAMPLES = (
+    "llmq chat Qwen/Qwen3-0.6B",
+    "llmq chat Qwen/Qwen3-0.6B --system 'Answer in one line.' --temperature 0.7",
+    "echo 'def main():' | llmq chat tiny --raw --json",
+)
 ASK = "> "
 
 
@@ -100,8 +105,9 @@ def _start(args: argparse.Namespace) -> Talk:
         writing_options.Room.of(args, source.config, stored, is_templated),
         what="a conversation",
         remedy="begin anew with /reset",
+        is_most=True,
     )
-    end_id = turn_end(tokenizer, args.model) if is_templated else None
+    end_id = turn_end(tokenizer) if is_templated else None
     writer = writing.Writer(args, source, tokenizer, end_id)
     if not is_templated and not args.raw:
         print(

@@ -186,6 +186,7 @@ def _main(argv: list[str] | None) -> int:
     except LlmqError as error:
         return _fail("--json" in (sys.argv if argv is None else argv), str(error), error.exit_code)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # beside a bar of our own
     stop = _Stop()
     try:
         with _told_warnings() as told:

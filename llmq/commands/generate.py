@@ -19,6 +19,11 @@ HELP = (
     "prints tokens/s and weight GB/s to stderr. In --json, 'text' is what the model wrote, without "
     "the prompt and without special tokens."
 )
+EXAMPLES = (
+    "llmq generate tiny --prompt 'def main():'",
+    "llmq generate tiny --prompt 'def main():' --temperature 0.7 --top-p 0.9 --seed 1",
+    "echo 'import os' | llmq generate tiny --stop return --max-new-tokens 20",
+)
 STDIN = "-"
 
 
@@ -50,7 +55,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     check(sampling, args.device.partition(":")[0])  # before any weight
     room = writing_options.Room.of(args, source.config, stored, is_templated)
     max_new_tokens = room.new_tokens(prompt.shape[1])
-    end_id = turn_end(tokenizer, args.model) if is_templated else None
+    end_id = turn_end(tokenizer) if is_templated else None
     writer = writing.Writer(args, source, tokenizer, end_id)
     return _answer(args, writer, prompt, max_new_tokens, is_templated)
 

@@ -51,7 +51,7 @@ class Answer:
         """What a user has to know of the end of the first text."""
         if self.finish_reason != "max_new_tokens":
             return ""
-        return f"; cut off at {self.n_new} tokens, --max-new-tokens gives more"
+        return f"; cut off after {self.n_new} tokens (see --max-new-tokens)"
 
 
 class Writer:

@@ -47,7 +47,7 @@ def add_writing_arguments(parser: Parser) -> None:
         metavar="P",
         help="sample from the likeliest tokens that have this share of the probability together",
     )
-    parser.add_argument(
+    parser.more.add_argument(
         "--top-k",
         type=whole(0),
         metavar="K",
@@ -61,8 +61,8 @@ def add_writing_arguments(parser: Parser) -> None:
         metavar="TEXT",
         help="stop before this text, which is not printed; may be given several times",
     )
-    parser.add_argument("--seed", type=whole(0), default=0, help="of sampling (default: 0)")
-    parser.add_argument(
+    parser.more.add_argument("--seed", type=whole(0), default=0, help="of sampling (default: 0)")
+    parser.more.add_argument(
         "--dtype",
         default="auto",
         help="auto, float32, bfloat16 or float16 (default: auto, as stored)",
@@ -109,7 +109,8 @@ def uses_template(args: argparse.Namespace, tokenizer: Any) -> bool:
 @dataclass(frozen=True)
 class Room:
     """How many tokens there may be. asked: by the user. default: where nobody says. what: the name
-    of the prompt in messages, and remedy what to do when it is too long."""
+    of the prompt in messages, and remedy what to do when it is too long. is_most: where fewer are
+    left than were asked for, those have to do."""
 
     config: Any
     stored: Mapping[str, Any]
@@ -117,6 +118,7 @@ class Room:
     default: int
     what: str = "--prompt"
     remedy: str = "give a shorter --prompt"
+    is_most: bool = False
 
     @classmethod
     def of(
@@ -136,6 +138,8 @@ class Room:
             raise LlmqError(f"{self.what}: no tokens; give some text to go on from")
         left = (position_limit(self.config) or n_prompt + self.default) - n_prompt
         n_new = self.asked or max(1, min(self._stored(n_prompt), left))
+        if self.is_most:
+            n_new = max(1, min(n_new, left))
         remedy = f"give --max-new-tokens {left} or less" if left > 0 else self.remedy
         what = f"{self.what} of {n_prompt} tokens and {n_new} new ones"
         check_length(self.config, n_prompt + n_new, what, remedy)

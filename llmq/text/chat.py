@@ -78,11 +78,14 @@ def text_ids(
         return ids
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase, where: object) -> int | None:
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the template writes behind an answer, at which generation has to stop whether
-    or not the generation config names it. None where it writes none. Errors as `template_text`."""
+    or not the generation config names it. None where it writes none, or cannot write an answer."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    text = _rendered(tokenizer, messages, where, "give --raw", opens_answer=False)
+    try:
+        text = _rendered(tokenizer, messages, "", "", opens_answer=False)
+    except LlmqError:
+        return None  # who says more than one thing is told so
     _, is_found, behind = text.rpartition(_PROBE)
     if not is_found:
         return None

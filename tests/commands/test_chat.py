@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from conftest import make_model
 
 from llmq.commands.chat import plain_text
 from llmq.commands.cli import main
+from llmq.commands.writing_options import Room
+from llmq.errors import LlmqError
 
 TEMPLATE = (
     "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}<|turn|>\n{% endfor %}"
@@ -167,6 +170,14 @@ def test_what_would_change_nothing_is_refused_by_name(arguments, message, llmq, 
 def test_a_conversation_that_has_no_room_is_refused(llmq, talk):
     code, _, stderr = llmq("chat", talk[0], stdin="x " * 400)
     assert (code, "begin anew with /reset" in stderr) == (2, True), stderr
+
+
+def test_a_long_conversation_gets_the_tokens_that_are_left():
+    says: dict = {"max_new_tokens": None, "max_length": None}
+    room = Room(make_model().config, says, asked=100, default=64, is_most=True)
+    assert (room.new_tokens(20), room.new_tokens(100)) == (100, 28)
+    with pytest.raises(LlmqError, match="--max-new-tokens 28 or less"):
+        replace(room, is_most=False).new_tokens(100)
 
 
 def test_plain_text_is_what_was_said():

@@ -45,12 +45,13 @@ def test_the_template_writes_all_special_tokens(chatty):
         ("{{ messages[-1].content }} \n <|endoftext|>", "<|endoftext|>"),
         ("{{ messages[-1].content }}\n### Question:", None),
         ("{{ messages[0].content }}", None),
+        ("{{ raise_exception('users only') if messages[1] }}", None),
     ],
 )
 def test_the_token_behind_an_answer_ends_it(chatty, template, token):
     tokenizer = chatty(template)
     expected = None if token is None else tokenizer.convert_tokens_to_ids(token)
-    assert turn_end(tokenizer, "m") == expected
+    assert turn_end(tokenizer) == expected
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def add_writing_arguments(parser: Parser) -> None:
         help="0: the likeliest token each time, or the likeliest beam (default, whatever the "
         "generation config says of sampling); above, samples with its top_k, top_p and so on",
     )
-    parser.add_argument(
+    parser.more.add_argument(
         "--top-p",
         type=real(0, 1),
         metavar="P",

@@ -1,5 +1,6 @@
 """Every command of the README and of the quickstart runs, in the order in which it stands there."""
 
+import io
 import re
 import shlex
 import shutil
@@ -64,6 +65,7 @@ def hub_with_the_example(tmp_path, model_folder, monkeypatch):
 @pytest.mark.usefixtures("hub_with_the_example")
 def test_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))  # of chat
     shutil.copy(ROOT / "README.md", tmp_path)
     ran = [command for command in commands() if command.startswith("llmq ")]
     assert len(ran) >= 24

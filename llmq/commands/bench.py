@@ -165,6 +165,7 @@ def _kernels(
         tuning.save(chip, tuning.tuned_dir() / f"{tuning.slug(chip.name)}.json", environment)
     table = []
     with rendering.progress("bench") as show:
+        show(0, plan.n_cases)
         for row in kernels.measure(
             plan.shapes, plan.rows, plan.kinds, device, repeats=args.repeats
         ):

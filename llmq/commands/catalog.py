@@ -25,7 +25,8 @@ GROUPS = {
         "bench": "how fast this machine multiplies packed weights",
     },
     "use it": {
-        "generate": "let a model write",
+        "generate": "let a model answer a prompt",
+        "chat": "talk to a model",
     },
     "look into things": {
         "inspect": "what is stored in a model folder, and how it was made",

@@ -149,11 +149,12 @@ def _main(arguments: list[str]) -> int:
     except LlmqError as error:
         return _fail("--json" in arguments, str(error), error.exit_code)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # beside a bar of our own
     stop = _Stop()
     try:
         with _told_warnings() as told:
             answer = args.module.run(args)
-        if answer is None:  # one of many processes, whose main one answers
+        if answer is None:  # it is printed, or another of many processes answers
             return 0
         result, text = answer
         if told:

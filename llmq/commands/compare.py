@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     quantize_head(quant, args.head_bits)
     with rendering.progress("windows") as show, running(f"{args.base} or {args.quant}"):
+        show(0, len(windows.tokens))
         result = compare(base, quant, windows, show)
     sizes = {"base_bytes": sources[0].weight_bytes, "quant_bytes": sources[1].weight_bytes}
     dtypes = " and ".join(
@@ -92,16 +93,17 @@ def _check_tokenizers(base: Source, quant: Source) -> None:
 def _text(summary: dict[str, Any]) -> str:
     ratio = rendering.render_interval(summary["perplexity_ratio_ci95"], ".5f")
     kl = rendering.render_interval(summary["kl_mean_ci95"], ".3e")
+    perplexity = f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}"
+    sizes = f"{summary['base_bytes'] / 1e6:.1f} MB -> {summary['quant_bytes'] / 1e6:.1f} MB"
     return rendering.render_pairs(
         {
-            "perplexity": f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}, "
-            f"ratio {summary['perplexity_ratio']:.5f} ({ratio})",
-            "KL divergence": f"mean {summary['kl_mean']:.3e} ({kl}), p99 {summary['kl_p99']:.3e}, "
-            f"max {summary['kl_max']:.3e} nats",
+            "perplexity": perplexity,
+            "ratio": f"{summary['perplexity_ratio']:.5f} ({ratio})",
+            "KL, mean": f"{summary['kl_mean']:.3e} nats ({kl})",
+            "KL, p99 and max": f"{summary['kl_p99']:.3e} and {summary['kl_max']:.3e} nats",
             "top-1 agreement": f"{summary['top1_agreement']:.2%}",
-            "RMS change of the target's probability": f"{summary['rms_probability_change']:.2%}",
-            "weight files": f"{summary['base_bytes'] / 1e6:.1f} MB -> "
-            f"{summary['quant_bytes'] / 1e6:.1f} MB",
+            "target's probability": f"RMS change {summary['rms_probability_change']:.2%}",
+            "weight files": f"{sizes} ({summary['quant_bytes'] / summary['base_bytes']:.0%})",
             "measured on": rendering.render_conditions(summary),
         }
     )

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     quantize_head(model, args.head_bits)
     with rendering.progress("windows") as show, running(args.model):
+        show(0, len(windows.tokens))
         result = evaluate(model, windows, show)
     summary = {
         "model": args.model,
@@ -63,8 +64,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "backends": backends_in_use(model),
         "verified": verified,
     }
-    return (
-        summary,
-        f"perplexity {result.value:.4f}  ({rendering.render_interval(summary['ci95'], '.4f')}; "
-        f"{rendering.render_conditions(summary)})",
-    )
+    interval = rendering.render_interval(summary["ci95"], ".4f")
+    text = f"perplexity {result.value:.4f}  ({interval}; {rendering.render_conditions(summary)})"
+    return summary, rendering.wrapped(text, rendering.terminal_width(), "  ")

@@ -45,18 +45,17 @@ def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
     return read
 
 
-def real(low: float = 0.0) -> Callable[[str], float]:
-    """A finite number, at least `low`."""
+def real(low: float = 0.0, high: float = math.inf) -> Callable[[str], float]:
+    """A finite number from `low` to `high`."""
 
     def read(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(
-                f"expected a finite number, at least {low:g}, got {text!r}"
-            )
+        if not (low <= value <= high and value < math.inf):
+            bound = f"from {low:g} to {high:g}" if value > high else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"expected a finite number, {bound}, got {text!r}")
         return value
 
     return read

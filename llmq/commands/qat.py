@@ -91,10 +91,7 @@ def train(args: argparse.Namespace, job: QATJob) -> dict[str, Any] | None:
 
 def _tell(job: QATJob) -> None:
     """Notes and budget, before anything is computed."""
-    from llmq.messages import one_line
-
-    for name, note in job.notes.items():
-        print(one_line(f"note: {name}: {note}"), file=sys.stderr)
+    rendering.print_notes(job.notes)
     print(budget_line(job), file=sys.stderr, flush=True)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import jobs, options, rendering
@@ -39,15 +39,13 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.errors import VerificationError
-    from llmq.messages import one_line
     from llmq.ptq.run import quantize_folder
     from llmq.storage.workspace import check_output
 
     check_output(Path(args.out), args.overwrite)
     options.check_device(args.device)
     job = jobs.prepare_job(args)
-    for name, note in job.notes.items():
-        print(one_line(f"note: {name}: {note}"), file=sys.stderr)
+    rendering.print_notes(job.notes)
     with rendering.progress("blocks") as show:
         done = total = 0
 
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         def on_block(report: BlockReport) -> None:
             nonlocal done
             done += 1
-            show(done, total, _remark(report, total - done))
+            show(done, total, _remark(report))
 
         report = quantize_folder(
             job,
@@ -77,17 +75,20 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"out": args.out, **report}, _summary(args.out, report)
 
 
-def _remark(report: BlockReport, n_left: int) -> str:
-    errors = [
-        f"{layer.name.rpartition('.')[2]} {layer.error:.1e}"
-        for layer in report.layers
-        if layer.error is not None
-    ]
-    tuned = ""
+def _remark(report: BlockReport) -> str:
+    """Errors of a block: the mean of its layers first, which is what fits beside a bar, then that
+    of every kind."""
+    kinds: dict[str, list[float]] = {}
+    for layer in report.layers:
+        if layer.error is not None:
+            kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer.error)
+    parts = [f"{name} {mean(errors):.1e}" for name, errors in kinds.items()]
+    if kinds:
+        every = itertools.chain.from_iterable(kinds.values())
+        parts.insert(0, f"error {mean(every):.1e}:")
     if report.tuned_error is not None:
-        tuned = f"block {report.start_error:.1e} -> {report.tuned_error:.1e}  "
-    left = f"{report.seconds:.1f} s/block, about {report.seconds * n_left:.0f} s left"
-    return f"{left}  {tuned}{'  '.join(errors)}"
+        parts.insert(0, f"block {report.start_error:.1e} -> {report.tuned_error:.1e}")
+    return "  ".join(parts)
 
 
 def _summary(out: str, report: dict[str, Any]) -> str:

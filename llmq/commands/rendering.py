@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -16,42 +19,84 @@ class Show(Protocol):
 
 @contextmanager
 def progress(title: str) -> Iterator[Show]:
-    """A progress bar on a terminal, plain lines elsewhere. What the first call reports as done
-    counts as done before."""
+    """A bar on a terminal, plain lines elsewhere, on stderr: how many of how many, and the time
+    left. What the first call reports as done counts as done before."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    from llmq.commands.pace import Pace
 
-        def print_line(done: int, total: int, remark: str = "") -> None:
-            print(f"{title} {done}/{total} {remark}".rstrip(), file=sys.stderr, flush=True)
+    pace, console = Pace(time.monotonic()), Console(stderr=True)
+    if console.is_terminal and not console.is_dumb_terminal:
+        from llmq.commands.bar import drawn
 
-        yield print_line
+        with drawn(title, pace, console) as bar:
+            yield bar.move
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[remark]}"),
+
+    def print_line(done: int, total: int, remark: str = "") -> None:
+        now = time.monotonic()
+        pace.report(done, total, now)
+        line = f"{title} {done}/{total}  {pace.says(now)}  {remark}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
+
+    yield print_line
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is, None for a file or a pipe, whose lines are not
+    broken."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def wrapped(text: str, width: int | None, indent: str) -> str:
+    """`text` in lines of at most `width` characters, all but the first indented."""
+    if width is None:
+        return text
+    lines = textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=None, remark="")
+    return "\n".join(lines)
 
-        def move(done: int, total: int, remark: str = "") -> None:
-            bar.update(task, completed=done, total=total, remark=remark)
 
-        yield move
+def note_lines(notes: Mapping[str, str]) -> list[str]:
+    """Notes of layers, those that say the same in one line, with how many they are of and the
+    layers as patterns. notes: by name."""
+    groups: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        groups.setdefault(note, []).append(name)
+    lines = []
+    for note, names in groups.items():
+        count = "" if len(names) == 1 else f"{len(names)} layers, "
+        lines.append(f"note: {count}{', '.join(name_patterns(names))}: {note}")
+    return lines
+
+
+def name_patterns(names: Sequence[str]) -> list[str]:
+    """Names of layers as few patterns: numbers that differ as `*`, and the last parts of the same
+    beginning in braces."""
+    if len(names) == 1:
+        return [names[0]]
+    ends: dict[str, dict[str, None]] = {}
+    for name in names:
+        parts = ["*" if part.isdigit() else part for part in name.split(".")]
+        ends.setdefault(".".join(parts[:-1]), {})[parts[-1]] = None
+    patterns = []
+    for start, found in ends.items():
+        if start:
+            end = "{" + ",".join(found) + "}" if len(found) > 1 else next(iter(found))
+            patterns.append(f"{start}.{end}")
+        else:
+            patterns += found
+    return patterns
+
+
+def print_notes(notes: Mapping[str, str]) -> None:
+    """On stderr, in lines of the terminal's width."""
+    from llmq.messages import one_line
+
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+    for line in note_lines(notes):
+        print(wrapped(one_line(line), width, "  "), file=sys.stderr)
 
 
 def render(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
@@ -73,9 +118,12 @@ def render(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
 
 
 def render_pairs(pairs: dict[str, object]) -> str:
-    """Names and values, one per line."""
-    width = max(map(len, pairs))
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs.items())
+    """Names and values, each on a line of its own, or on a terminal on as many as it takes."""
+    width, columns = max(map(len, pairs)), terminal_width()
+    return "\n".join(
+        wrapped(f"{name.ljust(width)}  {value}", columns, " " * (width + 2))
+        for name, value in pairs.items()
+    )
 
 
 def render_conditions(summary: dict[str, Any]) -> str:

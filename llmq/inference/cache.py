@@ -48,6 +48,10 @@ class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
         end = self.get_seq_length() + n_new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
+    def shorten(self, n_tokens: int) -> None:
+        """Forget all but the first n_tokens, which are in the buffers."""
+        self.keys, self.values = (buffer[:, :, :n_tokens] for buffer in self.buffers)
+
     def _make_room(self, keys: Tensor, values: Tensor, n_new: int) -> None:
         """keys, values: tensors of the shape of what is kept, but for the number of tokens."""
         end = self.get_seq_length() + n_new

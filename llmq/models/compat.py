@@ -134,12 +134,22 @@ def rotary_types(module: Any) -> list[Any]:
 
 @contextmanager
 def only_errors() -> Iterator[None]:
-    """Keep transformers from remarks of its own, which llmq makes in its own way."""
+    """Keep transformers from remarks and bars of its own; llmq makes its own."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    _show_bars(False)
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        _show_bars(has_bars)
+
+
+def _show_bars(is_wanted: bool) -> None:
+    """transformers' own bars only: its functions for this switch those of the Hub's downloads, too,
+    and warn where an environment variable has decided about them."""
+    from transformers.utils import logging
+
+    logging._tqdm_active = is_wanted

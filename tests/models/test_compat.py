@@ -166,10 +166,14 @@ def test_reporters_are_listed_by_name():
     assert all(isinstance(name, str) for name in compat.get_available_reporting_integrations())
 
 
-def test_remarks_of_transformers_come_back():
+def test_remarks_and_bars_of_transformers_come_back(capsys, monkeypatch):
     from transformers.utils import logging
 
     before = logging.get_verbosity()
+    monkeypatch.setattr(logging, "_tqdm_active", True)
     with compat.only_errors():
         assert logging.get_verbosity() == logging.ERROR
+        assert list(logging.tqdm(range(2), desc="Loading weights")) == [0, 1]
+        assert not capsys.readouterr().err
     assert logging.get_verbosity() == before
+    assert logging.is_progress_bar_enabled()

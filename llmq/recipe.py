@@ -95,8 +95,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, apart from model, texts and, where `autocast` is None,
-    the machine.
+    """Everything that decides the result, apart from the model, what its texts say and, where
+    `autocast` is None, the machine.
 
     rules: ordered; the first that matches a layer decides.
     method: its name in `llmq.ptq.methods`, which says what goes with it.
@@ -108,6 +108,7 @@ class Recipe:
     inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the
         "full-precision" ones, or on "both", which corrects for what was lost before (GPTAQ).
     alpha: the share of that correction.
+    calibration: the text, as `--calibration` names it; None: by `llmq.ptq.sizing.default_text`.
     samples, sequence_length, seed: the calibration windows.
     iterations, learning_rate: steps per block of block-wise tuning, and their size as a share of
         the distance between two codes.
@@ -125,6 +126,7 @@ class Recipe:
     sweeps: int = 2
     inputs: Literal["quantized", "full-precision", "both"] = "both"
     alpha: float = 0.5
+    calibration: str | None = None
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0

@@ -25,6 +25,7 @@ _FIELDS = (
     "init",
     "damping",
     "inputs",
+    "calibration",
     "samples",
     "sequence_length",
     "seed",
@@ -138,12 +139,12 @@ def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
     recipe = read_recipe(args, source.config)
     with ExitStack() as stack:
         told: dict[str, Any] = {}
-        if args.calibration == SELF and not is_plan:
+        if recipe.calibration == SELF and not is_plan:
             told = {"on_text": stack.enter_context(rendering.progress("text of the model's own"))}
         job = prepare(
             source,
             recipe,
-            calibration=_text_of(args, source, recipe),
+            calibration=_tokens_to_plan(source, recipe),
             format=args.format,
             strict=args.strict,
             check_scales=not is_plan,
@@ -164,19 +165,21 @@ def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
     return job
 
 
-def _text_of(args: argparse.Namespace, source: Source, recipe: Recipe) -> str | TokenSet:
-    """The calibration text; beside a config alone there may be no tokenizer, and its size is
-    enough."""
+def _tokens_to_plan(source: Source, recipe: Recipe) -> TokenSet | None:
+    """Beside a config alone there may be no tokenizer, and the size of the calibration text is
+    enough. None where the text is read."""
     from llmq.models.arch import check_length
     from llmq.models.config_only import ConfigOnly
     from llmq.ptq.alternatives import unread_tokens
+    from llmq.ptq.sizing import default_text
     from llmq.text.documents import TokenSet
 
     if not isinstance(source, ConfigOnly):
-        return str(args.calibration)
+        return None
     length = recipe.sequence_length
     check_length(source.config, length, f"--sequence-length {length}")
-    return TokenSet(unread_tokens(recipe.samples, length), args.calibration)
+    tokens = unread_tokens(recipe.samples, length)
+    return TokenSet(tokens, recipe.calibration or default_text(source))
 
 
 def _check_memory(job: Job, option: str, limit: float | None) -> None:

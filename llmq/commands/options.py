@@ -214,10 +214,9 @@ def _add_calibration_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--calibration",
         type=source,
-        default="bundled",
         metavar="SOURCE",
-        help=f"ultrachat, c4, wikitext, code (from the Hub, kept), self (written by the model), or "
-        f"{TEXT_HELP} (default)",
+        help="ultrachat, c4, wikitext, code (from the Hub, kept), self (written by the model), "
+        f"python-docs, or {TEXT_HELP} (default: python-docs, and bundled for 'tiny')",
     )
     parser.more.add_argument(
         "--no-held-out",

@@ -25,6 +25,15 @@ _HUB_FILES += ["*[Ll][Ii][Cc][Ee][NnSs]*", "*[Nn][Oo][Tt][Ii][Cc][Ee]*", "*COPYI
 _HUB_IGNORED = ["consolidated*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
 
 
+def is_bundled(folder: Path) -> bool:
+    """Whether a folder is that of a model that comes with llmq."""
+    return any(folder == _bundled(name) for name in BUNDLED)
+
+
+def _bundled(name: str) -> Path:
+    return Path(str(files("llmq").joinpath(BUNDLED[name])))
+
+
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder that holds a model. `model`: a folder, the name of the bundled model, or a Hub id
     (downloaded to the usual cache, token from the usual places).
@@ -33,7 +42,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     """
     name = os.fspath(model)
     if name in BUNDLED and not Path(name).exists():
-        return Path(str(files("llmq").joinpath(BUNDLED[name])))
+        return _bundled(name)
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise LlmqError(

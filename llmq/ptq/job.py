@@ -15,6 +15,7 @@ from llmq.formats.base import Format
 from llmq.formats.registry import choose_format, format_note
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
+from llmq.models.identity import source_name
 from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
@@ -23,8 +24,10 @@ from llmq.ptq.methods import method_of, needs_text
 from llmq.ptq.precision import Precision
 from llmq.ptq.scales import fitting_plans
 from llmq.ptq.self_written import self_written
+from llmq.ptq.sizing import default_text
 from llmq.recipe import LayerPlan, Recipe
 from llmq.text import documents
+from llmq.text.documentation import DOCUMENTATION
 from llmq.text.held_out import begun_with, held_out_texts, window_starts
 from llmq_kernels.core import restricted
 
@@ -58,7 +61,7 @@ def prepare(
     model: str | Source,
     recipe: Recipe,
     *,
-    calibration: str | documents.TokenSet = documents.BUNDLED,
+    calibration: str | documents.TokenSet | None = None,
     format: str = "auto",
     revision: str | None = None,
     strict: bool = False,
@@ -70,7 +73,8 @@ def prepare(
     """Resolve and check everything that can be checked before computing: model, names of all
     tensors, rules, format, calibration text. Raises `LlmqError`.
 
-    calibration: where the text is, or windows of tokens that are there already. check_scales: read
+    calibration: where the text is, or windows of tokens that are there already; None: the recipe's,
+    or else that of `sizing.default_text`. check_scales: read
     the weights of all layers once, to give each a scale dtype that holds its scales; without, what
     is planned is float16 as it was asked for, and text of the model's own is not written but has
     its shape alone. device: where it is written. on_text: told how many windows of it are, of how
@@ -101,22 +105,42 @@ def prepare(
     remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
     remarks |= stored.remarks(strict)
     tokens = None
-    if needs_text(recipe) and calibration == documents.SELF:
-        check_windows(stored.config, recipe)
-        documents.warn_of_path(documents.SELF)
-        shape = recipe.samples, recipe.sequence_length
-        tokens = documents.TokenSet(torch.zeros(shape, dtype=torch.int64), documents.SELF)
-        if check_scales:
-            tokens = self_written(source, recipe, device, on_text)
+    if isinstance(calibration, documents.TokenSet):
+        tokens = calibration if needs_text(recipe) else None
     elif needs_text(recipe):
-        tokens = (
-            calibration_tokens(source, stored.config, recipe, calibration)
-            if isinstance(calibration, str)
-            else calibration
-        )
+        name = recipe.calibration if calibration is None else calibration
+        if name is None:
+            name = default_text(source)
+            remarks |= _remark_on_text(name)
+        recipe = replace(recipe, calibration=source_name(name))
+        if name != documents.SELF:
+            tokens = calibration_tokens(source, stored.config, recipe, name)
+        elif check_scales:
+            tokens = self_written(source, recipe, device, on_text)
+        else:
+            tokens = _to_be_written(stored.config, recipe)
     if tokens is not None and not held_out:
         tokens = replace(tokens, held_out=())
     return Job(source, stored.config, stored.skeleton, recipe, plans, fmt, tokens, remarks)
+
+
+def _to_be_written(config: Any, recipe: Recipe) -> documents.TokenSet:
+    """The shape of text of the model's own."""
+    check_windows(config, recipe)
+    documents.warn_of_path(documents.SELF)
+    shape = recipe.samples, recipe.sequence_length
+    return documents.TokenSet(torch.zeros(shape, dtype=torch.int64), documents.SELF)
+
+
+def _remark_on_text(name: str) -> dict[str, str]:
+    """What is to be known of a text that nobody has asked for."""
+    if name != DOCUMENTATION:
+        return {}
+    remark = (
+        f"{name}, which every Python has, since none was given; text of the kind that the model is "
+        "for loses less: give --calibration FILE, or ultrachat (from the Hub)"
+    )
+    return {"calibration text": remark}
 
 
 def _check_unquantized(source: Source) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
             "size and time of": files.stamps(set(job.source.shards.names.values())),
             "contents of": job.source.files.contents(),
         },
-        "recipe": job.recipe.to_json(),
+        # What the text says decides, not what it is called.
+        "recipe": replace(job.recipe, calibration=None).to_json(),
         "format": job.fmt.name,
         "calibration text": None if job.tokens is None else job.tokens.sha256,
         "software or machine": {

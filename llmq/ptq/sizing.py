@@ -1,4 +1,4 @@
-"""How much calibration text a run takes where nobody says it.
+"""Which calibration text a run takes where nobody says it, and how much of it.
 
 The one place to change. It goes by the model alone, so that the same command gives the same result
 on every machine; what a machine has time for is advice of `llmq plan`."""
@@ -8,12 +8,23 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from llmq.models.arch import position_limit
+from llmq.models.hub import is_bundled
+from llmq.models.source import Source
 from llmq.ptq.methods.base import Windows
+from llmq.text.corpus import BUNDLED
+from llmq.text.documentation import DOCUMENTATION
 
 TOKENS_PER_CHANNEL = 64
 LEAST_TOKENS, MOST_TOKENS = 128 * 256, 128 * 2048
 LONGEST, MOST_WINDOWS, FEWEST_WINDOWS = 2048, 128, 64
 QUICK_SHARE, SHORTEST = 4, 256
+
+
+def default_text(source: Source) -> str:
+    """The calibration text of a model, as `--calibration` names it: source code for the bundled
+    model, which has learned nothing else, and for all others prose. Both come with every Python:
+    no network is asked for what nobody has asked for."""
+    return BUNDLED if is_bundled(source.folder) else DOCUMENTATION
 
 
 def default_windows(width: int, positions: int) -> Windows:

@@ -34,7 +34,8 @@ _SKIPPED_PARTS = {
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 
-def _modules(root: Path) -> Iterator[str]:
+def modules(root: Path) -> Iterator[str]:
+    """Paths below the root of the modules that are text, with forward slashes."""
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         if not _SKIPPED_PARTS.intersection(relative.parts) and not relative.parts[0].startswith(
@@ -61,6 +62,6 @@ def standard_library_documents(split: str) -> list[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     return [
         (root / name).read_text(encoding="utf-8", errors="replace")
-        for name in sorted(_modules(root))
+        for name in sorted(modules(root))
         if split_of(name) == split
     ]

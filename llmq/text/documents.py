@@ -1,7 +1,8 @@
 """Calibration and evaluation text: the bundled text, local files, folders, or data sets of the Hub,
 as tokens with a fingerprint.
 
-bundled                        sources of the standard library (see `llmq.text.corpus`); the default
+bundled                        sources of the standard library (see `llmq.text.corpus`)
+python-docs                    its documentation (see `llmq.text.documentation`)
 notes.txt, page.md, rows.jsonl(.gz), x.parquet, or a folder of them, or one that `save_to_disk` of
                                datasets wrote; which columns are read: see `llmq.text.rows`
 Salesforce/wikitext:wikitext-2-raw-v1:train    a Hub data set, with configuration and split
@@ -27,6 +28,7 @@ from llmq.storage.boundary import check_regular, reading
 from llmq.text.address import Address, Purpose
 from llmq.text.corpus import BUNDLED as BUNDLED
 from llmq.text.corpus import standard_library_documents
+from llmq.text.documentation import DOCUMENTATION, documentation_documents
 from llmq.text.files import READERS, TEXT_SUFFIXES, add_file, kind_of
 from llmq.text.folders import add_folder
 from llmq.text.held_out import HeldOutText, window_starts
@@ -69,6 +71,9 @@ def read_text(
     if source == BUNDLED:
         documents = standard_library_documents(purpose)
         return Text(documents, {"source": BUNDLED, "rows": len(documents)})
+    if source == DOCUMENTATION:
+        documents = list(documentation_documents(is_evaluation=purpose == "eval"))
+        return Text(documents, {"source": DOCUMENTATION, "rows": len(documents)})
     if source == SELF:
         raise LlmqError(
             f"{SELF}: a model can write its own text to be calibrated on (--calibration {SELF}, "

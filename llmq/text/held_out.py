@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmq.storage.boundary import reading
 from llmq.text.corpus import BUNDLED, standard_library_documents
+from llmq.text.documentation import topics_of_the_language
 
 SAME, OTHER = "calibration", "other"
 N_WINDOWS, MAX_LENGTH = 8, 256
@@ -72,10 +73,7 @@ def _source_code() -> str:
 
 @cache
 def _documentation() -> str:
-    """What `help()` says of the language."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics_of_the_language())
 
 
 def bundled_texts(

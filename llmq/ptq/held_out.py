@@ -18,49 +18,68 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.evaluation.divergence import summarize, token_statistics
 from llmq.messages import brief
-from llmq.ptq.block_calls import BlockCalls
+from llmq.ptq.block_calls import BlockCalls, CallOf
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.results import FinishedBlocks
 from llmq.text.documents import check_vocabulary, token_hash
 from llmq.text.held_out import HeldOutText
 
-HEAD_TOKENS = 64  # at a time: their logits take 67 MB in a vocabulary of 262,144
+BATCH = 4  # windows that run through a block at a time
+HEAD_VALUES = 1 << 22  # logits at a time: 16 MiB, of which some seven copies are made
 
 
 def measure(
     blocks: Blocks, finished: FinishedBlocks, texts: Sequence[HeldOutText], work_dir: Path
 ) -> list[dict[str, Any]]:
     """What `llmq compare` says of each text, in float32: of weights alone, without what is done to
-    activations. A measurement that fails costs no result: its reason stands in its place."""
-    measured = []
+    activations. texts: windows of one length. A measurement that fails costs no result: its reason
+    stands in its place."""
+    figures: list[dict[str, Any]] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="held-out-", dir=work_dir) as folder:
+            figures = _figures(blocks, finished, texts, Path(folder))
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # of a model's own code, too
+        figures = [{"not_measured": brief(error)} for _ in texts]
+    return [{**_about(text), **found} for text, found in zip(texts, figures, strict=True)]
+
+
+def _about(text: HeldOutText) -> dict[str, Any]:
+    return {
+        "kind": text.kind,
+        "source": text.source,
+        "windows": list(text.tokens.shape),
+        "tokens_sha256": token_hash(text.tokens),
+    }
+
+
+def _figures(
+    blocks: Blocks, finished: FinishedBlocks, texts: Sequence[HeldOutText], folder: Path
+) -> list[dict[str, Any]]:
+    """All windows together, so that every block is read once; the figures by text."""
+    vocab_size = blocks.model.config.get_text_config().vocab_size
     for text in texts:
-        about = {
-            "kind": text.kind,
-            "source": text.source,
-            "windows": list(text.tokens.shape),
-            "tokens_sha256": token_hash(text.tokens),
-        }
-        if not len(text.tokens):
-            reason = "too little text is left beside what is calibrated on"
-            measured.append({**about, "not_measured": reason})
-            continue
-        try:
-            vocab_size = blocks.model.config.get_text_config().vocab_size
-            check_vocabulary(text.tokens, vocab_size, text.source)
-            with tempfile.TemporaryDirectory(prefix="held-out-", dir=work_dir) as folder:
-                figures = _HeldOut(blocks, finished, text.tokens, Path(folder)).compare()
-        except (MemoryError, OSError):
-            raise
-        except Exception as error:  # of a model's own code, too
-            measured.append({**about, "not_measured": brief(error)})
-        else:
-            measured.append({**about, **figures})
-    return measured
+        check_vocabulary(text.tokens, vocab_size, text.source)
+    tokens = torch.cat([text.tokens for text in texts])
+    if not len(tokens):
+        return [_TOO_LITTLE for _ in texts]
+    table = _HeldOut(blocks, finished, tokens, folder).statistics()
+    figures, start = [], 0
+    for text in texts:
+        end = start + len(text.tokens)
+        rows = {name: values[start:end] for name, values in table.items()}
+        figures.append(summarize(rows) if end > start else _TOO_LITTLE)
+        start = end
+    return figures
+
+
+_TOO_LITTLE = {"not_measured": "too little text is left beside what is calibrated on"}
 
 
 class _HeldOut:
-    """Windows int64 `[n, T]` on their way, a window at a time."""
+    """Windows int64 `[n, T]` on their way."""
 
     def __init__(
         self, blocks: Blocks, finished: FinishedBlocks, tokens: Tensor, folder: Path
@@ -70,53 +89,51 @@ class _HeldOut:
         self.recorder = BlockRecorder(blocks.model, blocks.modules)
 
     @torch.no_grad()
-    def compare(self) -> dict[str, Any]:
-        """The summary of `llmq.evaluation.divergence`."""
+    def statistics(self) -> dict[str, Tensor]:
+        """Those of `llmq.evaluation.divergence`, float64 `[n, T - 1]`."""
         hidden: list[Tensor] = []
         with self.blocks.with_weights_outside():
-            batches = self.tokens.split(1)
+            batches = self.tokens.split(BATCH)
             calls = BlockCalls.record(self.recorder, batches, self.folder, hidden.append)
         exact = torch.cat(hidden)
         quantized = exact.clone()
         for index in range(len(self.blocks)):
             call_of = calls.of(index)
+            _advance(self.blocks.load(index), exact, call_of)
             stored = self.finished.read_block(index)
-            for states, block in (
-                (exact, self.blocks.load(index)),
-                (quantized, self.blocks.rebuild(index, stored)),
-            ):
-                for i in range(len(states)):
-                    states[i : i + 1] = call_of([i]).run(block, states[i : i + 1])
-                del block
+            _advance(self.blocks.rebuild(index, stored), quantized, call_of)
             calls.forget(index)
-        return self._compared(exact, quantized)
-
-    def _compared(self, exact: Tensor, quantized: Tensor) -> dict[str, Any]:
-        """By the model's own norm and head, `HEAD_TOKENS` tokens at a time."""
-        rows: dict[str, list[Tensor]] = {}
         with self.blocks.with_weights_outside(with_head=True):
-            for tokens, *states in zip(self.tokens, exact, quantized, strict=True):
-                parts: dict[str, list[Tensor]] = {}
-                for start in range(0, len(tokens) - 1, HEAD_TOKENS):
-                    end = min(start + HEAD_TOKENS, len(tokens) - 1)
-                    base, quant = (
-                        self._logits(tokens[start:end], state[start:end]) for state in states
-                    )
-                    found = token_statistics(base, quant, tokens[start + 1 : end + 1])
-                    for name, values in found.items():
-                        parts.setdefault(name, []).append(values.cpu())
-                for name, pieces in parts.items():
-                    rows.setdefault(name, []).append(torch.cat(pieces))
-        table = {name: torch.stack(values).double() for name, values in rows.items()}
+            rows = [self._window(*each) for each in zip(self.tokens, exact, quantized, strict=True)]
+        table = {name: torch.stack([row[name] for row in rows]).double() for name in rows[0]}
         if not all(bool(torch.isfinite(values).all()) for values in table.values()):
             raise LlmqError("NaN or infinite logits")
-        return summarize(table)
+        return table
+
+    def _window(self, tokens: Tensor, exact: Tensor, quantized: Tensor) -> dict[str, Tensor]:
+        """By the model's own norm and head, some tokens at a time."""
+        vocab_size = self.blocks.model.config.get_text_config().vocab_size
+        step, n_targets = max(1, HEAD_VALUES // vocab_size), len(tokens) - 1
+        parts = []
+        for start in range(0, n_targets, step):
+            end = min(start + step, n_targets)
+            base = self._logits(tokens[start:end], exact[start:end])
+            quant = self._logits(tokens[start:end], quantized[start:end])
+            parts.append(token_statistics(base, quant, tokens[start + 1 : end + 1]))
+        return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
     def _logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """`[n, V]` of `n` hidden states behind the last block: all after it is by position."""
         with _passing_on(self.blocks.modules, hidden[None], self.recorder.n_returned):
             logits: Tensor = self.blocks.model(input_ids=tokens[None], use_cache=False).logits
         return logits[0]
+
+
+def _advance(block: nn.Module, states: Tensor, call_of: CallOf) -> None:
+    """Run a block over hidden states `[n, T, D]`, in place."""
+    for start in range(0, len(states), BATCH):
+        part = states[start : start + BATCH]
+        part.copy_(call_of(range(start, start + len(part))).run(block, part))
 
 
 @contextmanager

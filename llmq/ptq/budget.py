@@ -15,7 +15,10 @@ from llmq.ptq.streams import batch_size
 from llmq.storage.packing import MAX_SHARD_BYTES
 from llmq.text.documents import TokenSet
 
-PASSES = 4  # of a block, by the weights
+PASSES = 4  # of every token through a block
+# Against the rate that a run is planned with, half of that of one large product (llmq/ptq/README.md
+# has the figures): passes run faster, what goes column by column slower.
+TEXT_FACTOR, SOLVE_FACTOR = 0.45, 5.0
 
 
 def stored_bytes(job: Job) -> int:
@@ -110,8 +113,8 @@ def _attention_width(job: Job) -> int:
 
 
 def flops(job: Job) -> float:
-    """Floating-point operations of the job: forward passes of each block, attention included,
-    Hessians, factorizations, column updates and error reports."""
+    """Floating-point operations of the job, weighed by how fast they run: forward passes of each
+    block, attention included, Hessians, factorizations, column updates and error reports."""
     if job.tokens is None:
         return float(50 * sum(prod(plan.layer.shape) for plan in job.plans))
     n_tokens = job.tokens.n_tokens
@@ -126,4 +129,4 @@ def flops(job: Job) -> float:
     layers = [plan.layer.shape for plan in job.plans]
     solves = sum(method.solve_flops(plan.layer.shape) for plan in job.plans if plan.spec)
     tuning = method.tuning_flops(layers, _windows(job.tokens), job.recipe)
-    return float(forward + hessians + solves) + tuning
+    return float(TEXT_FACTOR * (forward + hessians) + SOLVE_FACTOR * solves) + tuning

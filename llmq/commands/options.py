@@ -207,7 +207,9 @@ def _add_grid_arguments(parser: Parser) -> None:
         help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: "
         "-1)",
     )
-    parser.add_argument("--asymmetric", action="store_true", help="store a zero point per group")
+    parser.more.add_argument(
+        "--asymmetric", action="store_true", help="store a zero point per group"
+    )
 
 
 def _add_calibration_arguments(parser: Parser) -> None:

@@ -301,7 +301,7 @@ def test_killed_with_the_output_in_place_leaves_nothing_in_the_end(
     job = prepare(str(model_folder()), Recipe.uniform("w4g32", method="rtn"))
     with monkeypatch.context() as patch:
         patch.setattr(
-            "llmq.storage.workspace.PartialCheckpoint.remove",
+            "llmq.storage.partial_checkpoint.PartialCheckpoint.remove",
             lambda self: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):

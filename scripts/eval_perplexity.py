@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 
 import llmq
-from llmq.models.source import load_tokenizer, resolve
-from llmq.text.documents import load_documents
 
 
 def main() -> None:
@@ -21,10 +19,8 @@ def main() -> None:
     args = parser.parse_args()
 
     model = llmq.load(args.model, dtype="float32")
-    text = "\n\n".join(load_documents(args.data, "eval"))[: args.max_characters]
-    result = llmq.perplexity(
-        model, load_tokenizer(resolve(args.model)), text, sequence_length=args.sequence_length
-    )
+    text = "\n\n".join(llmq.load_documents(args.data, "eval"))[: args.max_characters]
+    result = llmq.perplexity(model, text, sequence_length=args.sequence_length)
     print(
         f"perplexity {result.value:.4f}, 95% interval {result.ci95[0]:.4f} to "
         f"{result.ci95[1]:.4f}, {result.windows.n_targets} tokens"

@@ -1,4 +1,4 @@
-"""Load a model, quantized or not, and generate text with transformers' own `generate`.
+"""Load a model, quantized or not, make it ready for decoding, and generate text.
 
 python scripts/generate.py tiny --prompt "def main():"
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 
 import llmq
-from llmq.models.source import load_tokenizer, resolve
 
 
 def main() -> None:
@@ -18,16 +17,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=40)
     args = parser.parse_args()
 
-    model = llmq.load(args.model)
-    tokenizer = load_tokenizer(resolve(args.model))
-    inputs = tokenizer(args.prompt, return_tensors="pt")
-    output = model.generate(
-        **inputs,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    model = llmq.prepare_decoding(llmq.load(args.model))
+    print(args.prompt + llmq.generate(model, args.prompt, args.max_new_tokens))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 
 import llmq
-from llmq.models.source import load_tokenizer, resolve
-from llmq.text.documents import calibration_windows, load_documents, tokenize
 
 
 def main() -> None:
@@ -19,7 +17,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out")
     parser.add_argument(
-        "--spec", default="w4g128", help="such as w4g128, w3g64-asym, w8, ternary-g128"
+        "--spec", default="w4g128", help="such as w4g128, w3g64-asym, w8, W4A16, W8A8"
     )
     parser.add_argument("--calibration", default="bundled")
     parser.add_argument("--samples", type=int, default=64)
@@ -27,20 +25,16 @@ def main() -> None:
     args = parser.parse_args()
 
     model = llmq.load(args.model)
-    tokenizer = load_tokenizer(resolve(args.model))
-    text = tokenize(load_documents(args.calibration, "calibration"), tokenizer)
-    windows = calibration_windows(
-        text, args.samples, args.sequence_length, seed=0, source=args.calibration
-    )
+    texts = llmq.load_documents(args.calibration, "calibration")
+    size = {"samples": args.samples, "sequence_length": args.sequence_length}
 
-    recipe = llmq.Recipe.uniform(args.spec)
-    for block in llmq.quantize(model, recipe, windows.tokens):
+    for block in llmq.quantize(model, args.spec, texts, **size):
         for layer in block.layers:
             print(
                 f"{layer.name}: {layer.error:.2e} of the output (plain rounding: "
                 f"{layer.rtn_error:.2e})"
             )
-    print("saved to", llmq.save(model, args.out, tokenizer=tokenizer))
+    print("saved to", llmq.save(model, args.out))
 
 
 if __name__ == "__main__":

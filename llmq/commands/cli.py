@@ -22,11 +22,8 @@ from typing import Any
 from llmq.commands.catalog import read_arguments
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.messages import escaped, one_line
+from llmq.schema import SCHEMA_KEY, SCHEMA_VERSION
 from llmq.storage.boundary import out_of_memory
-
-# Of the JSON that commands print. It goes up when a key changes its meaning or is gone; new keys
-# come without notice.
-SCHEMA_VERSION = 1
 
 
 class _Stop:
@@ -197,7 +194,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _as_json(result: Mapping[str, Any]) -> str:
     """The object that `--json` prints, of a result or of an error."""
-    return json.dumps({"schema_version": SCHEMA_VERSION, **result})
+    return json.dumps({SCHEMA_KEY: SCHEMA_VERSION, **result})
 
 
 def _fail(as_json: bool, message: str, code: int, details: Mapping[str, Any] = {}) -> int:

@@ -13,6 +13,7 @@ from llmq.ptq.methods import METHODS
 
 # Of the table of codes (llmq_kernels.core.codes), whose package takes torch to import.
 BITS = ("2", "3", "4", "5", "6", "8", "ternary")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
 TEXT_HELP = (
     "text file, .jsonl, .parquet, folder, Hub data set (name:config:split), each with #COLUMN for "
@@ -152,12 +153,18 @@ def add_evaluation_arguments(parser: Parser) -> None:
         "--max-windows", type=whole(1), metavar="N", help="evaluate the first N windows only"
     )
     parser.more.add_argument(
-        "--bos", default="auto", help="auto, every-window, start or none (default: auto)"
+        "--bos",
+        choices=("auto", "every-window", "start", "none"),
+        default="auto",
+        metavar="WHERE",
+        help="auto, every-window, start or none (default: auto)",
     )
     parser.section("how it runs")
     parser.add_argument(
         "--dtype",
+        choices=DTYPES,
         default="float32",
+        metavar="DTYPE",
         help="auto, float32, bfloat16 or float16 (default: float32, free of kernel rounding)",
     )
     parser.more.add_argument(
@@ -314,7 +321,11 @@ def _add_activation_arguments(parser: Parser) -> None:
 
 def _add_limits(parser: Parser) -> None:
     parser.more.add_argument(
-        "--format", default=AUTO, help=f"{AUTO}, {', '.join(NAMES)} (default: {AUTO})"
+        "--format",
+        choices=(AUTO, *NAMES),
+        default=AUTO,
+        metavar="FORMAT",
+        help=f"{AUTO}, {', '.join(NAMES)} (default: {AUTO})",
     )
     parser.more.add_argument(
         "--strict",

@@ -66,7 +66,9 @@ def add_writing_arguments(parser: Parser) -> None:
     parser.section("how it runs")
     parser.more.add_argument(
         "--dtype",
+        choices=options.DTYPES,
         default="auto",
+        metavar="DTYPE",
         help="auto, float32, bfloat16 or float16 (default: auto, as stored)",
     )
     options.add_inference_arguments(parser)

@@ -13,6 +13,7 @@ import llmq
 from llmq.models.identity import source_name
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
+from llmq.schema import SCHEMA_KEY, SCHEMA_VERSION
 
 
 def build_report(
@@ -33,6 +34,7 @@ def build_report(
     needs = method_of(job.recipe).needs(job.recipe)
     bits = 8 * sum(layer["n_bytes"] for layer in layers) / n_weights
     return {
+        SCHEMA_KEY: SCHEMA_VERSION,
         "model": job.source.name,
         "method": job.recipe.method,
         "format": job.fmt.name,

@@ -30,6 +30,7 @@ from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.report import versions
 from llmq.qat.job import QATJob
 from llmq.qat.weights import freeze
+from llmq.schema import SCHEMA_KEY, SCHEMA_VERSION
 from llmq.storage import files, seals
 from llmq.storage.manifest import read_manifest
 from llmq.storage.workspace import PUBLISHING
@@ -139,6 +140,7 @@ def _report(
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     losses = [row["loss"] for row in rows if "loss" in row]
     return {
+        SCHEMA_KEY: SCHEMA_VERSION,
         "model": job.source.name,
         "teacher": job.teacher.name,
         "teacher_dtype": job.teacher_dtype,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmq.commands import catalog
-from llmq.commands.cli import SCHEMA_VERSION, main
+from llmq.commands.cli import main
+from llmq.schema import SCHEMA_VERSION
 
 
 def leaves(capsys, *arguments):

@@ -12,10 +12,11 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 from llmq.commands.catalog import command_parsers
-from llmq.commands.cli import SCHEMA_VERSION, main
+from llmq.commands.cli import main
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.recipe import Recipe, Rule
+from llmq.schema import SCHEMA_VERSION
 from llmq.text.hub import HubRows
 
 

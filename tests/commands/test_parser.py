@@ -5,11 +5,12 @@ import json
 import pytest
 
 from llmq.commands.catalog import COMMANDS, command_parsers
-from llmq.commands.cli import SCHEMA_VERSION, main
+from llmq.commands.cli import main
 from llmq.commands.options import RECIPE_KEYS
 from llmq.commands.parser import Parser
 from llmq.commands.qat_options import RECIPE_KEYS as QAT_KEYS
 from llmq.recipes.files import read_recipe_file
+from llmq.schema import SCHEMA_VERSION
 
 ALWAYS = {"-h", "--help", "--help-all"}
 FOLDED = [("quantize", option, key) for option, key in RECIPE_KEYS.items()]

@@ -31,7 +31,7 @@ class _Left(ProgressColumn):
 
 
 class Bar:
-    """A bar that is drawn from `drawn` on."""
+    """A bar, to be seen once it is known of how many."""
 
     def __init__(self, title: str, pace: Pace, console: Console) -> None:
         remark = Column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -45,12 +45,12 @@ class Bar:
             console=console,
             expand=True,
         )
-        self._task = self.progress.add_task(title, total=None, remark="")
+        self._task = self.progress.add_task(title, visible=False, remark="")
 
     def move(self, done: int, total: int, remark: str = "") -> None:
         """Show what is done."""
         self._pace.report(done, total, time.monotonic())
-        self.progress.update(self._task, completed=done, total=total, remark=remark)
+        self.progress.update(self._task, completed=done, total=total, visible=True, remark=remark)
 
 
 @contextmanager

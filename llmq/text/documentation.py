@@ -2,7 +2,7 @@
 
 It is the topics of the language reference (what `help()` shows) and the docstrings of the standard
 library. Sources of programs, which are there as well, calibrate a model of natural language badly:
-figures in the README of `llmq/text`. The text differs a little between Python versions; each result
+figures in the README of `llmq/ptq`. The text differs a little between Python versions; each result
 carries the hash of its tokens."""
 
 from __future__ import annotations

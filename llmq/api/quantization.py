@@ -10,7 +10,7 @@ from typing import Any, overload
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmq.api.models import FORMS, ModelName, is_name, usual_length
+from llmq.api.models import FORMS, ModelName, is_name
 from llmq.api.recipes import DEFAULT, RecipeLike, recipe_of
 from llmq.api.reports import BlockReports, Report
 from llmq.api.texts import TextOrIds, token_set, windows_for
@@ -105,7 +105,7 @@ def _quantize_model(
     **options: Any,
 ) -> BlockReports:
     """tokens: what `calibration` was called when it took nothing else."""
-    chosen = recipe_of(recipe, usual_length(model.config), **_of_recipe(options))
+    chosen = recipe_of(recipe, model.config, **_of_recipe(options))
     given = tokens if calibration is None else calibration
     windows = windows_for(model, given, chosen, tokenizer)
     return BlockReports(in_memory.quantize(model, chosen, windows, on_block=on_block))
@@ -129,7 +129,7 @@ def _quantize_folder(
     assert out is not None
     place = str(device_of(device, None, 0))
     source = Source.open(model, revision)
-    chosen = recipe_of(recipe, usual_length(source.config), **_of_recipe(options))
+    chosen = recipe_of(recipe, source.config, **_of_recipe(options))
     given: dict[str, Any] = {"format": format, "strict": strict}
     if calibration is not None:
         given["calibration"] = _calibration(source, calibration, chosen)

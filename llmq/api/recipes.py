@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from transformers import PretrainedConfig
+
 from llmq.arguments import refused
 from llmq.errors import LlmqError
 from llmq.grid.scheme import parse_treatment
 from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.ptq.sizing import windows_for
 from llmq.recipe import Recipe, Rule
 from llmq.recipes.files import YAML, read_recipe_file, ready_names
 
@@ -21,24 +24,25 @@ _FORMS = (
 )
 
 
-def recipe_of(recipe: RecipeLike, max_length: int, **options: Any) -> Recipe:
+def recipe_of(recipe: RecipeLike, config: PretrainedConfig, **options: Any) -> Recipe:
     """The recipe that an argument stands for. Rules go before the one spec or scheme, wherever it
     stands; without one the other layers become w4g128, as on the command line.
 
-    max_length: the cap of calibration windows where the recipe says nothing of their length.
+    config: of the model, which decides how much text is read where the recipe does not say it.
     options: fields that override it where they are not None."""
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(recipe, Recipe):
         return replace(recipe, **given)
-    length = {"sequence_length": max_length}
+    windows = windows_for(config)
+    sizes = {"samples": windows.n_sequences, "sequence_length": windows.length}
     if isinstance(recipe, str) and (recipe in ready_names() or recipe.endswith((*YAML, ".json"))):
         stored = read_recipe_file(recipe).for_quantize()
-        return replace(Recipe.from_json(length | stored), **given)
+        return replace(Recipe.from_json(sizes | stored), **given)
     parts = [recipe] if isinstance(recipe, str | QuantSpec) else recipe
     if not isinstance(parts, list | tuple):
         raise refused("recipe", recipe, _FORMS)
     rules, activations = _read(parts)
-    return Recipe(**{"rules": rules, "activations": activations, **length, **given})
+    return Recipe(**{"rules": rules, "activations": activations, **sizes, **given})
 
 
 def _read(parts: Sequence[Any]) -> tuple[tuple[Rule, ...], ActSpec]:

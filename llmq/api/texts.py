@@ -14,6 +14,7 @@ from llmq.arguments import check_type, refused
 from llmq.errors import LlmqError
 from llmq.models.arch import check_length, needs_bos
 from llmq.models.tokens import first_token
+from llmq.ptq import sizing
 from llmq.ptq.job import windows_of
 from llmq.recipe import Recipe
 from llmq.text import documents
@@ -69,7 +70,7 @@ def calibration_windows(
     data: TextOrIds,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    samples: int = 128,
+    samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
 ) -> TokenSet:
@@ -77,10 +78,14 @@ def calibration_windows(
     places of the texts or of a row of ids (`.tokens`, int64 `[samples, length]`). Rows of ids
     `[n, length]` are windows already. Families that need it get a BOS token first.
 
-    tokenizer: in place of the model's own. sequence_length: None for 2048, or what the model has
-    positions for. Raises `LlmqError` for text shorter than a window."""
-    length = usual_length(config_of(model)) if sequence_length is None else sequence_length
-    recipe = Recipe(samples=samples, sequence_length=length, seed=seed)
+    tokenizer: in place of the model's own. samples, sequence_length: None for what `llmq quantize`
+    takes (see `llmq.ptq.sizing`). Raises `LlmqError` for text shorter than a window."""
+    usual = sizing.windows_for(config_of(model))
+    recipe = Recipe(
+        samples=usual.n_sequences if samples is None else samples,
+        sequence_length=usual.length if sequence_length is None else sequence_length,
+        seed=seed,
+    )
     return token_set(model, data, recipe, tokenizer)
 
 
@@ -136,8 +141,8 @@ def evaluation_windows(
     disjoint windows of `sequence_length` tokens, the tail dropped. A row of ids is cut alike,
     windows of ids are taken as they are.
 
-    tokenizer, sequence_length: as in `calibration_windows`. bos: see
-    `llmq.text.windows.cut_windows`. Raises `LlmqError` for text shorter than a window."""
+    tokenizer: as in `calibration_windows`. sequence_length: None for 2048, or what the model has
+    positions for. bos: see `llmq.text.windows.cut_windows`. Raises `LlmqError` for text shorter than a window."""
     if isinstance(data, Windows):
         return data
     config, given = config_of(model), texts_or_ids("data", data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmq.api.models import usual_length
 from llmq.api.recipes import RecipeLike, recipe_of
 from llmq.api.texts import TextOrIds, windows_for
 from llmq.arguments import check_type
@@ -28,7 +27,7 @@ def prepare_qat(
     `llmq.quantize`. quantizer: see `llmq.qat.weights`. tokens: what `calibration` was called when
     it took nothing else. Raises `LlmqError` for recipes that cannot be trained (act-order)."""
     check_type("model", model, PreTrainedModel, "a transformers model in memory")
-    chosen = recipe_of(recipe, usual_length(model.config))
+    chosen = recipe_of(recipe, model.config)
     given = tokens if calibration is None else calibration
     windows = windows_for(model, given, chosen, tokenizer)
     return prepare.prepare_qat(model, chosen, windows, quantizer=quantizer)

@@ -142,7 +142,8 @@ def evaluation_windows(
     windows of ids are taken as they are.
 
     tokenizer: as in `calibration_windows`. sequence_length: None for 2048, or what the model has
-    positions for. bos: see `llmq.text.windows.cut_windows`. Raises `LlmqError` for text shorter than a window."""
+    positions for. bos: see `llmq.text.windows.cut_windows`.
+    Raises `LlmqError` for text shorter than a window."""
     if isinstance(data, Windows):
         return data
     config, given = config_of(model), texts_or_ids("data", data)

@@ -1,5 +1,9 @@
 """Keys and values of a conversation, kept from turn to turn: a turn begins with the tokens of those
-before it, which need not be computed again."""
+before it, which need not be computed again.
+
+In float32 SmolLM2-135M had the tokens of a fresh start in every turn tried. In bfloat16 sums over
+fewer new tokens round otherwise, and a near tie can fall the other way, as it does in transformers
+between a cache that is handed over and none."""
 
 from __future__ import annotations
 

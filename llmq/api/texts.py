@@ -94,16 +94,16 @@ def token_set(
 ) -> TokenSet:
     """`calibration_windows` with samples, length and seed of a recipe."""
     config, given = config_of(model), texts_or_ids("calibration", data)
-    if isinstance(given, list):
-        length = recipe.sequence_length
-        check_length(config, length, f"sequence_length {length}")
-        text = documents.Text(given, {"source": GIVEN_TEXTS})
-        return windows_of(tokenizer_for(model, tokenizer), config, recipe, text, GIVEN_TEXTS)
     vocab_size = config.get_text_config().vocab_size
-    if given.dim() == 2:
+    if isinstance(given, Tensor) and given.dim() == 2:
         check_windows(given, vocab_size)
         check_length(config, given.shape[1], f"calibration windows of {given.shape[1]} tokens")
         return TokenSet(given, GIVEN)
+    length = recipe.sequence_length
+    check_length(config, length, f"sequence_length {length}")
+    if isinstance(given, list):
+        text = documents.Text(given, {"source": GIVEN_TEXTS})
+        return windows_of(tokenizer_for(model, tokenizer), config, recipe, text, GIVEN_TEXTS)
     check_vocabulary(given, vocab_size, "calibration")
     bos = first_token(tokenizer_for(model, tokenizer), config) if needs_bos(config) else None
     return documents.calibration_windows(

@@ -91,7 +91,8 @@ def prepare_setup(task: Task, work_dir: Path) -> Setup:
             else ("activations int8-static", "int8-token")
         )
         raise LlmqError(
-            f"{needing} needs calibration text; give tokens (--calibration), or use {remedy}"
+            f"{needing} needs calibration text; give a list of texts or token ids "
+            f"(--calibration), or use {remedy}"
         )
     blocks = Blocks(task.model, task.reader, task.device)
     streams = special = None

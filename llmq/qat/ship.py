@@ -152,7 +152,7 @@ def _report(
         "train": {
             "source": job.read.get("source") or source_name(job.train),
             "windows": list(job.windows.shape) if job.windows is not None else job.n_windows,
-            "text": job.read,
+            **({"text": job.read} if job.read else {}),
         },
         "budget": job.budget(),
         "first_loss": losses[0] if losses else None,

@@ -21,7 +21,7 @@ HELP = (
 )
 EXAMPLES = (
     "llmq generate tiny --prompt 'def main():'",
-    "llmq generate tiny --prompt 'def main():' --temperature 0.7 --top-p 0.9 --seed 1",
+    "llmq generate tiny --prompt 'def' --temperature 0.7 --top-p 0.9 --seed 1",
     "echo 'import os' | llmq generate tiny --stop return --max-new-tokens 20",
 )
 STDIN = "-"
@@ -29,6 +29,7 @@ STDIN = "-"
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)
+    parser.section("text")
     parser.add_argument(
         "--prompt",
         metavar="TEXT",

@@ -24,7 +24,7 @@ from llmq.models.stored import StoredModel
 from llmq.models.tokens import first_token, own_tokenizer
 from llmq.ptq.precision import multiplies_bfloat16
 from llmq.ptq.sizing import MOST_WINDOWS, windows_for
-from llmq.qat.budget import Memory, training_flops
+from llmq.qat.budget import Memory, n_parameters, training_flops
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import check_same_vocabulary, check_student
 from llmq.qat.weights import check_quantizer
@@ -174,7 +174,6 @@ def prepare_job(
     check_student(skeleton)
     stored.check()
     remarks = stored.remarks(strict)
-    n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     activations = ActSpec(
         settings.scheme.activations, settings.scheme.kv_bits, settings.kv_before_rope
     )
@@ -240,7 +239,7 @@ def prepare_job(
         train,
         windows,
         held_out,
-        n_parameters,
+        n_parameters(skeleton),
         plans,
         device,
         remarks,

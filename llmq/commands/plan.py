@@ -156,8 +156,8 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
     if calibration := result["calibration"]:
         n, length = calibration["windows"]
         pairs["calibration"] = f"{n} windows of {length} tokens of {calibration['source']}"
-    pairs["weight files"] = _size_line(result)
-    pairs["peak memory"] = _memory_line(result)
+    pairs |= _size_pairs(result)
+    pairs |= _memory_pairs(result)
     disk, work = result["planned_disk_bytes"], result["planned_work_bytes"]
     pairs["disk"] = (
         f"about {disk / 1e9:.2f} GB while it runs, {work / 1e9:.2f} GB of it to resume from"
@@ -167,7 +167,7 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
     pairs["time"] = f"about {duration(result['planned_seconds'])} on {where}"
     pairs["estimated from"] = (
         f"{estimate['flops']:.1e} operations at {estimate['flops_per_second'] / 1e9:.0f} GFLOP/s, "
-        "half of what a product of matrices ran at just now"
+        "half the rate of a product just now"
     )
     if quick := result["quick"]:
         n, length = quick["windows"]
@@ -178,28 +178,28 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
     return pairs
 
 
-def _size_line(result: dict[str, Any]) -> str:
+def _size_pairs(result: dict[str, Any]) -> dict[str, object]:
     """Sizes, and what is not quantized where that is much of them."""
     planned, left = result["planned_bytes"], result["unquantized_bytes"]
-    line = f"{result['source_bytes'] / 1e6:.1f} MB -> about {planned / 1e6:.1f} MB"
+    size = f"{result['source_bytes'] / 1e6:.1f} MB -> about {planned / 1e6:.1f} MB"
     kept = [part for part in result["parts"] if part["spec"] is None]
     if left < MENTIONED * planned or not kept:
-        return line
+        return {"weight files": size}
     bits = 8 * kept[0]["source_bytes"] / kept[0]["weights"]
-    return (
-        f"{line}; {left / 1e6:.1f} MB ({left / planned:.0%}) stay at {bits:.0f} bits, most of it "
-        f"{kept[0]['name']}"
-    )
+    share = f"{left / 1e6:.1f} MB ({left / planned:.0%}) stay at {bits:.0f} bits"
+    return {"weight files": size, "not quantized": f"{share}, most of it {kept[0]['name']}"}
 
 
-def _memory_line(result: dict[str, Any]) -> str:
+def _memory_pairs(result: dict[str, Any]) -> dict[str, object]:
     memory = result["memory"]
-    line = f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries"
+    peak = f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries"
     if memory["fits"] is None:
-        return line
-    limit = f"the {memory['limit_bytes'] / 1e9:.1f} GB of {memory['of']}"
-    if memory["fits"]:
-        return f"{line}: fits into {limit}"
-    for name, n_bytes in memory["fitting_methods"].items():
-        return f"{line}: more than {limit}; --method {name} takes {n_bytes / 1e9:.2f} GB"
-    return f"{line}: more than {limit}, and so has every other method"
+        return {"peak memory": peak}
+    fits = f"into the {memory['limit_bytes'] / 1e9:.1f} GB of {memory['of']}"
+    if not memory["fits"]:
+        remedy = ", nor does any other method"
+        if fitting := memory["fitting_methods"]:
+            name, n_bytes = next(iter(fitting.items()))
+            remedy = f"; --method {name} takes {n_bytes / 1e9:.2f} GB"
+        fits = f"not {fits}{remedy}"
+    return {"peak memory": peak, "fits": fits}

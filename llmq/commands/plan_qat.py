@@ -113,11 +113,12 @@ def _layers(source: Source, settings: QATSettings) -> tuple[list[LayerPlan], int
     """What becomes of each layer, and the parameters of the model."""
     from llmq.models.arch import quantizable_layers
     from llmq.models.source import meta_model
+    from llmq.qat.budget import n_parameters
     from llmq.recipe import Recipe
 
     model = meta_model(source.config)
     plans = Recipe.uniform(settings.scheme.weights).plan(quantizable_layers(model))
-    return plans, sum(parameter.numel() for parameter in model.parameters())
+    return plans, n_parameters(model)
 
 
 def _memory(
@@ -167,12 +168,11 @@ def _text(result: dict[str, Any]) -> str:
         "model": f"{result['parameters'] / 1e6:.1f}M parameters, {result['quantized_layers']} "
         f"layers at {result['scheme']}",
         "batch": f"{batch} windows of {length} tokens",
-        "peak memory": _fit_line(result),
+        **_memory_pairs(result),
         "time": f"about {duration(result['planned_seconds_per_million_tokens'])} per million "
         "tokens",
-        "estimated from": f"8.5 operations per parameter and token at "
-        f"{result['estimate']['flops_per_second'] / 1e9:.0f} GFLOP/s, half of what a product of "
-        "matrices ran at just now",
+        "estimated from": "8.5 operations per parameter and token at "
+        f"{result['estimate']['flops_per_second'] / 1e9:.0f} GFLOP/s",
     }
     if not result["has_weights"]:
         pairs["weights"] = "none in this folder: sizes are those that its config describes"
@@ -183,18 +183,17 @@ def _text(result: dict[str, Any]) -> str:
     return f"{table}\n\n{rendering.render_pairs(pairs)}"
 
 
-def _fit_line(result: dict[str, Any]) -> str:
-    line = f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries"
+def _memory_pairs(result: dict[str, Any]) -> dict[str, object]:
+    peak = f"about {result['planned_peak_bytes'] / 1e9:.2f} GB above the libraries"
     if result["fits"] is None:
-        return line
-    limit = f"the {result['limit_bytes'] / 1e9:.1f} GB of {result['limit_of']}"
+        return {"peak memory": peak}
+    fits = f"into the {result['limit_bytes'] / 1e9:.1f} GB of {result['limit_of']}"
     if result["fits"]:
-        return f"{line}: fits into {limit}"
-    for option, n_bytes in result["fitting_options"].items():
-        return f"{line}: more than {limit}; {option} takes {n_bytes / 1e9:.2f} GB"
+        return {"peak memory": peak, "fits": fits}
     memory = result["memory"]
     fixed = sum(memory[name] for name in ("masters", "gradients", "optimizer", "teacher"))
-    return (
-        f"{line}: more than {limit}, and no option changes that: weights and optimizer alone take "
-        f"{fixed / 1e9:.2f} GB; use 'llmq quantize'"
-    )
+    instead = f"no option changes that: weights and optimizer take {fixed / 1e9:.2f} GB"
+    if fitting := result["fitting_options"]:
+        option, n_bytes = next(iter(fitting.items()))
+        instead = f"{option}, which takes {n_bytes / 1e9:.2f} GB"
+    return {"peak memory": peak, "fits": f"not {fits}", "instead": instead}

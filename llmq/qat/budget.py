@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from llmq.models import compat
 from llmq.qat.losses import CHUNK_TOKENS
 from llmq.qat.settings import QATSettings
 from llmq.recipe import LayerPlan
@@ -72,3 +73,9 @@ class Memory:
 def training_flops(n_parameters: int, n_tokens: float) -> float:
     """Student forward and backward, teacher forward, heads once more in the backward pass."""
     return 8.5 * n_parameters * n_tokens
+
+
+def n_parameters(model: PreTrainedModel) -> int:
+    """Weights that are trained: tied ones, which are apart on the meta device, count once."""
+    ties = compat.ties(model)
+    return sum(each.numel() for name, each in model.named_parameters() if name not in ties)

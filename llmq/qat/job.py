@@ -26,7 +26,7 @@ from llmq.models.tokens import first_token, own_tokenizer
 from llmq.ptq.methods import method_of
 from llmq.ptq.precision import multiplies_bfloat16
 from llmq.ptq.sizing import MOST_WINDOWS, windows_for
-from llmq.qat.budget import Memory, training_flops
+from llmq.qat.budget import Memory, n_parameters, training_flops
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import check_same_vocabulary, check_student
 from llmq.qat.weights import check_quantizer
@@ -202,7 +202,7 @@ def prepare_job(
         train=train,
         windows=windows,
         held_out=held_out,
-        n_parameters=sum(parameter.numel() for parameter in stored.skeleton.parameters()),
+        n_parameters=n_parameters(stored.skeleton),
         plans=plans,
         device=device,
         remarks=remarks,

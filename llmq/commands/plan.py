@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             }
             for plan in job.plans
         ],
+        "notes": job.notes,
         "parts": [part.to_json() for part in found],
         "unquantized_bytes": int(sum(part.planned_bytes for part in found if part.spec is None)),
         "calibration": None
@@ -117,19 +118,23 @@ def _memory(args: argparse.Namespace, job: Job) -> dict[str, Any]:
 
 
 def _text(result: dict[str, Any]) -> str:
-    tables = [_layer_table(result), _part_table(result)]
-    return "\n\n".join([*tables, rendering.render_pairs(_pairs(result))])
+    columns = rendering.terminal_width()
+    notes = [
+        rendering.wrapped(line, columns, "  ") for line in rendering.note_lines(result["notes"])
+    ]
+    parts = [_layer_table(result), _part_table(result), rendering.render_pairs(_pairs(result))]
+    return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
 
 
 def _layer_table(result: dict[str, Any]) -> str:
-    groups: dict[tuple[str, str, str, str], int] = {}
+    groups: dict[tuple[str, str, str], int] = {}
     for layer in result["layers"]:
         kind = ".".join("*" if part.isdigit() else part for part in layer["name"].split("."))
-        key = (kind, "x".join(map(str, layer["shape"])), layer["spec"] or "keep", layer["note"])
+        key = (kind, "x".join(map(str, layer["shape"])), layer["spec"] or "keep")
         groups[key] = groups.get(key, 0) + 1
     return rendering.render(
-        [(*key[:3], count, key[3]) for key, count in groups.items()],
-        ("layers", "N x K", "spec", "count", "note"),
+        [(*key, count) for key, count in groups.items()],
+        ("layers", "N x K", "spec", "count"),
     )
 
 

@@ -1,5 +1,6 @@
 """What llmq wrote is what is there, or it is named."""
 
+import itertools
 import json
 import os
 import random
@@ -155,7 +156,8 @@ def test_load_checks_sizes_always_and_hashes_when_asked(checkpoint):
 def test_eval_and_compare_check_first(checkpoint, tmp_path, calibration_file, capsys, monkeypatch):
     options = ["--data", str(calibration_file), "--sequence-length", "32", "--max-windows", "1"]
     base = str(tmp_path / "model")
-    monkeypatch.setattr(manifest.time, "monotonic", iter([0.0, 6.0]).__next__)
+    seconds = itertools.count(0.0, 6.0)  # six from one look at the clock to the next
+    monkeypatch.setattr(manifest.time, "monotonic", seconds.__next__)
     assert main(["eval", str(checkpoint), *options, "--json"]) == 0
     monkeypatch.undo()
     told = capsys.readouterr()

@@ -130,7 +130,7 @@ def _quantize_folder(
     place = str(device_of(device, None, 0))
     source = Source.open(model, revision)
     chosen = recipe_of(recipe, source.config, **_of_recipe(options))
-    given: dict[str, Any] = {"format": format, "strict": strict}
+    given: dict[str, Any] = {"format": format, "strict": strict, "device": place}
     if calibration is not None:
         given["calibration"] = _calibration(source, calibration, chosen)
     job = prepare(source, chosen, **given)

@@ -132,6 +132,8 @@ def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
     from llmq.models.config_only import open_to_plan
     from llmq.models.source import Source
     from llmq.ptq.job import prepare
+    from llmq.ptq.methods import needs_text
+    from llmq.ptq.sizing import default_text
     from llmq.text.documents import SELF
 
     opened = open_to_plan if is_plan else Source.open
@@ -139,7 +141,8 @@ def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
     recipe = read_recipe(args, source.config)
     with ExitStack() as stack:
         told: dict[str, Any] = {}
-        if recipe.calibration == SELF and not is_plan:
+        is_written = (recipe.calibration or default_text(source)) == SELF
+        if is_written and needs_text(recipe) and not is_plan:
             told = {"on_text": stack.enter_context(rendering.progress("text of the model's own"))}
         job = prepare(
             source,

@@ -225,7 +225,8 @@ def _add_calibration_arguments(parser: Parser) -> None:
         type=source,
         metavar="SOURCE",
         help="ultrachat, c4, wikitext, code (from the Hub, kept), self (written by the model), "
-        f"python-docs, or {TEXT_HELP} (default: python-docs, and bundled for 'tiny')",
+        f"python-docs, or {TEXT_HELP} (default: self, for more than 2.5 GB of weights python-docs, "
+        "for 'tiny' bundled)",
     )
     parser.more.add_argument(
         "--no-held-out",

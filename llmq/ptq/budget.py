@@ -18,7 +18,7 @@ from llmq.text.documents import SELF, TokenSet
 PASSES = 4  # of every token through a block
 # Against the rate that a run is planned with, half of that of one large product (llmq/ptq/README.md
 # has the figures): passes run faster, what goes column by column slower.
-TEXT_FACTOR, SOLVE_FACTOR = 0.45, 5.0
+TEXT_FACTOR, SOLVE_FACTOR, WRITE_FACTOR = 0.45, 5.0, 1.5
 
 
 def stored_bytes(job: Job) -> int:
@@ -135,4 +135,15 @@ def flops(job: Job) -> float:
     n_held_out = sum(text.tokens.numel() for text in job.tokens.held_out)
     measured = 2 * 2 * n_held_out * sum(prod(plan.layer.shape) for plan in job.plans)
     passes = TEXT_FACTOR * (forward + hessians + measured)
-    return float(passes + SOLVE_FACTOR * solves) + tuning
+    return float(passes + SOLVE_FACTOR * solves + WRITE_FACTOR * _writing(job)) + tuning
+
+
+def _writing(job: Job) -> float:
+    """Operations of the model while it writes its own calibration text."""
+    assert job.tokens is not None
+    if job.tokens.source != SELF:
+        return 0.0
+    n_weights = sum(prod(plan.layer.shape) for plan in job.plans)
+    head = job.model.get_output_embeddings()
+    n_weights += 0 if head is None else head.weight.numel()
+    return float(2 * job.tokens.n_tokens * n_weights)

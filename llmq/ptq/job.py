@@ -134,11 +134,15 @@ def _to_be_written(config: Any, recipe: Recipe) -> documents.TokenSet:
 
 def _remark_on_text(name: str) -> dict[str, str]:
     """What is to be known of a text that nobody has asked for."""
-    if name != DOCUMENTATION:
+    what = {
+        documents.SELF: "which the model writes",
+        DOCUMENTATION: "the documentation that every Python has",
+    }
+    if name not in what:
         return {}
     remark = (
-        f"{name}, which every Python has, since none was given; text of the kind that the model is "
-        "for loses less: give --calibration FILE, or ultrachat (from the Hub)"
+        f"{name}, {what[name]}, since none was given; text of the kind that it will see may lose "
+        "less: --calibration FILE, or ultrachat (from the Hub)"
     )
     return {"calibration text": remark}
 

@@ -13,18 +13,24 @@ from llmq.models.source import Source
 from llmq.ptq.methods.base import Windows
 from llmq.text.corpus import BUNDLED
 from llmq.text.documentation import DOCUMENTATION
+from llmq.text.documents import SELF
 
 TOKENS_PER_CHANNEL = 64
 LEAST_TOKENS, MOST_TOKENS = 128 * 256, 128 * 2048
 LONGEST, MOST_WINDOWS, FEWEST_WINDOWS = 2048, 128, 64
 QUICK_SHARE, SHORTEST = 4, 256
+# Of stored weights, a model of a billion in bfloat16: writing holds it as a whole.
+MOST_BYTES_THAT_WRITE = 2_500_000_000
 
 
 def default_text(source: Source) -> str:
     """The calibration text of a model, as `--calibration` names it: source code for the bundled
-    model, which has learned nothing else, and for all others prose. Both come with every Python:
-    no network is asked for what nobody has asked for."""
-    return BUNDLED if is_bundled(source.folder) else DOCUMENTATION
+    model, which has learned nothing else; for others what the model writes itself, which loses
+    least (figures in the README of `llmq/ptq`); and the documentation of Python for models that
+    had better not be in memory as a whole. No network is asked for what nobody has asked for."""
+    if is_bundled(source.folder):
+        return BUNDLED
+    return SELF if source.weight_bytes <= MOST_BYTES_THAT_WRITE else DOCUMENTATION
 
 
 def default_windows(width: int, positions: int) -> Windows:

@@ -2,7 +2,11 @@
 
 import pytest
 
-from llmq.ptq.sizing import default_windows, quick_windows
+from llmq.models.source import Source
+from llmq.ptq import sizing
+from llmq.ptq.job import prepare
+from llmq.ptq.sizing import default_text, default_windows, quick_windows
+from llmq.recipe import Recipe
 
 # width, positions, windows, and those of --quick
 MODELS = {
@@ -32,3 +36,23 @@ def test_wider_models_never_get_less_text():
         for a, b, each in zip(n_tokens[:-1], n_tokens[1:], sizes[1:], strict=True)
     )
     assert all(each.n_sequences <= 128 and each.length <= 2048 for each in sizes)
+
+
+def test_the_text_goes_by_the_model(model_folder, monkeypatch):
+    small = Source(model_folder())
+    assert default_text(Source.open("tiny")) == "bundled"
+    assert default_text(small) == "self"
+    monkeypatch.setattr(sizing, "MOST_BYTES_THAT_WRITE", small.weight_bytes - 1)
+    assert default_text(small) == "python-docs"
+
+
+def test_a_text_that_nobody_asked_for_is_named_with_a_remedy(model_folder):
+    recipe = Recipe(samples=2, sequence_length=16)
+    job = prepare(str(model_folder()), recipe)
+    assert job.tokens.source == "self"
+    assert job.recipe.calibration == "self"
+    assert "--calibration FILE" in job.notes["calibration text"]
+    again = prepare(str(model_folder()), job.recipe)
+    assert again.tokens.sha256 == job.tokens.sha256
+    assert "calibration text" not in again.notes, "the recipe asked for it"
+    assert "calibration text" not in prepare("tiny", recipe, check_scales=False).notes

@@ -14,6 +14,7 @@ from llmq.models.identity import source_name
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.schema import SCHEMA_KEY, SCHEMA_VERSION
+from llmq.text.documents import TokenSet
 
 
 def build_report(
@@ -31,7 +32,6 @@ def build_report(
     weight files before and after."""
     layers = [layer for block in blocks for layer in block["layers"]]
     n_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-    needs = method_of(job.recipe).needs(job.recipe)
     bits = 8 * sum(layer["n_bytes"] for layer in layers) / n_weights
     return {
         SCHEMA_KEY: SCHEMA_VERSION,
@@ -39,58 +39,77 @@ def build_report(
         "method": job.recipe.method,
         "format": job.fmt.name,
         "recipe": job.recipe.to_json(),
-        "calibration": None
-        if job.tokens is None
-        else {
-            "source": job.tokens.read.get("source") or source_name(job.tokens.source),
-            "windows": list(job.tokens.tokens.shape),
-            "sha256": job.tokens.sha256,
-            "text": job.tokens.read,
-        },
+        "calibration": None if job.tokens is None else _about_text(job.tokens),
         "source_bytes": source_bytes,
         "stored_bytes": stored_bytes,
         "n_quantized_layers": len(layers),
         "kept_layers": [plan.layer.name for plan in job.plans if plan.spec is None],
         "notes": job.notes,
         "bits_per_quantized_weight": round(bits, 4),
+        **_deviations(layers, job.recipe.damping),
+        "unused_source_tensors": unused,
+        "verified_blocks": len(blocks),
+        "resumed_at_block": resumed_at,
+        "seconds": round(seconds, 2),
+        "seconds_per_block": [round(block["seconds"], 3) for block in blocks],
+        "tuned_blocks": [_about_tuning(block) for block in blocks if _is_tuned(block)],
+        "layers": layers,
+        "device": device,
+        **_precision(job, device),
+        "versions": versions(),
+    }
+
+
+def _about_text(tokens: TokenSet) -> dict[str, Any]:
+    return {
+        "source": tokens.read.get("source") or source_name(tokens.source),
+        "windows": list(tokens.tokens.shape),
+        "sha256": tokens.sha256,
+        "text": tokens.read,
+    }
+
+
+def _deviations(layers: list[dict[str, Any]], damping: float) -> dict[str, Any]:
+    """Which layers came out otherwise than they should, and how many. damping: the usual one."""
+    return {
         "fallbacks": [layer["name"] for layer in layers if layer["fallback"]],
         "layers_with_large_error": [layer["name"] for layer in layers if _is_large(layer)],
         "n_worse_than_rounding": sum(
             layer["error"] is not None and layer["error"] > layer["rtn_error"] for layer in layers
         ),
         "n_kept_rounding": sum(layer["kept_rounding"] for layer in layers),
-        "n_extra_damping": sum(layer["damping"] > job.recipe.damping for layer in layers),
+        "n_extra_damping": sum(layer["damping"] > damping for layer in layers),
         "n_dead_columns": sum(layer["n_dead_columns"] for layer in layers),
         "n_dropped_rows": sum(layer["n_dropped_rows"] for layer in layers),
-        "unused_source_tensors": unused,
-        "verified_blocks": len(blocks),
-        "resumed_at_block": resumed_at,
-        "seconds": round(seconds, 2),
-        "seconds_per_block": [round(block["seconds"], 3) for block in blocks],
-        "tuned_blocks": [
-            {
-                key: block[key]
-                for key in (
-                    "index",
-                    "start_error",
-                    "tuned_error",
-                    "n_skipped_steps",
-                    "tuning_by_class",
-                    "tuning_worse_in",
-                )
-            }
-            for block in blocks
-            if block["tuned_error"] is not None
-        ],
-        "layers": layers,
-        "device": device,
-        "full_precision_stream": None
-        if not needs.hessian
-        else str(job.precision(device).stream).removeprefix("torch."),
-        "tuned_in": str(job.precision(device).training).removeprefix("torch.")
-        if needs.tuning
-        else None,
-        "versions": versions(),
+    }
+
+
+def _is_tuned(block: dict[str, Any]) -> bool:
+    return block["tuned_error"] is not None
+
+
+_TUNING = (
+    "index",
+    "start_error",
+    "tuned_error",
+    "n_skipped_steps",
+    "tuning_by_class",
+    "tuning_worse_in",
+)
+
+
+def _about_tuning(block: dict[str, Any]) -> dict[str, Any]:
+    return {key: block[key] for key in _TUNING}
+
+
+def _precision(job: Job, device: str) -> dict[str, str | None]:
+    """What was computed in which dtype, where it was computed at all."""
+    needs, precision = method_of(job.recipe).needs(job.recipe), job.precision(device)
+    stream = str(precision.stream).removeprefix("torch.")
+    training = str(precision.training).removeprefix("torch.")
+    return {
+        "full_precision_stream": stream if needs.hessian else None,
+        "tuned_in": training if needs.tuning else None,
     }
 
 

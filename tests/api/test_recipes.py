@@ -1,6 +1,7 @@
 """Recipes in the forms that people write them."""
 
 import pytest
+from transformers import LlamaConfig
 
 from llmq.api.recipes import recipe_of
 from llmq.errors import LlmqError
@@ -10,6 +11,9 @@ from llmq.recipe import Recipe, Rule
 W4 = QuantSpec("int4", 128)
 W8 = QuantSpec("int8", -1)
 INT8 = ActSpec("int8-token")
+# Of models that are calibrated on 128 x 2048 and on 128 x 64 tokens.
+WIDE = LlamaConfig(hidden_size=4096, max_position_embeddings=2048)
+SHORT = LlamaConfig(hidden_size=64, max_position_embeddings=64)
 
 
 @pytest.mark.parametrize(
@@ -28,35 +32,35 @@ INT8 = ActSpec("int8-token")
 )
 def test_specs_and_schemes(text, spec, activations):
     expected = Recipe((Rule("*", spec),), activations=activations)
-    assert recipe_of(text, 2048) == expected == Recipe.uniform(text)
+    assert recipe_of(text, WIDE) == expected == Recipe.uniform(text)
 
 
 def test_rules_go_before_the_spec_wherever_it_stands():
     down, first = Rule.parse("*.down_proj=w8"), Rule.parse("*.layers.0.*=keep")
     texts = ["*.down_proj=w8", "*.layers.0.*=keep"]
     for recipe in (["W4A8", *texts], [*texts, "W4A8"], [texts[0], "W4A8", first]):
-        found = recipe_of(recipe, 2048)
+        found = recipe_of(recipe, WIDE)
         assert found.rules == (down, first, Rule("*", W4))
         assert found.activations == INT8
-    assert recipe_of(texts[0], 2048).rules == (down, Rule("*", W4))  # as on the command line
-    assert recipe_of([texts[0], "*=w8"], 2048).rules == (down, Rule("*", W8))
+    assert recipe_of(texts[0], WIDE).rules == (down, Rule("*", W4))  # as on the command line
+    assert recipe_of([texts[0], "*=w8"], WIDE).rules == (down, Rule("*", W8))
 
 
 def test_recipes_specs_names_and_files(tmp_path):
     recipe = Recipe.uniform("w8", samples=3)
-    assert recipe_of(recipe, 64) is not None
-    assert recipe_of(recipe, 64) == recipe  # what it says of lengths stays
-    assert recipe_of(W8, 64) == Recipe((Rule("*", W8),), sequence_length=64)
-    assert recipe_of("w8a8", 64).activations == INT8
+    assert recipe_of(recipe, SHORT) is not None
+    assert recipe_of(recipe, SHORT) == recipe  # what it says of lengths stays
+    assert recipe_of(W8, SHORT) == Recipe((Rule("*", W8),), sequence_length=64)
+    assert recipe_of("w8a8", SHORT).activations == INT8
     path = tmp_path / "mine.yaml"
     path.write_text("method: rtn\nrules: ['*=w8']\n")
-    found = recipe_of(str(path), 64, seed=3)
-    assert (found.method, found.seed, found.sequence_length) == ("rtn", 3, 64)
+    found = recipe_of(str(path), SHORT, seed=3)
+    assert (found.method, found.seed, found.sequence_length) == ("rtn", 3, SHORT)
 
 
 def test_options_go_before_the_recipe():
     for recipe in ("w4g128", Recipe.uniform("w4g128")):
-        found = recipe_of(recipe, 2048, method="rtn", samples=None, sequence_length=9)
+        found = recipe_of(recipe, WIDE, method="rtn", samples=None, sequence_length=9)
         assert (found.method, found.samples, found.sequence_length) == ("rtn", 128, 9)
 
 
@@ -72,4 +76,4 @@ def test_options_go_before_the_recipe():
 )
 def test_what_is_no_recipe(recipe, message):
     with pytest.raises(LlmqError, match=message):
-        recipe_of(recipe, 2048)
+        recipe_of(recipe, WIDE)

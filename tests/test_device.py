@@ -9,6 +9,7 @@ from pathlib import Path
 import pretend_device
 import pytest
 import torch
+from conftest import make_model
 from safetensors.torch import load_file
 
 import llmq
@@ -98,7 +99,7 @@ def quantize_in_memory_there(split: bool) -> tuple[set[str], set[str], float]:
     recipe = recipe_of("gptq", {})
     tokens = torch.randint(2, 2048, (6, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), pretend_device.pretend_device() as device:
-        here, there = (llmq.load("tiny", dtype="float32") for _ in range(2))
+        here, there = make_model(), make_model()
         (there.model.layers[0] if split else there).to(device)
         llmq.quantize(here, recipe, tokens)
         llmq.quantize(there, recipe, tokens)

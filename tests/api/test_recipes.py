@@ -55,7 +55,7 @@ def test_recipes_specs_names_and_files(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("method: rtn\nrules: ['*=w8']\n")
     found = recipe_of(str(path), SHORT, seed=3)
-    assert (found.method, found.seed, found.sequence_length) == ("rtn", 3, SHORT)
+    assert (found.method, found.seed, found.sequence_length) == ("rtn", 3, 64)
 
 
 def test_options_go_before_the_recipe():

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.evaluation.bootstrap import mean_interval, reported_interval
-from llmq.evaluation.perplexity import not_finite
+from llmq.evaluation.perplexity import MOST_LOGITS, not_finite, windows_per_batch
 from llmq.text.documents import check_vocabulary
 from llmq.text.windows import Windows
 
@@ -43,6 +43,20 @@ def token_statistics(
     }
 
 
+def window_statistics(
+    base_logits: Tensor, quant_logits: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """`token_statistics`, some tokens at a time: it holds several copies of their logits."""
+    size = max(1, MOST_LOGITS // 4 // base_logits.shape[-1])
+    parts = [
+        token_statistics(*each)
+        for each in zip(
+            base_logits.split(size), quant_logits.split(size), targets.split(size), strict=True
+        )
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 @torch.no_grad()
 def compare(
     base: PreTrainedModel,
@@ -64,14 +78,15 @@ def compare(
     check_vocabulary(windows.tokens, sizes[0], "evaluation text")
     rows: dict[str, list[Tensor]] = {}
     done = 0
-    for batch in windows.tokens.split(max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])):
+    length = windows.tokens.shape[1]
+    for batch in windows.tokens.split(windows_per_batch(length, sizes[0], TOKENS_PER_BATCH)):
         base_logits, quant_logits = (
             model(input_ids=batch.to(model.device), use_cache=False).logits
             for model in (base, quant)
         )
         for base_row, quant_row, ids in zip(base_logits, quant_logits, batch, strict=True):
-            statistics = token_statistics(base_row[:-1].cpu(), quant_row[:-1].cpu(), ids[1:])
-            for name, values in statistics.items():
+            found = window_statistics(base_row[:-1].cpu(), quant_row[:-1].cpu(), ids[1:])
+            for name, values in found.items():
                 rows.setdefault(name, []).append(values)
         done += len(batch)
         on_batch(done, len(windows.tokens))

@@ -17,6 +17,7 @@ from llmq.text.documents import check_vocabulary
 from llmq.text.windows import Bos, Windows, cut_windows
 
 TOKENS_PER_BATCH = 4096
+MOST_LOGITS = 1 << 26  # of a batch: 268 MB in float32; a vocabulary of 262,144 makes it 256 tokens
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Perplexity:
             "dtype": self.dtype,
             **self.windows.identity(),
         }
+
+
+def windows_per_batch(length: int, vocab_size: int, most_tokens: int = TOKENS_PER_BATCH) -> int:
+    """How many windows of `length` tokens go through a model together. With large vocabularies it
+    is their logits that decide what memory a batch takes."""
+    return max(1, min(most_tokens, MOST_LOGITS // vocab_size) // length)
 
 
 def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -71,9 +78,10 @@ def evaluate(
     """Score the windows. on_batch: told how many windows are done, of how many. on_losses: gets the
     negative log-likelihoods of each batch, `[B, T - 1]`. Raises `LlmqError` for token ids beyond
     the vocabulary and for NaN logits."""
-    check_vocabulary(windows.tokens, model.config.get_text_config().vocab_size, "evaluation text")
+    vocab_size = model.config.get_text_config().vocab_size
+    check_vocabulary(windows.tokens, vocab_size, "evaluation text")
     losses: list[Tensor] = []
-    batch_size = max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
+    batch_size = windows_per_batch(windows.tokens.shape[1], vocab_size)
     for batch in windows.tokens.split(batch_size):
         batch = batch.to(model.device)
         loss = token_nll(model(input_ids=batch, use_cache=False).logits, batch)

@@ -9,6 +9,7 @@ from conftest import make_model
 import llmq
 from llmq.errors import LlmqError
 from llmq.evaluation.bootstrap import mean_interval
+from llmq.evaluation.perplexity import windows_per_batch
 from llmq.text.windows import cut_windows
 
 TEXT = "\n".join(f"line {i}: value = {i * i % 97}" for i in range(600))
@@ -99,3 +100,11 @@ def test_interval_covers_the_mean_as_often_as_it_says():
         low, high = mean_interval(values, seed)
         covered += low < 3 < high
     assert 50 <= covered <= 60
+
+
+@pytest.mark.parametrize(
+    ("length", "vocab_size", "expected"),
+    [(256, 2048, 16), (2048, 49_152, 1), (256, 49_152, 5), (256, 262_144, 1), (8192, 2048, 1)],
+)
+def test_a_batch_holds_no_more_logits_than_its_memory(length, vocab_size, expected):
+    assert windows_per_batch(length, vocab_size) == expected

@@ -15,10 +15,8 @@ from urllib.parse import parse_qs
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class DataHub(http.server.BaseHTTPRequestHandler):
-    """root: the folder."""
-
-    root: Path
+class StubHandler(http.server.BaseHTTPRequestHandler):
+    """What stubs of the Hub share: answers with a length, HEAD as GET without a body, no log."""
 
     def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -29,11 +27,20 @@ class DataHub(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _answer_json(self, content: object) -> None:
-        self._answer(200, json.dumps(content).encode(), Content_Type="application/json")
-
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+class DataHub(StubHandler):
+    """root: the folder."""
+
+    root: Path
+
+    def _answer_json(self, content: object) -> None:
+        self._answer(200, json.dumps(content).encode(), Content_Type="application/json")
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -89,14 +96,17 @@ class DataHub(http.server.BaseHTTPRequestHandler):
             data, status = data[first : last + 1], 206
         self._answer(status, data, ETag=f'"{path.name}"', X_Repo_Commit=COMMIT, **more)
 
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
 
 @contextmanager
 def data_hub(root: Path) -> Iterator[str]:
     """A Hub with the data sets of a folder: its address for HF_ENDPOINT."""
-    handler = type("Handler", (DataHub,), {"root": root})
+    with served(type("Handler", (DataHub,), {"root": root})) as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def served(handler: type[StubHandler]) -> Iterator[str]:
+    """The address of a server with these answers, for HF_ENDPOINT."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

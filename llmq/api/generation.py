@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmq.api.models import ModelLike, check_model, tokenizer_for
+from llmq.api.models import ModelLike, opened, tokenizer_for
 from llmq.api.texts import texts_or_ids
 from llmq.arguments import check_type, refused
 from llmq.errors import LlmqError
 from llmq.formats.load import load
 from llmq.inference import decoding
+from llmq.inference.decoding import end_ids, ending_also_at
 from llmq.models.arch import check_length
-from llmq.storage.boundary import reading
+from llmq.models.source import Source
+from llmq.text.chat import has_template, template_ids, text_ids, turn_end
 from llmq.text.documents import check_vocabulary
 
 Message: TypeAlias = Mapping[str, str]
@@ -70,10 +72,11 @@ def generate(
 
     model: in memory, or the name of one, which is loaded and made ready for decoding; one in memory
     is made faster by `llmq.prepare_decoding`. prompt: a text is gone on from as it is; a
-    conversation goes through the model's chat template. temperature: 0 for the likeliest token each
+    conversation goes through the model's chat template, and ends where that ends a turn.
+    temperature: 0 for the likeliest token each
     time. seed: of the sampling, leaving torch's own as it is. tokenizer: in place of the model's.
     options: anything that `generate` of transformers takes. Raises `LlmqError`."""
-    check_model("model", model)
+    model = opened("model", model)
     check_type("max_new_tokens", max_new_tokens, int, "a whole number")
     check_type("temperature", temperature, (int, float), "a number, at least 0")
     if isinstance(prompt, Tensor):
@@ -82,11 +85,13 @@ def generate(
         reader = tokenizer_for(model, tokenizer)
         ids = _read(reader, prompt)
     assert isinstance(ids, Tensor)
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, Source):
         model = decoding.prepare_decoding(load(model))
     ids = (ids if ids.dim() == 2 else ids[None]).to(model.device)
     n_tokens = ids.shape[1]
     _check(model, ids, max_new_tokens)
+    if reader is not None and not isinstance(prompt, str) and model.generation_config is not None:
+        options = ending_also_at(model.generation_config, turn_end(reader)) | options
     options = _sampling(temperature) | _padding(model, reader) | options
     options.setdefault("attention_mask", torch.ones_like(ids))
     devices = [model.device] if model.device.type == "cuda" else []
@@ -115,17 +120,14 @@ def _read(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> Tensor:
     is_text = isinstance(prompt, str)
     if not is_text and not _is_conversation(prompt):
         raise refused("prompt", prompt, _PROMPTS)
-    if not is_text and not tokenizer.chat_template:
+    if not is_text and not has_template(tokenizer):
         raise LlmqError(
             "prompt: a conversation, but this tokenizer has no chat template; give a text, or "
             "set tokenizer.chat_template"
         )
-    with reading("prompt", "the tokenizer cannot read it", "give another"):
-        if not is_text:
-            prompt = tokenizer.apply_chat_template(
-                [dict(message) for message in prompt], add_generation_prompt=True, tokenize=False
-            )
-        return tokenizer(prompt, add_special_tokens=is_text, return_tensors="pt")["input_ids"]
+    if is_text:
+        return text_ids(tokenizer, prompt, "prompt")
+    return template_ids(tokenizer, [dict(message) for message in prompt], "prompt")
 
 
 def _is_conversation(prompt: Any) -> bool:
@@ -148,6 +150,5 @@ def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) 
     stored = model.generation_config
     if stored is None or stored.pad_token_id is not None:
         return {}
-    ends = stored.eos_token_id if isinstance(stored.eos_token_id, list) else [stored.eos_token_id]
-    known = [*ends, None if tokenizer is None else tokenizer.eos_token_id]
+    known = [*end_ids(stored.eos_token_id), None if tokenizer is None else tokenizer.eos_token_id]
     return {"pad_token_id": next((token for token in known if token is not None), None)}

@@ -148,7 +148,7 @@ def _calibration(source: Source, calibration: Any, recipe: Recipe) -> str | Toke
     if isinstance(calibration, TokenSet):
         return calibration
     if not isinstance(calibration, str):
-        return token_set(source, calibration, recipe, None)
+        return token_set(source, calibration, recipe, None, held_out=True)
     if "\n" in calibration or len(calibration) > _LONGEST_NAME:
         raise LlmqError(
             f"calibration: a text of {len(calibration)} characters, where a name of a file, a "

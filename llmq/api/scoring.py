@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from llmq.api.models import ModelLike, check_model, in_memory
+from llmq.api.models import ModelLike, in_memory, opened
 from llmq.api.texts import TextOrIds, evaluation_windows
 from llmq.arguments import refused
 from llmq.evaluation import divergence
@@ -65,11 +65,11 @@ def perplexity(
         data = text
     elif text is not None:
         raise refused("text", text, "nothing behind a text that is given already")
-    check_model("model", model)
+    model = opened("model", model)
     windows = evaluation_windows(
         model, data, tokenizer=tokenizer, sequence_length=sequence_length, bos=bos
     )
-    return evaluate(in_memory("model", model), windows)
+    return evaluate(in_memory(model), windows)
 
 
 def compare(
@@ -88,10 +88,9 @@ def compare(
     base, quant: in memory, or names of models, which are loaded in float32. data, sequence_length,
     bos: as in `perplexity`. tokenizer: in place of the base's own. on_batch: told how many windows
     are done, of how many. Raises `LlmqError` when the models have different vocabularies."""
-    check_model("base", base)
-    check_model("quant", quant)
+    stored = opened("base", base), opened("quant", quant)
     windows = evaluation_windows(
-        base, data, tokenizer=tokenizer, sequence_length=sequence_length, bos=bos
+        stored[0], data, tokenizer=tokenizer, sequence_length=sequence_length, bos=bos
     )
-    models = in_memory("base", base), in_memory("quant", quant)
+    models = in_memory(stored[0]), in_memory(stored[1])
     return divergence.compare(*models, windows, on_batch)

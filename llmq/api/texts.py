@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmq.api.models import ModelLike, config_of, tokenizer_for, usual_length
+from llmq.api.models import ModelLike, opened, tokenizer_for
 from llmq.arguments import check_type, refused
 from llmq.errors import LlmqError
-from llmq.models.arch import check_length, needs_bos
+from llmq.models.arch import check_length, needs_bos, usual_length
+from llmq.models.source import Source
 from llmq.models.tokens import first_token
 from llmq.ptq import sizing
 from llmq.ptq.job import windows_of
@@ -80,7 +81,8 @@ def calibration_windows(
 
     tokenizer: in place of the model's own. samples, sequence_length: None for what `llmq quantize`
     takes (see `llmq.ptq.sizing`). Raises `LlmqError` for text shorter than a window."""
-    usual = sizing.windows_for(config_of(model))
+    model = opened("model", model)
+    usual = sizing.windows_for(model.config)
     recipe = Recipe(
         samples=usual.n_sequences if samples is None else samples,
         sequence_length=usual.length if sequence_length is None else sequence_length,
@@ -90,10 +92,16 @@ def calibration_windows(
 
 
 def token_set(
-    model: ModelLike, data: TextOrIds, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel | Source,
+    data: TextOrIds,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    held_out: bool = False,
 ) -> TokenSet:
-    """`calibration_windows` with samples, length and seed of a recipe."""
-    config, given = config_of(model), texts_or_ids("calibration", data)
+    """`calibration_windows` with samples, length and seed of a recipe. held_out: also windows of
+    texts to measure the result on."""
+    config, given = model.config, texts_or_ids("calibration", data)
     vocab_size = config.get_text_config().vocab_size
     if isinstance(given, Tensor) and given.dim() == 2:
         check_windows(given, vocab_size)
@@ -103,7 +111,8 @@ def token_set(
     check_length(config, length, f"sequence_length {length}")
     if isinstance(given, list):
         text = documents.Text(given, {"source": GIVEN_TEXTS})
-        return windows_of(tokenizer_for(model, tokenizer), config, recipe, text, GIVEN_TEXTS)
+        reader = tokenizer_for(model, tokenizer)
+        return windows_of(reader, config, recipe, text, GIVEN_TEXTS, held_out=held_out)
     check_vocabulary(given, vocab_size, "calibration")
     bos = first_token(tokenizer_for(model, tokenizer), config) if needs_bos(config) else None
     return documents.calibration_windows(
@@ -146,7 +155,8 @@ def evaluation_windows(
     Raises `LlmqError` for text shorter than a window."""
     if isinstance(data, Windows):
         return data
-    config, given = config_of(model), texts_or_ids("data", data)
+    model = opened("model", model)
+    config, given = model.config, texts_or_ids("data", data)
     length = usual_length(config) if sequence_length is None else sequence_length
     check_type("sequence_length", length, int, "a whole number of tokens")
     if isinstance(given, list):

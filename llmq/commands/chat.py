@@ -84,37 +84,27 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
 def _start(args: argparse.Namespace) -> Talk:
     """Everything that can be checked before weights are read, then the model."""
     from llmq.inference.kept_cache import KeptCache
-    from llmq.inference.settings import check, read_settings
-    from llmq.models.source import Source
-    from llmq.models.tokens import own_tokenizer
-    from llmq.text.chat import turn_end
 
-    writing_options.check_options(args)
-    source = Source.open(args.model, args.revision)
-    stored = read_settings(source.folder)
-    tokenizer = own_tokenizer(source)
-    is_templated = writing_options.uses_template(args, tokenizer)
-    sampling = {**stored, "do_sample": writing_options.is_sampled(args)}
-    check(sampling, args.device.partition(":")[0])  # before any weight
-    if (stored["num_return_sequences"] or 1) > 1:
+    start = writing.Start.of(args)
+    n_texts = start.stored["num_return_sequences"] or 1
+    if n_texts > 1:
         raise LlmqError(
-            f"{args.model}: its generation config asks for {stored['num_return_sequences']} texts "
-            "at once, and a conversation has one answer; use llmq generate"
+            f"{args.model}: its generation config asks for {n_texts} texts at once, and a "
+            "conversation has one answer; use llmq generate"
         )
     room = replace(
-        writing_options.Room.of(args, source.config, stored, is_templated),
+        start.room,
         what="a conversation",
         remedy="begin anew with /reset",
         is_most=True,
     )
-    end_id = turn_end(tokenizer) if is_templated else None
-    writer = writing.Writer(args, source, tokenizer, end_id)
-    if not is_templated and not args.raw:
+    writer = start.writer()
+    if not start.is_templated and not args.raw:
         print(
             f"{args.model} has no chat template: what is said goes on as plain text",
             file=sys.stderr,
         )
-    return Talk(args, writer, room, is_templated, KeptCache(writer.model))
+    return Talk(args, writer, room, start.is_templated, KeptCache(writer.model))
 
 
 def _lines(is_asked: bool, is_json: bool) -> Iterator[str]:

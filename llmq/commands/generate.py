@@ -41,24 +41,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     """The result as JSON-able data and as text; None where the text is printed already."""
-    from llmq.inference.settings import check, read_settings
-    from llmq.models.source import Source
-    from llmq.models.tokens import own_tokenizer
-    from llmq.text.chat import turn_end
-
-    writing_options.check_options(args)
-    source = Source.open(args.model, args.revision)
-    stored = read_settings(source.folder)
-    tokenizer = own_tokenizer(source)
-    is_templated = writing_options.uses_template(args, tokenizer)
-    prompt = _read_prompt(args, tokenizer, is_templated)
-    sampling = {**stored, "do_sample": writing_options.is_sampled(args)}
-    check(sampling, args.device.partition(":")[0])  # before any weight
-    room = writing_options.Room.of(args, source.config, stored, is_templated)
-    max_new_tokens = room.new_tokens(prompt.shape[1])
-    end_id = turn_end(tokenizer) if is_templated else None
-    writer = writing.Writer(args, source, tokenizer, end_id)
-    return _answer(args, writer, prompt, max_new_tokens, is_templated)
+    start = writing.Start.of(args)
+    prompt = _read_prompt(args, start.tokenizer, start.is_templated)
+    max_new_tokens = start.room.new_tokens(prompt.shape[1])  # before any weight is read
+    return _answer(args, start.writer(), prompt, max_new_tokens, start.is_templated)
 
 
 def _read_prompt(args: argparse.Namespace, tokenizer: Any, is_templated: bool) -> Tensor:

@@ -35,13 +35,6 @@ _FIELDS = (
 )
 
 
-def max_positions(config: Any) -> int:
-    """Tokens that a model has positions for; models without a limit get 2048."""
-    from llmq.models.arch import position_limit
-
-    return position_limit(config) or 2048
-
-
 def read_recipe(args: argparse.Namespace, config: PretrainedConfig) -> Recipe:
     """The recipe of the options, for the model of a config, which decides how much text is read
     where nobody says it."""
@@ -173,7 +166,6 @@ def _tokens_to_plan(source: Source, recipe: Recipe) -> TokenSet | None:
     enough. None where the text is read."""
     from llmq.models.arch import check_length
     from llmq.models.config_only import ConfigOnly
-    from llmq.ptq.alternatives import unread_tokens
     from llmq.ptq.sizing import default_text
     from llmq.text.documents import TokenSet
 
@@ -181,8 +173,7 @@ def _tokens_to_plan(source: Source, recipe: Recipe) -> TokenSet | None:
         return None
     length = recipe.sequence_length
     check_length(source.config, length, f"--sequence-length {length}")
-    tokens = unread_tokens(recipe.samples, length)
-    return TokenSet(tokens, recipe.calibration or default_text(source))
+    return TokenSet.unread(recipe.calibration or default_text(source), recipe.samples, length)
 
 
 def _check_memory(job: Job, option: str, limit: float | None) -> None:

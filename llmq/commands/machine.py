@@ -20,15 +20,6 @@ def memory_bytes() -> int | None:
     return min(sizes, default=None)
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 def timed_device(device: str) -> str:
     """The device to measure on for a run on `device`: the CPU where that is not there."""
     import torch

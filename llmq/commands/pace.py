@@ -17,6 +17,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def rough_duration(seconds: float) -> str:
+    """The same of an estimate, which is no better than this: `12 s`, `3 min`, `2.1 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 @dataclass
 class Pace:
     """Steps and their times, in seconds of one clock. What the first report calls done was done

@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import jobs, options, plan_qat, rendering
-from llmq.commands.machine import LIBRARY_BYTES, duration, memory_bytes, timed_device
+from llmq.commands.machine import LIBRARY_BYTES, memory_bytes, timed_device
+from llmq.commands.pace import rough_duration
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
     )
     estimate = result["estimate"]
     where = "this machine's CPU" if estimate["device"] == "cpu" else estimate["device"]
-    pairs["time"] = f"about {duration(result['planned_seconds'])} on {where}"
+    pairs["time"] = f"about {rough_duration(result['planned_seconds'])} on {where}"
     pairs["estimated from"] = (
         f"{estimate['flops']:.1e} operations at {estimate['flops_per_second'] / 1e9:.0f} GFLOP/s, "
         "half the rate of a product just now"
@@ -177,7 +178,7 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
     if quick := result["quick"]:
         n, length = quick["windows"]
         pairs["with --quick"] = (
-            f"{n} windows of {length} tokens, about {duration(quick['planned_seconds'])}, "
+            f"{n} windows of {length} tokens, about {rough_duration(quick['planned_seconds'])}, "
             f"{quick['planned_disk_bytes'] / 1e9:.2f} GB of disk"
         )
     return pairs

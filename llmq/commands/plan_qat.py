@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import jobs, rendering
-from llmq.commands.machine import LIBRARY_BYTES, duration, memory_bytes, timed_device
+from llmq.commands.machine import LIBRARY_BYTES, memory_bytes, timed_device
 from llmq.commands.options import real, whole
+from llmq.commands.pace import rough_duration
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
@@ -97,9 +98,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _settings(args: argparse.Namespace, source: Source) -> QATSettings:
+    from llmq.models.arch import usual_length
     from llmq.qat.settings import QATSettings, Scheme
 
-    length = args.sequence_length or min(2048, jobs.max_positions(source.config))
+    length = args.sequence_length or usual_length(source.config)
     return QATSettings(
         Scheme.parse(args.scheme),
         sequence_length=length,
@@ -169,7 +171,7 @@ def _text(result: dict[str, Any]) -> str:
         f"layers at {result['scheme']}",
         "batch": f"{batch} windows of {length} tokens",
         **_memory_pairs(result),
-        "time": f"about {duration(result['planned_seconds_per_million_tokens'])} per million "
+        "time": f"about {rough_duration(result['planned_seconds_per_million_tokens'])} per million "
         "tokens",
         "estimated from": "8.5 operations per parameter and token at "
         f"{result['estimate']['flops_per_second'] / 1e9:.0f} GFLOP/s",
@@ -178,7 +180,8 @@ def _text(result: dict[str, Any]) -> str:
         pairs["weights"] = "none in this folder: sizes are those that its config describes"
     if result["planned_seconds"]:
         pairs["time"] = (
-            f"about {duration(result['planned_seconds'])} for {result['max_tokens']:.0f} tokens"
+            f"about {rough_duration(result['planned_seconds'])} for "
+            f"{result['max_tokens']:.0f} tokens"
         )
     return f"{table}\n\n{rendering.render_pairs(pairs)}"
 

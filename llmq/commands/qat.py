@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace) -> QATJob:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.check_device(device)
     source = Source.open(args.model, args.revision)
-    settings, rules = read_settings(args, jobs.max_positions(source.config))
+    settings, rules = read_settings(args, source.config)
     return prepare_job(
         source,
         settings,

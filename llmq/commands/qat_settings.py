@@ -7,9 +7,12 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from llmq.errors import LlmqError
 from llmq.fields import check_keys
 from llmq.grid.spec import QuantSpec
+from llmq.models.arch import check_length, usual_length
 from llmq.qat.job import GENERATED
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
@@ -41,13 +44,13 @@ _FIELDS = (
 
 
 def read_settings(
-    args: argparse.Namespace, max_length: int
+    args: argparse.Namespace, config: PretrainedConfig
 ) -> tuple[QATSettings, tuple[Rule, ...]]:
-    """The settings, and the rules for layers that are treated otherwise. max_length: tokens the
-    model has positions for."""
+    """The settings, and the rules for layers that are treated otherwise. config: of the
+    model, which has positions for so many tokens."""
     rules = tuple(Rule.parse(text) for text in args.rule)
     if not args.recipe:
-        return _settings(args, {}, max_length), rules
+        return _settings(args, {}, config), rules
     section = read_recipe_file(args.recipe).for_qat()
     try:
         own = {key: value for key, value in section.items() if key != "rules"}
@@ -56,7 +59,7 @@ def read_settings(
     except LlmqError as error:
         raise LlmqError(f"--recipe {args.recipe}: {error}") from None
     try:
-        return _settings(args, own, max_length), rules
+        return _settings(args, own, config), rules
     except LlmqError as error:
         raise LlmqError(f"--recipe {args.recipe}, with the options beside it: {error}") from None
 
@@ -70,20 +73,19 @@ def _check_section(section: dict[str, Any]) -> None:
         check_keys(section["phases"], Phases, f"{QAT}.phases")
 
 
-def _settings(args: argparse.Namespace, section: dict[str, Any], max_length: int) -> QATSettings:
+def _settings(
+    args: argparse.Namespace, section: dict[str, Any], config: PretrainedConfig
+) -> QATSettings:
     given = {name: getattr(args, name) for name in _FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     if "max_tokens" in given:
         given["max_tokens"] = int(given["max_tokens"])
-    values = {"sequence_length": min(2048, max_length), **section}
+    values = {"sequence_length": usual_length(config), **section}
     if "max_tokens" in given or "max_steps" in given:  # the length of the run is one setting
         values |= {"max_tokens": None, "max_steps": None}
     values |= given
-    if values["sequence_length"] > max_length:
-        raise LlmqError(
-            f"--sequence-length {values['sequence_length']}: the model has positions for "
-            f"{max_length} tokens only"
-        )
+    length = values["sequence_length"]
+    check_length(config, length, f"--sequence-length {length}")
     scheme = _scheme(args, section.get("scheme", "w4"), values.get("quantizer", "lsq"))
     values["scheme"] = scheme
     values["loss"] = _loss(args, section.get("loss", {}))

@@ -7,8 +7,6 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands.jobs import max_positions
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -20,11 +18,12 @@ def evaluation_windows(args: argparse.Namespace, source: Source) -> Windows:
     """The windows that `eval` and `compare` score."""
     from dataclasses import replace
 
+    from llmq.models.arch import usual_length
     from llmq.models.tokens import own_tokenizer
     from llmq.text.documents import read_text
     from llmq.text.windows import cut_windows
 
-    length = args.sequence_length or min(2048, max_positions(source.config))
+    length = args.sequence_length or usual_length(source.config)
     tokenizer = own_tokenizer(source)
     text = read_text(args.data, "eval", tokenizer)
     windows = cut_windows(text.documents, tokenizer, source.config, length, args.bos)

@@ -54,6 +54,48 @@ class Answer:
         return f"; cut off after {self.n_new} tokens (see --max-new-tokens)"
 
 
+@dataclass(frozen=True)
+class Start:
+    """What is known before weights are read. stored: the generation config. is_templated: prompts
+    go through the chat template."""
+
+    args: argparse.Namespace
+    source: Source
+    stored: Mapping[str, Any]
+    tokenizer: Any
+    is_templated: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Start:
+        """Raises `LlmqError` for everything that can be checked without the prompt."""
+        from llmq.inference.settings import check, read_settings
+        from llmq.models.source import Source
+        from llmq.models.tokens import own_tokenizer
+
+        writing_options.check_options(args)
+        source = Source.open(args.model, args.revision)
+        stored = read_settings(source.folder)
+        tokenizer = own_tokenizer(source)
+        is_templated = writing_options.uses_template(args, tokenizer)
+        sampling = {**stored, "do_sample": writing_options.is_sampled(args)}
+        check(sampling, args.device.partition(":")[0])
+        return cls(args, source, stored, tokenizer, is_templated)
+
+    @property
+    def room(self) -> writing_options.Room:
+        """How many tokens there may be."""
+        return writing_options.Room.of(
+            self.args, self.source.config, self.stored, self.is_templated
+        )
+
+    def writer(self) -> Writer:
+        """The model, loaded."""
+        from llmq.text.chat import turn_end
+
+        end_id = turn_end(self.tokenizer) if self.is_templated else None
+        return Writer(self.args, self.source, self.tokenizer, end_id)
+
+
 class Writer:
     """A model that is loaded, and how it writes. end_id: a token that ends an answer, beside those
     of the generation config."""
@@ -138,8 +180,10 @@ class Writer:
         return whole_texts, texts
 
     def _finish_reason(self, row: list[int], n_prompt: int, is_full: bool) -> str:
+        from llmq.inference.decoding import end_ids
+
         settings = self._settings()
-        if row[-1] in _end_ids(settings):
+        if row[-1] in end_ids(settings["eos_token_id"]):
             return "end_token"
         stored = settings["stop_strings"] or []
         stops = [*self._args.stop, *([stored] if isinstance(stored, str) else stored)]
@@ -168,6 +212,8 @@ def _overrides(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any, end_id: int | None
 ) -> dict[str, Any]:
     """What goes before the generation config of `model`."""
+    from llmq.inference.decoding import ending_also_at
+
     stored = model.generation_config
     assert stored is not None
     overrides: dict[str, Any] = {
@@ -183,9 +229,7 @@ def _overrides(
         overrides |= {name: value for name, value in given.items() if value is not None}
     if stored.stop_strings or stored.token_healing:
         overrides["tokenizer"] = tokenizer
-    if end_id is not None:
-        ends = _end_ids({"eos_token_id": stored.eos_token_id})
-        overrides["eos_token_id"] = [*ends, *({end_id} - set(ends))]
+    overrides |= ending_also_at(stored, end_id)
     if stored.pad_token_id is None and stored.eos_token_id is None:
         # Rows of several texts end with something.
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -246,15 +290,11 @@ class _FirstLook:
         return scores
 
 
-def _end_ids(settings: Mapping[str, Any]) -> list[int]:
-    """The tokens at which a text ends."""
-    eos = settings["eos_token_id"]
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
 def _end(row: Sequence[int], n_prompt: int, settings: Mapping[str, Any]) -> int:
     """Where a text ends: behind its first end of sequence, else before what fills its row up."""
-    ids = set(_end_ids(settings))
+    from llmq.inference.decoding import end_ids
+
+    ids = set(end_ids(settings["eos_token_id"]))
     end = next((i + 1 for i in range(n_prompt, len(row)) if row[i] in ids), None)
     if end is not None:
         return end

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from llmq.inference.attention import use_decode_attention
 from llmq.inference.cache import in_place_cache
@@ -52,3 +53,15 @@ def generate(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, **o
             options["cache_implementation"] = None  # it is what this cache is, beside which it errs
     options["max_new_tokens"] = max_new_tokens
     return model.generate(input_ids, **options)  # type: ignore[operator]
+
+
+def end_ids(eos: int | Sequence[int] | None) -> list[int]:
+    """The tokens at which a text ends, of an `eos_token_id`."""
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def ending_also_at(stored: GenerationConfig, token: int | None) -> dict[str, Any]:
+    """What to give `generate` for a text to end at one token more than its generation config has;
+    None for none."""
+    ends = end_ids(stored.eos_token_id)
+    return {} if token is None else {"eos_token_id": [*ends, *({token} - set(ends))]}

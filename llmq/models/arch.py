@@ -7,7 +7,6 @@ when something cannot be found that way, and to be listed as tested."""
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from llmq.models import compat
 from llmq.models.site import Site, site_of, sites_in
 from llmq.recipe import Layer
 
+USUAL_LENGTH = 2048
 MOST_STRETCHED = 1e6  # factors of rotary positions beyond are no factors
 
 
@@ -72,16 +72,20 @@ def family_of(config: PretrainedConfig) -> Family:
     return FAMILIES.get(config.get_text_config().model_type, _PLAIN)
 
 
-def set_config_values(config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
-    """Give a config, in place, the values that its family is run with. Returns what that changed:
-    key -> the old value, the new one."""
+def config_changes(config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
+    """What a config says otherwise than its family is run with: key -> its value, the other."""
     text_config = config.get_text_config()
-    changed = {}
-    for key, value in family_of(config).config_values.items():
-        old = getattr(text_config, key, None)
-        if old != value:
-            changed[key] = (old, value)
-            setattr(text_config, key, value)
+    values = family_of(config).config_values
+    found = {key: (getattr(text_config, key, None), value) for key, value in values.items()}
+    return {key: (old, new) for key, (old, new) in found.items() if old != new}
+
+
+def set_config_values(config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
+    """Give a config, in place, the values that its family is run with. Returns what that
+    changed."""
+    changed = config_changes(config)
+    for key, (_, value) in changed.items():
+        setattr(config.get_text_config(), key, value)
     return changed
 
 
@@ -137,6 +141,11 @@ def position_limit(config: PretrainedConfig) -> int | None:
         return limit
     scaled = [_scaled_limit(limit, *rope) for rope in _rotary_positions(text_config)]
     return max(limit, min(scaled, default=limit))
+
+
+def usual_length(config: PretrainedConfig) -> int:
+    """Tokens of a window where nobody says how many: 2048, or what the model has positions for."""
+    return min(USUAL_LENGTH, position_limit(config) or USUAL_LENGTH)
 
 
 def _rotary_positions(config: PretrainedConfig) -> list[tuple[dict[str, Any], bool]]:
@@ -247,7 +256,7 @@ def quantizable_layers(model: PreTrainedModel) -> list[Layer]:
 def _check_config_values(config: PretrainedConfig) -> None:
     """Raise for a model that was built without the values that its family has to be run with: what
     it did to its weights meanwhile is not known."""
-    if changed := set_config_values(copy.deepcopy(config)):
+    if changed := config_changes(config):
         wanted = ", ".join(f"{key}={new!r}" for key, (_, new) in changed.items())
         found = ", ".join(f"{key}={old!r}" for key, (old, _) in changed.items())
         raise LlmqError(

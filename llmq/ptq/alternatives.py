@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from llmq.errors import LlmqError
 from llmq.ptq.budget import peak_bytes
 from llmq.ptq.job import Job
@@ -21,13 +19,9 @@ def quick_job(job: Job) -> Job | None:
     if job.tokens is None or windows.n_tokens >= job.tokens.n_tokens:
         return None
     recipe = replace(job.recipe, samples=windows.n_sequences, sequence_length=windows.length)
-    tokens = TokenSet(unread_tokens(windows.n_sequences, windows.length), job.tokens.source)
-    return replace(job, recipe=recipe, tokens=tokens)
-
-
-def unread_tokens(n_sequences: int, length: int) -> torch.Tensor:
-    """Windows that stand for text of which only the size matters."""
-    return torch.zeros((), dtype=torch.int64).expand(n_sequences, length)
+    unread = TokenSet.unread(job.tokens.source, windows.n_sequences, windows.length)
+    # What is measured afterwards is as much as before.
+    return replace(job, recipe=recipe, tokens=replace(unread, held_out=job.tokens.held_out))
 
 
 def lighter_methods(job: Job, limit: float) -> dict[str, int]:

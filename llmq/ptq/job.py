@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
@@ -114,7 +113,7 @@ def prepare(
             remarks |= _remark_on_text(name)
         recipe = replace(recipe, calibration=source_name(name))
         if name != documents.SELF:
-            tokens = calibration_tokens(source, stored.config, recipe, name)
+            tokens = calibration_tokens(source, stored.config, recipe, name, held_out=held_out)
         elif check_scales:
             tokens = self_written(source, recipe, device, on_text)
         else:
@@ -128,8 +127,7 @@ def _to_be_written(config: Any, recipe: Recipe) -> documents.TokenSet:
     """The shape of text of the model's own."""
     check_windows(config, recipe)
     documents.warn_of_path(documents.SELF)
-    shape = recipe.samples, recipe.sequence_length
-    return documents.TokenSet(torch.zeros(shape, dtype=torch.int64), documents.SELF)
+    return documents.TokenSet.unread(documents.SELF, recipe.samples, recipe.sequence_length)
 
 
 def _remark_on_text(name: str) -> dict[str, str]:
@@ -173,12 +171,12 @@ def _method(config: Any) -> str:
 
 
 def calibration_tokens(
-    source: Source, config: Any, recipe: Recipe, text: str
+    source: Source, config: Any, recipe: Recipe, text: str, *, held_out: bool = True
 ) -> documents.TokenSet:
-    """The calibration windows of a recipe for a model, from a text."""
+    """The calibration windows of a recipe for a model, from a text. held_out: see `windows_of`."""
     tokenizer = own_tokenizer(source)
     check_windows(config, recipe)
-    return windows(tokenizer, config, recipe, text)
+    return windows(tokenizer, config, recipe, text, held_out=held_out)
 
 
 def check_windows(config: Any, recipe: Recipe) -> None:
@@ -187,11 +185,17 @@ def check_windows(config: Any, recipe: Recipe) -> None:
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase, config: Any, recipe: Recipe, source: str
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any,
+    recipe: Recipe,
+    source: str,
+    *,
+    held_out: bool = True,
 ) -> documents.TokenSet:
-    """Seeded windows of a text, each with a BOS token for the families that need it."""
+    """Seeded windows of a text, each with a BOS token for the families that need it. held_out: see
+    `windows_of`."""
     text = documents.read_text(source, "calibration", tokenizer)
-    return windows_of(tokenizer, config, recipe, text, source)
+    return windows_of(tokenizer, config, recipe, text, source, held_out=held_out)
 
 
 def windows_of(
@@ -200,24 +204,25 @@ def windows_of(
     recipe: Recipe,
     text: documents.Text,
     source: str,
+    *,
+    held_out: bool = True,
 ) -> documents.TokenSet:
-    """`windows` of a text that was read already. source: what messages call it."""
+    """`windows` of a text that was read already. source: what messages call it. held_out: also cut
+    windows to measure the result on, for which text of another kind is read."""
     row = documents.tokenize(text.documents, tokenizer)
     documents.check_vocabulary(row, config.get_text_config().vocab_size, source)
     bos = first_token(tokenizer, config)
     found = documents.calibration_windows(
         row, recipe.samples, recipe.sequence_length, recipe.seed, source, bos
     )
-    held_out = held_out_texts(
+    found = replace(found, tokenizer_sha256=fingerprint(tokenizer), read=text.read)
+    if not held_out:
+        return found
+    texts = held_out_texts(
         row,
         window_starts(len(row), recipe.samples, recipe.sequence_length, recipe.seed),
         recipe.sequence_length,
         text.read["source"],
         tokenizer,
     )
-    return replace(
-        found,
-        tokenizer_sha256=fingerprint(tokenizer),
-        read=text.read,
-        held_out=tuple(begun_with(each, bos) for each in held_out),
-    )
+    return replace(found, held_out=tuple(begun_with(each, bos) for each in texts))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from llmq.models.arch import position_limit
+from llmq.models.arch import USUAL_LENGTH, usual_length
 from llmq.models.hub import is_bundled
 from llmq.models.source import Source
 from llmq.ptq.methods.base import Windows
@@ -17,7 +17,7 @@ from llmq.text.documents import SELF
 
 TOKENS_PER_CHANNEL = 64
 LEAST_TOKENS, MOST_TOKENS = 128 * 256, 128 * 2048
-LONGEST, MOST_WINDOWS, FEWEST_WINDOWS = 2048, 128, 64
+MOST_WINDOWS, FEWEST_WINDOWS = 128, 64
 QUICK_SHARE, SHORTEST = 4, 256
 # Of stored weights, a model of a billion in bfloat16: writing holds it as a whole.
 MOST_BYTES_THAT_WRITE = 2_500_000_000
@@ -44,7 +44,7 @@ def default_windows(width: int, positions: int) -> Windows:
     text is cut into shorter windows, a power of two, rather than into fewer than 64."""
     tokens = min(MOST_TOKENS, max(LEAST_TOKENS, TOKENS_PER_CHANNEL * width))
     length = 1 << (tokens // FEWEST_WINDOWS).bit_length() - 1
-    return _windows(tokens, min(LONGEST, length, positions))
+    return _windows(tokens, min(USUAL_LENGTH, length, positions))
 
 
 def quick_windows(width: int, positions: int) -> Windows:
@@ -55,10 +55,9 @@ def quick_windows(width: int, positions: int) -> Windows:
 
 
 def windows_for(config: PretrainedConfig, *, quick: bool = False) -> Windows:
-    """The windows for the model of a config; models without a limit of positions get up to 2048."""
+    """The windows for the model of a config."""
     width = config.get_text_config().hidden_size
-    positions = position_limit(config) or LONGEST
-    return (quick_windows if quick else default_windows)(width, positions)
+    return (quick_windows if quick else default_windows)(width, usual_length(config))
 
 
 def _windows(n_tokens: int, length: int) -> Windows:

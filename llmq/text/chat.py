@@ -19,7 +19,7 @@ Message = dict[str, str]
 _PROBE = "4711PROBE1147"  # an answer that no template writes by itself
 
 
-def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether there is a chat template, whatever it is."""
     return bool(getattr(tokenizer, "chat_template", None))
 
@@ -30,7 +30,7 @@ def template_text(
     """A conversation as text, up to where the assistant's answer begins. where: the model, for
     messages. Raises `LlmqError` for what the template refuses, and for a system message that it
     leaves out without a word."""
-    remedy = "take its special tokens from the model's page and give --raw"
+    remedy = "write its special tokens yourself, as raw text (--raw)"
     if messages[0]["role"] == "system":
         remedy = "leave out --system, or " + remedy
     text = _rendered(tokenizer, messages, where, remedy)
@@ -72,7 +72,7 @@ def text_ids(
 ) -> Tensor:
     """Token ids of a text, int64 `[1, T]`. is_whole: it has its special tokens already. Raises
     `LlmqError` for what the tokenizer cannot read."""
-    with reading(where, "its tokenizer cannot read the prompt", "give another --prompt"):
+    with reading(where, "its tokenizer cannot read the prompt", "give another prompt"):
         found: Any = tokenizer(text, return_tensors="pt", add_special_tokens=not is_whole)
         ids: Tensor = found["input_ids"]
         return ids

@@ -154,6 +154,11 @@ class TokenSet:
     read: dict[str, Any] = field(default_factory=dict)
     held_out: tuple[HeldOutText, ...] = ()
 
+    @classmethod
+    def unread(cls, source: str, n_sequences: int, length: int) -> TokenSet:
+        """Windows that stand for a text of which only the size matters."""
+        return cls(torch.zeros((), dtype=torch.int64).expand(n_sequences, length), source)
+
     @property
     def sha256(self) -> str:
         return token_hash(self.tokens)

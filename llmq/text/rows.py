@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
 from llmq.messages import brief
+from llmq.text.chat import has_template
 
 TEXT = ("text", "content")
 CHAT = ("messages", "conversations", "conversation")
@@ -89,11 +90,7 @@ class Documents:
     @property
     def template(self) -> bool | None:
         """Whether chats went through a chat template; None where there were none."""
-        return self._has_template if self.has_chats else None
-
-    @property
-    def _has_template(self) -> bool:
-        return getattr(self.tokenizer, "chat_template", None) is not None
+        return has_template(self.tokenizer) if self.has_chats else None
 
     def add(self, rows: Iterable[Any], where: str) -> None:
         """The documents of rows of one data set. Raises `LlmqError` that names the row where a
@@ -159,9 +156,8 @@ class Documents:
 
     def _chat(self, turns: Turns) -> str | None:
         """Turns as the model reads them; None where its template refuses them."""
-        if not self._has_template:
+        if self.tokenizer is None or not has_template(self.tokenizer):
             return "\n\n".join(turn["content"] for turn in turns if turn["content"].strip())
-        assert self.tokenizer is not None
         try:
             return _rendered(self.tokenizer, turns)
         except Exception as error:  # whatever a template and its filters do

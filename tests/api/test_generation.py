@@ -35,6 +35,28 @@ def test_a_conversation_goes_through_the_template(model, tokenizer):
     assert llmq.generate(model, conversation, 4, tokenizer=own) == expected
 
 
+def test_a_conversation_ends_where_its_template_ends_a_turn(model, monkeypatch):
+    """Whether or not the generation config names that token."""
+    own = llmq.load_tokenizer("tiny")
+    own.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    end_of_answer = "{% if m.role == 'assistant' %}<|turn|>{% endif %}\n{% endfor %}"
+    own.chat_template = TEMPLATE.replace("\n{% endfor %}", end_of_answer)
+    monkeypatch.setattr("llmq.api.models.check_size", lambda *_: None)  # one token more
+    given = {}
+
+    def generate(model, ids, max_new_tokens, **options):
+        given.update(options)
+        return ids
+
+    monkeypatch.setattr("llmq.inference.decoding.generate", generate)
+    llmq.generate(model, [{"role": "user", "content": "def"}], 8, tokenizer=own)
+    turn, end = own.convert_tokens_to_ids("<|turn|>"), model.generation_config.eos_token_id
+    assert set(given["eos_token_id"]) == {turn, end}
+    given.clear()
+    llmq.generate(model, PROMPT, 8, tokenizer=own)
+    assert "eos_token_id" not in given
+
+
 def test_a_seed_repeats_and_leaves_torch_alone(model):
     before = torch.get_rng_state()
     texts = [llmq.generate(model, PROMPT, 12, temperature=1.5, seed=seed) for seed in (1, 1, 2)]

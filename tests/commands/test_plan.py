@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmq.commands.cli import main
-from llmq.commands.machine import duration
+from llmq.commands.pace import rough_duration
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -112,4 +112,9 @@ def test_a_run_that_does_not_fit_names_a_method_that_does(config_of_8b, model_fo
 
 
 def test_times_as_people_say_them():
-    assert [duration(each) for each in (3, 89, 100, 20_000)] == ["3 s", "89 s", "2 min", "5.6 h"]
+    assert [rough_duration(each) for each in (3, 89, 100, 20_000)] == [
+        "3 s",
+        "89 s",
+        "2 min",
+        "5.6 h",
+    ]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import LlamaConfig
 
 from llmq.commands.catalog import build_parser
 from llmq.commands.qat_settings import read_settings
@@ -24,7 +25,9 @@ def settings(tmp_path):
             path = tmp_path / "recipe.json"
             path.write_text(json.dumps({"qat": section}))
             arguments += ["--recipe", str(path)]
-        return read_settings(build_parser().parse_args(arguments), max_length)
+        return read_settings(
+            build_parser().parse_args(arguments), LlamaConfig(max_position_embeddings=max_length)
+        )
 
     return read
 

@@ -1,17 +1,16 @@
 """Finding models: folders, the bundled one, the Hub through a full cache and through an endpoint on
 this machine; and every way in which that fails."""
 
-import http.server
 import json
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, make_model
+from hub_data import COMMIT, StubHandler, served
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,8 +23,6 @@ from llmq.models.source import load_config, load_tokenizer, meta_model, resolve
 from llmq.ptq.job import prepare
 from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def fill_cache(cache: Path, folder: Path) -> None:
@@ -61,24 +58,12 @@ def test_hub_model_from_a_full_cache_without_network(model_folder, tmp_path, arg
     assert len(json.loads(done.stdout)["layers"]) == 14
 
 
-class StubHub(http.server.BaseHTTPRequestHandler):
+class StubHub(StubHandler):
     """As much of the Hub's interface as a download needs, serving one folder; a private repository
     answers only to a token."""
 
     folder: Path
     requests: list[tuple[str, str | None]]
-
-    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         self.requests.append((self.path, self.headers.get("Authorization")))
@@ -127,18 +112,12 @@ class StubHub(http.server.BaseHTTPRequestHandler):
             Content_Type="application/octet-stream",
         )
 
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
 
 @pytest.fixture
 def stub_hub(model_folder):
     handler = type("Handler", (StubHub,), {"folder": model_folder(), "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield handler, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with served(handler) as endpoint:
+        yield handler, endpoint
 
 
 def plan_from(endpoint, model, tmp_path, *arguments, token=None):

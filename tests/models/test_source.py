@@ -80,6 +80,15 @@ def test_a_quantized_folder_is_read_once(reads, tmp_path):
     assert reads == {("config", folder): 1, ("headers", folder): 1}
 
 
+@pytest.mark.parametrize("function", [llmq.perplexity, llmq.generate])
+def test_a_function_of_python_opens_a_named_model_once(function, reads, model_folder):
+    folder = model_folder()
+    reads.clear()
+    options = {"sequence_length": 16} if function is llmq.perplexity else {"max_new_tokens": 2}
+    function(str(folder), "def main():\n    pass\n" * 8, **options)
+    assert reads == {("config", folder): 1, ("headers", folder): 1}
+
+
 def test_what_a_source_says_of_itself(model_folder):
     source = Source.open(str(model_folder()))
     assert Source.open(source) is source

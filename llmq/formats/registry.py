@@ -35,6 +35,15 @@ def format_named(name: str) -> Format:
     return fmt
 
 
+def known_format(name: str, *others: str) -> Format:
+    """A format by a name that comes from outside. others: words that would do as well. Raises
+    `LlmqError` for a name that is not in `NAMES`."""
+    if name not in NAMES:
+        expected = ", ".join((*others, *NAMES))
+        raise LlmqError(f"format {name!r}: expected one of {expected}")
+    return format_named(name)
+
+
 def all_formats() -> list[Format]:
     """Every format, in the order of `NAMES`."""
     return [format_named(name) for name in NAMES]
@@ -60,9 +69,7 @@ def choose_format(
     activations = activations or ActSpec()
     if name == AUTO:
         return _first_choice(plans, activations)
-    if name not in NAMES:
-        raise LlmqError(f"format {name!r}: expected {AUTO} or one of {', '.join(NAMES)}")
-    fmt = format_named(name)
+    fmt = known_format(name, AUTO)
     if reason := fmt.refusal_of_activations(activations):
         raise LlmqError(f"format {name}: {reason}. {_ELSE}")
     if act_order and not fmt.has_order and has_groups(plans):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format
+from llmq.formats.registry import choose_format
 from llmq.formats.stored_layers import StoredLayers
 from llmq.grid.recode import recode, specs_for
 from llmq.grid.spec import QuantSpec
@@ -60,9 +61,8 @@ def plan_conversion(layers: StoredLayers, fmt: Format, *, allow_requantize: bool
             spec.columns_per_group(layers.layer(name).shape[1]) for name, spec in specs.items()
         )
         specs, has_order = _specs(layers, fmt, allow_requantize, smallest)
-    if reason := fmt.refusal_of_model(_all_specs(layers, specs)):
-        raise LlmqError(f"{layers.source.folder}: format {fmt.name}: {reason}")
     plans = [LayerPlan(layer, specs.get(name)) for name, layer in layers.linear.items()]
+    fmt = choose_format(fmt.name, plans, layers.activations, act_order=has_order)
     return Conversion(fmt, specs, plans, has_order)
 
 

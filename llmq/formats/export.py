@@ -200,6 +200,7 @@ def _config(layers: StoredLayers, conversion: Conversion) -> dict[str, Any]:
         conversion.plans,
         act_order=conversion.has_order,
         activations=layers.activations,
+        kept=layers.kept_matrices,
     )
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.formats.save import kept_matrices
 from llmq.formats.settings import format_of, quantization_settings
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
@@ -29,7 +30,6 @@ class StoredLayers:
                 f"{source.folder}: is not quantized; 'llmq quantize' makes a quantized folder of it"
             )
         self.source, self.settings, self.format = source, settings, format_of(settings)
-        self.activations = ActSpec.from_json(settings.get("activations") or {})
         shards, marker = source.shards, f".{self.format.marker}"
         stored = [name.removesuffix(marker) for name in shards.names if name.endswith(marker)]
         skeleton = meta_model(source.config)
@@ -37,12 +37,24 @@ class StoredLayers:
         # module -> the name that its tensors are stored under
         self._stored = {names[f"{name}.weight"].removesuffix(".weight"): name for name in stored}
         self.linear = {layer.name: layer for layer in quantizable_layers(skeleton)}
+        self.kept_matrices = kept_matrices(skeleton)
         if unknown := self._stored.keys() - self.linear.keys():
             raise LlmqError(
                 f"{source.folder}: packed tensors are stored for {min(unknown)}, which is no "
                 f"linear layer of the blocks of {type(skeleton).__name__}; config.json does not "
                 "belong to these weights"
             )
+
+    @cached_property
+    def activations(self) -> ActSpec:
+        """How all of them quantize their inputs. Raises `LlmqError` where they differ."""
+        found = {self.format.activations_of(name, self.settings) for name in self._stored}
+        if len(found) > 1:
+            raise LlmqError(
+                f"{self.source.folder}: the layers quantize their inputs in {len(found)} ways, "
+                "which no other format holds"
+            )
+        return found.pop() if found else ActSpec()
 
     @property
     def names(self) -> list[str]:
@@ -62,10 +74,16 @@ class StoredLayers:
         return sum(map(self.source.shards.bytes_of, self._suffixes[self._stored[name]]))
 
     def read(self, name: str) -> QuantizedTensor:
-        """A layer, checked. Raises `LlmqError` for anything damaged."""
-        tensors = self._tensors_of(name)
+        """A layer, checked. Raises `LlmqError` for anything damaged, and for numbers that are no
+        codes."""
+        tensors, shape = self._tensors_of(name), self.linear[name].shape
         tensors.pop("bias", None)
-        qtensor = self.format.read(name, tensors, self.settings, self.linear[name].shape)
+        if self.format.dense(name, tensors, self.settings, shape) is not None:
+            raise LlmqError(
+                f"{self.source.folder}: {name} is stored as floats of few bits, which no other "
+                "format of llmq holds; start from the model in full precision"
+            )
+        qtensor = self.format.read(name, tensors, self.settings, shape)
         qtensor.validate(name)
         return qtensor
 

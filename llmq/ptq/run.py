@@ -15,7 +15,7 @@ import transformers
 import llmq
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import special_ids
-from llmq.formats.save import checkpoint_config, write_configs
+from llmq.formats.save import checkpoint_config, kept_matrices, write_configs
 from llmq.models import compat
 from llmq.models.arch import find_blocks
 from llmq.models.companions import copy_companions
@@ -189,6 +189,7 @@ def _finish(
             job.plans,
             act_order=job.recipe.order == "act",
             activations=job.recipe.activations,
+            kept=kept_matrices(job.model),
         ),
         name=hub_id(job.source.folder),
         companions=companions,

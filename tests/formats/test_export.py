@@ -51,6 +51,8 @@ def same_weights(first: Path, second: Path) -> bool:
     ("spec", "format", "after"),
     [
         ("w4g32", "gptq", "w4g32"),
+        ("w3g32-asym", "compressed-tensors", "w3g32-asym"),
+        ("ternary-g32", "compressed-tensors", "w2g32"),
         ("w4g32-asym", "awq", "w4g32-asym"),
         ("ternary-g32", "gptq", "w2g32"),
         ("ternary-tensor", "bitnet", "ternary-tensor"),
@@ -127,7 +129,7 @@ def test_activations_that_a_format_cannot_say_are_refused(tmp_path):
 def test_a_model_in_full_precision_is_refused(tmp_path):
     with pytest.raises(LlmqError, match=r"is not quantized; 'llmq quantize'"):
         llmq.export("tiny", tmp_path / "out", "gptq")
-    with pytest.raises(LlmqError, match="format 'zip': expected one of gptq"):
+    with pytest.raises(LlmqError, match="format 'zip': expected one of compressed-tensors"):
         llmq.export("tiny", tmp_path / "out", "zip")
 
 

@@ -188,7 +188,7 @@ class LlmqQuantizer(HfQuantizer):
                 left_out += [f"{name}.{suffix}" for suffix in unused]
                 if bias is not None:
                     bias = fmt.bias(bias, tensors, settings)
-                model.set_submodule(name, QuantLinear(qtensor, bias, activations))
+                model.set_submodule(name, QuantLinear(qtensor, bias, activations, model.dtype))
         quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
         self.left_out = tuple(sorted(left_out))
         if left_out:  # llmq.load, which silences transformers, says the same in its own way
@@ -218,7 +218,9 @@ class LlmqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on quantized layers can be trained: the gradient goes through the quantized
+        product. The layers themselves cannot, which `is_qat_trainable` says."""
+        return True
 
 
 def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> None:

@@ -201,7 +201,7 @@ class LlmqQuantizer(HfQuantizer):
                 if bias is not None:
                     bias = fmt.bias(bias, tensors, settings)
                 inputs = fmt.activations_of(name, settings)
-                model.set_submodule(name, QuantLinear(qtensor, bias, inputs))
+                model.set_submodule(name, QuantLinear(qtensor, bias, inputs, model.dtype))
         quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
         self.left_out = tuple(sorted(left_out))
         if left_out:  # llmq.load, which silences transformers, says the same in its own way
@@ -231,7 +231,9 @@ class LlmqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on quantized layers can be trained: the gradient goes through the quantized
+        product. The layers themselves cannot, which `is_qat_trainable` says."""
+        return True
 
 
 def _dense_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:

@@ -114,9 +114,10 @@ class Site:
 
 
 def site_of(module: nn.Module, name: str = "") -> Site | None:
-    """The site of a module, or None for one that holds no matrix of a known kind."""
+    """The site of a module, or None for one that holds no matrix of a known kind, and for one that
+    is quantized, whose weight is no parameter."""
     for module_class, kind in _KINDS:
-        if isinstance(module, module_class):
+        if isinstance(module, module_class) and "weight" in module._parameters:
             return Site(name, module, kind)
     return None
 

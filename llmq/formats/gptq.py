@@ -20,12 +20,14 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Settings, Specs
-from llmq.formats.engines import fused_disagreement
+from llmq.formats.engine_rules import fused_disagreement
 from llmq.formats.gptq_settings import (
     AUTO_ROUND,
+    AUTO_ROUND_AWQ,
     BITS,
     VERSION_1,
     VERSION_2,
+    auto_round_version,
     read_auto_round,
     read_gptq,
     settings_of,
@@ -46,8 +48,8 @@ class Gptq(Format):
     suffixes = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     quant_method = "gptq"
 
-    def __init__(self, name: str, shift: int, readers: tuple[str, ...]) -> None:
-        self.name, self.shift, self.readers = name, shift, readers
+    def __init__(self, name: str, shift: int) -> None:
+        self.name, self.shift = name, shift
 
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         n, k = shape
@@ -70,10 +72,8 @@ class Gptq(Format):
     def is_first_choice(self, specs: Specs) -> bool:
         """Version 1, where the other engines load all of the model: version 2 is asked for."""
         quantized = [spec for spec in specs.values() if spec is not None]
-        return bool(self.shift) and all(map(engines_load, quantized)) and not self.note(specs)
-
-    def note(self, specs: Specs) -> str | None:
-        return fused_disagreement(specs)
+        alike = fused_disagreement(specs) is None
+        return bool(self.shift) and alike and all(map(engines_load, quantized))
 
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         _n, k = qtensor.shape
@@ -119,11 +119,20 @@ class Gptq(Format):
             _needed_g_idx(tensors.get("g_idx"), spec, k),
         )
 
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec | None:
+        stated = settings_of(name, config)
+        group_size, symmetric = int(stated.get("group_size", -1)), stated.get("sym", True)
+        return QuantSpec(f"int{stated.get('bits', 4)}", group_size, symmetric is not False)
+
+    def states_order(self, config: Settings) -> bool:
+        return bool(config.get("desc_act"))
+
     def detects(self, settings: Settings) -> bool:
         """By the version that is stated; what is neither is version 1's to refuse."""
         method = settings.get("quant_method")
         if method == AUTO_ROUND:
-            return self.name == VERSION_1
+            named = auto_round_version(settings) or VERSION_1
+            return self.name == named and settings.get("packing_format") != AUTO_ROUND_AWQ
         return method == self.quant_method and self.name == _version_of(settings)
 
     def read_config(self, settings: Settings) -> Settings:
@@ -161,8 +170,8 @@ class Gptq(Format):
         return {"quantize_config.json": config}
 
 
-GPTQ_V1 = Gptq(VERSION_1, shift=1, readers=("vLLM", "SGLang", "GPTQModel"))
-GPTQ_V2 = Gptq(VERSION_2, shift=0, readers=("GPTQModel",))
+GPTQ_V1 = Gptq(VERSION_1, shift=1)
+GPTQ_V2 = Gptq(VERSION_2, shift=0)
 
 
 def _version_of(settings: Settings) -> str:

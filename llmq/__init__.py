@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from llmq.hooks import when_imported
 
 if TYPE_CHECKING:
+    from llmq.api.exporting import export
     from llmq.api.generation import generate
     from llmq.api.models import load_tokenizer
     from llmq.api.quantization import quantize
@@ -75,6 +76,7 @@ _HOMES = {
     "calibration_windows": "llmq.api.texts",
     "compare": "llmq.api.scoring",
     "evaluation_windows": "llmq.api.texts",
+    "export": "llmq.api.exporting",
     "freeze": "llmq.qat.weights",
     "generate": "llmq.api.generation",
     "load": "llmq.formats.load",
@@ -104,6 +106,7 @@ __all__ = [
     "calibration_windows",
     "compare",
     "evaluation_windows",
+    "export",
     "freeze",
     "generate",
     "load",

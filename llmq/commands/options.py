@@ -150,7 +150,11 @@ def add_evaluation_arguments(parser: Parser) -> None:
         help="tokens per window (default: 2048, or what the model has positions for)",
     )
     parser.add_argument(
-        "--max-windows", type=whole(1), metavar="N", help="evaluate the first N windows only"
+        "--max-windows",
+        type=whole(1),
+        metavar="N",
+        help="evaluate the first N windows only (default: all of a SOURCE that is given, the first "
+        "32,768 tokens of the bundled text)",
     )
     parser.more.add_argument(
         "--bos",

@@ -36,6 +36,7 @@ from llmq.formats.gptq_settings import (
 from llmq.formats.native import most_common_spec
 from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq.models.site import fused_names, joint_name
 from llmq_kernels.core.packing import pack, unpack
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -142,17 +143,6 @@ class Gptq(Format):
 
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         default = most_common_spec(specs)
-        dynamic: dict[str, dict[str, Any]] = {}
-        for name, spec in specs.items():
-            pattern = re.escape(name) + "$"
-            if spec is None:
-                dynamic["-:" + pattern] = {}
-            elif spec != default:
-                dynamic["+:" + pattern] = {
-                    "bits": spec.bits,
-                    "group_size": spec.group_size,
-                    "sym": spec.symmetric,
-                }
         return {
             "quant_method": self.quant_method,
             "bits": default.bits,
@@ -162,7 +152,7 @@ class Gptq(Format):
             "lm_head": False,
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
-            "dynamic": dynamic,
+            "dynamic": _dynamic(specs, default),
             "meta": {"quantizer": [f"llmq:{package_version()}"]},
         }
 
@@ -172,6 +162,29 @@ class Gptq(Format):
 
 GPTQ_V1 = Gptq(VERSION_1, shift=1)
 GPTQ_V2 = Gptq(VERSION_2, shift=0)
+
+
+def _dynamic(specs: Specs, default: QuantSpec) -> dict[str, dict[str, Any]]:
+    """What layers are quantized otherwise than most, or kept: by their names, and by that of the
+    layer that vLLM and SGLang make of several, which is the one they look up."""
+    named = dict(specs)
+    for name, spec in specs.items():
+        joint = joint_name(name)
+        members = {specs[each] for each in fused_names(name) if each in specs}
+        if joint is not None and joint not in specs and members == {spec}:
+            named[joint] = spec
+    dynamic: dict[str, dict[str, Any]] = {}
+    for name, spec in named.items():
+        pattern = re.escape(name) + "$"
+        if spec is None:
+            dynamic["-:" + pattern] = {}
+        elif spec != default:
+            dynamic["+:" + pattern] = {
+                "bits": spec.bits,
+                "group_size": spec.group_size,
+                "sym": spec.symmetric,
+            }
+    return dynamic
 
 
 def _version_of(settings: Settings) -> str:

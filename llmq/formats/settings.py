@@ -14,7 +14,7 @@ from llmq.formats.base import OWN_METHOD, Format
 from llmq.formats.engine_rules import Result
 from llmq.formats.registry import NAMES, all_formats, detect, format_named
 from llmq.formats.setting_types import as_settings
-from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.grid.spec import QuantSpec
 
 
 def quantization_settings(config: Any) -> dict[str, Any] | None:
@@ -53,6 +53,8 @@ def stored_result(settings: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
     its tensors by name. None where the settings alone do not say how layers are quantized."""
     fmt = format_of(settings)
     packed = {name.rpartition(".")[0] for name in shapes if name.endswith(f".{fmt.marker}")}
+    if not packed:
+        return None
     specs: dict[str, QuantSpec | None] = {}
     for name, shape in shapes.items():
         layer, _, suffix = name.rpartition(".")
@@ -62,5 +64,5 @@ def stored_result(settings: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
                 return None
         elif layer not in packed and suffix == "weight" and len(shape) == 2:
             specs[layer] = None
-    activations = fmt.activations or ActSpec.from_json(settings.get("activations") or {})
+    activations = fmt.activations_of(min(packed), settings)
     return Result(fmt.name, specs, activations, fmt.states_order(settings))

@@ -72,7 +72,7 @@ def quantize_head(model: PreTrainedModel, bits: int | None) -> None:
     table = _quantized(embeddings.weight, HEAD_SPECS[bits])
     rows = table if is_tied else _quantized(head.weight, HEAD_SPECS[bits])
     dtype = head.weight.dtype
-    linear = QuantLinear(rows, head.bias)
+    linear = QuantLinear(rows, head.bias, dtype=dtype)
     quantized = next(
         (module for module in model.modules() if isinstance(module, QuantLinear)), None
     )

@@ -1,5 +1,5 @@
 """What an on-disk format is: how it is recognised, how a weight and the config are written and
-read back, what it cannot hold, and who else reads the result.
+read back, and what it cannot hold.
 
 A format is one module with one instance of a class like this, and one line in
 `llmq.formats.registry`. Nobody else asks for a format by its name."""
@@ -25,18 +25,16 @@ OWN_METHOD = "llmq"
 
 class Format(ABC):
     """name: as in `--format`. marker: the tensor suffix by which a stored layer is recognised.
-    suffixes: of the tensors that `read` uses. quant_method: what its config.json says. readers:
-    engines beside llmq that it is meant for (`note` says when they will not load a folder).
+    suffixes: of the tensors that `read` uses. quant_method: what its config.json says.
     activations: those that a folder of this format always implies, None where the config says
     which. has_order: whether it stores which group a column belongs to. has_columns: whether its
     readers take layers that compute with a transposed weight (`Conv1D`). is_own: whether a model in
-    memory is in it."""
+    memory is in it. Which engines read it: `llmq.formats.engines`."""
 
     name: str
     marker: str
     suffixes: frozenset[str]
     quant_method: str
-    readers: tuple[str, ...] = ()
     activations: ActSpec | None = ActSpec()
     has_order: bool = True
     has_columns: bool = True
@@ -66,6 +64,15 @@ class Format(ABC):
         weight checked. Raises `LlmqError` for what llmq cannot read."""
         return settings
 
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec | None:
+        """How a stored layer is quantized as far as the config says it, for engines go by that;
+        None where it takes the tensors to tell. config: as `read_config` gives it."""
+        return None
+
+    def states_order(self, config: Settings) -> bool:
+        """Whether the config says that columns are not in the order of their groups."""
+        return False
+
     def detects(self, settings: Settings) -> bool:
         """Whether a `quantization_config` is that of a folder of this format."""
         return settings.get("quant_method") == self.quant_method
@@ -88,11 +95,6 @@ class Format(ABC):
         """Whether "auto" takes this format for a model that it holds, before those that come after
         it in the registry."""
         return False
-
-    def note(self, specs: Specs) -> str | None:
-        """Why the engines that are meant will not load a folder, as far as the layers decide it, or
-        None."""
-        return None
 
     def given(self, activations: ActSpec) -> Format:
         """The format for a folder whose layers quantize their inputs like this, where that decides

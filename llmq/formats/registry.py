@@ -12,6 +12,7 @@ from llmq.errors import LlmqError
 
 if TYPE_CHECKING:
     from llmq.formats.base import Format, Specs
+    from llmq.formats.engine_rules import Result
     from llmq.grid.spec import ActSpec
     from llmq.recipe import LayerPlan
 
@@ -98,11 +99,14 @@ def has_groups(plans: list[LayerPlan]) -> bool:
     )
 
 
-def format_note(fmt: Format, plans: list[LayerPlan]) -> str | None:
-    """Why other engines will not load a folder of a format that is meant for them, as far as the
-    layers decide it, or None."""
-    reason = fmt.note(_specs(plans))
-    return None if reason is None else f"llmq loads this folder, {reason}"
+def result_of(
+    fmt: Format, plans: list[LayerPlan], activations: ActSpec, *, act_order: bool = False
+) -> Result:
+    """What engines are asked about, of a model that is written in a format."""
+    from llmq.formats.engine_rules import Result
+
+    implied = fmt.activations or activations
+    return Result(fmt.name, _specs(plans), implied, act_order and has_groups(plans))
 
 
 def _first_choice(plans: list[LayerPlan], activations: ActSpec, *, act_order: bool) -> Format:

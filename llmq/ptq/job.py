@@ -11,7 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format
-from llmq.formats.registry import choose_format, format_note
+from llmq.formats.engine_rules import Result
+from llmq.formats.engines import refused_by
+from llmq.formats.registry import choose_format, result_of
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
 from llmq.models.identity import source_name
@@ -50,6 +52,12 @@ class Job:
     def notes(self) -> dict[str, str]:
         """Layers that differ from what was asked, and the remarks."""
         return {plan.layer.name: plan.note for plan in self.plans if plan.note} | self.remarks
+
+    @property
+    def result(self) -> Result:
+        """What is asked of other engines."""
+        is_ordered = self.recipe.order == "act"
+        return result_of(self.fmt, self.plans, self.recipe.activations, act_order=is_ordered)
 
     def precision(self, device: str) -> Precision:
         """What the parts of the run are computed in on a device."""
@@ -101,7 +109,8 @@ def prepare(
     fmt = choose_format(format, plans, recipe.activations, act_order=is_ordered)
     if strict:
         _check_unchanged(plans)
-    remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
+    result = result_of(fmt, plans, recipe.activations, act_order=is_ordered)
+    remarks = {f"format {fmt.name}": told} if (told := refused_by(result)) else {}
     remarks |= stored.remarks(strict)
     tokens = None
     if isinstance(calibration, documents.TokenSet):

@@ -78,10 +78,12 @@ def _weights_of(spec: str, rule: str) -> QuantSpec | None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that could be quantized: module name and weight shape `(N, K)`."""
+    """A linear layer that could be quantized: module name and weight shape `(N, K)`. is_transposed:
+    whether the model computes with `[K, N]`, as GPT-2 does."""
 
     name: str
     shape: tuple[int, int]
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A format is one module with one instance of a class like this, and one line in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,8 @@ class Format(ABC):
     suffixes: of the tensors that `read` uses. quant_method: what its config.json says. readers:
     engines beside llmq that it is meant for (`note` says when they will not load a folder).
     activations: those that a folder of this format always implies, None where the config says
-    which. has_order: whether it stores which group a column belongs to. is_own: whether a model in
+    which. has_order: whether it stores which group a column belongs to. has_columns: whether its
+    readers take layers that compute with a transposed weight (`Conv1D`). is_own: whether a model in
     memory is in it."""
 
     name: str
@@ -38,6 +39,7 @@ class Format(ABC):
     readers: tuple[str, ...] = ()
     activations: ActSpec | None = ActSpec()
     has_order: bool = True
+    has_columns: bool = True
     is_own: bool = False
 
     @abstractmethod
@@ -96,6 +98,32 @@ class Format(ABC):
         """Why the engines that are meant will not load a folder, as far as the layers decide it, or
         None."""
         return None
+
+    def given(self, activations: ActSpec) -> Format:
+        """The format for a folder whose layers quantize their inputs like this, where that decides
+        what is stored of a weight."""
+        return self
+
+    def with_kept(self, config: Settings, names: Collection[str]) -> Settings:
+        """The `quantization_config` with modules that hold a matrix which is no layer that could be
+        quantized: the head, routers."""
+        return config
+
+    def dense(
+        self, name: str, tensors: dict[str, Tensor], config: Settings, shape: tuple[int, int]
+    ) -> Tensor | None:
+        """The weight float32 `[N, K]` of a layer that llmq has no kernel for, or None for one that
+        `read` gives."""
+        return None
+
+    def activations_of(self, name: str, config: Settings) -> ActSpec:
+        """How the inputs of a layer are quantized."""
+        return ActSpec.from_json(config.get("activations") or {})
+
+    def remarks(self, config: Settings, stored: Mapping[str, str]) -> list[str]:
+        """What llmq does otherwise than a folder says. stored: the dtype of each of its tensors, as
+        safetensors calls it."""
+        return []
 
     def bias(self, bias: Tensor, tensors: dict[str, Tensor], config: Settings) -> Tensor:
         """What is added to a layer's output, from what is stored."""

@@ -41,6 +41,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -175,6 +177,12 @@ class LlmqQuantizer(HfQuantizer):
         reserve_tie(model, stored_to_model_names(model, headers).values())
         matched = match_names(model, headers)
         dtypes = {name: dtype for name, (dtype, _) in headers.items()}
+        # What belongs to a packed layer is its format's to check.
+        matched = {
+            name: stored
+            for name, stored in matched.items()
+            if stored.rpartition(".")[0] not in layers or name.endswith(".bias")
+        }
         check_dtypes(model, dtypes, matched, str(Path(checkpoint_files[0]).parent))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -199,6 +207,10 @@ class LlmqQuantizer(HfQuantizer):
                         f"{name}.bias is stored as {bias.dtype}, expected real numbers; the "
                         "checkpoint is damaged"
                     )
+                weight = fmt.dense(name, tensors, settings, module.shape)
+                if weight is not None:
+                    model.set_submodule(name, _dense_layer(weight, bias, model.dtype))
+                    continue
                 qtensor = fmt.read(name, tensors, settings, module.shape)
                 qtensor.validate(name)
                 unused = tensors.keys() - fmt.suffixes
@@ -210,7 +222,8 @@ class LlmqQuantizer(HfQuantizer):
                     continue
                 if bias is not None:
                     bias = fmt.bias(bias, tensors, settings)
-                model.set_submodule(name, QuantLinear(qtensor, bias, activations))
+                inputs = fmt.activations_of(name, settings)
+                model.set_submodule(name, QuantLinear(qtensor, bias, inputs))
         put_tables(model, tables)
         quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
         self.left_out = tuple(sorted(left_out))
@@ -242,6 +255,17 @@ class LlmqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _dense_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """A layer in full precision. weight: `[N, K]`."""
+    n, k = weight.shape
+    with torch.device("meta"):
+        layer = nn.Linear(k, n, bias=bias is not None)
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return layer
 
 
 def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> None:

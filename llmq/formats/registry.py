@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmq.recipe import LayerPlan
 
 _HOMES = {
+    "compressed-tensors": "llmq.formats.compressed:COMPRESSED",
     "gptq": "llmq.formats.gptq:GPTQ_V1",
     "gptq_v2": "llmq.formats.gptq:GPTQ_V2",
     "bitnet": "llmq.formats.bitnet:BITNET",
@@ -24,6 +25,7 @@ _HOMES = {
 }
 NAMES = tuple(_HOMES)
 AUTO = "auto"
+_NO_COLUMNS = "its readers know linear layers, and this one multiplies with a transposed weight"
 _ELSE = "Use --format llmq, which holds everything"
 
 
@@ -59,7 +61,7 @@ def choose_format(
 
     activations = activations or ActSpec()
     if name == AUTO:
-        return _first_choice(plans, activations)
+        return _first_choice(plans, activations, act_order=act_order)
     if name not in NAMES:
         raise LlmqError(f"format {name!r}: expected {AUTO} or one of {', '.join(NAMES)}")
     fmt = format_named(name)
@@ -67,6 +69,8 @@ def choose_format(
         raise LlmqError(f"format {name}: {reason}. {_ELSE}")
     if act_order and not fmt.has_order and has_groups(plans):
         raise LlmqError(f"format {name}: it stores no order of columns (act-order). {_ELSE}")
+    if not fmt.has_columns and (found := _transposed(plans)):
+        raise LlmqError(f"format {name} cannot hold {found}: {_NO_COLUMNS}. {_ELSE}")
     for plan in plans:
         if plan.spec is None:
             continue
@@ -77,7 +81,7 @@ def choose_format(
             )
     if reason := fmt.refusal_of_model(_specs(plans)):
         raise LlmqError(f"format {name} cannot hold this model: {reason}. {_ELSE}")
-    return fmt
+    return fmt.given(activations)
 
 
 def has_groups(plans: list[LayerPlan]) -> bool:
@@ -94,16 +98,21 @@ def format_note(fmt: Format, plans: list[LayerPlan]) -> str | None:
     return None if reason is None else f"llmq loads this folder, {reason}"
 
 
-def _first_choice(plans: list[LayerPlan], activations: ActSpec) -> Format:
+def _first_choice(plans: list[LayerPlan], activations: ActSpec, *, act_order: bool) -> Format:
     specs = _specs(plans)
+    is_ordered = act_order and has_groups(plans)
     for fmt in all_formats():
+        if is_ordered and not fmt.has_order:
+            continue
         if fmt.is_first_choice(specs) and _holds(fmt, plans, activations):
-            return fmt
+            return fmt.given(activations)
     raise AssertionError("llmq's own format holds everything")
 
 
 def _holds(fmt: Format, plans: list[LayerPlan], activations: ActSpec) -> bool:
     if fmt.refusal_of_activations(activations) or fmt.refusal_of_model(_specs(plans)):
+        return False
+    if not fmt.has_columns and _transposed(plans):
         return False
     return not any(_refusal(fmt, plan) for plan in plans)
 
@@ -116,6 +125,12 @@ def _refusal(fmt: Format, plan: LayerPlan) -> str | None:
     if plan.role:
         return fmt.refusal_of_table(plan.role, plan.spec, plan.layer.shape)
     return fmt.refusal(plan.spec, plan.layer.shape)
+
+
+def _transposed(plans: list[LayerPlan]) -> str | None:
+    """The first quantized layer that computes with a transposed weight, or None."""
+    found = (plan.layer.name for plan in plans if plan.spec and plan.layer.is_transposed)
+    return next(found, None)
 
 
 def _specs(plans: list[LayerPlan]) -> Specs:

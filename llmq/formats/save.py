@@ -6,12 +6,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.arguments import check_type
@@ -33,15 +34,34 @@ from llmq.storage.packing import MAX_SHARD_BYTES
 
 
 def checkpoint_config(
-    fmt: Format, plans: list[LayerPlan], *, act_order: bool, activations: ActSpec
+    fmt: Format,
+    plans: list[LayerPlan],
+    *,
+    act_order: bool,
+    activations: ActSpec,
+    kept: Collection[str] = (),
 ) -> dict[str, Any]:
     """The `quantization_config` for the linear layers of a model in a format. act_order: columns
-    were rounded in true act-order, which shows in layers of more than one group."""
+    were rounded in true act-order, which shows in layers of more than one group. kept: modules with
+    a matrix that are no such layers, as `kept_matrices` gives them."""
     specs = {plan.layer.name: plan.spec for plan in plans}
     config = fmt.write_config(specs, act_order=act_order and has_groups(plans))
+    config = fmt.with_kept(config, [name for name in kept if specs.get(name) is None])
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
+
+
+def kept_matrices(model: nn.Module) -> list[str]:
+    """Modules that hold a matrix as it is, embeddings aside: linear layers, the head, routers. What
+    an engine would take for a quantized layer where nothing says that it is none."""
+    found = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
+        if is_matrix and not isinstance(module, nn.Embedding):
+            found.append(name)
+    return found
 
 
 def write_configs(
@@ -125,7 +145,9 @@ def save(
         write_configs(
             work_dir,
             model.config,
-            checkpoint_config(fmt, plans, act_order=act_order, activations=act_spec),
+            checkpoint_config(
+                fmt, plans, act_order=act_order, activations=act_spec, kept=kept_matrices(model)
+            ),
             name=None if source_dir is None else hub_id(source_dir),
             companions=companions,
         )
@@ -140,7 +162,12 @@ def save(
 def _plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> list[LayerPlan]:
     """What became of each layer of the full-precision model: a kept one is not quantized."""
     layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}
-    layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
+    layers |= {
+        name: replace(layers[name], shape=qtensor.shape)
+        if name in layers
+        else Layer(name, qtensor.shape)
+        for name, qtensor in quantized.items()
+    }
     roles = {name: role for name, (role, _) in quantized_tables(model).items()}
     return [
         LayerPlan(

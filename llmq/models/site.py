@@ -94,7 +94,8 @@ class Site:
 
     def as_layer(self, prefix: str) -> Layer:
         """Name in the model and shape, as recipes plan with it. prefix: of what was searched."""
-        return Layer(f"{prefix}.{self.name}" if prefix else self.name, self.shape)
+        name = f"{prefix}.{self.name}" if prefix else self.name
+        return Layer(name, self.shape, isinstance(self.kind, Columns))
 
     def stored(self, weight: Tensor) -> Tensor:
         """`[N, K]` as the parameter has it (a view)."""

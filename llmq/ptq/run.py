@@ -16,7 +16,7 @@ import transformers
 import llmq
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import special_ids
-from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
+from llmq.formats.save import checkpoint_config, kept_matrices, layer_tensors, write_configs
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models import compat
 from llmq.models.arch import find_blocks
@@ -234,6 +234,7 @@ def _finish(
             job.all_plans,
             act_order=job.recipe.order == "act",
             activations=job.recipe.activations,
+            kept=kept_matrices(job.model),
         ),
         name=hub_id(job.source.folder),
         companions=companions,

@@ -106,16 +106,16 @@ def test_what_cannot_be_is_refused_and_what_differs_is_noted(model_folder):
 
 
 @torch.no_grad()
-def test_blocks_are_measured_behind_the_stored_embeddings(
-    model_folder, calibration_file, tmp_path
-):
+def test_blocks_are_measured_behind_the_stored_embeddings(model_folder, calibration_file, tmp_path):
     folder = model_folder(tie_word_embeddings=True)
     losses = {}
     for spec in (None, "w2g64"):
         out = tmp_path / str(spec)
         embeddings = None if spec is None else QuantSpec.parse(spec)
         chosen = recipe(method="gptq", embeddings=embeddings)
-        report = quantize_folder(prepare(str(folder), chosen, calibration=str(calibration_file)), out)
+        report = quantize_folder(
+            prepare(str(folder), chosen, calibration=str(calibration_file)), out
+        )
         losses[spec] = report["held_out"][0]["kl_mean"]
     assert losses["w2g64"] > 2 * losses[None]
     first = "model.layers.0.self_attn.q_proj.packed"

@@ -151,7 +151,8 @@ def _write_parts(
             layers.source.files.check(set(layers.source.shards.names.values()))
             record = {"layers": [change.to_json() for change in changed]}
             partial.finish_block(index, record)
-        changes += [LayerChange(**each) for each in partial.report_of(index)["layers"]]
+        report = partial.report_of(index) or {}
+        changes += [LayerChange(**each) for each in report.get("layers", ())]
     on_part(len(parts), len(parts))
     return changes
 

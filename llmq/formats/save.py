@@ -21,6 +21,7 @@ from llmq.formats.base import Format
 from llmq.formats.registry import choose_format, detect, has_groups
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.embedding import quantized_tables
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import quantizable_layers
 from llmq.models.companions import Companions, copy_companions
@@ -144,7 +145,12 @@ def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor]
     """Every tensor of a quantized model by its name, and its `quantization_config`. name: of a
     format, or "auto". Raises `LlmqError` when the model is not quantized, has adapters, or the
     format cannot hold it."""
-    quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
+    quantized = {
+        name: module.qtensor()
+        for name, module in quantized_modules(model).items()
+        if not module.is_shared
+    }
+    quantized |= {name: table for name, (_, table) in quantized_tables(model).items()}
     if not quantized:
         raise LlmqError(
             "this model has no quantized layer; use model.save_pretrained for a full-precision "
@@ -184,15 +190,20 @@ def layer_plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -
         else Layer(name, qtensor.shape)
         for name, qtensor in quantized.items()
     }
+    roles = {name: role for name, (role, _) in quantized_tables(model).items()}
     return [
-        LayerPlan(layer, quantized[name].spec if name in quantized else None)
+        LayerPlan(
+            layer, quantized[name].spec if name in quantized else None, role=roles.get(name, "")
+        )
         for name, layer in layers.items()
     ]
 
 
 def activations_of(model: PreTrainedModel) -> ActSpec:
     """How the layers quantize their inputs. Raises `LlmqError` where they differ."""
-    activations = {module.activations for module in quantized_modules(model).values()}
+    head = model.get_output_embeddings()
+    layers = [module for module in quantized_modules(model).values() if module is not head]
+    activations = {module.activations for module in layers} or {ActSpec()}
     if len(activations) != 1:
         raise LlmqError(
             "the layers of this model quantize their inputs in different ways, which no format "

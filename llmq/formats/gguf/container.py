@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.errors import LlmqError
 from llmq.formats.gguf.tensor_types import BY_NUMBER, GgmlType
 from llmq.storage.boundary import check_regular, reading
 

@@ -17,6 +17,7 @@ from typing import Any
 HOMES: dict[str, tuple[str, ...]] = {
     "AttentionMaskInterface": ("transformers.masking_utils",),
     "BaseModelOutputWithPast": ("transformers.modeling_outputs",),
+    "AUTO_QUANTIZER_MAPPING": ("transformers.quantizers.auto",),
     "Conv1D": ("transformers.pytorch_utils",),
     "DynamicLayer": ("transformers.cache_utils",),
     "HfQuantizer": ("transformers.quantizers",),
@@ -62,6 +63,11 @@ def wrapper_models() -> Mapping[str, str]:
     """`model_type` -> class, of the models of text and images."""
     names: Mapping[str, str] = __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
     return names
+
+
+def quantization_methods() -> list[str]:
+    """The values of `quant_method` that transformers knows."""
+    return list(__getattr__("AUTO_QUANTIZER_MAPPING"))
 
 
 def renamed(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str, bool]]:

@@ -115,6 +115,14 @@ class Format(ABC):
         `read` gives."""
         return None
 
+    def is_online(self, config: Settings) -> bool:
+        """Whether weights are stored in full precision, for whoever loads them to quantize."""
+        return False
+
+    def from_weight(self, weight: Tensor) -> QuantizedTensor:
+        """A layer of such a folder. weight: `[N, K]`."""
+        raise NotImplementedError(self.name)
+
     def activations_of(self, name: str, config: Settings) -> ActSpec:
         """How the inputs of a layer are quantized."""
         return ActSpec.from_json(config.get("activations") or {})

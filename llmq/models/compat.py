@@ -32,6 +32,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "register_quantizer": ("transformers.quantizers",),
     "rename_source_key": ("transformers.core_model_loading",),
     "sdpa_attention_forward": ("transformers.integrations.sdpa_attention",),
+    "should_convert_module": ("transformers.quantizers.quantizers_utils",),
     "sdpa_mask": ("transformers.masking_utils",),
 }
 SDPA = "sdpa"  # what transformers calls torch's attention

@@ -52,7 +52,7 @@ def read(settings):
         ({**AUTO_ROUND, "extra_config": {"a.b": {"bits": 5}}}, "bits is '5'"),
         ({**BITNET, "linear_class": "foo"}, "linear_class is 'foo'"),
         ({**BITNET, "linear_class": None}, "linear_class None"),
-        ({**BITNET, "quantization_mode": "online"}, "online quantization"),
+        ({**BITNET, "quantization_mode": "online"}, "autobitlinear"),
         ({**BITNET, "quantization_mode": "x"}, "quantization_mode is 'x'"),
         ({**BITNET, "use_rms_norm": True}, "use_rms_norm"),
         ({"quant_method": "llmq", "format": "foo"}, "format 'foo': expected one of"),

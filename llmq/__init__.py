@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from llmq.hooks import when_imported
 
 if TYPE_CHECKING:
+    from llmq.api.adapters import merge_adapter
     from llmq.api.exporting import export
     from llmq.api.generation import generate
     from llmq.api.models import load_tokenizer
@@ -82,6 +83,7 @@ _HOMES = {
     "load": "llmq.formats.load",
     "load_documents": "llmq.text.documents",
     "load_tokenizer": "llmq.api.models",
+    "merge_adapter": "llmq.api.adapters",
     "perplexity": "llmq.api.scoring",
     "prepare_decoding": "llmq.inference.decoding",
     "prepare_qat": "llmq.api.training",
@@ -112,6 +114,7 @@ __all__ = [
     "load",
     "load_documents",
     "load_tokenizer",
+    "merge_adapter",
     "perplexity",
     "prepare_decoding",
     "prepare_qat",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import options, rendering
+from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 from llmq.formats.registry import NAMES
 
@@ -74,7 +75,8 @@ def _text(report: ExportReport) -> str:
         pairs["left out"] = (
             f"{len(report.left_out)} tensors that decide nothing: {report.left_out[0]}"
         )
-    return rendering.render_pairs(pairs)
+    engines = [reading.to_json() for reading in report.engines]
+    return f"{rendering.render_pairs(pairs)}\n{engine_lines(engines)}"
 
 
 def _exactness(report: ExportReport) -> str:

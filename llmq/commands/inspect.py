@@ -76,6 +76,7 @@ def _report(path: Path) -> dict[str, Any] | None:
         with reading(path, "not a report of llmq", "it is left out"):
             Counter(str(layer["spec"]) for layer in report["layers"])
             _origin(report)
+            rendering.outside_lines(report.get("outside", []))
         return report
     except LlmqError as error:
         warnings.warn(f"{error}; shown without it", LlmqWarning, stacklevel=2)
@@ -94,6 +95,7 @@ def _text(result: dict[str, Any]) -> str:
     if result["specs"]:
         pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
     if report := result["report"]:
+        pairs |= rendering.outside_lines(report.get("outside", []))
         pairs |= _origin(report)
     text = rendering.render_pairs(pairs)
     return f"{text}\n{engine_lines(result['engines'])}" if result["engines"] else text

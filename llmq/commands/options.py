@@ -221,6 +221,17 @@ def _add_grid_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--asymmetric", action="store_true", help="store a zero point per group"
     )
+    parser.add_argument(
+        "--embeddings",
+        metavar="SPEC",
+        help="quantize the embeddings, too, such as w8 or w4g64 (default: as stored); where the "
+        "output head is the same tensor, both",
+    )
+    parser.more.add_argument(
+        "--head",
+        metavar="SPEC",
+        help="quantize an output head that is a tensor of its own (default: as stored)",
+    )
 
 
 def _add_calibration_arguments(parser: Parser) -> None:

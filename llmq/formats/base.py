@@ -87,6 +87,17 @@ class Format(ABC):
         """Why layers that could each be stored cannot be stored together, or None."""
         return None
 
+    def refusal_of_table(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        """Why embeddings, an output head or the tensor that is both cannot be stored quantized, or
+        None. role: see `llmq.models.outside.Table`. shape: (vocabulary, D)."""
+        return f"its readers take the {role} in 16 bits only"
+
+    def refusal_of(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        """`refusal`, or of a matrix with a role outside of the blocks `refusal_of_table`."""
+        if role:
+            return self.refusal_of_table(role, spec, shape)
+        return self.refusal(spec, shape)
+
     def refusal_of_activations(self, activations: ActSpec) -> str | None:
         """Why a folder cannot say how activations are quantized, or None."""
         if self.activations is None or activations == self.activations:

@@ -3,7 +3,6 @@ bit for bit, or rounded anew where that is allowed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -61,7 +60,10 @@ def plan_conversion(layers: StoredLayers, fmt: Format, *, allow_requantize: bool
             spec.columns_per_group(layers.layer(name).shape[1]) for name, spec in specs.items()
         )
         specs, has_order = _specs(layers, fmt, allow_requantize, smallest)
-    plans = [LayerPlan(layer, specs.get(name)) for name, layer in layers.linear.items()]
+    plans = [
+        LayerPlan(layer, specs.get(name), role=layers.roles.get(name, ""))
+        for name, layer in layers.linear.items()
+    ]
     fmt = choose_format(fmt.name, plans, layers.activations, act_order=has_order)
     return Conversion(fmt, specs, plans, has_order)
 
@@ -77,35 +79,35 @@ def _specs(
     specs, has_order = {}, False
     for name in layers.names:
         qtensor = layers.read(name)
-        spec = _spec_in(fmt, qtensor, columns)
+        possible = _possible(fmt, qtensor, layers.roles.get(name, ""), columns)
+        spec = next((each for each in possible if _is_exact(fmt, qtensor, each)), None)
         if spec is None and allow_requantize:
-            spec = next(_possible(fmt, qtensor, columns), None)
+            spec = next(iter(possible), None)
         if spec is None:
             raise LlmqError(
                 f"{layers.source.folder}: format {fmt.name} cannot hold {name} ({qtensor.spec}) "
-                f"exactly: {_reason(fmt, qtensor)}; {REMEDY}"
+                f"exactly: {_reason(fmt, qtensor, layers.roles.get(name, ''))}; {REMEDY}"
             )
         has_order |= _stays(fmt, qtensor, spec) and qtensor.g_idx is not None
         specs[name] = spec
     return specs, has_order
 
 
-def _spec_in(fmt: Format, qtensor: QuantizedTensor, columns: int | None) -> QuantSpec | None:
-    """The spec under which a format holds a layer exactly, the smallest of several."""
-    for spec in _possible(fmt, qtensor, columns):
-        if _stays(fmt, qtensor, spec) or recode(qtensor, spec) is not None:
-            return spec
-    return None
+def _is_exact(fmt: Format, qtensor: QuantizedTensor, spec: QuantSpec) -> bool:
+    return _stays(fmt, qtensor, spec) or recode(qtensor, spec) is not None
 
 
-def _possible(fmt: Format, qtensor: QuantizedTensor, columns: int | None) -> Iterator[QuantSpec]:
-    """Specs that a format holds at a layer's shape."""
-    k = qtensor.shape[1]
+def _possible(
+    fmt: Format, qtensor: QuantizedTensor, role: str, columns: int | None
+) -> list[QuantSpec]:
+    """Specs that a format holds at a layer's shape, the smallest of the others first."""
+    found = []
     for spec in specs_for(qtensor.spec, qtensor.shape):
-        fits = columns is None or spec.columns_per_group(k) == columns
-        if fits and fmt.refusal(spec, qtensor.shape) is None:
+        fits = columns is None or spec.columns_per_group(qtensor.shape[1]) == columns
+        if fits and fmt.refusal_of(role, spec, qtensor.shape) is None:
             # Where one number is all that is said of groups, those of whole rows need it, too.
-            yield spec if columns is None else replace(spec, group_size=columns)
+            found.append(spec if columns is None else replace(spec, group_size=columns))
+    return found
 
 
 def _stays(fmt: Format, qtensor: QuantizedTensor, spec: QuantSpec) -> bool:
@@ -113,8 +115,8 @@ def _stays(fmt: Format, qtensor: QuantizedTensor, spec: QuantSpec) -> bool:
     return spec == qtensor.spec and (qtensor.g_idx is None or fmt.has_order)
 
 
-def _reason(fmt: Format, qtensor: QuantizedTensor) -> str:
-    if reason := fmt.refusal(qtensor.spec, qtensor.shape):
+def _reason(fmt: Format, qtensor: QuantizedTensor, role: str) -> str:
+    if reason := fmt.refusal_of(role, qtensor.spec, qtensor.shape):
         return reason
     return "it stores no order of columns (act-order)"
 

@@ -14,7 +14,9 @@ from torch import Tensor
 import llmq
 from llmq.errors import VerificationError
 from llmq.formats.conversion import Conversion, LayerChange, convert, plan_conversion
-from llmq.formats.registry import known_format
+from llmq.formats.engine_rules import Result
+from llmq.formats.engines import Reading, readings
+from llmq.formats.registry import known_format, result_of
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
 from llmq.formats.stored_layers import StoredLayers
 from llmq.grid.tensor import QuantizedTensor
@@ -34,7 +36,8 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. left_out: stored tensors of packed layers that decide nothing."""
+    """What an export did. engines: which of them reads the result. left_out: stored tensors of
+    packed layers that decide nothing."""
 
     source: str
     out: str
@@ -43,6 +46,7 @@ class ExportReport:
     source_bytes: int
     stored_bytes: int
     layers: tuple[LayerChange, ...]
+    engines: tuple[Reading, ...]
     left_out: tuple[str, ...]
 
     @property
@@ -72,6 +76,7 @@ class ExportReport:
                 for layer in self.layers
                 if not layer.is_exact or layer.before != layer.after
             ],
+            "engines": [reading.to_json() for reading in self.engines],
             "left_out": list(self.left_out),
         }
 
@@ -151,7 +156,8 @@ def _write_parts(
             layers.source.files.check(set(layers.source.shards.names.values()))
             record = {"layers": [change.to_json() for change in changed]}
             partial.finish_block(index, record)
-        changes += [LayerChange(**each) for each in partial.report_of(index)["layers"]]
+        report = partial.report_of(index) or {}
+        changes += [LayerChange(**each) for each in report.get("layers", ())]
     on_part(len(parts), len(parts))
     return changes
 
@@ -204,6 +210,16 @@ def _config(layers: StoredLayers, conversion: Conversion) -> dict[str, Any]:
     )
 
 
+def _result(layers: StoredLayers, conversion: Conversion) -> Result:
+    """What is asked of other engines."""
+    return result_of(
+        conversion.format,
+        conversion.plans,
+        layers.activations,
+        act_order=conversion.has_order,
+    )
+
+
 def _publish(
     layers: StoredLayers,
     conversion: Conversion,
@@ -234,6 +250,7 @@ def _publish(
         source_bytes=source.weight_bytes,
         stored_bytes=sum((target / name).stat().st_size for name in shards),
         layers=tuple(changes),
+        engines=tuple(readings(_result(layers, conversion))),
         left_out=tuple(layers.unused),
     )
     _keep_report(source, target, report)
@@ -248,5 +265,7 @@ def _keep_report(source: Source, target: Path, report: ExportReport) -> None:
         return
     made = read_object(path, "a report of llmq")
     exported = {**report.to_json(), "out": "", "source": source.name}
-    made |= {"format": report.format, "stored_bytes": report.stored_bytes, "exported": exported}
+    engines = exported.pop("engines")
+    made |= {"format": report.format, "stored_bytes": report.stored_bytes}
+    made |= {"engines": engines, "exported": exported}
     files.write_json(target / REPORT, made)

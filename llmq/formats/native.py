@@ -37,6 +37,9 @@ class Native(Format):
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         return None
 
+    def refusal_of_table(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        return None
+
     def is_first_choice(self, specs: Specs) -> bool:
         return True
 

@@ -82,7 +82,7 @@ def choose_format(
     for plan in plans:
         if plan.spec is None:
             continue
-        if reason := fmt.refusal(plan.spec, plan.layer.shape):
+        if reason := _refusal(fmt, plan):
             what = plan.note or plan.spec
             raise LlmqError(
                 f"format {name} cannot hold {plan.layer.name} ({what}): {reason}. {_ELSE}"
@@ -125,9 +125,15 @@ def _holds(fmt: Format, plans: list[LayerPlan], activations: ActSpec) -> bool:
         return False
     if not fmt.has_columns and _transposed(plans):
         return False
-    return not any(
-        plan.spec is not None and fmt.refusal(plan.spec, plan.layer.shape) for plan in plans
-    )
+    return not any(_refusal(fmt, plan) for plan in plans)
+
+
+def _refusal(fmt: Format, plan: LayerPlan) -> str | None:
+    """Why a format cannot store what becomes of one layer, or of what lies outside of the blocks,
+    or None."""
+    if plan.spec is None:
+        return None
+    return fmt.refusal_of(plan.role, plan.spec, plan.layer.shape)
 
 
 def _transposed(plans: list[LayerPlan]) -> str | None:

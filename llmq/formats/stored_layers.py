@@ -13,6 +13,7 @@ from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import quantizable_layers
 from llmq.models.names import stored_to_model_names
+from llmq.models.outside import tables_of
 from llmq.models.source import Source, meta_model
 from llmq.recipe import Layer
 
@@ -37,18 +38,25 @@ class StoredLayers:
         # module -> the name that its tensors are stored under
         self._stored = {names[f"{name}.weight"].removesuffix(".weight"): name for name in stored}
         self.linear = {layer.name: layer for layer in quantizable_layers(skeleton)}
+        # of what lies outside of the blocks: name -> see `llmq.models.outside.Table`
+        self.roles: dict[str, str] = {}
+        if self._stored.keys() - self.linear.keys():
+            tables = [table for table in tables_of(skeleton) if table.name in self._stored]
+            self.roles = {table.name: table.role for table in tables}
+            self.linear |= {table.name: Layer(table.name, table.shape) for table in tables}
         self.kept_matrices = kept_matrices(skeleton)
         if unknown := self._stored.keys() - self.linear.keys():
             raise LlmqError(
-                f"{source.folder}: packed tensors are stored for {min(unknown)}, which is no "
-                f"linear layer of the blocks of {type(skeleton).__name__}; config.json does not "
-                "belong to these weights"
+                f"{source.folder}: packed tensors are stored for {min(unknown)}, which is "
+                f"neither a linear layer of the blocks of {type(skeleton).__name__} nor its "
+                "embeddings or its head; config.json does not belong to these weights"
             )
 
     @cached_property
     def activations(self) -> ActSpec:
         """How all of them quantize their inputs. Raises `LlmqError` where they differ."""
-        found = {self.format.activations_of(name, self.settings) for name in self._stored}
+        names = self._stored.keys() - self.roles.keys()
+        found = {self.format.activations_of(name, self.settings) for name in names}
         if len(found) > 1:
             raise LlmqError(
                 f"{self.source.folder}: the layers quantize their inputs in {len(found)} ways, "

@@ -22,7 +22,8 @@ _READ_ONLY = (
 
 class WeightView(Tensor):
     """A weight `[N, K]` without storage. Every operator that reads it computes with `values()`,
-    made anew each time and never kept; one that would write raises `LlmqError`.
+    made anew each time and never kept; one that would write raises `LlmqError`. A part of it is a
+    copy.
 
     values: gives the dequantized weight in `dtype` on `device`."""
 
@@ -71,6 +72,9 @@ class WeightView(Tensor):
         refuse_write()
 
     data = property(_data, _set_data)  # type: ignore[assignment]
+
+    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+        refuse_write()
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.values()

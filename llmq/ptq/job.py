@@ -30,6 +30,7 @@ from llmq.models.stored import StoredModel
 from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.group_sizes import with_one_group_size
 from llmq.ptq.methods import method_of, needs_text
+from llmq.ptq.outside import fitting_outside, plan_outside
 from llmq.ptq.precision import Precision
 from llmq.ptq.scales import fitting_plans
 from llmq.ptq.self_written import self_written
@@ -45,7 +46,7 @@ from llmq_kernels.core import restricted
 class Job:
     """Everything known before anything is computed. config, model: what the stored tensors are, on
     the meta device. tokens: None for methods without data. remarks: what is to be known of the
-    model or the format."""
+    model or the format. outside: embeddings and head, where they are quantized."""
 
     source: Source
     config: PretrainedConfig
@@ -55,17 +56,23 @@ class Job:
     fmt: Format
     tokens: documents.TokenSet | None
     remarks: dict[str, str]
+    outside: tuple[LayerPlan, ...] = ()
+
+    @property
+    def all_plans(self) -> list[LayerPlan]:
+        """Of the layers of the blocks, and of what lies outside."""
+        return [*self.plans, *self.outside]
 
     @property
     def notes(self) -> dict[str, str]:
         """Layers that differ from what was asked, and the remarks."""
-        return {plan.layer.name: plan.note for plan in self.plans if plan.note} | self.remarks
+        return {plan.layer.name: plan.note for plan in self.all_plans if plan.note} | self.remarks
 
     @property
     def result(self) -> Result:
         """What is asked of other engines."""
         is_ordered = self.recipe.order == "act"
-        return result_of(self.fmt, self.plans, self.recipe.activations, act_order=is_ordered)
+        return result_of(self.fmt, self.all_plans, self.recipe.activations, act_order=is_ordered)
 
     def precision(self, device: str) -> Precision:
         """What the parts of the run are computed in on a device."""
@@ -104,6 +111,7 @@ def prepare(
     plans = recipe.plan(quantizable_layers(stored.skeleton))
     if format != AUTO and known_format(format).one_group_size:
         plans = with_one_group_size(plans, recipe)
+    outside = plan_outside(stored.skeleton, recipe)
     if not any(plan.spec for plan in plans):
         raise LlmqError(
             f"none of the {len(plans)} linear layers would be quantized; see 'llmq plan' with the "
@@ -114,14 +122,16 @@ def prepare(
     if is_ordered and format == AUTO and has_groups(plans):
         raise _unnamed_format(plans, recipe)
     # or it is refused before weights are read
-    choose_format(format, plans, recipe.activations, act_order=is_ordered)
+    choose_format(format, [*plans, *outside], recipe.activations, act_order=is_ordered)
     if check_scales:
         reader = CheckpointReader(stored.skeleton, source.shards)
         plans, _ = fitting_plans(plans, weight_reader(stored.skeleton, reader))
-    fmt = choose_format(format, plans, recipe.activations, act_order=is_ordered)
+        outside = fitting_outside(outside, weight_reader(stored.skeleton, reader))
+    every = [*plans, *outside]
+    fmt = choose_format(format, every, recipe.activations, act_order=is_ordered)
     if strict:
-        _check_unchanged(plans)
-    result = result_of(fmt, plans, recipe.activations, act_order=is_ordered)
+        _check_unchanged(every)
+    result = result_of(fmt, every, recipe.activations, act_order=is_ordered)
     remarks = {f"format {fmt.name}": told} if (told := refused_by(result)) else {}
     remarks |= stored.remarks(strict)
     tokens = None
@@ -141,7 +151,8 @@ def prepare(
             tokens = _to_be_written(stored.config, recipe)
     if tokens is not None and not held_out:
         tokens = replace(tokens, held_out=())
-    return Job(source, stored.config, stored.skeleton, recipe, plans, fmt, tokens, remarks)
+    model_parts = source, stored.config, stored.skeleton
+    return Job(*model_parts, recipe, plans, fmt, tokens, remarks, tuple(outside))
 
 
 def _unnamed_format(plans: list[LayerPlan], recipe: Recipe) -> LlmqError:

@@ -126,6 +126,15 @@ def test_activations_that_a_format_cannot_say_are_refused(tmp_path):
         export(Source.open(first), tmp_path / "second", "gptq")
 
 
+def test_quantized_embeddings_are_refused_where_readers_take_none(tmp_path):
+    command = ["quantize", "tiny", str(tmp_path / "q"), "--method", "rtn", "--embeddings", "w8"]
+    assert main(command) == 0
+    with pytest.raises(LlmqError, match=r"cannot hold model\.embed_tokens \(w8\) exactly"):
+        llmq.export(tmp_path / "q", tmp_path / "x", "gptq")
+    llmq.export(tmp_path / "q", tmp_path / "x", "llmq")
+    assert same_weights(tmp_path / "q", tmp_path / "x")
+
+
 def test_a_model_in_full_precision_is_refused(tmp_path):
     with pytest.raises(LlmqError, match=r"is not quantized; 'llmq quantize'"):
         llmq.export("tiny", tmp_path / "out", "gptq")

@@ -275,7 +275,8 @@ def _add_gptq_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--act-order",
         action="store_true",
-        help="true activation order with a stored g_idx; slower to run",
+        help="true activation order with a stored g_idx: slower to run, read by few engines, and "
+        "only with --format gptq, gptq_v2 or llmq",
     )
     parser.more.add_argument(
         "--damping",

@@ -36,6 +36,7 @@ class Awq(Format):
     suffixes = _SUFFIXES
     quant_method = "awq"
     has_order = False
+    one_group_size = True
 
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         n, k = shape

@@ -28,7 +28,8 @@ class Format(ABC):
     suffixes: of the tensors that `read` uses. quant_method: what its config.json says.
     activations: those that a folder of this format always implies, None where the config says
     which. has_order: whether it stores which group a column belongs to. has_columns: whether its
-    readers take layers that compute with a transposed weight (`Conv1D`). is_own: whether a model in
+    readers take layers that compute with a transposed weight (`Conv1D`). one_group_size: whether
+    some of its readers take one group size for all layers. is_own: whether a model in
     memory is in it. Which engines read it: `llmq.formats.engines`."""
 
     name: str
@@ -38,6 +39,7 @@ class Format(ABC):
     activations: ActSpec | None = ActSpec()
     has_order: bool = True
     has_columns: bool = True
+    one_group_size: bool = False
     is_own: bool = False
 
     @abstractmethod
@@ -123,6 +125,14 @@ class Format(ABC):
         """The weight float32 `[N, K]` of a layer that llmq has no kernel for, or None for one that
         `read` gives."""
         return None
+
+    def is_online(self, config: Settings) -> bool:
+        """Whether weights are stored in full precision, for whoever loads them to quantize."""
+        return False
+
+    def from_weight(self, weight: Tensor) -> QuantizedTensor:
+        """A layer of such a folder. weight: `[N, K]`."""
+        raise NotImplementedError(self.name)
 
     def activations_of(self, name: str, config: Settings) -> ActSpec:
         """How the inputs of a layer are quantized."""

@@ -48,6 +48,7 @@ class Gptq(Format):
     marker = "qweight"
     suffixes = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     quant_method = "gptq"
+    one_group_size = True
 
     def __init__(self, name: str, shift: int) -> None:
         self.name, self.shift = name, shift

@@ -250,6 +250,8 @@ class LlmqQuantizer(HfQuantizer):
                     bias = fmt.bias(bias, tensors, settings)
                 inputs = fmt.activations_of(name, settings)
                 model.set_submodule(name, QuantLinear(qtensor, bias, inputs, model.dtype))
+        if fmt.is_online(settings):
+            self._quantize_online(model, fmt, settings)
         put_tables(model, tables)
         quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
         self.left_out = tuple(sorted(left_out))
@@ -261,6 +263,21 @@ class LlmqQuantizer(HfQuantizer):
             )
         state_quantization(model, self)
         return model
+
+    def _quantize_online(self, model: Any, fmt: Format, settings: dict[str, Any]) -> None:
+        """Quantize the layers that transformers would, which are stored in full precision."""
+        from llmq.inference.module import QuantLinear
+        from llmq.models.compat import should_convert_module
+
+        kept = self.get_modules_to_not_convert(
+            model, settings.get("modules_to_not_convert"), model._keep_in_fp32_modules
+        )
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and should_convert_module(name, kept):
+                qtensor = fmt.from_weight(module.weight.detach())
+                inputs = fmt.activations_of(name, settings)
+                quantized = QuantLinear(qtensor, module.bias, inputs, model.dtype)
+                model.set_submodule(name, quantized)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """True: `get_state_dict_and_metadata` says of a model why it cannot be written."""

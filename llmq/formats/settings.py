@@ -12,6 +12,7 @@ from typing import Any
 from llmq.errors import LlmqError
 from llmq.formats.base import OWN_METHOD, Format
 from llmq.formats.engine_rules import Result
+from llmq.formats.foreign import refusal
 from llmq.formats.registry import NAMES, all_formats, detect, format_named
 from llmq.formats.setting_types import as_settings
 from llmq.grid.spec import QuantSpec
@@ -30,10 +31,7 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
     fmt = detect(settings)
     if fmt is None:
         methods = dict.fromkeys(fmt.quant_method for fmt in all_formats())
-        raise LlmqError(
-            f"quantization method {settings.get('quant_method')!r}: llmq loads "
-            f"{', '.join(methods)} folders; quantize the original model with llmq instead"
-        )
+        raise refusal(settings, list(methods))
     return fmt.read_config(settings)
 
 

@@ -19,6 +19,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "AttentionMaskInterface": ("transformers.masking_utils",),
     "AUTO_QUANTIZATION_CONFIG_MAPPING": ("transformers.quantizers.auto",),
     "BaseModelOutputWithPast": ("transformers.modeling_outputs",),
+    "AUTO_QUANTIZER_MAPPING": ("transformers.quantizers.auto",),
     "Conv1D": ("transformers.pytorch_utils",),
     "DynamicLayer": ("transformers.cache_utils",),
     "HfQuantizer": ("transformers.quantizers",),
@@ -33,6 +34,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "register_quantizer": ("transformers.quantizers",),
     "rename_source_key": ("transformers.core_model_loading",),
     "sdpa_attention_forward": ("transformers.integrations.sdpa_attention",),
+    "should_convert_module": ("transformers.quantizers.quantizers_utils",),
     "sdpa_mask": ("transformers.masking_utils",),
 }
 # What transformers itself needs to load a folder of a `quant_method`.
@@ -85,6 +87,11 @@ def wrapper_models() -> Mapping[str, str]:
     """`model_type` -> class, of the models of text and images."""
     names: Mapping[str, str] = __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
     return names
+
+
+def quantization_methods() -> list[str]:
+    """The values of `quant_method` that transformers knows."""
+    return list(__getattr__("AUTO_QUANTIZER_MAPPING"))
 
 
 def renamed(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str, bool]]:

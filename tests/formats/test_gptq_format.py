@@ -121,7 +121,7 @@ def test_choice_of_format():
     assert choose_format("auto", plans("w4"), ActSpec("int8-token", 8)).name == "llmq"
     with pytest.raises(LlmqError, match=r"layer\.0 \(ternary\).*no ternary codes"):
         choose_format("gptq", plans("ternary"))
-    with pytest.raises(LlmqError, match="one of auto, gptq"):
+    with pytest.raises(LlmqError, match="expected one of auto"):
         choose_format("onnx", plans("w4g128"))
 
 
@@ -154,6 +154,27 @@ def test_parts_of_one_layer_in_other_engines_agree_or_are_written_as_llmq():
         told = refused_by(result_of(choose_format("gptq", unlike), unlike, ActSpec()))
         assert f"vLLM, SGLang: {unlike[0].layer.name}" in told
         assert refused_by(result_of(format_named("llmq"), unlike, ActSpec())) is None
+
+
+def test_the_layers_that_others_make_of_several_have_their_own_patterns():
+    """vLLM looks up qkv_proj and gate_up_proj, and takes the first pattern that matches."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    specs = {f"model.layers.{i}.part.{name}": QuantSpec() for i in range(2) for name in names}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        specs[f"model.layers.0.part.{name}"] = QuantSpec("int8", 32)
+        specs[f"model.layers.1.part.{name}"] = QuantSpec("int4", 32)
+    specs["model.layers.1.part.q_proj"] = QuantSpec("int8", 32)  # these three are not alike
+    specs["model.layers.1.part.gate_proj"] = specs["model.layers.1.part.up_proj"] = None
+    config = format_named("gptq").write_config(specs)
+    for name, spec in specs.items():
+        read = settings_of(name, config)
+        assert spec is None or (read["bits"], read["group_size"]) == (spec.bits, spec.group_size)
+    assert settings_of("model.layers.0.part.qkv_proj", config)["bits"] == 8
+    joint = [key for key in config["dynamic"] if "qkv" in key or "gate_up" in key]
+    assert joint == [
+        r"+:model\.layers\.0\.part\.qkv_proj$",
+        r"-:model\.layers\.1\.part\.gate_up_proj$",
+    ]
 
 
 def write_foreign_folder(folder, tokenizer, quantization_config, v2=False, **kept):

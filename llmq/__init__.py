@@ -38,6 +38,7 @@ from llmq.hooks import when_imported
 
 if TYPE_CHECKING:
     from llmq.api.adapters import merge_adapter
+    from llmq.api.exporting import export
     from llmq.api.generation import generate
     from llmq.api.models import load_tokenizer
     from llmq.api.quantization import quantize
@@ -76,6 +77,7 @@ _HOMES = {
     "calibration_windows": "llmq.api.texts",
     "compare": "llmq.api.scoring",
     "evaluation_windows": "llmq.api.texts",
+    "export": "llmq.api.exporting",
     "freeze": "llmq.qat.weights",
     "generate": "llmq.api.generation",
     "load": "llmq.formats.load",
@@ -106,6 +108,7 @@ __all__ = [
     "calibration_windows",
     "compare",
     "evaluation_windows",
+    "export",
     "freeze",
     "generate",
     "load",

@@ -1,5 +1,5 @@
 """What an on-disk format is: how it is recognised, how a weight and the config are written and
-read back, what it cannot hold, and who else reads the result.
+read back, and what it cannot hold.
 
 A format is one module with one instance of a class like this, and one line in
 `llmq.formats.registry`. Nobody else asks for a format by its name."""
@@ -7,7 +7,7 @@ A format is one module with one instance of a class like this, and one line in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,19 +25,19 @@ OWN_METHOD = "llmq"
 
 class Format(ABC):
     """name: as in `--format`. marker: the tensor suffix by which a stored layer is recognised.
-    suffixes: of the tensors that `read` uses. quant_method: what its config.json says. readers:
-    engines beside llmq that it is meant for (`note` says when they will not load a folder).
+    suffixes: of the tensors that `read` uses. quant_method: what its config.json says.
     activations: those that a folder of this format always implies, None where the config says
-    which. has_order: whether it stores which group a column belongs to. is_own: whether a model in
-    memory is in it."""
+    which. has_order: whether it stores which group a column belongs to. has_columns: whether its
+    readers take layers that compute with a transposed weight (`Conv1D`). is_own: whether a model in
+    memory is in it. Which engines read it: `llmq.formats.engines`."""
 
     name: str
     marker: str
     suffixes: frozenset[str]
     quant_method: str
-    readers: tuple[str, ...] = ()
     activations: ActSpec | None = ActSpec()
     has_order: bool = True
+    has_columns: bool = True
     is_own: bool = False
 
     @abstractmethod
@@ -64,6 +64,15 @@ class Format(ABC):
         weight checked. Raises `LlmqError` for what llmq cannot read."""
         return settings
 
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec | None:
+        """How a stored layer is quantized as far as the config says it, for engines go by that;
+        None where it takes the tensors to tell. config: as `read_config` gives it."""
+        return None
+
+    def states_order(self, config: Settings) -> bool:
+        """Whether the config says that columns are not in the order of their groups."""
+        return False
+
     def detects(self, settings: Settings) -> bool:
         """Whether a `quantization_config` is that of a folder of this format."""
         return settings.get("quant_method") == self.quant_method
@@ -76,6 +85,17 @@ class Format(ABC):
         """Why layers that could each be stored cannot be stored together, or None."""
         return None
 
+    def refusal_of_table(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        """Why embeddings, an output head or the tensor that is both cannot be stored quantized, or
+        None. role: see `llmq.models.outside.Table`. shape: (vocabulary, D)."""
+        return f"its readers take the {role} in 16 bits only"
+
+    def refusal_of(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        """`refusal`, or of a matrix with a role outside of the blocks `refusal_of_table`."""
+        if role:
+            return self.refusal_of_table(role, spec, shape)
+        return self.refusal(spec, shape)
+
     def refusal_of_activations(self, activations: ActSpec) -> str | None:
         """Why a folder cannot say how activations are quantized, or None."""
         if self.activations is None or activations == self.activations:
@@ -87,10 +107,31 @@ class Format(ABC):
         it in the registry."""
         return False
 
-    def note(self, specs: Specs) -> str | None:
-        """Why the engines that are meant will not load a folder, as far as the layers decide it, or
-        None."""
+    def given(self, activations: ActSpec) -> Format:
+        """The format for a folder whose layers quantize their inputs like this, where that decides
+        what is stored of a weight."""
+        return self
+
+    def with_kept(self, config: Settings, names: Collection[str]) -> Settings:
+        """The `quantization_config` with modules that hold a matrix which is no layer that could be
+        quantized: the head, routers."""
+        return config
+
+    def dense(
+        self, name: str, tensors: dict[str, Tensor], config: Settings, shape: tuple[int, int]
+    ) -> Tensor | None:
+        """The weight float32 `[N, K]` of a layer that llmq has no kernel for, or None for one that
+        `read` gives."""
         return None
+
+    def activations_of(self, name: str, config: Settings) -> ActSpec:
+        """How the inputs of a layer are quantized."""
+        return ActSpec.from_json(config.get("activations") or {})
+
+    def remarks(self, config: Settings, stored: Mapping[str, str]) -> list[str]:
+        """What llmq does otherwise than a folder says. stored: the dtype of each of its tensors, as
+        safetensors calls it."""
+        return []
 
     def bias(self, bias: Tensor, tensors: dict[str, Tensor], config: Settings) -> Tensor:
         """What is added to a layer's output, from what is stored."""

@@ -33,7 +33,6 @@ class BitNet(Format):
     marker = "weight_scale"
     suffixes = frozenset({"weight", "weight_scale"})
     quant_method = "bitnet"
-    readers = ("transformers",)
     activations = _TOKENS
     has_order = False
 
@@ -87,6 +86,9 @@ class BitNet(Format):
         if _divides(config):
             return bias
         return (bias.float() * tensors["weight_scale"].float()).to(bias.dtype)
+
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec | None:
+        return _SPEC
 
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         kept = ["lm_head", *(name for name, spec in specs.items() if spec is None)]

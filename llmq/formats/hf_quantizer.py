@@ -45,6 +45,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -77,13 +79,18 @@ def _headers(paths: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 class StoredLinear(nn.Module):
     """A place for the stored tensors of one layer while transformers loads them. shape: (N, K) of
-    the weight."""
+    the weight. embeddings: the module that is replaced, where it is these."""
 
     def __init__(
-        self, headers: dict[str, tuple[torch.dtype, tuple[int, ...]]], shape: tuple[int, int]
+        self,
+        headers: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        shape: tuple[int, int],
+        embeddings: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
+        # in a tuple, or it would be a part of this module
+        self.replaced: tuple[Any, ...] = () if embeddings is None else (embeddings,)
         # Some models reach into their layers while they are initialised (GPT-2 into c_proj); this
         # takes what they write.
         if "weight" not in headers:
@@ -93,6 +100,11 @@ class StoredLinear(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.named_buffers())
+
+    @property
+    def has_weight(self) -> bool:
+        """Not where it is the tensor of another place, too."""
+        return bool(self.tensors().keys() - {"bias"})
 
 
 @register_quantization_config(METHOD)
@@ -149,7 +161,9 @@ class LlmqQuantizer(HfQuantizer):
     ) -> None:
         from llmq.errors import LlmqError
         from llmq.formats.settings import format_of
+        from llmq.formats.tables import reserve_tie
         from llmq.models.names import check_dtypes, match_names, stored_to_model_names
+        from llmq.models.outside import is_plain
         from llmq.models.site import site_of
 
         if not checkpoint_files:
@@ -175,21 +189,33 @@ class LlmqQuantizer(HfQuantizer):
         for layer, tensors in layers.items():
             name = names[f"{layer}.weight"].removesuffix(".weight")
             is_there = f"{name}.weight" in state
-            site = site_of(model.get_submodule(name)) if is_there else None
+            module = model.get_submodule(name) if is_there else None
+            if is_plain(module) and module is model.get_input_embeddings():
+                model.set_submodule(name, StoredLinear(tensors, tuple(module.weight.shape), module))
+                continue
+            site = None if module is None else site_of(module)
             if site is None:
                 raise LlmqError(
                     f"{layer}: packed tensors are stored for it, but {type(model).__name__} has no "
                     "such linear layer; config.json does not belong to these weights"
                 )
             model.set_submodule(name, StoredLinear(tensors, site.shape))
+        reserve_tie(model, stored_to_model_names(model, headers).values())
         matched = match_names(model, headers)
         dtypes = {name: dtype for name, (dtype, _) in headers.items()}
+        # What belongs to a packed layer is its format's to check.
+        matched = {
+            name: stored
+            for name, stored in matched.items()
+            if stored.rpartition(".")[0] not in layers or name.endswith(".bias")
+        }
         check_dtypes(model, dtypes, matched, str(Path(checkpoint_files[0]).parent))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from llmq.activations.keys_values import quantize_kv
         from llmq.errors import LlmqError
         from llmq.formats.settings import format_of
+        from llmq.formats.tables import is_table, put_tables
         from llmq.grid.spec import ActSpec
         from llmq.inference.module import QuantLinear
 
@@ -197,8 +223,9 @@ class LlmqQuantizer(HfQuantizer):
         fmt = format_of(settings)
         activations = ActSpec.from_json(settings.get("activations") or {})
         left_out: list[str] = []
+        tables: dict[str, Any] = {}
         for name, module in list(model.named_modules()):
-            if isinstance(module, StoredLinear):
+            if isinstance(module, StoredLinear) and module.has_weight:
                 tensors = module.tensors()
                 if any(tensor.is_meta for tensor in tensors.values()):
                     raise LlmqError(
@@ -211,15 +238,24 @@ class LlmqQuantizer(HfQuantizer):
                         f"{name}.bias is stored as {bias.dtype}, expected real numbers; the "
                         "checkpoint is damaged"
                     )
+                weight = fmt.dense(name, tensors, settings, module.shape)
+                if weight is not None:
+                    model.set_submodule(name, _dense_layer(weight, bias, model.dtype))
+                    continue
                 qtensor = fmt.read(name, tensors, settings, module.shape)
                 qtensor.validate(name)
                 unused = tensors.keys() - fmt.suffixes
                 if activations.kind != "int8-static":
                     unused |= tensors.keys() & {"input_range"}
                 left_out += [f"{name}.{suffix}" for suffix in unused]
+                if is_table(model, module, head=fmt.is_own):
+                    tables[name] = qtensor
+                    continue
                 if bias is not None:
                     bias = fmt.bias(bias, tensors, settings)
-                model.set_submodule(name, QuantLinear(qtensor, bias, activations, model.dtype))
+                inputs = fmt.activations_of(name, settings)
+                model.set_submodule(name, QuantLinear(qtensor, bias, inputs, model.dtype))
+        put_tables(model, tables)
         quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
         self.left_out = tuple(sorted(left_out))
         if left_out:  # llmq.load, which silences transformers, says the same in its own way
@@ -260,20 +296,37 @@ class LlmqQuantizer(HfQuantizer):
         return True
 
 
+def _dense_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """A layer in full precision. weight: `[N, K]`."""
+    n, k = weight.shape
+    with torch.device("meta"):
+        layer = nn.Linear(k, n, bias=bias is not None)
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return layer
+
+
 def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> None:
     """Have a model with quantized layers in memory say so, as transformers expects it: what
     `save_pretrained` writes then loads as what it is. In memory every format is the native one."""
     from llmq.formats.native import NATIVE
+    from llmq.inference.embedding import quantized_tables
     from llmq.inference.module import quantized_modules
     from llmq.models.site import sites_in
 
     layers = quantized_modules(model)
-    activations = {module.activations for module in layers.values()}
+    tables = quantized_tables(model)
     head = model.get_output_embeddings()
+    # Inputs of a head are not quantized, whatever those of layers are.
+    of_head = [module for module in layers.values() if module is head]
+    inside = [module for module in layers.values() if module is not head]
+    activations = {module.activations for module in inside or of_head}
     # What is linear still is kept as it is, whether or not a config says so: GPTQ's has no list of
     # such layers.
     specs: dict[str, Any] = {site.name: None for site in sites_in(model) if site.module is not head}
-    specs |= {name: module.spec for name, module in layers.items()}
+    specs |= {name: module.spec for name, module in layers.items() if not module.is_shared}
+    specs |= {name: table.spec for name, (_, table) in tables.items()}
     settings = NATIVE.write_config(specs)
     if len(activations) == 1:
         settings["activations"] = next(iter(activations)).to_json()

@@ -17,7 +17,7 @@ from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.hf_quantizer import knowing
 from llmq.formats.placement import DeviceMap, device_of
 from llmq.formats.registry import all_formats
-from llmq.formats.settings import quantization_settings
+from llmq.formats.settings import format_of, quantization_settings
 from llmq.inference.module import quantized_modules
 from llmq.inference.rotary import take_turns
 from llmq.inference.settings import read_settings
@@ -101,6 +101,9 @@ def load(
         matched = {name: stored for stored, name in names.items() if name in state}
         check_dtypes(loaded, shards.dtypes, matched, str(model_dir))
     _tell_left_out(loaded, source, info.get("unexpected_keys") or (), strict)
+    if settings is not None:
+        for remark in format_of(settings).remarks(settings, shards.dtypes):
+            warnings.warn(f"{source.folder}: {remark}", LlmqWarning, stacklevel=2)
     state_ties(loaded)
     for part in (loaded.config, loaded.config.get_text_config()):
         vars(part).pop("transformers_weights", None)

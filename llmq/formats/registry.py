@@ -12,10 +12,12 @@ from llmq.errors import LlmqError
 
 if TYPE_CHECKING:
     from llmq.formats.base import Format, Specs
+    from llmq.formats.engine_rules import Result
     from llmq.grid.spec import ActSpec
     from llmq.recipe import LayerPlan
 
 _HOMES = {
+    "compressed-tensors": "llmq.formats.compressed:COMPRESSED",
     "gptq": "llmq.formats.gptq:GPTQ_V1",
     "gptq_v2": "llmq.formats.gptq:GPTQ_V2",
     "bitnet": "llmq.formats.bitnet:BITNET",
@@ -24,6 +26,7 @@ _HOMES = {
 }
 NAMES = tuple(_HOMES)
 AUTO = "auto"
+_NO_COLUMNS = "its readers know linear layers, and this one multiplies with a transposed weight"
 _ELSE = "Use --format llmq, which holds everything"
 
 
@@ -33,6 +36,15 @@ def format_named(name: str) -> Format:
     module, _, attribute = _HOMES[name].partition(":")
     fmt: Format = getattr(import_module(module), attribute)
     return fmt
+
+
+def known_format(name: str, *others: str) -> Format:
+    """A format by a name that comes from outside. others: words that would do as well. Raises
+    `LlmqError` for a name that is not in `NAMES`."""
+    if name not in NAMES:
+        expected = ", ".join((*others, *NAMES))
+        raise LlmqError(f"format {name!r}: expected one of {expected}")
+    return format_named(name)
 
 
 def all_formats() -> list[Format]:
@@ -59,25 +71,25 @@ def choose_format(
 
     activations = activations or ActSpec()
     if name == AUTO:
-        return _first_choice(plans, activations)
-    if name not in NAMES:
-        raise LlmqError(f"format {name!r}: expected {AUTO} or one of {', '.join(NAMES)}")
-    fmt = format_named(name)
+        return _first_choice(plans, activations, act_order=act_order)
+    fmt = known_format(name, AUTO)
     if reason := fmt.refusal_of_activations(activations):
         raise LlmqError(f"format {name}: {reason}. {_ELSE}")
     if act_order and not fmt.has_order and has_groups(plans):
         raise LlmqError(f"format {name}: it stores no order of columns (act-order). {_ELSE}")
+    if not fmt.has_columns and (found := _transposed(plans)):
+        raise LlmqError(f"format {name} cannot hold {found}: {_NO_COLUMNS}. {_ELSE}")
     for plan in plans:
         if plan.spec is None:
             continue
-        if reason := fmt.refusal(plan.spec, plan.layer.shape):
+        if reason := _refusal(fmt, plan):
             what = plan.note or plan.spec
             raise LlmqError(
                 f"format {name} cannot hold {plan.layer.name} ({what}): {reason}. {_ELSE}"
             )
     if reason := fmt.refusal_of_model(_specs(plans)):
         raise LlmqError(f"format {name} cannot hold this model: {reason}. {_ELSE}")
-    return fmt
+    return fmt.given(activations)
 
 
 def has_groups(plans: list[LayerPlan]) -> bool:
@@ -87,27 +99,47 @@ def has_groups(plans: list[LayerPlan]) -> bool:
     )
 
 
-def format_note(fmt: Format, plans: list[LayerPlan]) -> str | None:
-    """Why other engines will not load a folder of a format that is meant for them, as far as the
-    layers decide it, or None."""
-    reason = fmt.note(_specs(plans))
-    return None if reason is None else f"llmq loads this folder, {reason}"
+def result_of(
+    fmt: Format, plans: list[LayerPlan], activations: ActSpec, *, act_order: bool = False
+) -> Result:
+    """What engines are asked about, of a model that is written in a format."""
+    from llmq.formats.engine_rules import Result
+
+    implied = fmt.activations or activations
+    return Result(fmt.name, _specs(plans), implied, act_order and has_groups(plans))
 
 
-def _first_choice(plans: list[LayerPlan], activations: ActSpec) -> Format:
+def _first_choice(plans: list[LayerPlan], activations: ActSpec, *, act_order: bool) -> Format:
     specs = _specs(plans)
+    is_ordered = act_order and has_groups(plans)
     for fmt in all_formats():
+        if is_ordered and not fmt.has_order:
+            continue
         if fmt.is_first_choice(specs) and _holds(fmt, plans, activations):
-            return fmt
+            return fmt.given(activations)
     raise AssertionError("llmq's own format holds everything")
 
 
 def _holds(fmt: Format, plans: list[LayerPlan], activations: ActSpec) -> bool:
     if fmt.refusal_of_activations(activations) or fmt.refusal_of_model(_specs(plans)):
         return False
-    return not any(
-        plan.spec is not None and fmt.refusal(plan.spec, plan.layer.shape) for plan in plans
-    )
+    if not fmt.has_columns and _transposed(plans):
+        return False
+    return not any(_refusal(fmt, plan) for plan in plans)
+
+
+def _refusal(fmt: Format, plan: LayerPlan) -> str | None:
+    """Why a format cannot store what becomes of one layer, or of what lies outside of the blocks,
+    or None."""
+    if plan.spec is None:
+        return None
+    return fmt.refusal_of(plan.role, plan.spec, plan.layer.shape)
+
+
+def _transposed(plans: list[LayerPlan]) -> str | None:
+    """The first quantized layer that computes with a transposed weight, or None."""
+    found = (plan.layer.name for plan in plans if plan.spec and plan.layer.is_transposed)
+    return next(found, None)
 
 
 def _specs(plans: list[LayerPlan]) -> Specs:

@@ -6,12 +6,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.arguments import check_type
@@ -20,6 +21,7 @@ from llmq.formats.base import Format
 from llmq.formats.registry import choose_format, detect, has_groups
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.embedding import quantized_tables
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import quantizable_layers
 from llmq.models.companions import Companions, copy_companions
@@ -32,15 +34,34 @@ from llmq.storage.packing import MAX_SHARD_BYTES
 
 
 def checkpoint_config(
-    fmt: Format, plans: list[LayerPlan], *, act_order: bool, activations: ActSpec
+    fmt: Format,
+    plans: list[LayerPlan],
+    *,
+    act_order: bool,
+    activations: ActSpec,
+    kept: Collection[str] = (),
 ) -> dict[str, Any]:
     """The `quantization_config` for the linear layers of a model in a format. act_order: columns
-    were rounded in true act-order, which shows in layers of more than one group."""
+    were rounded in true act-order, which shows in layers of more than one group. kept: modules with
+    a matrix that are no such layers, as `kept_matrices` gives them."""
     specs = {plan.layer.name: plan.spec for plan in plans}
     config = fmt.write_config(specs, act_order=act_order and has_groups(plans))
+    config = fmt.with_kept(config, [name for name in kept if specs.get(name) is None])
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
+
+
+def kept_matrices(model: nn.Module) -> list[str]:
+    """Modules that hold a matrix as it is, embeddings aside: linear layers, the head, routers. What
+    an engine would take for a quantized layer where nothing says that it is none."""
+    found = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
+        if is_matrix and not isinstance(module, nn.Embedding):
+            found.append(name)
+    return found
 
 
 def write_configs(
@@ -129,7 +150,12 @@ def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor]
     """Every tensor of a quantized model by its name, and its `quantization_config`. name: of a
     format, or "auto". Raises `LlmqError` when the model is not quantized, has adapters, or the
     format cannot hold it."""
-    quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
+    quantized = {
+        name: module.qtensor()
+        for name, module in quantized_modules(model).items()
+        if not module.is_shared
+    }
+    quantized |= {name: table for name, (_, table) in quantized_tables(model).items()}
     if not quantized:
         raise LlmqError(
             "this model has no quantized layer; use model.save_pretrained for a full-precision "
@@ -142,7 +168,10 @@ def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor]
     tensors = kept_tensors(model, quantized.keys())
     for layer, qtensor in quantized.items():
         tensors.update(layer_tensors(layer, qtensor, fmt))
-    return tensors, checkpoint_config(fmt, plans, act_order=act_order, activations=act_spec)
+    kept = kept_matrices(model)
+    return tensors, checkpoint_config(
+        fmt, plans, act_order=act_order, activations=act_spec, kept=kept
+    )
 
 
 def refuse_adapters(model: torch.nn.Module) -> None:
@@ -160,16 +189,26 @@ def refuse_adapters(model: torch.nn.Module) -> None:
 def layer_plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> list[LayerPlan]:
     """What became of each layer of the full-precision model: a kept one is not quantized."""
     layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}
-    layers |= {name: Layer(name, qtensor.shape) for name, qtensor in quantized.items()}
+    layers |= {
+        name: replace(layers[name], shape=qtensor.shape)
+        if name in layers
+        else Layer(name, qtensor.shape)
+        for name, qtensor in quantized.items()
+    }
+    roles = {name: role for name, (role, _) in quantized_tables(model).items()}
     return [
-        LayerPlan(layer, quantized[name].spec if name in quantized else None)
+        LayerPlan(
+            layer, quantized[name].spec if name in quantized else None, role=roles.get(name, "")
+        )
         for name, layer in layers.items()
     ]
 
 
 def activations_of(model: PreTrainedModel) -> ActSpec:
     """How the layers quantize their inputs. Raises `LlmqError` where they differ."""
-    activations = {module.activations for module in quantized_modules(model).values()}
+    head = model.get_output_embeddings()
+    layers = [module for module in quantized_modules(model).values() if module is not head]
+    activations = {module.activations for module in layers} or {ActSpec()}
     if len(activations) != 1:
         raise LlmqError(
             "the layers of this model quantize their inputs in different ways, which no format "

@@ -74,6 +74,7 @@ class QuantLinear(nn.Linear):
         self.spec: QuantSpec = qtensor.spec
         self.activations = activations
         self.compute = default_mode()
+        self.is_shared = False
         for name in ("packed", "scale", "zero", "g_idx", "input_range"):
             self.register_buffer(name, getattr(qtensor, name))
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -141,8 +142,10 @@ class QuantLinear(nn.Linear):
             if prepared is not None and prepared.dtype == dtype and prepared.device == device:
                 return prepared
             self._release()
+            words = self.packed
             prepared = PreparedWeight(self._as_packed(dtype, device), dtype, device)
-            self._prepared, self.packed = prepared, None
+            keeps_words = self.is_shared and not prepared.shows_rows
+            self._prepared, self.packed = prepared, words if keeps_words else None
             self._ready_dtype, self._ready_device, self._layout = dtype, device, prepared.layout
             self._prepared_names = tuple(f"prepared_{i}" for i in range(len(prepared.tensors)))
             for name, tensor in zip(self._prepared_names, prepared.tensors, strict=True):
@@ -175,6 +178,15 @@ class QuantLinear(nn.Linear):
             prepared = self._prepare(x.dtype, x.device)
         return prepared.linear(x, self.bias)
 
+    def packed_rows(self, index: Tensor) -> Tensor:
+        """The canonical words of the rows in index, int64 `[n]`, for embeddings that are this
+        layer, too."""
+        words, prepared = self.packed, self._prepared
+        if words is not None:
+            return words[index]
+        assert prepared is not None
+        return prepared.packed_rows(index)
+
     @property
     def prepared(self) -> PreparedWeight | None:
         """The weight as its backend has it, another object whenever that changes; None before the
@@ -200,6 +212,10 @@ class QuantLinear(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.is_shared:
+            if self.bias is not None:
+                destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+            return
         with _CHANGING:
             self._release()
             super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -110,6 +110,19 @@ def ties(model: Any) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
+def forget_ties(model: Any, names: Iterable[str]) -> None:
+    """Have transformers tie these parameters of a model no more, in whatever it does with it from
+    now on: they are in storage form, where the tie is llmq's affair."""
+    gone = set(names)
+    for owner, attribute in ((model, "all_tied_weights_keys"), (model, "_tied_weights_keys")):
+        declared = getattr(owner, attribute, None)
+        if isinstance(declared, dict):
+            kept = {
+                name: other for name, other in declared.items() if gone.isdisjoint((name, other))
+            }
+            setattr(owner, attribute, kept)
+
+
 def possible_ties(model: Any) -> dict[str, str]:
     """Parameters that the model's class ties where its config says so."""
     declared = getattr(model, "_tied_weights_keys", None)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from llmq.models.compat import Conv1D
 from llmq.recipe import Layer
 
-# Layers beside each other that vLLM and SGLang join into one, by the last part of their names.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Layers beside each other that vLLM and SGLang join into one, by the last part of its name there
+# and of theirs.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Kind(ABC):
@@ -94,7 +95,8 @@ class Site:
 
     def as_layer(self, prefix: str) -> Layer:
         """Name in the model and shape, as recipes plan with it. prefix: of what was searched."""
-        return Layer(f"{prefix}.{self.name}" if prefix else self.name, self.shape)
+        name = f"{prefix}.{self.name}" if prefix else self.name
+        return Layer(name, self.shape, isinstance(self.kind, Columns))
 
     def stored(self, weight: Tensor) -> Tensor:
         """`[N, K]` as the parameter has it (a view)."""
@@ -132,7 +134,17 @@ def sites_in(root: nn.Module) -> Iterator[Site]:
 def fused_names(name: str) -> tuple[str, ...]:
     """See `Site.fused_with`, for the name alone. Which of these a model has is not known here."""
     parent, dot, leaf = name.rpartition(".")
-    for members in FUSED:
+    for members in FUSED.values():
         if leaf in members:
             return tuple(f"{parent}{dot}{member}" for member in members)
     return (name,)
+
+
+def joint_name(name: str) -> str | None:
+    """What the layer is called that other engines make of this one and of those beside it, or None
+    for a layer that stays by itself."""
+    parent, dot, leaf = name.rpartition(".")
+    for joint, members in FUSED.items():
+        if leaf in members:
+            return f"{parent}{dot}{joint}"
+    return None

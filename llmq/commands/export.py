@@ -1,0 +1,82 @@
+"""`llmq export CHECKPOINT OUT --format F`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmq.commands import options, rendering
+from llmq.commands.parser import Parser
+from llmq.formats.registry import NAMES
+
+if TYPE_CHECKING:
+    from llmq.formats.export import ExportReport
+
+HELP = (
+    "Write a quantized folder in another format: with the same values bit for bit, or not at all. "
+    "An interrupted run continues when the same command is given again."
+)
+
+EXAMPLES = (
+    "llmq export tiny-w4 tiny-gptq --format gptq",
+    "llmq export tiny-w4 tiny-awq --format awq --allow-requantize",
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("checkpoint", help="a quantized folder, or a Hub id of one")
+    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("--format", required=True, metavar="F", help=f"one of {', '.join(NAMES)}")
+    parser.section("run and output")
+    parser.add_argument(
+        "--allow-requantize",
+        action="store_true",
+        help="round layers anew that the format cannot hold exactly, and show the error",
+    )
+    options.add_overwrite_argument(parser)
+    parser.section("where it is")
+    parser.add_argument("--revision", help="revision of a Hub model")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
+    from llmq.formats.export import export
+    from llmq.models.source import Source
+
+    with rendering.progress("parts") as show:
+        report = export(
+            Source.open(args.checkpoint, args.revision),
+            Path(args.out),
+            args.format,
+            allow_requantize=args.allow_requantize,
+            overwrite=args.overwrite,
+            on_part=show,
+        )
+    return report.to_json(), _text(report)
+
+
+def _text(report: ExportReport) -> str:
+    pairs: dict[str, object] = {
+        "written": f"{report.out} ({report.format} format, from {report.source_format})",
+        "layers": _exactness(report),
+        "weight files": f"{report.source_bytes / 1e6:.1f} MB -> {report.stored_bytes / 1e6:.1f} MB",
+    }
+    kinds = {(each.before, each.after) for each in report.layers if each.before != each.after}
+    if kinds:
+        pairs["stored as"] = ", ".join(f"{before} -> {after}" for before, after in sorted(kinds))
+    if worst := max(report.requantized, key=lambda each: each.error, default=None):
+        pairs["rounded anew"] = (
+            f"{len(report.requantized)} layers, by at most {worst.error:.2%} of the weights' norm "
+            f"({worst.name}); measure the result with llmq compare"
+        )
+    if report.left_out:
+        pairs["left out"] = (
+            f"{len(report.left_out)} tensors that decide nothing: {report.left_out[0]}"
+        )
+    return rendering.render_pairs(pairs)
+
+
+def _exactness(report: ExportReport) -> str:
+    n_exact = len(report.layers) - len(report.requantized)
+    return f"{n_exact} of {len(report.layers)} have the values that they had, bit for bit"

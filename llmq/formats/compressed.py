@@ -154,7 +154,8 @@ class CompressedTensors(Format):
 
     def read_config(self, settings: Settings) -> Settings:
         stated.check_settings(settings)
-        return {**settings, "quant_method": OWN_METHOD, "format": self.name}
+        layout = settings["format"]
+        return {**settings, "quant_method": OWN_METHOD, "format": self.name, "layout": layout}
 
     def remarks(self, config: Settings, stored: Mapping[str, str]) -> list[str]:
         kinds = Counter(_float_kinds(stored))

@@ -99,7 +99,7 @@ def save(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write a quantized model to a folder that `llmq.load` and, for `gptq`, other engines load. The
+    """Write a quantized model to a folder that `llmq.load` and other engines load. The
     folder appears complete and read back, or not at all. What belongs to the checkpoint comes along
     from the folder that the model was loaded from (see `llmq.models.companions`).
 

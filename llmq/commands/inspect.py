@@ -27,18 +27,20 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    from llmq.formats.settings import quantization_settings
+    from llmq.formats.settings import format_of, quantization_settings
     from llmq.models.source import Source
 
     source = Source.open(args.model, args.revision)
     model_dir, config, shards = source.folder, source.config, source.shards
     settings = quantization_settings(config)
     engines = None if settings is None else _engines(settings, shards.shapes)
+    remarks: list[str] = []
     if settings is not None:
         # Read for loading, with llmq's own name in the place of the one that other engines go by.
         stored = config.quantization_config
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         settings["quant_method"] = stored["quant_method"]
+        remarks = format_of(settings).remarks(settings, shards.dtypes)
     suffixes = Counter(name.rpartition(".")[2] for name in shards.names)
     report = _report(model_dir / "report.json")
     result = {
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "model_type": config.model_type,
         "quantization": settings,
         "engines": engines,
+        "remarks": remarks,
         "files": {path.name: path.stat().st_size for path in source.weight_paths},
         "bytes": source.weight_bytes,
         "tensors": len(shards.names),
@@ -92,6 +95,8 @@ def _text(result: dict[str, Any]) -> str:
         f"{result['tensors']} tensors",
         "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
     }
+    if result["remarks"]:
+        pairs["llmq runs it"] = "; ".join(result["remarks"])
     if result["specs"]:
         pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
     if report := result["report"]:

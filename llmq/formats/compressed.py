@@ -147,12 +147,13 @@ class CompressedTensors(Format):
 
     def read_config(self, settings: Settings) -> Settings:
         stated.check_settings(settings)
-        return {**settings, "quant_method": OWN_METHOD, "format": self.name}
+        layout = settings["format"]
+        return {**settings, "quant_method": OWN_METHOD, "format": self.name, "layout": layout}
 
     def remarks(self, config: Settings, stored: Mapping[str, str]) -> list[str]:
         kinds = Counter(_float_kinds(stored))
         found = [
-            f"{count} layers of {kind} are run in full precision, which llmq has no kernel for"
+            f"{count} layers of {kind}, for which llmq has no kernel, are run in full precision"
             for kind, count in kinds.items()
         ]
         return [*found, *stated.unlike(config)]

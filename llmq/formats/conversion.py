@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format
+from llmq.formats.layers import StoredLayers
 from llmq.formats.registry import choose_format
-from llmq.formats.stored_layers import StoredLayers
 from llmq.grid.recode import recode, specs_for
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
@@ -57,7 +57,7 @@ def plan_conversion(layers: StoredLayers, fmt: Format, *, allow_requantize: bool
     if fmt.refusal_of_model(_all_specs(layers, specs)):
         # Smaller groups hold what larger ones do: those that all layers can have.
         smallest = min(
-            spec.columns_per_group(layers.layer(name).shape[1]) for name, spec in specs.items()
+            spec.columns_per_group(layers.linear[name].shape[1]) for name, spec in specs.items()
         )
         specs, has_order = _specs(layers, fmt, allow_requantize, smallest)
     plans = [
@@ -77,8 +77,8 @@ def _specs(
 ) -> tuple[dict[str, QuantSpec], bool]:
     """columns: those that share a scale, where the format has one number for all layers."""
     specs, has_order = {}, False
-    for name in layers.names:
-        qtensor = layers.read(name)
+    for name in layers.packed:
+        qtensor = layers.layer(name)
         possible = _possible(fmt, qtensor, layers.roles.get(name, ""), columns)
         spec = next((each for each in possible if _is_exact(fmt, qtensor, each)), None)
         if spec is None and allow_requantize:

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 import llmq
-from llmq.errors import VerificationError
+from llmq.errors import LlmqError, VerificationError
 from llmq.formats.conversion import Conversion, LayerChange, convert, plan_conversion
 from llmq.formats.engine_rules import Result
 from llmq.formats.engines import Reading, readings
+from llmq.formats.layers import StoredLayers
 from llmq.formats.registry import known_format, result_of
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
-from llmq.formats.stored_layers import StoredLayers
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
@@ -97,7 +97,11 @@ def export(
     before anything is written."""
     fmt = known_format(format)
     check_output(out_dir, overwrite)
-    layers = StoredLayers(source)
+    layers = StoredLayers.of(source)
+    if layers.format is None:
+        raise LlmqError(
+            f"{source.folder}: is not quantized; 'llmq quantize' makes a quantized folder of it"
+        )
     conversion = plan_conversion(layers, fmt, allow_requantize=allow_requantize)
     parts = _parts(layers)
     partial = PartialCheckpoint(out_dir, _identity(source, format), len(parts) - 1)
@@ -130,9 +134,10 @@ class _Part:
 def _parts(layers: StoredLayers) -> list[_Part]:
     """What is read and written at a time."""
     shards = layers.source.shards
-    sizes = [layers.bytes_of(name) for name in layers.names]
+    names = list(layers.packed)
+    sizes = [layers.bytes_of(name) for name in names]
     groups = group_by_size(sizes, PART_BYTES)
-    packed = [_Part([layers.names[i] for i in group], []) for group in groups]
+    packed = [_Part([names[i] for i in group], []) for group in groups]
     other_sizes = [shards.bytes_of(name) for name in layers.others]
     others = group_by_size(other_sizes, PART_BYTES)
     return packed + [_Part([], [layers.others[i] for i in group]) for group in others]
@@ -170,7 +175,7 @@ def _converted(
     config = _config(layers, conversion)
     for name in part.layers:
         qtensor, change = convert(
-            name, layers.read(name), conversion.format, conversion.specs[name]
+            name, layers.layer(name), conversion.format, conversion.specs[name]
         )
         stored = layers.stored_name(name)
         own = layer_tensors(stored, qtensor, conversion.format)
@@ -245,7 +250,7 @@ def _publish(
     report = ExportReport(
         source=source.name,
         out=str(out_dir),
-        source_format=layers.format.name,
+        source_format="" if layers.format is None else layers.format.name,
         format=conversion.format.name,
         source_bytes=source.weight_bytes,
         stored_bytes=sum((target / name).stat().st_size for name in shards),

@@ -227,6 +227,11 @@ class LlmqQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, StoredLinear) and module.has_weight:
                 tensors = module.tensors()
+                if any(tensor.is_meta for tensor in tensors.values()):
+                    raise LlmqError(
+                        f"{name}: its packed tensors are offloaded, which are buffers and stay in "
+                        "memory; load without offload_buffers=True"
+                    )
                 bias = tensors.pop("bias", None)
                 if bias is not None and not bias.is_floating_point():
                     raise LlmqError(

@@ -99,7 +99,7 @@ def save(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write a quantized model to a folder that `llmq.load` and, for `gptq`, other engines load. The
+    """Write a quantized model to a folder that `llmq.load` and other engines load. The
     folder appears complete and read back, or not at all. What belongs to the checkpoint comes along
     from the folder that the model was loaded from (see `llmq.models.companions`).
 
@@ -113,6 +113,11 @@ def save(
     target = files.real_path(target)
     state_ties(model)
     tensors, config = format_tensors(model, format)
+    if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise LlmqError(
+            f"{offloaded[0]} and {len(offloaded) - 1} other tensors of this model are offloaded; "
+            "load it without offloading (llmq.load), or write it with save_pretrained"
+        )
 
     work_dir = target.with_name(f".{target.name}.llmq-saving")
     files.remove(work_dir)
@@ -220,7 +225,7 @@ def kept_tensors(model: PreTrainedModel, quantized: Collection[str]) -> dict[str
         layer, _, suffix = name.rpartition(".")
         if layer in quantized and suffix != "bias":
             continue
-        if tensor.data_ptr() not in seen:
+        if tensor.is_meta or tensor.data_ptr() not in seen:  # what is offloaded has no address
             seen.add(tensor.data_ptr())
             tensors[name] = tensor
     return tensors

@@ -15,7 +15,7 @@ import llmq
 from llmq.commands.cli import main
 from llmq.errors import LlmqError
 from llmq.formats.export import export
-from llmq.formats.stored_layers import StoredLayers
+from llmq.formats.layers import StoredLayers
 from llmq.grid.spec import ActSpec
 from llmq.models.source import Source
 from llmq.recipe import Recipe
@@ -35,8 +35,8 @@ def folder(out: Path, spec: str, format: str = "llmq", model_type: str = "llama"
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    layers = StoredLayers(Source.open(path))
-    return {name: layers.read(name).dequantize() for name in layers.names}
+    layers = StoredLayers.of(Source.open(path))
+    return {name: layers.layer(name).dequantize() for name in layers.packed}
 
 
 def same_weights(first: Path, second: Path) -> bool:

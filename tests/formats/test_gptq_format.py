@@ -125,7 +125,7 @@ def test_choice_of_format():
         choose_format("onnx", plans("w4g128"))
 
 
-def test_parts_of_one_layer_in_other_engines_agree_or_are_written_as_llmq():
+def test_parts_of_one_layer_in_other_engines_agree_or_are_noted():
     def plans(**specs):
         return [
             LayerPlan(

@@ -26,7 +26,7 @@ def train(folder: Path, texts: list[str], adapter_dir: Path, args: argparse.Name
     from trl import SFTConfig, SFTTrainer
 
     trainer = SFTTrainer(
-        model=llmq.load(folder),
+        model=llmq.load(folder, dtype=args.dtype),
         processing_class=llmq.load_tokenizer(folder),
         train_dataset=Dataset.from_dict({"text": texts}),
         peft_config=LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -67,6 +67,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument(
+        "--dtype", default="auto", help="of activations: float32 is faster on some CPUs"
+    )
     args = parser.parse_args()
     texts = [line for line in args.texts.read_text().splitlines() if line.strip()]
     adapter_dir = args.out.with_name(f"{args.out.name}-adapter")

@@ -187,7 +187,7 @@ def test_a_block_that_changes_after_it_was_verified_is_not_published(lab, monkey
 
 def test_damage_to_a_shard_costs_the_block_it_is_in(lab, monkeypatch):
     """Blocks are read from shards once these are written, and go as soon as that is so."""
-    monkeypatch.setattr(packing, "MAX_SHARD_BYTES", 80_000)
+    monkeypatch.setattr(packing, "MAX_SHARD_BYTES", 70_000)
     lab = lab()
     assert [path.name for path in sorted(lab.reference.glob("*.safetensors"))] == [
         f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)

@@ -44,9 +44,16 @@ def checkpoint_config(
     """The `quantization_config` for the linear layers of a model in a format. act_order: columns
     were rounded in true act-order, which shows in layers of more than one group. kept: modules with
     a matrix that are no such layers, as `kept_matrices` gives them."""
-    specs = {plan.layer.name: plan.spec for plan in plans}
+    specs = {plan.layer.name: plan.spec for plan in plans if not plan.role}
+    tables = {
+        plan.layer.name: (plan.role, plan.spec)
+        for plan in plans
+        if plan.role and plan.spec is not None
+    }
     config = fmt.write_config(specs, act_order=act_order and has_groups(plans))
-    config = fmt.with_kept(config, [name for name in kept if specs.get(name) is None])
+    config = fmt.with_tables(config, tables) if tables else config
+    is_kept = [name for name in kept if specs.get(name) is None and name not in tables]
+    config = fmt.with_kept(config, is_kept)
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
@@ -113,7 +120,8 @@ def save(
         for name, module in quantized_modules(model).items()
         if not module.is_shared
     }
-    quantized |= {name: table for name, (_, table) in quantized_tables(model).items()}
+    tables = quantized_tables(model)
+    quantized |= {name: table for name, (_, table) in tables.items()}
     if not quantized:
         raise LlmqError(
             "this model has no quantized layer; use model.save_pretrained for a full-precision "
@@ -128,7 +136,8 @@ def save(
     fmt = choose_format(format, plans, act_spec, act_order=act_order)
     tensors = _kept_tensors(model, quantized.keys())
     for name, qtensor in quantized.items():
-        tensors.update(layer_tensors(name, qtensor, fmt))
+        its = fmt.given(ActSpec()) if name in tables else fmt
+        tensors.update(layer_tensors(name, qtensor, its))
 
     work_dir = target.with_name(f".{target.name}.llmq-saving")
     files.remove(work_dir)

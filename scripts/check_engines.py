@@ -1,7 +1,7 @@
 """Does another engine compute what llmq computes with a folder?
 
-    python scripts/check_engines.py FOLDER --write            # where llmq is installed
-    python scripts/check_engines.py FOLDER --engine vllm      # where that engine is installed
+    python scripts/check_engines.py FOLDER ... --write            # where llmq is installed
+    python scripts/check_engines.py FOLDER ... --engine vllm      # where that engine is installed
 
 The first writes FOLDER.reference.json: tokens of a short text, and the log-probability that llmq
 gives to each of them, in float32 and in bfloat16. The second runs the same tokens through an engine
@@ -9,8 +9,8 @@ and says what became of it: `equal`, `differs by X`, or `refused` with the engin
 
 Equal means, in float32, no more than the order of sums explains (1e-3), and in bfloat16 no more
 than twice what llmq itself is off by in that arithmetic: both are worst cases of independent
-roundings. FOLDER may be a `.gguf` file. It needs nothing of llmq but to write the reference, and the
-last line of its output is a JSON object."""
+roundings. FOLDER may be a `.gguf` file. It needs nothing of llmq but to write the reference, and
+prints a JSON object in a line for each folder."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import vllm_without_avx512
 
 Rows = list[list[int]]
 LogProbabilities = list[list[float]]
@@ -91,10 +93,18 @@ def run_vllm(folder: Path, rows: Rows, dtype: str) -> LogProbabilities:
     ):
         os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    engine = LLM(str(folder), dtype=dtype, enforce_eager=True, max_model_len=128, max_num_seqs=2)
-    prompts: Any = [{"prompt_token_ids": row} for row in rows]
-    results = engine.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0))
+    try:
+        engine = LLM(
+            str(folder), dtype=dtype, enforce_eager=True, max_model_len=128, max_num_seqs=2
+        )
+        if vllm_without_avx512.install():
+            print("vLLM has no 4-bit product for this CPU: one in torch stands in", file=sys.stderr)
+        prompts: Any = [{"prompt_token_ids": row} for row in rows]
+        results = engine.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0))
+    finally:
+        cleanup_dist_env_and_memory()
     found = []
     for row, result in zip(rows, results, strict=True):
         pairs = zip(row[1:], result.prompt_logprobs[1:], strict=True)
@@ -215,20 +225,18 @@ def _reason(error: Exception) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="a quantized folder, or a .gguf file")
-    parser.add_argument("--write", action="store_true", help="write the reference, with llmq")
+    parser.add_argument("folders", type=Path, nargs="+", help="quantized folders, or .gguf files")
+    parser.add_argument("--write", action="store_true", help="write the references, with llmq")
     parser.add_argument("--engine", choices=ENGINES, default="llmq")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--reference", type=Path, help="FOLDER.reference.json if not given")
     args = parser.parse_args()
-    folder = args.folder.resolve()
-    path = args.reference or folder.with_name(f"{folder.name}.reference.json")
-    if args.write:
-        result = write_reference(folder, path)
-    else:
-        result = check(folder, path, args.engine, args.dtype)
-    sys.stdout.flush()
-    print(json.dumps(result), flush=True)
+    for folder in map(Path.resolve, args.folders):
+        path = folder.with_name(f"{folder.name}.reference.json")
+        if args.write:
+            result = write_reference(folder, path)
+        else:
+            result = check(folder, path, args.engine, args.dtype)
+        print("\n" + json.dumps(result), flush=True)
     return 0
 
 

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import jobs, options, rendering
+from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     pairs |= _held_out(report)
     pairs |= _tuning(report)
     pairs |= _deviations(report)
-    return rendering.render_pairs(pairs)
+    return f"{rendering.render_pairs(pairs)}\n{engine_lines(report['engines'])}"
 
 
 def _errors(report: dict[str, Any]) -> dict[str, object]:

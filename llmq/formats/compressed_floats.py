@@ -23,14 +23,6 @@ _HALVES = (0, 4)
 _REALS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def kind_of(args: WeightArgs, scale: torch.dtype | None) -> str:
-    """What a layout is called, for messages. scale: the dtype of its scales."""
-    has_exponents = scale == torch.uint8
-    if args.bits == 8:
-        return "MXFP8" if has_exponents else "FP8"
-    return "MXFP4" if has_exponents else "NVFP4"
-
-
 def decode(
     name: str, tensors: dict[str, Tensor], args: WeightArgs, shape: tuple[int, int]
 ) -> Tensor:

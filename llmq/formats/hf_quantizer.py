@@ -11,6 +11,7 @@ here, before and after, and every fault is an error."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from llmq.formats.registry import NAMES
 from llmq.models.compat import (
     HfQuantizer,
     QuantizationConfigMixin,
+    adopt_methods,
     register_quantization_config,
     register_quantizer,
 )
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from llmq.formats.base import Format
     from llmq.models.shards import ShardReader
 
+AUTO_ROUND = "auto-round"  # what AutoRound calls its folders in GPTQ's layout
 METHOD = "llmq"  # what registers it; as in `llmq.formats.base`
 _DTYPES = {
     "F16": torch.float16,
@@ -108,13 +112,35 @@ class LlmqConfig(QuantizationConfigMixin):
     """The `quantization_config` of an llmq folder, or of a GPTQ or BitNet folder with
     `quant_method` rewritten and `format` added. Keys as in `llmq.formats`."""
 
+    # The settings that are written in place of these: see `get_state_dict_and_metadata`.
+    written: dict[str, Any] | None = None
+
     def __init__(self, quant_method: str = METHOD, **settings: Any) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         for key, value in settings.items():
             setattr(self, key, value)
 
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Of a folder of any method that llmq reads, under llmq's own."""
+        from types import SimpleNamespace
+
+        from llmq.formats.settings import quantization_settings
+
+        settings = quantization_settings(SimpleNamespace(quantization_config=config_dict))
+        config = cls(**(settings or {}))
+        return (config, kwargs) if return_unused_kwargs else config
+
     def settings(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {key: value for key, value in vars(self).items() if key != "written"}
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.settings() if self.written is None else self.written)
+
+
+adopt_methods(LlmqConfig, (*NAMES, AUTO_ROUND))
 
 
 @register_quantizer(METHOD)
@@ -201,6 +227,11 @@ class LlmqQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, StoredLinear) and module.has_weight:
                 tensors = module.tensors()
+                if any(tensor.is_meta for tensor in tensors.values()):
+                    raise LlmqError(
+                        f"{name}: its packed tensors are offloaded, which are buffers and stay in "
+                        "memory; load without offload_buffers=True"
+                    )
                 bias = tensors.pop("bias", None)
                 if bias is not None and not bias.is_floating_point():
                     raise LlmqError(
@@ -226,7 +257,9 @@ class LlmqQuantizer(HfQuantizer):
                 if bias is not None:
                     bias = fmt.bias(bias, tensors, settings)
                 inputs = fmt.activations_of(name, settings)
-                model.set_submodule(name, QuantLinear(qtensor, bias, inputs))
+                model.set_submodule(name, QuantLinear(qtensor, bias, inputs, model.dtype))
+        if fmt.is_online(settings):
+            self._quantize_online(model, fmt, settings)
         put_tables(model, tables)
         quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
         self.left_out = tuple(sorted(left_out))
@@ -239,25 +272,48 @@ class LlmqQuantizer(HfQuantizer):
         state_quantization(model, self)
         return model
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `save_pretrained` may write the model. Raises `LlmqError`, with the way that
-        there is, where it would write another format than the one that was loaded."""
-        from llmq.errors import LlmqError
+    def _quantize_online(self, model: Any, fmt: Format, settings: dict[str, Any]) -> None:
+        """Quantize the layers that transformers would, which are stored in full precision."""
+        from llmq.inference.module import QuantLinear
+        from llmq.models.compat import should_convert_module
 
+        kept = self.get_modules_to_not_convert(
+            model, settings.get("modules_to_not_convert"), model._keep_in_fp32_modules
+        )
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and should_convert_module(name, kept):
+                qtensor = fmt.from_weight(module.weight.detach())
+                inputs = fmt.activations_of(name, settings)
+                quantized = QuantLinear(qtensor, module.bias, inputs, model.dtype)
+                model.set_submodule(name, quantized)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """True: `get_state_dict_and_metadata` says of a model why it cannot be written."""
+        return True
+
+    def get_state_dict_and_metadata(
+        self, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """What `save_pretrained` writes: the tensors of the format that was loaded, and from now on
+        its settings as the config. Raises `LlmqError`, with the way that there is, for a model that
+        the format cannot hold."""
+        from llmq.errors import LlmqError
+        from llmq.formats.save import format_tensors
+
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # the adapters alone are written
         if self.unsavable is not None:
             raise LlmqError(self.unsavable)
-        if self.stored_format is not None and not self.stored_format.is_own:
-            name = self.stored_format.name
-            raise LlmqError(
-                f"save_pretrained would turn this model, which was loaded from a {name} folder, "
-                f"into the llmq format; llmq.save(model, OUT, format={name!r}) keeps the format, "
-                "and format='llmq' changes it"
-            )
-        return True
+        if self.stored_format is None or self.stored_format.is_own:
+            return None, {}
+        tensors, self.quantization_config.written = format_tensors(model, self.stored_format.name)
+        return tensors, {}
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on quantized layers can be trained: the gradient goes through the quantized
+        product. The layers themselves cannot, which `is_qat_trainable` says."""
+        return True
 
 
 def _dense_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:

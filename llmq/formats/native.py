@@ -64,8 +64,7 @@ class Native(Format):
         if missing := {"packed", "scale"} - tensors.keys():
             raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")
         try:
-            exceptions: Settings = config.get("exceptions") or {}
-            spec = QuantSpec.from_json(exceptions[name] if name in exceptions else config["spec"])
+            spec = self.stated_spec(name, config)
         except KeyError as error:
             raise LlmqError(
                 f"quantization_config: no usable spec for {name} ({error}); the checkpoint is "
@@ -84,6 +83,10 @@ class Native(Format):
     def with_tables(self, config: Settings, tables: Tables) -> Settings:
         stated = {name: spec.to_json() for name, (_, spec) in tables.items()}
         return {**config, "exceptions": config["exceptions"] | stated}
+
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec:
+        exceptions: Settings = config.get("exceptions") or {}
+        return QuantSpec.from_json(exceptions[name] if name in exceptions else config["spec"])
 
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         default = most_common_spec(specs)

@@ -55,7 +55,7 @@ def put_tables(model: PreTrainedModel, tables: dict[str, QuantizedTensor]) -> No
     if isinstance(head, StoredLinear):
         rows = tables.get(names[id(head)], table)
         assert rows is not None
-        linear = QuantLinear(rows, head.tensors().get("bias"), ActSpec())
+        linear = QuantLinear(rows, head.tensors().get("bias"), ActSpec(), model.dtype)
         put(model, head, linear)
         table = None if rows is table else table
         head = linear

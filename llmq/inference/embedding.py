@@ -138,7 +138,7 @@ def swap_tables(model: PreTrainedModel, tables: Mapping[str, QuantizedTensor]) -
     dtype = embeddings.weight.dtype
     linear: QuantLinear | None = None
     if (rows := tables.get(TIED, tables.get(HEAD))) is not None:
-        linear = QuantLinear(rows, head.bias)
+        linear = QuantLinear(rows, head.bias, dtype=dtype)
         linear.set_compute(_compute_of(model, linear.compute))
     looked_up = linear if TIED in tables else tables.get(EMBEDDINGS)
     if looked_up is not None:

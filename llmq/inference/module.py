@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.weight_view import WeightView, refuse_write
 from llmq_kernels.core.compute import at_run_time, default_mode
 from llmq_kernels.core.dispatch import PreparedWeight
 from llmq_kernels.core.weight import PackedWeight
@@ -29,9 +30,12 @@ _MODULES: WeakValueDictionary[str, QuantLinear] = (
 _CHANGING = threading.RLock()
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Linear):
     """`y = x @ dequantize(W).T + bias`, computed by the backend that suits the dtype and device of
-    x.
+    x. dtype: what the layer had before it was quantized, which `weight` has (default: torch's).
+
+    A linear layer to whoever asks, such as PEFT, with a `weight` that can be read and not written:
+    see `llmq.inference.weight_view`. It is no parameter, and no dense copy of it is kept.
 
     The packed tensors are buffers, so `state_dict`, `.to(device)` and safetensors treat them as
     weights. Scales keep their stored dtype under `.to(dtype)` and `.half()`: casting them would
@@ -49,15 +53,23 @@ class QuantLinear(nn.Module):
     zero: Tensor | None
     g_idx: Tensor | None
     input_range: Tensor | None
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
+    weight_dtype: torch.dtype
     _ready_dtype: torch.dtype | None
     _ready_device: torch.device | None
     _prepared_names: tuple[str, ...]
 
+    # transformers' own initialisation leaves alone what says this of itself
+    _is_hf_initialized = True
+
     def __init__(
-        self, qtensor: QuantizedTensor, bias: Tensor | None = None, activations: ActSpec = ActSpec()
+        self,
+        qtensor: QuantizedTensor,
+        bias: Tensor | None = None,
+        activations: ActSpec = ActSpec(),
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # that of `nn.Linear` makes a dense weight
         self.out_features, self.in_features = qtensor.shape
         self.spec: QuantSpec = qtensor.spec
         self.activations = activations
@@ -66,6 +78,7 @@ class QuantLinear(nn.Module):
         for name in ("packed", "scale", "zero", "g_idx", "input_range"):
             self.register_buffer(name, getattr(qtensor, name))
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.weight_dtype = dtype or torch.get_default_dtype()
         self._prepared: PreparedWeight | None = None
         self._forget()
         self._register()
@@ -77,6 +90,20 @@ class QuantLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._register()  # a copy is a module of its own
+
+    @property
+    def weight(self) -> WeightView:  # type: ignore[override]
+        """The dequantized weight `[N, K]`, read-only."""
+        shape = (self.out_features, self.in_features)
+        return WeightView(self._dense_weight, shape, self.weight_dtype, self.scale.device)
+
+    def _dense_weight(self) -> Tensor:
+        return self.qtensor().dequantize().to(self.weight_dtype)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            refuse_write()
+        super().register_parameter(name, param)
 
     def qtensor(self) -> QuantizedTensor:
         """The weight in canonical form."""
@@ -175,6 +202,7 @@ class QuantLinear(nn.Module):
         with _CHANGING:
             self._release()
             scale_dtype = self.scale.dtype
+            self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
             before, input_range = self.scale, self.input_range
             super()._apply(fn, recurse)
             if self.scale.dtype != scale_dtype:
@@ -227,10 +255,15 @@ def swap(
     """Replace the named linear layers by `QuantLinear` modules, in place, keeping their biases."""
     for name, qtensor in tensors.items():
         old = model.get_submodule(name)
-        bias = getattr(old, "bias", None)
+        bias, weight = getattr(old, "bias", None), getattr(old, "weight", None)
         model.set_submodule(
             name,
-            QuantLinear(qtensor, bias if isinstance(bias, torch.Tensor) else None, activations),
+            QuantLinear(
+                qtensor,
+                bias if isinstance(bias, torch.Tensor) else None,
+                activations,
+                weight.dtype if isinstance(weight, torch.Tensor) else None,
+            ),
         )
 
 

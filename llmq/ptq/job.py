@@ -11,7 +11,16 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format
-from llmq.formats.registry import choose_format, format_note
+from llmq.formats.engine_rules import Result
+from llmq.formats.engines import readings, refused_by
+from llmq.formats.registry import (
+    AUTO,
+    choose_format,
+    format_named,
+    has_groups,
+    known_format,
+    result_of,
+)
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
 from llmq.models.identity import source_name
@@ -19,6 +28,7 @@ from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
 from llmq.models.tokens import fingerprint, first_token, own_tokenizer
+from llmq.ptq.group_sizes import with_one_group_size
 from llmq.ptq.methods import method_of, needs_text
 from llmq.ptq.outside import fitting_outside, plan_outside
 from llmq.ptq.precision import Precision
@@ -58,6 +68,12 @@ class Job:
         """Layers that differ from what was asked, and the remarks."""
         return {plan.layer.name: plan.note for plan in self.all_plans if plan.note} | self.remarks
 
+    @property
+    def result(self) -> Result:
+        """What is asked of other engines."""
+        is_ordered = self.recipe.order == "act"
+        return result_of(self.fmt, self.all_plans, self.recipe.activations, act_order=is_ordered)
+
     def precision(self, device: str) -> Precision:
         """What the parts of the run are computed in on a device."""
         return Precision.of(self.config, self.recipe, device)
@@ -93,6 +109,8 @@ def prepare(
     read_settings(source.folder)  # it comes along, and the result has to load
     stored = StoredModel.of(source)
     plans = recipe.plan(quantizable_layers(stored.skeleton))
+    if format != AUTO and known_format(format).one_group_size:
+        plans = with_one_group_size(plans, recipe)
     outside = plan_outside(stored.skeleton, recipe)
     if not any(plan.spec for plan in plans):
         raise LlmqError(
@@ -101,6 +119,8 @@ def prepare(
         )
     stored.check()
     is_ordered = recipe.order == "act"
+    if is_ordered and format == AUTO and has_groups(plans):
+        raise _unnamed_format(plans, recipe)
     # or it is refused before weights are read
     choose_format(format, [*plans, *outside], recipe.activations, act_order=is_ordered)
     if check_scales:
@@ -111,7 +131,8 @@ def prepare(
     fmt = choose_format(format, every, recipe.activations, act_order=is_ordered)
     if strict:
         _check_unchanged(every)
-    remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, every)) else {}
+    result = result_of(fmt, every, recipe.activations, act_order=is_ordered)
+    remarks = {f"format {fmt.name}": told} if (told := refused_by(result)) else {}
     remarks |= stored.remarks(strict)
     tokens = None
     if isinstance(calibration, documents.TokenSet):
@@ -132,6 +153,19 @@ def prepare(
         tokens = replace(tokens, held_out=())
     model_parts = source, stored.config, stored.skeleton
     return Job(*model_parts, recipe, plans, fmt, tokens, remarks, tuple(outside))
+
+
+def _unnamed_format(plans: list[LayerPlan], recipe: Recipe) -> LlmqError:
+    """Columns in another order than that of their groups are read by few: whoever wants them says
+    for whom."""
+    result = result_of(format_named("gptq"), plans, recipe.activations, act_order=True)
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for reading in readings(result):
+        names[reading.reads].append(reading.engine)
+    return LlmqError(
+        f"--act-order: {', '.join(names[False])} do not read the order of columns that it stores; "
+        f"name the format: --format gptq for {', '.join(names[True])}, or --format llmq"
+    )
 
 
 def _to_be_written(config: Any, recipe: Recipe) -> documents.TokenSet:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import llmq
+from llmq.formats.engines import readings
 from llmq.models.identity import source_name
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
@@ -46,6 +47,7 @@ def build_report(
         "n_quantized_layers": len(layers),
         "kept_layers": [plan.layer.name for plan in job.plans if plan.spec is None],
         "notes": job.notes,
+        "engines": [reading.to_json() for reading in readings(job.result)],
         "bits_per_quantized_weight": round(bits, 4),
         "bits_per_weight": round(8 * stored_bytes / n_weights_of(job), 4),
         **_deviations(layers, job.recipe.damping),

@@ -4,8 +4,7 @@ from and go to."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,9 @@ from llmq.ptq.report import build_report, model_card, outside_of_blocks
 from llmq.ptq.results import BlockReport, EarlierRun
 from llmq.ptq.sink import FolderSink
 from llmq.storage import files
+from llmq.storage.attempt import kept_for_later
 from llmq.storage.boundary import running
 from llmq.storage.partial_checkpoint import PartialCheckpoint
-from llmq.storage.stamps import SourceChangedError
 from llmq.storage.workspace import check_output
 
 MAX_FALLBACK_SHARE = 0.05
@@ -88,7 +87,7 @@ def quantize_folder(
     prefix, blocks = find_blocks(job.model)
     reader = CheckpointReader(job.model, job.source.shards, job.source.files)
     partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks))
-    with _kept_for_later(partial, reader):
+    with kept_for_later(partial, lambda: all(map(reader.is_still, partial.sources()))):
         sink = FolderSink(partial, reader, job.fmt, job.all_plans, job.recipe)
         if not all(map(reader.is_still, partial.sources())):
             partial.forget_all(
@@ -136,34 +135,6 @@ def quantize_folder(
             "text"
         )
     return report
-
-
-@contextmanager
-def _kept_for_later(partial: PartialCheckpoint, reader: CheckpointReader) -> Iterator[None]:
-    """What was finished stays for the next attempt, unless the job itself is at fault."""
-    try:
-        yield
-    except files.DamagedError:
-        partial.close()
-        raise
-    except SourceChangedError as error:
-        is_same = error.may_be_same and all(map(reader.is_still, partial.sources()))
-        (partial.close if is_same else partial.discard)()
-        raise
-    except (files.WriteError, OSError) as error:  # OSError: of activations, reports or the manifest
-        partial.close()
-        known = (
-            error
-            if isinstance(error, files.WriteError)
-            else files.unwritable(error.filename or partial.work_dir, error.strerror or error)
-        )
-        raise files.WriteError(f"{known}, which continues where it stopped") from None
-    except LlmqError:
-        partial.discard()
-        raise
-    except BaseException:
-        partial.close()
-        raise
 
 
 def _held_out(

@@ -54,7 +54,7 @@ def test_the_whole_way(llmq, model_folder, calibration_file, tmp_path):
     code, stdout, stderr = llmq("quantize", folder, out, *small(calibration_file), "--json")
     assert code == 0, stderr
     report = json.loads(stdout)
-    assert report["format"] == "gptq"
+    assert report["format"] == "compressed-tensors"
     assert "blocks 2/2" in stderr
     assert "s left" in stderr
 
@@ -89,10 +89,10 @@ def test_the_whole_way(llmq, model_folder, calibration_file, tmp_path):
     code, stdout, _ = llmq("inspect", out, "--json")
     inspected = json.loads(stdout)
     assert inspected["specs"] == {"w4g32": 14}
-    assert inspected["tensor_kinds"]["qweight"] == 14
-    assert (inspected["quantization"]["quant_method"], inspected["quantization"]["format"]) == (
-        "gptq",
-        "gptq",
+    assert inspected["tensor_kinds"]["weight_packed"] == 14
+    assert (inspected["quantization"]["quant_method"], inspected["quantization"]["layout"]) == (
+        "compressed-tensors",
+        "pack-quantized",
     )
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes(), name

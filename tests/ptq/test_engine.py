@@ -152,21 +152,26 @@ def test_rules_decide_layer_by_layer(model_folder, calibration_file, tmp_path):
     )
     out = tmp_path / "out"
     report = quantize_folder(job, out)
-    assert report["format"] == "gptq"
+    assert report["format"] == "compressed-tensors"
     assert len(report["kept_layers"]) == 4
     modules = quantized_modules(llmq.load(out))
     assert {name: str(module.spec) for name, module in modules.items() if "down" in name} == {
         f"model.layers.{i}.mlp.down_proj": "w8" for i in range(2)
     }
-    dynamic = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
-    assert "-:model\\.layers\\.0\\.self_attn\\.q_proj$" in dynamic
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert {"model.layers.0.self_attn.q_proj", "lm_head"} <= set(settings["ignore"])
 
 
 def test_act_order_with_one_scale_per_row_has_nothing_to_say_in_the_config(
     model_folder, calibration_file, tmp_path
 ):
     quantize_folder(
-        prepare(str(model_folder()), recipe("w4", order="act"), calibration=str(calibration_file)),
+        prepare(
+            str(model_folder()),
+            recipe("w4", order="act"),
+            calibration=str(calibration_file),
+            format="gptq",
+        ),
         tmp_path / "out",
     )
     assert (
@@ -220,7 +225,8 @@ def test_a_named_format_that_other_engines_will_not_load_is_noted(model_folder):
         in prepare(folder, settings, format="gptq", strict=True).notes["format gptq"]
     )
     job = prepare(folder, settings)
-    assert (job.fmt.name, job.notes) == ("llmq", {})
+    assert list(job.notes) == [f"format {job.fmt.name}"] == ["format compressed-tensors"]
+    assert prepare(folder, settings, format="llmq").notes == {}
 
 
 def test_rtn_needs_no_text_and_equals_plain_rounding(model_folder, tmp_path):

@@ -80,6 +80,8 @@ def arguments(model_folder, calibration_file):
         "32",
         "--calibration",
         str(calibration_file),
+        "--format",
+        "gptq",
         "--inputs",
         "full-precision",
     ]

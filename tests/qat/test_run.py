@@ -104,8 +104,12 @@ def losses(out):
 @pytest.mark.parametrize(
     ("scheme", "options", "fmt"),
     [
-        ("w4", [], "gptq"),
-        ("w2", ["--precision", "bf16", "--gradient-checkpointing", "--init", "hqq"], "llmq"),
+        ("w4", [], "compressed-tensors"),
+        (
+            "w2",
+            ["--precision", "bf16", "--gradient-checkpointing", "--init", "hqq"],
+            "compressed-tensors",
+        ),
         (
             "ternarya8kv8",
             ["--quantizer", "absmean", "--recipe", {"gradual": 0.5, "activations": 0.5}],

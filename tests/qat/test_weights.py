@@ -247,12 +247,13 @@ def test_every_scheme_from_a_model_in_memory_to_a_folder(
             for name, module in quantized_modules(loaded).items()
         )
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
-    is_bitnet, is_gptq = (
-        (spec, activations) == ("ternary-tensor", "int8-token"),
-        spec in ("w8", "w4g32") and activations == "none",
-    )
+    is_bitnet = (spec, activations) == ("ternary-tensor", "int8-token")
     assert load_config(tmp_path / "out").quantization_config["quant_method"] == (
-        "bitnet" if is_bitnet else "gptq" if is_gptq else "llmq"
+        "bitnet"
+        if is_bitnet
+        else "llmq"
+        if spec.startswith(("ternary", "w2h"))
+        else "compressed-tensors"
     )
 
 

@@ -11,6 +11,8 @@ from llmq.formats.base import Specs
 from llmq.grid.spec import PER_ROW, PER_TENSOR, ActSpec, QuantSpec
 from llmq.models.site import fused_names
 
+_MARLIN_GROUPS = {PER_ROW, 32, 64, 128}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -56,55 +58,74 @@ def vllm_gptq(result: Result) -> str | None:
     return (
         _other_codes(result, {"int4", "int8"})
         or _asymmetric(result)
-        or _other_groups(result, {PER_ROW, 32, 64, 128})
+        or _other_groups(result, _MARLIN_GROUPS)
         or _ordered(result)
         or fused_disagreement(result.specs)
     )
 
 
+def vllm_cpu_gptq(result: Result) -> str | None:
+    return _other_codes(result, {"int4"}) or vllm_gptq(result)
+
+
 def vllm_awq(result: Result) -> str | None:
-    return _other_groups(result, {PER_ROW, 32, 64, 128}) or _fused_codes(result)
+    return _other_groups(result, _MARLIN_GROUPS) or _fused_codes(result)
 
 
 def vllm_compressed(result: Result) -> str | None:
-    activations = result.activations
-    if activations.kv_bits:
-        return f"it has no keys and values of {activations.kv_bits}-bit integers"
-    if activations.kind == "none":
+    """2 and 3 bits, and zero points at 8, are for its Humming kernels."""
+    if result.activations.kind == "none":
         return (
-            _other_codes(result, {"int2", "int3", "int4", "int8"})
-            or _other_groups(result, {PER_ROW, 32, 64, 128})
+            _whole(result)
+            or _other_groups(result, _MARLIN_GROUPS)
             or fused_disagreement(result.specs)
         )
+    return _vllm_integers(result) or fused_disagreement(result.specs)
+
+
+def vllm_cpu_compressed(result: Result) -> str | None:
+    if result.activations.kind == "none":
+        return _other_codes(result, {"int4"}) or _whole(result) or fused_disagreement(result.specs)
+    return _vllm_integers(result) or fused_disagreement(result.specs)
+
+
+def _vllm_integers(result: Result) -> str | None:
+    """Of weights that meet activations of 8 bits: 8 bits per row or tensor, or 4 bits where
+    activations are rounded by token."""
+    by_token = result.activations.kind == "int8-token"
+    codes = {"int4", "int8"} if by_token else {"int8"}
+    if reason := _other_codes(result, codes) or _asymmetric(result):
+        return reason
+    if layer := result.layer_that(lambda spec: spec.code == "int8" and spec.group_size > 0):
+        return f"{layer}: it takes no groups of 8-bit weights with 8-bit activations"
+    layer = result.layer_that(lambda spec: spec.code == "int4" and spec.group_size == PER_TENSOR)
+    return layer and f"{layer}: it takes no scale per tensor there"
+
+
+def sglang_gptq(result: Result) -> str | None:
+    """4 and 8 symmetric bits through Marlin; its older kernels take the rest in float16."""
+    return _ordered(result) or fused_disagreement(result.specs)
+
+
+def sglang_compressed(result: Result) -> str | None:
+    codes = {"int4", "int8"} if result.activations.kind == "none" else {"int8"}
     return (
-        _other_codes(result, {"int4", "int8"})
+        _other_codes(result, codes)
+        or _whole(result)
         or _asymmetric(result)
         or fused_disagreement(result.specs)
     )
 
 
-def sglang_gptq(result: Result) -> str | None:
-    return _ordered(result) or fused_disagreement(result.specs)
-
-
-def sglang_compressed(result: Result) -> str | None:
-    activations = result.activations
-    if activations.kv_bits:
-        return f"it has no keys and values of {activations.kv_bits}-bit integers"
-    codes = {"int4", "int8"} if activations.kind == "none" else {"int8"}
-    return _other_codes(result, codes) or fused_disagreement(result.specs)
-
-
 def transformers_compressed(result: Result) -> str | None:
-    if result.activations.kv_bits:
-        return "its cache does not quantize keys and values as the folder says"
-    if layer := result.layer_that(lambda spec: not spec.symmetric):
-        return f"{layer}: zero points only with dequantize=True"
-    return None
+    layer = result.layer_that(lambda spec: not spec.symmetric)
+    return layer and f"{layer}: it takes zero points with dequantize=True only"
 
 
 def gptqmodel_gptq(result: Result) -> str | None:
-    return None
+    """Its product of 4 bits for CPUs takes every zero point for 8: logits were off by 10."""
+    layer = result.layer_that(lambda spec: spec.code == "int4" and not spec.symmetric)
+    return layer and f"{layer}: its product of 4 bits for CPUs leaves out zero points"
 
 
 def optimum_gptq(result: Result) -> str | None:
@@ -116,15 +137,11 @@ def optimum_gptq(result: Result) -> str | None:
 
 
 def gptqmodel_awq(result: Result) -> str | None:
-    return None
+    return _other_groups(result, {32, 64, 128})
 
 
 def mlx_awq(result: Result) -> str | None:
     return _other_groups(result, {32, 64, 128})
-
-
-def mlx_bitnet(result: Result) -> str | None:
-    return None
 
 
 def _other_codes(result: Result, known: set[str]) -> str | None:
@@ -143,6 +160,11 @@ def _other_groups(result: Result, known: set[int]) -> str | None:
     sizes = [str(size) for size in sorted(known) if size > 0]
     sizes += ["per row"] * (PER_ROW in known) + ["per tensor"] * (PER_TENSOR in known)
     return layer and f"{layer}: it takes group sizes {', '.join(sizes)}"
+
+
+def _whole(result: Result) -> str | None:
+    layer = result.layer_that(lambda spec: spec.group_size == PER_TENSOR)
+    return layer and f"{layer}: it takes no scale per tensor there"
 
 
 def _ordered(result: Result) -> str | None:

@@ -128,7 +128,7 @@ ENGINES = (
     ),
     Engine(
         "transformers + gptqmodel",
-        "5.23 + 7.6",
+        "5.23 + 7.7",
         "2026-11-26",
         "run",
         {
@@ -144,12 +144,25 @@ ENGINES = (
         "vLLM",
         "0.32",
         "2026-11-26",
-        "run",
+        "read",
         {
             "gptq": rules.vllm_gptq,
             "gptq_v2": rules.vllm_gptq,
             "awq": rules.vllm_awq,
             "compressed-tensors": rules.vllm_compressed,
+        },
+        "it does not know the format",
+    ),
+    Engine(
+        "vLLM on a CPU",
+        "0.32",
+        "2026-11-26",
+        "run",
+        {
+            "gptq": rules.vllm_cpu_gptq,
+            "gptq_v2": rules.vllm_cpu_gptq,
+            "awq": rules.vllm_awq,
+            "compressed-tensors": rules.vllm_cpu_compressed,
         },
         "it does not know the format",
     ),
@@ -168,7 +181,7 @@ ENGINES = (
     ),
     Engine(
         "GPTQModel",
-        "7.6",
+        "7.7",
         "2026-11-26",
         "run",
         {
@@ -184,7 +197,7 @@ ENGINES = (
         "0.32",
         "2026-11-26",
         "run",
-        {"awq": rules.mlx_awq, "bitnet": rules.mlx_bitnet},
+        {"awq": rules.mlx_awq, "bitnet": rules.anything},
         "it does not know the format",
         {
             "gptq": "it takes GPTQ's layout for AWQ's",
@@ -192,5 +205,5 @@ ENGINES = (
             "compressed-tensors": "it opens that of single models only",
         },
     ),
-    Engine("llama.cpp", "0.3", "2026-11-26", "run", {"gguf": rules.anything}, _GGUF),
+    Engine("llama.cpp", "b6000", "2026-11-26", "read", {"gguf": rules.anything}, _GGUF),
 )

@@ -152,8 +152,8 @@ def _plan(layers: StoredLayers, config: PretrainedConfig, family: Family) -> lis
     """Every tensor of the file, embeddings first, then the blocks in their order."""
     plan = []
     if parameters := llama3_parameters(config):
-        shape = (len(rope_factors(parameters, head_dim_of(config))),)
-        plan.append(_Planned(None, Entry(ROPE_FACTORS, shape, BY_NAME["F32"])))
+        factors = rope_factors(parameters, head_dim_of(config))
+        plan.append(_Planned(None, Entry(ROPE_FACTORS, tuple(factors.shape), BY_NAME["F32"])))
     for name in layers.names:
         shape = layers.shape(name)
         layer = name.removesuffix(".weight")

@@ -19,6 +19,8 @@ Settings = dict[str, Any]
 """A `quantization_config`."""
 Specs = Mapping[str, QuantSpec | None]
 """Every linear layer of a model by name; None: kept in full precision."""
+Tables = Mapping[str, tuple[str, QuantSpec]]
+"""Embeddings and head by name of module: their role (see `llmq.models.outside.Table`) and spec."""
 OWN_METHOD = "llmq"
 """The `quant_method` under which transformers gives a folder to llmq, whoever wrote it."""
 
@@ -96,6 +98,15 @@ class Format(ABC):
         """Why embeddings, an output head or the tensor that is both cannot be stored quantized, or
         None. role: see `llmq.models.outside.Table`. shape: (vocabulary, D)."""
         return f"its readers take the {role} in 16 bits only"
+
+    def with_tables(self, config: Settings, tables: Tables) -> Settings:
+        """The `quantization_config` with embeddings and head that are stored quantized."""
+        return config
+
+    def of_embeddings(self, config: Settings) -> Settings:
+        """The `quantization_config` by which `read` reads embeddings, where it has words of its own
+        for these."""
+        return config
 
     def refusal_of(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         """`refusal`, or of a matrix with a role outside of the blocks `refusal_of_table`."""

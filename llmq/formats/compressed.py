@@ -22,10 +22,11 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.formats import compressed_floats as floats
 from llmq.formats import compressed_settings as stated
-from llmq.formats.base import OWN_METHOD, Format, Settings, Specs
+from llmq.formats.base import OWN_METHOD, Format, Settings, Specs, Tables
 from llmq.formats.compressed_settings import INTEGERS, METHOD, WeightArgs
 from llmq.grid.spec import PER_ROW, PER_TENSOR, ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq.models.outside import HEAD
 from llmq_kernels.core.packing import WORD_BITS, pack, packed_width, unpack
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -63,6 +64,22 @@ class CompressedTensors(Format):
         if shape[1] % spec.columns_per_group(shape[1]):
             return f"it needs K divisible by the group size, not {shape[1]}"
         return None
+
+    def refusal_of_table(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        if role == HEAD:
+            return self.refusal(spec, shape)
+        return (
+            f"transformers and vLLM without a GPU do not look up packed rows ({role}), and neither "
+            "ties a head to them"
+        )
+
+    def with_tables(self, config: Settings, tables: Tables) -> Settings:
+        for name, (_, spec) in tables.items():
+            config = stated.with_head(config, name, spec)
+        return config
+
+    def of_embeddings(self, config: Settings) -> Settings:
+        return stated.of_embeddings(config)
 
     def refusal_of_activations(self, activations: ActSpec) -> str | None:
         if activations.kv_bits is None:

@@ -28,7 +28,7 @@ _LAYOUTS = (
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
 )
 _DENSE = ("dense", None)
-_CLASS = "Linear"
+_CLASS, _EMBEDDING_CLASS = "Linear", "Embedding"
 _REGEX = "re:"
 _WHERE = "quantization_config"
 _INSTEAD = "quantize the original model with llmq instead"
@@ -59,7 +59,9 @@ def group_of(name: str, config: Settings) -> Settings:
             return group
     if _CLASS in by_target:
         return by_target[_CLASS]
-    if len(groups) == 1:  # under another name of the same module, as in a wrapper of several models
+    if (
+        len(groups) == 1 and groups[0][1]["targets"]
+    ):  # under another name of the same module, as in a wrapper of several models
         return groups[0][1]
     raise LlmqError(
         f"{_WHERE}: {name} is stored quantized, but no target of config_groups is about it; the "
@@ -134,15 +136,42 @@ def write_groups(specs: Specs, activations: ActSpec) -> Settings:
         }
         for i, (spec, names) in enumerate(layers.items())
     }
-    layouts = {group["format"] for group in groups.values()}
     return {
         "quant_method": METHOD,
-        "format": layouts.pop() if len(layouts) == 1 else MIXED,
+        "format": _layout_of_all(groups),
         "quantization_status": "compressed",
         "config_groups": groups,
         "kv_cache_scheme": None,
         "ignore": [name for name, spec in specs.items() if spec is None],
     }
+
+
+def with_head(config: Settings, name: str, spec: QuantSpec) -> Settings:
+    """The settings with an output head that is quantized, its inputs not."""
+    head = {
+        "targets": [name],
+        "weights": _written_weights(spec),
+        "input_activations": None,
+        "output_activations": None,
+        "format": PACKED,
+    }
+    groups = {**config["config_groups"], f"group_{len(config['config_groups'])}": head}
+    return {**config, "format": _layout_of_all(groups), "config_groups": groups}
+
+
+def of_embeddings(config: Settings) -> Settings:
+    """The settings as they are about embeddings: targets that name a class mean theirs."""
+    groups = {}
+    for name, group in _groups(config):
+        targets = [each for each in group["targets"] if each != _CLASS]
+        renamed = [_CLASS if each == _EMBEDDING_CLASS else each for each in targets]
+        groups[name] = {**group, "targets": renamed}
+    return {**config, "config_groups": groups}
+
+
+def _layout_of_all(groups: Settings) -> str:
+    layouts = {group["format"] for group in groups.values()}
+    return layouts.pop() if len(layouts) == 1 else MIXED
 
 
 def with_ignored(config: Settings, names: Collection[str]) -> Settings:

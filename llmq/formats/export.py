@@ -19,6 +19,7 @@ from llmq.formats.engines import Reading, readings
 from llmq.formats.layers import StoredLayers
 from llmq.formats.registry import known_format, result_of
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
+from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
@@ -178,7 +179,8 @@ def _converted(
             name, layers.layer(name), conversion.format, conversion.specs[name]
         )
         stored = layers.stored_name(name)
-        own = layer_tensors(stored, qtensor, conversion.format)
+        fmt = conversion.format
+        own = layer_tensors(stored, qtensor, fmt.given(ActSpec()) if name in layers.roles else fmt)
         _check(name, qtensor, own, conversion, config)
         if (bias := layers.bias(name)) is not None:
             own[f"{stored}.bias"] = bias

@@ -238,11 +238,14 @@ class LlmqQuantizer(HfQuantizer):
                         f"{name}.bias is stored as {bias.dtype}, expected real numbers; the "
                         "checkpoint is damaged"
                     )
-                weight = fmt.dense(name, tensors, settings, module.shape)
+                weight = (
+                    None if module.replaced else fmt.dense(name, tensors, settings, module.shape)
+                )
                 if weight is not None:
                     model.set_submodule(name, _dense_layer(weight, bias, model.dtype))
                     continue
-                qtensor = fmt.read(name, tensors, settings, module.shape)
+                config = fmt.of_embeddings(settings) if module.replaced else settings
+                qtensor = fmt.read(name, tensors, config, module.shape)
                 qtensor.validate(name)
                 unused = tensors.keys() - fmt.suffixes
                 if activations.kind != "int8-static":
@@ -333,7 +336,6 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
     from llmq.models.site import sites_in
 
     layers = quantized_modules(model)
-    tables = quantized_tables(model)
     head = model.get_output_embeddings()
     # Inputs of a head are not quantized, whatever those of layers are.
     of_head = [module for module in layers.values() if module is head]
@@ -342,9 +344,11 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
     # What is linear still is kept as it is, whether or not a config says so: GPTQ's has no list of
     # such layers.
     specs: dict[str, Any] = {site.name: None for site in sites_in(model) if site.module is not head}
-    specs |= {name: module.spec for name, module in layers.items() if not module.is_shared}
-    specs |= {name: table.spec for name, (_, table) in tables.items()}
-    settings = NATIVE.write_config(specs)
+    specs |= {name: module.spec for name, module in layers.items() if module is not head}
+    settings = NATIVE.with_tables(
+        NATIVE.write_config(specs),
+        {name: (role, table.spec) for name, (role, table) in quantized_tables(model).items()},
+    )
     if len(activations) == 1:
         settings["activations"] = next(iter(activations)).to_json()
     config = LlmqConfig(**settings)

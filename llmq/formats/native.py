@@ -11,7 +11,7 @@ from collections import Counter
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.formats.base import OWN_METHOD, Format, Settings, Specs
+from llmq.formats.base import OWN_METHOD, Format, Settings, Specs, Tables
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 
@@ -79,6 +79,10 @@ class Native(Format):
             tensors.get("g_idx"),
             tensors.get("input_range"),
         )
+
+    def with_tables(self, config: Settings, tables: Tables) -> Settings:
+        stated = {name: spec.to_json() for name, (_, spec) in tables.items()}
+        return {**config, "exceptions": config["exceptions"] | stated}
 
     def stated_spec(self, name: str, config: Settings) -> QuantSpec:
         exceptions: Settings = config.get("exceptions") or {}

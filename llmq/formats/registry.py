@@ -143,4 +143,4 @@ def _transposed(plans: list[LayerPlan]) -> str | None:
 
 
 def _specs(plans: list[LayerPlan]) -> Specs:
-    return {plan.layer.name: plan.spec for plan in plans}
+    return {plan.layer.name: plan.spec for plan in plans if not plan.role}

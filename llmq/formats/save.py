@@ -44,9 +44,16 @@ def checkpoint_config(
     """The `quantization_config` for the linear layers of a model in a format. act_order: columns
     were rounded in true act-order, which shows in layers of more than one group. kept: modules with
     a matrix that are no such layers, as `kept_matrices` gives them."""
-    specs = {plan.layer.name: plan.spec for plan in plans}
+    specs = {plan.layer.name: plan.spec for plan in plans if not plan.role}
+    tables = {
+        plan.layer.name: (plan.role, plan.spec)
+        for plan in plans
+        if plan.role and plan.spec is not None
+    }
     config = fmt.write_config(specs, act_order=act_order and has_groups(plans))
-    config = fmt.with_kept(config, [name for name in kept if specs.get(name) is None])
+    config = fmt.with_tables(config, tables) if tables else config
+    is_kept = [name for name in kept if specs.get(name) is None and name not in tables]
+    config = fmt.with_kept(config, is_kept)
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
@@ -155,7 +162,8 @@ def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor]
         for name, module in quantized_modules(model).items()
         if not module.is_shared
     }
-    quantized |= {name: table for name, (_, table) in quantized_tables(model).items()}
+    tables = quantized_tables(model)
+    quantized |= {name: table for name, (_, table) in tables.items()}
     if not quantized:
         raise LlmqError(
             "this model has no quantized layer; use model.save_pretrained for a full-precision "
@@ -167,7 +175,8 @@ def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor]
     fmt = choose_format(name, plans, act_spec, act_order=act_order)
     tensors = kept_tensors(model, quantized.keys())
     for layer, qtensor in quantized.items():
-        tensors.update(layer_tensors(layer, qtensor, fmt))
+        its = fmt.given(ActSpec()) if layer in tables else fmt
+        tensors.update(layer_tensors(layer, qtensor, its))
     kept = kept_matrices(model)
     return tensors, checkpoint_config(
         fmt, plans, act_order=act_order, activations=act_spec, kept=kept

@@ -18,6 +18,7 @@ from llmq.text.documents import SELF, TokenSet
 PASSES = 4  # of every token through a block
 # Against the rate that a run is planned with, half of that of one large product (llmq/ptq/README.md
 # has the figures): passes run faster, what goes column by column slower.
+SEARCH_FLOPS = 350  # for each weight of embeddings and head, whose scales are searched
 TEXT_FACTOR, SOLVE_FACTOR, WRITE_FACTOR = 0.45, 5.0, 1.5
 
 
@@ -117,8 +118,9 @@ def _attention_width(job: Job) -> int:
 def flops(job: Job) -> float:
     """Floating-point operations of the job, weighed by how fast they run: forward passes of each
     block, attention included, Hessians, factorizations, column updates and error reports."""
+    tables = float(SEARCH_FLOPS * sum(prod(plan.layer.shape) for plan in job.outside))
     if job.tokens is None:
-        return float(50 * sum(prod(plan.layer.shape) for plan in job.plans))
+        return tables + 50 * sum(prod(plan.layer.shape) for plan in job.plans)
     n_tokens = job.tokens.n_tokens
     text_config = job.model.config.get_text_config()
     attention = 2 * job.tokens.tokens.shape[1] * _attention_width(job)
@@ -135,7 +137,7 @@ def flops(job: Job) -> float:
     n_held_out = sum(text.tokens.numel() for text in job.tokens.held_out)
     measured = 2 * 2 * n_held_out * sum(prod(plan.layer.shape) for plan in job.plans)
     passes = TEXT_FACTOR * (forward + hessians + measured)
-    return float(passes + SOLVE_FACTOR * solves + WRITE_FACTOR * _writing(job)) + tuning
+    return float(passes + SOLVE_FACTOR * solves + WRITE_FACTOR * _writing(job)) + tuning + tables
 
 
 def _writing(job: Job) -> float:

@@ -136,7 +136,17 @@ class OutsideReader:
     def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         found = {f"{name}.weight": table for name, table in self.tables().items()}
         read = self.reader.read_parameters([name for name in names if name not in found])
-        return read | {name: found[name].dequantize() for name in names if name in found}
+        return read | {name: _dequantized(found[name]) for name in names if name in found}
+
+
+def _dequantized(table: QuantizedTensor) -> Tensor:
+    """float32 `[N, K]`, some rows at a time: what they need meanwhile is more than they are."""
+    values = torch.empty(table.shape, device=table.scale.device)
+    start = 0
+    for rows in some_rows(values):
+        rows.copy_(table.rows(start, start + len(rows)).dequantize())
+        start += len(rows)
+    return values
 
 
 def as_stored(blocks: Blocks, outside: WeightReader | None) -> Blocks:

@@ -16,6 +16,7 @@ import llmq
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import special_ids
 from llmq.formats.save import checkpoint_config, kept_matrices, layer_tensors, write_configs
+from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models import compat
 from llmq.models.arch import find_blocks
@@ -231,7 +232,7 @@ def _write_outside(
     ]
     tensors = reader.stored_names(reader.read_parameters(outside))
     for name, table in tables.items():
-        tensors |= reader.stored_names(layer_tensors(name, table, job.fmt))
+        tensors |= reader.stored_names(layer_tensors(name, table, job.fmt.given(ActSpec())))
     if is_text_part(job.model, job.config):
         tensors |= job.source.shards.read(reader.unused())
     for _ in partial.written(partial.outside, tensors):

@@ -10,7 +10,7 @@ from llmq_kernels.core.registry import BACKENDS
 from llmq_kernels.torch_cpu import int8pack
 from llmq_kernels.triton import layout
 
-INDEX = torch.tensor([76, 0, 33, 33, 16])
+INDEX = torch.tensor([76, 0, 33, 33, 16, 63, 64])
 
 
 def weight(spec, n=77, k=200):
@@ -34,7 +34,7 @@ def test_rows_of_every_layout(spec):
         assert torch.equal(int8pack.rows(canonical, state, INDEX), expected)
 
 
-@pytest.mark.parametrize("spec", ["w8", "w4g32"])
+@pytest.mark.parametrize("spec", ["w8", "w4g32", "w4g32-asym", "w2g64-asym"])
 def test_rows_of_the_backends_of_this_machine(spec):
     canonical = weight(spec, n=96, k=256)
     found = []

@@ -13,6 +13,7 @@ tests grant this backend."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -59,6 +60,20 @@ def _from_bands(stored: Tensor, n: int, k: int, band: int) -> Tensor:
         rest = flat[n_full * k // 2 :].view(k, (n - n_full) // 2)
         parts.append(torch.stack((rest & 15, rest >> 4), dim=-1).reshape(k, n - n_full).T)
     return torch.cat(parts).contiguous()
+
+
+def _rows_from_bands(stored: Tensor, shape: tuple[int, int], band: int, index: Tensor) -> Tensor:
+    """Codes uint8 `[m, k]` of the rows in index, int64 `[m]`, of `_from_bands`."""
+    n, k = shape
+    half, n_full = band // 2, n // band * band
+    is_full, rest = index < n_full, index - n_full
+    in_band = index // band * (k * half) + index % half
+    start = torch.where(is_full, in_band, n_full * k // 2 + rest // 2)
+    step = torch.where(is_full, half, (n - n_full) // 2)
+    is_high = torch.where(is_full, index % band // half, rest % 2)
+    offsets = start[:, None] + step[:, None] * torch.arange(k)
+    flat = stored.view(torch.uint8).reshape(-1)
+    return (flat[offsets] >> (4 * is_high[:, None]).to(torch.uint8)) & 15
 
 
 @cache
@@ -137,6 +152,13 @@ def restore(weight: PackedWeight, state: State) -> Tensor:
         _from_bands(state["packed"], n, k, band_rows()).to(torch.int32) - _code_shift(weight),
         weight.code.bits,
     )
+
+
+def rows(weight: PackedWeight, state: State, index: Tensor) -> Tensor:
+    """The canonical words of some rows."""
+    codes = _rows_from_bands(state["packed"], weight.shape, band_rows(), index).to(torch.int32)
+    zero = None if weight.zero is None else weight.zero.expand(weight.shape[0], -1)[index]
+    return pack(codes - _code_shift(replace(weight, zero=zero)), weight.code.bits)
 
 
 def _shifts(weight: PackedWeight) -> bool:
@@ -221,4 +243,4 @@ def _by_blocks(
     return out
 
 
-BACKEND = Backend("cpu-int4", TAKES, obstacle, prepare, linear, restore)
+BACKEND = Backend("cpu-int4", TAKES, obstacle, prepare, linear, restore, rows=rows)

@@ -357,7 +357,7 @@ def test_an_unfaithful_disk_is_noticed(model_folder, calibration_file, tmp_path,
     def corrupt(self, index, tensors):
         written = write(self, index, tensors)
         for name in written:
-            if name.endswith("down_proj.qweight"):
+            if name.endswith("down_proj.weight_packed"):
                 written[name][0, 0] ^= 1
         return written
 

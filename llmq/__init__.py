@@ -37,6 +37,8 @@ from typing import TYPE_CHECKING, Any
 from llmq.hooks import when_imported
 
 if TYPE_CHECKING:
+    from llmq.api.adapters import merge_adapter
+    from llmq.api.exporting import export
     from llmq.api.generation import generate
     from llmq.api.models import load_tokenizer
     from llmq.api.quantization import quantize
@@ -75,11 +77,13 @@ _HOMES = {
     "calibration_windows": "llmq.api.texts",
     "compare": "llmq.api.scoring",
     "evaluation_windows": "llmq.api.texts",
+    "export": "llmq.api.exporting",
     "freeze": "llmq.qat.weights",
     "generate": "llmq.api.generation",
     "load": "llmq.formats.load",
     "load_documents": "llmq.text.documents",
     "load_tokenizer": "llmq.api.models",
+    "merge_adapter": "llmq.api.adapters",
     "perplexity": "llmq.api.scoring",
     "prepare_decoding": "llmq.inference.decoding",
     "prepare_qat": "llmq.api.training",
@@ -104,11 +108,13 @@ __all__ = [
     "calibration_windows",
     "compare",
     "evaluation_windows",
+    "export",
     "freeze",
     "generate",
     "load",
     "load_documents",
     "load_tokenizer",
+    "merge_adapter",
     "perplexity",
     "prepare_decoding",
     "prepare_qat",

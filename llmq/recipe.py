@@ -18,6 +18,7 @@ from llmq.grid.scheme import parse_treatment
 from llmq.grid.spec import ActSpec, QuantSpec
 
 KEEP = "keep"
+OUTSIDE = ("embeddings", "head")  # fields of a recipe, for what is in no block
 MAX_RULES = 10_000
 MAX_TOKENS = 1 << 40
 _RULE_FORMS = "expected 'PATTERN=SPEC', or a pair of a pattern and a spec"
@@ -88,11 +89,13 @@ class Layer:
 @dataclass(frozen=True)
 class LayerPlan:
     """What happens to one layer. spec None keeps it in full precision. note: why it differs from
-    what its rule asks for, empty when it does not."""
+    what its rule asks for, empty when it does not. role: of a matrix that lies outside of the
+    blocks, see `llmq.models.outside`; empty for their layers."""
 
     layer: Layer
     spec: QuantSpec | None
     note: str = ""
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,9 @@ class Recipe:
     tune_zero_points: it trains these, too.
     autocast: blocks run in bfloat16 meanwhile (None: see `llmq.ptq.precision`).
     activations: their treatment at inference.
-    activation_range: how static ranges are chosen (see `llmq.activations.ranges`)."""
+    activation_range: how static ranges are chosen (see `llmq.activations.ranges`).
+    embeddings, head: how these are quantized, None to keep them as they are; where they are one
+        tensor, one of them says it (see `llmq.ptq.outside`)."""
 
     rules: tuple[Rule, ...] = (Rule("*", QuantSpec()),)
     method: str = "gptq"
@@ -138,6 +143,8 @@ class Recipe:
     autocast: bool | None = None
     activations: ActSpec = field(default_factory=ActSpec)
     activation_range: Literal["minmax", "percentile", "mse"] = "mse"
+    embeddings: QuantSpec | None = None
+    head: QuantSpec | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -186,6 +193,9 @@ class Recipe:
             raise LlmqError(f"rules {self.rules!r}: expected a tuple of Rule")
         if not isinstance(self.activations, ActSpec):
             raise LlmqError(f"activations {self.activations!r}: expected an ActSpec")
+        for name in OUTSIDE:
+            if not isinstance(spec := getattr(self, name), QuantSpec | None):
+                raise LlmqError(f"{name} {spec!r}: expected a QuantSpec, or None to keep them")
         if len(self.rules) > MAX_RULES:
             raise LlmqError(
                 f"{len(self.rules)} rules: expected at most {MAX_RULES}; patterns with * cover "
@@ -267,9 +277,25 @@ class Recipe:
                 values["rules"] = rules_of(values["rules"])
             if "activations" in values:
                 values["activations"] = ActSpec.from_json(values["activations"])
+            for name in OUTSIDE:
+                if name in values:
+                    values[name] = outside_spec(values[name], name)
         except LlmqError as error:
             raise LlmqError(f"recipe: {error}") from None
         return cls(**values)
+
+
+def outside_spec(data: Any, name: str) -> QuantSpec | None:
+    """How embeddings or head are quantized: a spec, its text or its object as a report holds it;
+    None or "keep" to keep them. name: of the field. Raises `LlmqError`."""
+    if data is None or data == KEEP or isinstance(data, QuantSpec):
+        return None if data == KEEP else data
+    try:
+        if isinstance(data, str):
+            return QuantSpec.parse(data)
+        return QuantSpec.from_json(data)
+    except LlmqError as error:
+        raise LlmqError(f"{name}: {error}") from None
 
 
 def rules_of(data: Any) -> tuple[Rule, ...]:

@@ -106,6 +106,7 @@ def test_wrong_types_are_refused_by_name():
         (lambda: llmq.freeze(model, "w4"), "activations: expected an ActSpec, .* got 'w4'"),
         (lambda: llmq.save("tiny", "out"), "model: expected a transformers model, .* got 'tiny'"),
         (lambda: llmq.save(model, None), "out_dir: expected the folder to write, got None"),
+        (lambda: llmq.export(3, "out", "gptq"), "checkpoint: expected a folder, .* got 3"),
         (lambda: llmq.perplexity(3, "x"), "model: expected a transformers model, .* got 3"),
         (lambda: llmq.perplexity(model, 3), "data: expected a text, .* got 3"),
         (lambda: llmq.compare(model, 3, "x"), "quant: expected a transformers model, .* got 3"),

@@ -17,12 +17,13 @@ from llmq.api.texts import TextOrIds, token_set, windows_for
 from llmq.arguments import check_type, refused
 from llmq.errors import LlmqError, VerificationError
 from llmq.formats.placement import device_of
+from llmq.grid.spec import QuantSpec
 from llmq.models.source import Source
 from llmq.ptq import in_memory
 from llmq.ptq.job import prepare
 from llmq.ptq.results import BlockReport
 from llmq.ptq.run import quantize_folder
-from llmq.recipe import Recipe
+from llmq.recipe import OUTSIDE, Recipe, outside_spec
 from llmq.text.documents import TokenSet
 
 _LONGEST_NAME = 300  # characters of where text comes from; more is a text
@@ -36,6 +37,8 @@ def quantize(
     calibration: TextOrIds | TokenSet | None = ...,
     *,
     method: str | None = ...,
+    embeddings: str | QuantSpec | None = ...,
+    head: str | QuantSpec | None = ...,
     samples: int | None = ...,
     sequence_length: int | None = ...,
     seed: int | None = ...,
@@ -56,6 +59,8 @@ def quantize(
     *,
     tokenizer: PreTrainedTokenizerBase | None = ...,
     method: str | None = ...,
+    embeddings: str | QuantSpec | None = ...,
+    head: str | QuantSpec | None = ...,
     samples: int | None = ...,
     sequence_length: int | None = ...,
     seed: int | None = ...,
@@ -79,7 +84,9 @@ def quantize(model: Any, *arguments: Any, **options: Any) -> Any:
     calibration: a list of texts, or token ids as `llmq.calibration_windows` takes them; for a
         folder also a text file, a folder or a data set, as the command line takes it, and without
         any the default of the command line. Methods "rtn" and "hqq" need none.
-    method, samples, sequence_length, seed: go before the recipe's.
+    embeddings, head: specs for these, such as "w8" or "w4g64" (default: as they are); for a model
+        where they are one tensor, one of the two.
+    method, embeddings, head, samples, sequence_length, seed: go before the recipe's.
     tokenizer: of a model in memory, in place of that of the folder it was loaded from.
     format, device, revision, strict, overwrite: as on the command line.
     on_block: told of every block when it is done.
@@ -160,6 +167,7 @@ def _calibration(source: Source, calibration: Any, recipe: Recipe) -> str | Toke
 def _of_recipe(options: dict[str, Any]) -> dict[str, Any]:
     """Options that are fields of the recipe. Raises `TypeError`, as Python does, for others."""
     for name in options:
-        if name not in ("method", "samples", "sequence_length", "seed"):
+        if name not in ("method", *OUTSIDE, "samples", "sequence_length", "seed"):
             raise TypeError(f"quantize() got an unexpected keyword argument {name!r}")
-    return options
+    specs = {name: outside_spec(options[name], name) for name in OUTSIDE if name in options}
+    return options | specs

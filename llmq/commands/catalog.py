@@ -18,6 +18,7 @@ GROUPS = {
         "plan": "what quantize would do: layers, size, memory, time",
         "quantize": "quantize a model into a folder",
         "qat": "fine-tune a model through its quantizer",
+        "export": "write a quantized model in another format",
     },
     "measure it": {
         "eval": "perplexity of a model, with its interval",

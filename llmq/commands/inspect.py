@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from llmq.commands import options, rendering
+from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 
 HELP = "Show what is stored in a model folder: format, layers, dtypes, sizes, and how it was made."
@@ -31,6 +33,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     source = Source.open(args.model, args.revision)
     model_dir, config, shards = source.folder, source.config, source.shards
     settings = quantization_settings(config)
+    engines = None if settings is None else _engines(settings, shards.shapes)
     remarks: list[str] = []
     if settings is not None:
         # Read for loading, with llmq's own name in the place of the one that other engines go by.
@@ -44,6 +47,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "model": str(model_dir),
         "model_type": config.model_type,
         "quantization": settings,
+        "engines": engines,
         "remarks": remarks,
         "files": {path.name: path.stat().st_size for path in source.weight_paths},
         "bytes": source.weight_bytes,
@@ -75,6 +79,7 @@ def _report(path: Path) -> dict[str, Any] | None:
         with reading(path, "not a report of llmq", "it is left out"):
             Counter(str(layer["spec"]) for layer in report["layers"])
             _origin(report)
+            rendering.outside_lines(report.get("outside", []))
         return report
     except LlmqError as error:
         warnings.warn(f"{error}; shown without it", LlmqWarning, stacklevel=2)
@@ -85,7 +90,7 @@ def _text(result: dict[str, Any]) -> str:
     settings = result["quantization"]
     pairs: dict[str, object] = {
         "model": f"{result['model']} ({result['model_type']})",
-        "format": "full precision" if settings is None else _format(settings),
+        "format": "full precision" if settings is None else settings["format"],
         "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, "
         f"{result['tensors']} tensors",
         "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
@@ -95,16 +100,21 @@ def _text(result: dict[str, Any]) -> str:
     if result["specs"]:
         pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
     if report := result["report"]:
+        pairs |= rendering.outside_lines(report.get("outside", []))
         pairs |= _origin(report)
-    return rendering.render_pairs(pairs)
+    text = rendering.render_pairs(pairs)
+    return f"{text}\n{engine_lines(result['engines'])}" if result["engines"] else text
 
 
-def _format(settings: dict[str, Any]) -> str:
-    """The format of a folder and whom it is meant for."""
-    from llmq.formats.settings import format_of
+def _engines(
+    settings: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> list[dict[str, Any]] | None:
+    """Which engines read a folder, None where its settings do not tell."""
+    from llmq.formats.engines import readings
+    from llmq.formats.settings import stored_result
 
-    fmt = format_of(settings)
-    return f"{fmt.name}, meant for {', '.join(fmt.readers)}" if fmt.readers else fmt.name
+    result = stored_result(settings, shapes)
+    return None if result is None else [reading.to_json() for reading in readings(result)]
 
 
 def _origin(report: dict[str, Any]) -> dict[str, object]:

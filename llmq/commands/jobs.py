@@ -41,7 +41,7 @@ def read_recipe(args: argparse.Namespace, config: PretrainedConfig) -> Recipe:
     from dataclasses import replace
 
     from llmq.ptq.sizing import windows_for
-    from llmq.recipe import Recipe, Rule
+    from llmq.recipe import OUTSIDE, Recipe, Rule, outside_spec
 
     windows = windows_for(config, quick=args.quick)
     sizes: dict[str, Any] = {"samples": windows.n_sequences, "sequence_length": windows.length}
@@ -53,6 +53,8 @@ def read_recipe(args: argparse.Namespace, config: PretrainedConfig) -> Recipe:
     options = {name: getattr(args, name) for name in _FIELDS}
     options["order"] = "act" if args.act_order else None
     options["search"] = False if args.no_search else None
+    for name in OUTSIDE:
+        options[name] = outside_spec(getattr(args, name), f"--{name}")
     recipe = replace(recipe, **_given(options), activations=_activations(args, recipe))
     return replace(recipe, rules=(*(Rule.parse(text) for text in args.rule), *recipe.rules))
 

@@ -150,7 +150,11 @@ def add_evaluation_arguments(parser: Parser) -> None:
         help="tokens per window (default: 2048, or what the model has positions for)",
     )
     parser.add_argument(
-        "--max-windows", type=whole(1), metavar="N", help="evaluate the first N windows only"
+        "--max-windows",
+        type=whole(1),
+        metavar="N",
+        help="evaluate the first N windows only (default: all of a SOURCE that is given, the first "
+        "32,768 tokens of the bundled text)",
     )
     parser.more.add_argument(
         "--bos",
@@ -217,6 +221,17 @@ def _add_grid_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--asymmetric", action="store_true", help="store a zero point per group"
     )
+    parser.add_argument(
+        "--embeddings",
+        metavar="SPEC",
+        help="quantize the embeddings, too, such as w8 or w4g64 (default: as stored); where the "
+        "output head is the same tensor, both",
+    )
+    parser.more.add_argument(
+        "--head",
+        metavar="SPEC",
+        help="quantize an output head that is a tensor of its own (default: as stored)",
+    )
 
 
 def _add_calibration_arguments(parser: Parser) -> None:
@@ -260,7 +275,8 @@ def _add_gptq_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--act-order",
         action="store_true",
-        help="true activation order with a stored g_idx; slower to run",
+        help="true activation order with a stored g_idx: slower to run, read by few engines, and "
+        "only with --format gptq, gptq_v2 or llmq",
     )
     parser.more.add_argument(
         "--damping",

@@ -20,6 +20,13 @@ HELP = (
 
 MENTIONED = 0.1  # share of the output that is worth a word when it is not quantized
 
+# What quantizes a part that is kept otherwise.
+_OPTIONS = {
+    "embeddings": "--embeddings",
+    "head": "--head",
+    "embeddings and head": "--embeddings",
+}
+
 EXAMPLES = (
     "llmq plan tiny",
     "llmq plan tiny --bits 3 --group-size 64 --method blockwise",
@@ -193,7 +200,11 @@ def _size_pairs(result: dict[str, Any]) -> dict[str, object]:
         return {"weight files": size}
     bits = 8 * kept[0]["source_bytes"] / kept[0]["weights"]
     share = f"{left / 1e6:.1f} MB ({left / planned:.0%}) stay at {bits:.0f} bits"
-    return {"weight files": size, "not quantized": f"{share}, most of it {kept[0]['name']}"}
+    line = f"{share}, most of it {kept[0]['name']}"
+    if option := _OPTIONS.get(kept[0]["name"]):
+        saved = kept[0]["planned_bytes"] - kept[0]["weights"]
+        line += f"; {option} w8 makes it {(planned - saved) / 1e6:.1f} MB in all"
+    return {"weight files": size, "not quantized": line}
 
 
 def _memory_pairs(result: dict[str, Any]) -> dict[str, object]:

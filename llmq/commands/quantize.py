@@ -9,6 +9,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import jobs, options, rendering
+from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
@@ -96,9 +97,11 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     pairs: dict[str, object] = {
         "written": f"{out} ({report['format']} format), verified block by block",
         "layers": f"{report['n_quantized_layers']} quantized, {n_kept} kept in full precision",
+        **rendering.outside_lines(report["outside"]),
         "weight files": f"{report['source_bytes'] / 1e6:.1f} MB -> "
         f"{report['stored_bytes'] / 1e6:.1f} MB, "
-        f"{report['bits_per_quantized_weight']:.2f} bits per quantized weight",
+        f"{report['bits_per_quantized_weight']:.2f} bits per quantized weight, "
+        f"{report['bits_per_weight']:.2f} per weight of the model",
         "seconds": f"{report['seconds']:.1f}",
     }
     if report["calibration"] and (text := report["calibration"]["text"]):
@@ -108,7 +111,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     pairs |= _held_out(report)
     pairs |= _tuning(report)
     pairs |= _deviations(report)
-    return rendering.render_pairs(pairs)
+    return f"{rendering.render_pairs(pairs)}\n{engine_lines(report['engines'])}"
 
 
 def _errors(report: dict[str, Any]) -> dict[str, object]:

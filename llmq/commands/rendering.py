@@ -188,3 +188,12 @@ def render_interval(bounds: Sequence[float] | None, digits: str) -> str:
         if bounds is None
         else f"95% interval {bounds[0]:{digits}} to {bounds[1]:{digits}}"
     )
+
+
+def outside_lines(tables: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Embeddings and head that are quantized, as a report has them."""
+    return {
+        table["role"]: f"{table['spec']}, {table['n_bytes'] / 1e6:.1f} MB, error "
+        f"{table['weight_error']:.1e} of the weights"
+        for table in tables
+    }

@@ -10,14 +10,12 @@ stored; and the config has one group size for all layers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import OWN_METHOD, Format, Settings, Specs
-from llmq.formats.engines import fused_disagreement
+from llmq.formats.gptq_settings import AUTO_ROUND, AUTO_ROUND_AWQ, KEPT_BITS, check_auto_round
 from llmq.formats.setting_types import is_whole, wrong
 from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
@@ -37,8 +35,8 @@ class Awq(Format):
     marker = "qweight"
     suffixes = _SUFFIXES
     quant_method = "awq"
-    readers = ("vLLM", "SGLang", "transformers with gptqmodel")
     has_order = False
+    one_group_size = True
 
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         n, k = shape
@@ -58,10 +56,8 @@ class Awq(Format):
             return f"it has one group size for all layers, not {', '.join(map(str, sorted(sizes)))}"
         return None
 
-    def note(self, specs: Specs) -> str | None:
-        # Symmetric or not is nothing that a layer says here: its zero points do.
-        alike = {name: spec and replace(spec, symmetric=False) for name, spec in specs.items()}
-        return fused_disagreement(alike)
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec | None:
+        return QuantSpec(f"int{BITS}", int(config.get("group_size", PER_ROW)), symmetric=False)
 
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         if qtensor.g_idx is not None:
@@ -103,7 +99,14 @@ class Awq(Format):
             "modules_to_not_convert": [name for name, spec in specs.items() if spec is None],
         }
 
+    def detects(self, settings: Settings) -> bool:
+        if settings.get("quant_method") == AUTO_ROUND:
+            return settings.get("packing_format") == AUTO_ROUND_AWQ
+        return super().detects(settings)
+
     def read_config(self, settings: Settings) -> Settings:
+        if settings.get("quant_method") == AUTO_ROUND:
+            settings = _from_auto_round(settings)
         version = str(settings.get("version", _VERSION)).lower()
         if version != _VERSION:
             raise LlmqError(
@@ -121,6 +124,20 @@ class Awq(Format):
 
 
 AWQ = Awq()
+
+
+def _from_auto_round(settings: Settings) -> Settings:
+    """AutoRound's settings of this layout as AutoAWQ would have them: zero points are stored for
+    symmetric layers, too, and layers that differ are kept, since the layout has one width."""
+    for name, overrides in check_auto_round(settings).items():
+        for key in ("bits", "group_size"):
+            value, common = overrides.get(key), settings.get(key)
+            is_kept = is_whole(overrides.get("bits")) and overrides["bits"] >= KEPT_BITS
+            if value is not None and value != common and not is_kept:
+                raise wrong(
+                    f"quantization_config: extra_config[{name!r}]: {key}", value, str(common)
+                )
+    return {**settings, "zero_point": True, "version": _VERSION}
 
 
 def _pack_rows(codes: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """What an on-disk format is: how it is recognised, how a weight and the config are written and
-read back, what it cannot hold, and who else reads the result.
+read back, and what it cannot hold.
 
 A format is one module with one instance of a class like this, and one line in
 `llmq.formats.registry`. Nobody else asks for a format by its name."""
@@ -25,21 +25,21 @@ OWN_METHOD = "llmq"
 
 class Format(ABC):
     """name: as in `--format`. marker: the tensor suffix by which a stored layer is recognised.
-    suffixes: of the tensors that `read` uses. quant_method: what its config.json says. readers:
-    engines beside llmq that it is meant for (`note` says when they will not load a folder).
+    suffixes: of the tensors that `read` uses. quant_method: what its config.json says.
     activations: those that a folder of this format always implies, None where the config says
     which. has_order: whether it stores which group a column belongs to. has_columns: whether its
-    readers take layers that compute with a transposed weight (`Conv1D`). is_own: whether a model in
-    memory is in it."""
+    readers take layers that compute with a transposed weight (`Conv1D`). one_group_size: whether
+    some of its readers take one group size for all layers. is_own: whether a model in
+    memory is in it. Which engines read it: `llmq.formats.engines`."""
 
     name: str
     marker: str
     suffixes: frozenset[str]
     quant_method: str
-    readers: tuple[str, ...] = ()
     activations: ActSpec | None = ActSpec()
     has_order: bool = True
     has_columns: bool = True
+    one_group_size: bool = False
     is_own: bool = False
 
     @abstractmethod
@@ -66,6 +66,15 @@ class Format(ABC):
         weight checked. Raises `LlmqError` for what llmq cannot read."""
         return settings
 
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec | None:
+        """How a stored layer is quantized as far as the config says it, for engines go by that;
+        None where it takes the tensors to tell. config: as `read_config` gives it."""
+        return None
+
+    def states_order(self, config: Settings) -> bool:
+        """Whether the config says that columns are not in the order of their groups."""
+        return False
+
     def check_read(self, config: Settings) -> Settings:
         """Settings as `read_config` gives them. Raises `LlmqError` for others: a folder may say of
         itself that they are."""
@@ -83,6 +92,17 @@ class Format(ABC):
         """Why layers that could each be stored cannot be stored together, or None."""
         return None
 
+    def refusal_of_table(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        """Why embeddings, an output head or the tensor that is both cannot be stored quantized, or
+        None. role: see `llmq.models.outside.Table`. shape: (vocabulary, D)."""
+        return f"its readers take the {role} in 16 bits only"
+
+    def refusal_of(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        """`refusal`, or of a matrix with a role outside of the blocks `refusal_of_table`."""
+        if role:
+            return self.refusal_of_table(role, spec, shape)
+        return self.refusal(spec, shape)
+
     def refusal_of_activations(self, activations: ActSpec) -> str | None:
         """Why a folder cannot say how activations are quantized, or None."""
         if self.activations is None or activations == self.activations:
@@ -93,11 +113,6 @@ class Format(ABC):
         """Whether "auto" takes this format for a model that it holds, before those that come after
         it in the registry."""
         return False
-
-    def note(self, specs: Specs) -> str | None:
-        """Why the engines that are meant will not load a folder, as far as the layers decide it, or
-        None."""
-        return None
 
     def given(self, activations: ActSpec) -> Format:
         """The format for a folder whose layers quantize their inputs like this, where that decides
@@ -115,6 +130,14 @@ class Format(ABC):
         """The weight float32 `[N, K]` of a layer that llmq has no kernel for, or None for one that
         `read` gives."""
         return None
+
+    def is_online(self, config: Settings) -> bool:
+        """Whether weights are stored in full precision, for whoever loads them to quantize."""
+        return False
+
+    def from_weight(self, weight: Tensor) -> QuantizedTensor:
+        """A layer of such a folder. weight: `[N, K]`."""
+        raise NotImplementedError(self.name)
 
     def activations_of(self, name: str, config: Settings) -> ActSpec:
         """How the inputs of a layer are quantized."""

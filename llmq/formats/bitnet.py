@@ -6,9 +6,15 @@ bits per token.
     weight_scale  float32 [1]        what the product is divided by ("bitlinear") or multiplied with
                   ("autobitlinear")
 
-llmq writes "bitlinear" and reads both; why, and what the scale loses, stands in README.md."""
+A third form holds weights in full precision, which "autobitlinear" rounds whenever it computes
+("online"); llmq rounds them once. llmq writes "bitlinear" and reads all three; why, and what the
+scale loses, stands in README.md."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +29,14 @@ _SPEC = QuantSpec("ternary", PER_TENSOR)
 _TOKENS = ActSpec("int8-token")
 _DIVIDING = "bitlinear"
 _LINEAR_CLASSES = (_DIVIDING, "autobitlinear")
+_ONLINE = "online"
 _SHIFTS = (0, 2, 4, 6)
+_SMALLEST = 1e-5  # mean magnitude that transformers divides by
+_DTYPE_NAMES: dict[torch.dtype, Any] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+}
 
 
 class BitNet(Format):
@@ -33,7 +46,6 @@ class BitNet(Format):
     marker = "weight_scale"
     suffixes = frozenset({"weight", "weight_scale"})
     quant_method = "bitnet"
-    readers = ("transformers",)
     activations = _TOKENS
     has_order = False
 
@@ -71,15 +83,31 @@ class BitNet(Format):
                 f"{name}.weight_scale: expected one real number, got {stored.dtype} of shape "
                 f"{list(stored.shape)}; the checkpoint is damaged"
             )
-        stored = stored.float().view(1, 1)
         if packed.dtype != torch.uint8 or tuple(packed.shape) != (shape[0] // 4, shape[1]):
             raise LlmqError(
                 f"{name}.weight: expected uint8 of shape {[shape[0] // 4, shape[1]]}, got "
                 f"{packed.dtype} of shape {list(packed.shape)}; the checkpoint is damaged"
             )
         codes = torch.cat([packed >> shift & 3 for shift in _SHIFTS])
-        scale = 1 / stored if _divides(config) else stored
-        return QuantizedTensor.from_codes(codes, scale, None, _SPEC)
+        scale, spec = _read_scale(stored.float().view(1, 1), _divides(config))
+        return QuantizedTensor.from_codes(codes, scale, None, spec)
+
+    def is_online(self, config: Settings) -> bool:
+        return config.get("quantization_mode") == _ONLINE
+
+    def from_weight(self, weight: Tensor) -> QuantizedTensor:
+        """By transformers' rule, in float32 and then in the dtype of the weight, whatever it is."""
+        steps = 1 / weight.float().abs().mean().clamp(min=_SMALLEST)
+        codes = (weight.float() * steps).round().clamp(-1, 1) + 1
+        spec = replace(_SPEC, scale_dtype=_DTYPE_NAMES[weight.dtype])
+        return QuantizedTensor.from_codes(codes.to(torch.uint8), (1 / steps).view(1, 1), None, spec)
+
+    def remarks(self, config: Settings, stored: Mapping[str, str]) -> list[str]:
+        if not self.is_online(config):
+            return []
+        return [
+            "weights in full precision are rounded to ternary codes, as the config says (online)"
+        ]
 
     def bias(self, bias: Tensor, tensors: dict[str, Tensor], config: Settings) -> Tensor:
         """transformers multiplies the whole output of an "autobitlinear" layer, bias included, with
@@ -87,6 +115,9 @@ class BitNet(Format):
         if _divides(config):
             return bias
         return (bias.float() * tensors["weight_scale"].float()).to(bias.dtype)
+
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec | None:
+        return _SPEC
 
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         kept = ["lm_head", *(name for name, spec in specs.items() if spec is None)]
@@ -99,12 +130,7 @@ class BitNet(Format):
 
     def read_config(self, settings: Settings) -> Settings:
         mode = settings.get("quantization_mode", "offline")
-        if mode == "online":
-            raise LlmqError(
-                "BitNet checkpoint with online quantization: its weights are not quantized yet; "
-                "load it with transformers, or take the packed (offline) one"
-            )
-        if mode != "offline":
+        if mode not in ("offline", _ONLINE):
             raise wrong("quantization_config: quantization_mode", mode, "'offline' or 'online'")
         linear_class = settings.get("linear_class", _DIVIDING)
         if linear_class not in _LINEAR_CLASSES:
@@ -113,6 +139,8 @@ class BitNet(Format):
                 linear_class,
                 "'bitlinear' (the scale divides) or 'autobitlinear' (it multiplies)",
             )
+        if mode == _ONLINE and linear_class == _DIVIDING:
+            raise wrong("quantization_config: linear_class", linear_class, "'autobitlinear' online")
         if settings.get("use_rms_norm"):
             raise LlmqError(
                 "BitNet checkpoint with a norm inside every layer (use_rms_norm): llmq has no such "
@@ -130,6 +158,17 @@ class BitNet(Format):
 def _divides(config: Settings) -> bool:
     """Whether the stored scale divides."""
     return bool(config.get("linear_class", _DIVIDING) == _DIVIDING)
+
+
+def _read_scale(stored: Tensor, divides: bool) -> tuple[Tensor, QuantSpec]:
+    """The scale `[1, 1]` of a layer, and its spec: float16 where that gives the stored number back,
+    as it does for what llmq writes, else float32."""
+    scale = 1 / stored if divides else stored
+    short = scale.half()
+    again = 1 / short.float() if divides else short.float()
+    if torch.equal(again, stored):
+        return short, _SPEC
+    return scale, replace(_SPEC, scale_dtype="float32")
 
 
 BITNET = BitNet()

@@ -24,14 +24,12 @@ from llmq.formats import compressed_floats as floats
 from llmq.formats import compressed_settings as stated
 from llmq.formats.base import OWN_METHOD, Format, Settings, Specs
 from llmq.formats.compressed_settings import INTEGERS, METHOD, WeightArgs
-from llmq.formats.engines import fused_disagreement
 from llmq.grid.spec import PER_ROW, PER_TENSOR, ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq_kernels.core.packing import WORD_BITS, pack, packed_width, unpack
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _MIDDLE = 128  # what is between a static zero point of llmq (0 .. 255) and a stored one
-_VLLM_BITS = (4, 8)
 
 
 class CompressedTensors(Format):
@@ -48,7 +46,6 @@ class CompressedTensors(Format):
         }
     )
     quant_method = METHOD
-    readers = ("vLLM", "SGLang", "transformers with compressed-tensors")
     has_order = False
     has_columns = False
 
@@ -77,16 +74,6 @@ class CompressedTensors(Format):
 
     def is_first_choice(self, specs: Specs) -> bool:
         return True
-
-    def note(self, specs: Specs) -> str | None:
-        if reason := fused_disagreement(specs):
-            return reason
-        for name, spec in specs.items():
-            if spec is not None and spec.bits not in _VLLM_BITS:
-                return f"vLLM without a GPU will not: {name} ({spec}) has {spec.bits} bits"
-            if spec is not None and spec.group_size == PER_TENSOR:
-                return f"vLLM will not: {name} ({spec}) has one scale for all of it"
-        return None
 
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         if qtensor.g_idx is not None:
@@ -136,6 +123,12 @@ class CompressedTensors(Format):
         if stated.activations_of(name, config).kind != "int8-static":
             return qtensor
         return replace(qtensor, input_range=_input_range(name, tensors))
+
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec | None:
+        args = stated.weight_args(name, config)
+        if args.kind != "int":
+            return None
+        return QuantSpec(f"int{args.bits}", args.group_size, symmetric=args.symmetric)
 
     def dense(
         self, name: str, tensors: dict[str, Tensor], config: Settings, shape: tuple[int, int]

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Settings, Specs
-from llmq.formats.engines import fused_disagreement
+from llmq.formats.engine_rules import fused_disagreement
 from llmq.formats.gptq_settings import (
     AUTO_ROUND,
+    AUTO_ROUND_AWQ,
     BITS,
     VERSION_1,
     VERSION_2,
+    auto_round_version,
     read_auto_round,
     read_gptq,
     settings_of,
@@ -34,6 +36,7 @@ from llmq.formats.gptq_settings import (
 from llmq.formats.native import most_common_spec
 from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq.models.site import fused_names, joint_name
 from llmq_kernels.core.packing import pack, unpack
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -45,9 +48,10 @@ class Gptq(Format):
     marker = "qweight"
     suffixes = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     quant_method = "gptq"
+    one_group_size = True
 
-    def __init__(self, name: str, shift: int, readers: tuple[str, ...]) -> None:
-        self.name, self.shift, self.readers = name, shift, readers
+    def __init__(self, name: str, shift: int) -> None:
+        self.name, self.shift = name, shift
 
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         n, k = shape
@@ -70,10 +74,8 @@ class Gptq(Format):
     def is_first_choice(self, specs: Specs) -> bool:
         """Version 1, where the other engines load all of the model: version 2 is asked for."""
         quantized = [spec for spec in specs.values() if spec is not None]
-        return bool(self.shift) and all(map(engines_load, quantized)) and not self.note(specs)
-
-    def note(self, specs: Specs) -> str | None:
-        return fused_disagreement(specs)
+        alike = fused_disagreement(specs) is None
+        return bool(self.shift) and alike and all(map(engines_load, quantized))
 
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         _n, k = qtensor.shape
@@ -119,11 +121,20 @@ class Gptq(Format):
             _needed_g_idx(tensors.get("g_idx"), spec, k),
         )
 
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec | None:
+        stated = settings_of(name, config)
+        group_size, symmetric = int(stated.get("group_size", -1)), stated.get("sym", True)
+        return QuantSpec(f"int{stated.get('bits', 4)}", group_size, symmetric is not False)
+
+    def states_order(self, config: Settings) -> bool:
+        return bool(config.get("desc_act"))
+
     def detects(self, settings: Settings) -> bool:
         """By the version that is stated; what is neither is version 1's to refuse."""
         method = settings.get("quant_method")
         if method == AUTO_ROUND:
-            return self.name == VERSION_1
+            named = auto_round_version(settings) or VERSION_1
+            return self.name == named and settings.get("packing_format") != AUTO_ROUND_AWQ
         return method == self.quant_method and self.name == _version_of(settings)
 
     def read_config(self, settings: Settings) -> Settings:
@@ -133,17 +144,6 @@ class Gptq(Format):
 
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         default = most_common_spec(specs)
-        dynamic: dict[str, dict[str, Any]] = {}
-        for name, spec in specs.items():
-            pattern = re.escape(name) + "$"
-            if spec is None:
-                dynamic["-:" + pattern] = {}
-            elif spec != default:
-                dynamic["+:" + pattern] = {
-                    "bits": spec.bits,
-                    "group_size": spec.group_size,
-                    "sym": spec.symmetric,
-                }
         return {
             "quant_method": self.quant_method,
             "bits": default.bits,
@@ -153,7 +153,7 @@ class Gptq(Format):
             "lm_head": False,
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
-            "dynamic": dynamic,
+            "dynamic": _dynamic(specs, default),
             "meta": {"quantizer": [f"llmq:{package_version()}"]},
         }
 
@@ -161,8 +161,31 @@ class Gptq(Format):
         return {"quantize_config.json": config}
 
 
-GPTQ_V1 = Gptq(VERSION_1, shift=1, readers=("vLLM", "SGLang", "GPTQModel"))
-GPTQ_V2 = Gptq(VERSION_2, shift=0, readers=("GPTQModel",))
+GPTQ_V1 = Gptq(VERSION_1, shift=1)
+GPTQ_V2 = Gptq(VERSION_2, shift=0)
+
+
+def _dynamic(specs: Specs, default: QuantSpec) -> dict[str, dict[str, Any]]:
+    """What layers are quantized otherwise than most, or kept: by their names, and by that of the
+    layer that vLLM and SGLang make of several, which is the one they look up."""
+    named = dict(specs)
+    for name, spec in specs.items():
+        joint = joint_name(name)
+        members = {specs[each] for each in fused_names(name) if each in specs}
+        if joint is not None and joint not in specs and members == {spec}:
+            named[joint] = spec
+    dynamic: dict[str, dict[str, Any]] = {}
+    for name, spec in named.items():
+        pattern = re.escape(name) + "$"
+        if spec is None:
+            dynamic["-:" + pattern] = {}
+        elif spec != default:
+            dynamic["+:" + pattern] = {
+                "bits": spec.bits,
+                "group_size": spec.group_size,
+                "sym": spec.symmetric,
+            }
+    return dynamic
 
 
 def _version_of(settings: Settings) -> str:

@@ -14,11 +14,16 @@ from llmq.formats.setting_types import is_whole, wrong
 BITS = (2, 3, 4, 8)
 VERSION_1, VERSION_2 = "gptq", "gptq_v2"
 AUTO_ROUND = "auto-round"
-# AutoRound's names for GPTQ's layout with zero points stored minus one. Its others ("auto_round",
-# "auto_round:gptqmodel") look the same and store them as they are.
-_AUTO_ROUND_GPTQ = ("auto_round:auto_gptq", "auto_gptq")
+# AutoRound's names for GPTQ's layout: with zero points stored minus one, and as they are.
+_AUTO_ROUND_GPTQ = {
+    "auto_round:auto_gptq": VERSION_1,
+    "auto_gptq": VERSION_1,
+    "auto_round": VERSION_2,
+    "auto_round:gptqmodel": VERSION_2,
+}
+AUTO_ROUND_AWQ = "auto_round:auto_awq"
 _FLAGS = ("sym", "desc_act", "lm_head")
-_KEPT_BITS = 16
+KEPT_BITS = 16
 _WHERE = "quantization_config"
 
 
@@ -65,35 +70,50 @@ def read_gptq(settings: Settings) -> Settings:
     }
 
 
-def read_auto_round(settings: Settings) -> Settings:
-    """AutoRound's own name for GPTQ's layout. Its `extra_config` holds what single layers have
-    instead: by their names, or by regular expressions that are searched for in them."""
+def auto_round_version(settings: Settings) -> str | None:
+    """The version of GPTQ's layout that an AutoRound config names, None where it names none."""
     packing = settings.get("packing_format")
-    if packing not in _AUTO_ROUND_GPTQ:
-        raise LlmqError(
-            f"AutoRound folder with packing_format {packing!r}: llmq reads {_AUTO_ROUND_GPTQ[0]} "
-            "(export with --format auto_gptq); quantize the original model with llmq instead"
-        )
+    return _AUTO_ROUND_GPTQ.get(packing) if isinstance(packing, str) else None
+
+
+def check_auto_round(settings: Settings) -> dict[str, dict[str, Any]]:
+    """What single layers have instead in an AutoRound folder (`extra_config`). Raises `LlmqError`
+    where weights are no integers or activations are quantized."""
     extra = settings.get("extra_config") or {}
     if not isinstance(extra, dict):
         raise wrong(f"{_WHERE}: extra_config", extra, "an object of layers")
     _check_integers(_WHERE, settings)
-    names: dict[str, Any] = {}
-    searched: dict[str, Any] = {}
     for name, overrides in extra.items():
         where = f"{_WHERE}: extra_config[{name!r}]"
         if not isinstance(overrides, dict):
             raise wrong(where, overrides, "an object")
         _check_integers(where, overrides)
+    return extra
+
+
+def read_auto_round(settings: Settings) -> Settings:
+    """AutoRound's own names for GPTQ's layout. Its `extra_config` holds what single layers have
+    instead: by their names, or by regular expressions that are searched for in them."""
+    version = auto_round_version(settings)
+    if version is None:
+        raise LlmqError(
+            f"AutoRound folder with packing_format {settings.get('packing_format')!r}: llmq reads "
+            f"{', '.join(_AUTO_ROUND_GPTQ)} and {AUTO_ROUND_AWQ} (export with --format auto_round, "
+            "auto_gptq or auto_awq); quantize the original model with llmq instead"
+        )
+    extra = check_auto_round(settings)
+    names: dict[str, Any] = {}
+    searched: dict[str, Any] = {}
+    for name, overrides in extra.items():
         known = {key: overrides[key] for key in ("bits", "group_size", "sym") if key in overrides}
-        if isinstance(bits := known.get("bits"), int) and bits >= _KEPT_BITS:
+        if isinstance(bits := known.get("bits"), int) and bits >= KEPT_BITS:
             continue  # kept: the stored tensors say so as well
         if re.fullmatch(r"[\w.]+", name):
             names[f"+:{re.escape(name)}$"] = known
         searched[f"+:.*(?:{name})"] = known
-        patterns.check(name, where)
+        patterns.check(name, f"{_WHERE}: extra_config[{name!r}]")
     dynamic = {**(settings.get("dynamic") or {}), **names, **searched}
-    return read_gptq({**settings, "checkpoint_format": None, "format": None, "dynamic": dynamic})
+    return read_gptq({**settings, "checkpoint_format": version, "format": None, "dynamic": dynamic})
 
 
 def settings_of(name: str, config: Settings) -> Settings:
@@ -135,7 +155,7 @@ def _check_integers(where: str, settings: Settings) -> None:
             "original model with llmq instead"
         )
     act_bits = settings.get("act_bits")
-    if act_bits is not None and not (is_whole(act_bits) and act_bits >= _KEPT_BITS):
+    if act_bits is not None and not (is_whole(act_bits) and act_bits >= KEPT_BITS):
         raise LlmqError(
             f"{where}: act_bits {act_bits!r}: llmq does not read AutoRound's quantized "
             "activations; quantize the original model with llmq instead"

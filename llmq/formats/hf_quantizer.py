@@ -11,6 +11,7 @@ here, before and after, and every fault is an error."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from llmq.formats.registry import NAMES
 from llmq.models.compat import (
     HfQuantizer,
     QuantizationConfigMixin,
+    adopt_methods,
     register_quantization_config,
     register_quantizer,
 )
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from llmq.formats.base import Format
     from llmq.models.shards import ShardReader
 
+AUTO_ROUND = "auto-round"  # what AutoRound calls its folders in GPTQ's layout
 METHOD = "llmq"  # what registers it; as in `llmq.formats.base`
 _DTYPES = {
     "F16": torch.float16,
@@ -75,13 +79,18 @@ def _headers(paths: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 class StoredLinear(nn.Module):
     """A place for the stored tensors of one layer while transformers loads them. shape: (N, K) of
-    the weight."""
+    the weight. embeddings: the module that is replaced, where it is these."""
 
     def __init__(
-        self, headers: dict[str, tuple[torch.dtype, tuple[int, ...]]], shape: tuple[int, int]
+        self,
+        headers: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        shape: tuple[int, int],
+        embeddings: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
+        # in a tuple, or it would be a part of this module
+        self.replaced: tuple[Any, ...] = () if embeddings is None else (embeddings,)
         # Some models reach into their layers while they are initialised (GPT-2 into c_proj); this
         # takes what they write.
         if "weight" not in headers:
@@ -92,19 +101,46 @@ class StoredLinear(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.named_buffers())
 
+    @property
+    def has_weight(self) -> bool:
+        """Not where it is the tensor of another place, too."""
+        return bool(self.tensors().keys() - {"bias"})
+
 
 @register_quantization_config(METHOD)
 class LlmqConfig(QuantizationConfigMixin):
     """The `quantization_config` of an llmq folder, or of a GPTQ or BitNet folder with
     `quant_method` rewritten and `format` added. Keys as in `llmq.formats`."""
 
+    # The settings that are written in place of these: see `get_state_dict_and_metadata`.
+    written: dict[str, Any] | None = None
+
     def __init__(self, quant_method: str = METHOD, **settings: Any) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         for key, value in settings.items():
             setattr(self, key, value)
 
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Of a folder of any method that llmq reads, under llmq's own."""
+        from types import SimpleNamespace
+
+        from llmq.formats.settings import quantization_settings
+
+        settings = quantization_settings(SimpleNamespace(quantization_config=config_dict))
+        config = cls(**(settings or {}))
+        return (config, kwargs) if return_unused_kwargs else config
+
     def settings(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {key: value for key, value in vars(self).items() if key != "written"}
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.settings() if self.written is None else self.written)
+
+
+adopt_methods(LlmqConfig, (*NAMES, AUTO_ROUND))
 
 
 @register_quantizer(METHOD)
@@ -125,7 +161,9 @@ class LlmqQuantizer(HfQuantizer):
     ) -> None:
         from llmq.errors import LlmqError
         from llmq.formats.settings import format_of
+        from llmq.formats.tables import reserve_tie
         from llmq.models.names import check_dtypes, match_names, stored_to_model_names
+        from llmq.models.outside import is_plain
         from llmq.models.site import site_of
 
         if not checkpoint_files:
@@ -151,13 +189,18 @@ class LlmqQuantizer(HfQuantizer):
         for layer, tensors in layers.items():
             name = names[f"{layer}.weight"].removesuffix(".weight")
             is_there = f"{name}.weight" in state
-            site = site_of(model.get_submodule(name)) if is_there else None
+            module = model.get_submodule(name) if is_there else None
+            if is_plain(module) and module is model.get_input_embeddings():
+                model.set_submodule(name, StoredLinear(tensors, tuple(module.weight.shape), module))
+                continue
+            site = None if module is None else site_of(module)
             if site is None:
                 raise LlmqError(
                     f"{layer}: packed tensors are stored for it, but {type(model).__name__} has no "
                     "such linear layer; config.json does not belong to these weights"
                 )
             model.set_submodule(name, StoredLinear(tensors, site.shape))
+        reserve_tie(model, stored_to_model_names(model, headers).values())
         matched = match_names(model, headers)
         dtypes = {name: dtype for name, (dtype, _) in headers.items()}
         # What belongs to a packed layer is its format's to check.
@@ -172,6 +215,7 @@ class LlmqQuantizer(HfQuantizer):
         from llmq.activations.keys_values import quantize_kv
         from llmq.errors import LlmqError
         from llmq.formats.settings import format_of
+        from llmq.formats.tables import is_table, put_tables
         from llmq.grid.spec import ActSpec
         from llmq.inference.module import QuantLinear
 
@@ -179,9 +223,15 @@ class LlmqQuantizer(HfQuantizer):
         fmt = format_of(settings)
         activations = ActSpec.from_json(settings.get("activations") or {})
         left_out: list[str] = []
+        tables: dict[str, Any] = {}
         for name, module in list(model.named_modules()):
-            if isinstance(module, StoredLinear):
+            if isinstance(module, StoredLinear) and module.has_weight:
                 tensors = module.tensors()
+                if any(tensor.is_meta for tensor in tensors.values()):
+                    raise LlmqError(
+                        f"{name}: its packed tensors are offloaded, which are buffers and stay in "
+                        "memory; load without offload_buffers=True"
+                    )
                 bias = tensors.pop("bias", None)
                 if bias is not None and not bias.is_floating_point():
                     raise LlmqError(
@@ -198,10 +248,16 @@ class LlmqQuantizer(HfQuantizer):
                 if activations.kind != "int8-static":
                     unused |= tensors.keys() & {"input_range"}
                 left_out += [f"{name}.{suffix}" for suffix in unused]
+                if is_table(model, module, head=fmt.is_own):
+                    tables[name] = qtensor
+                    continue
                 if bias is not None:
                     bias = fmt.bias(bias, tensors, settings)
                 inputs = fmt.activations_of(name, settings)
-                model.set_submodule(name, QuantLinear(qtensor, bias, inputs))
+                model.set_submodule(name, QuantLinear(qtensor, bias, inputs, model.dtype))
+        if fmt.is_online(settings):
+            self._quantize_online(model, fmt, settings)
+        put_tables(model, tables)
         quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
         self.left_out = tuple(sorted(left_out))
         if left_out:  # llmq.load, which silences transformers, says the same in its own way
@@ -213,25 +269,48 @@ class LlmqQuantizer(HfQuantizer):
         state_quantization(model, self)
         return model
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `save_pretrained` may write the model. Raises `LlmqError`, with the way that
-        there is, where it would write another format than the one that was loaded."""
-        from llmq.errors import LlmqError
+    def _quantize_online(self, model: Any, fmt: Format, settings: dict[str, Any]) -> None:
+        """Quantize the layers that transformers would, which are stored in full precision."""
+        from llmq.inference.module import QuantLinear
+        from llmq.models.compat import should_convert_module
 
+        kept = self.get_modules_to_not_convert(
+            model, settings.get("modules_to_not_convert"), model._keep_in_fp32_modules
+        )
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and should_convert_module(name, kept):
+                qtensor = fmt.from_weight(module.weight.detach())
+                inputs = fmt.activations_of(name, settings)
+                quantized = QuantLinear(qtensor, module.bias, inputs, model.dtype)
+                model.set_submodule(name, quantized)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """True: `get_state_dict_and_metadata` says of a model why it cannot be written."""
+        return True
+
+    def get_state_dict_and_metadata(
+        self, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """What `save_pretrained` writes: the tensors of the format that was loaded, and from now on
+        its settings as the config. Raises `LlmqError`, with the way that there is, for a model that
+        the format cannot hold."""
+        from llmq.errors import LlmqError
+        from llmq.formats.save import format_tensors
+
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # the adapters alone are written
         if self.unsavable is not None:
             raise LlmqError(self.unsavable)
-        if self.stored_format is not None and not self.stored_format.is_own:
-            name = self.stored_format.name
-            raise LlmqError(
-                f"save_pretrained would turn this model, which was loaded from a {name} folder, "
-                f"into the llmq format; llmq.save(model, OUT, format={name!r}) keeps the format, "
-                "and format='llmq' changes it"
-            )
-        return True
+        if self.stored_format is None or self.stored_format.is_own:
+            return None, {}
+        tensors, self.quantization_config.written = format_tensors(model, self.stored_format.name)
+        return tensors, {}
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on quantized layers can be trained: the gradient goes through the quantized
+        product. The layers themselves cannot, which `is_qat_trainable` says."""
+        return True
 
 
 def _dense_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
@@ -249,16 +328,22 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
     """Have a model with quantized layers in memory say so, as transformers expects it: what
     `save_pretrained` writes then loads as what it is. In memory every format is the native one."""
     from llmq.formats.native import NATIVE
+    from llmq.inference.embedding import quantized_tables
     from llmq.inference.module import quantized_modules
     from llmq.models.site import sites_in
 
     layers = quantized_modules(model)
-    activations = {module.activations for module in layers.values()}
+    tables = quantized_tables(model)
     head = model.get_output_embeddings()
+    # Inputs of a head are not quantized, whatever those of layers are.
+    of_head = [module for module in layers.values() if module is head]
+    inside = [module for module in layers.values() if module is not head]
+    activations = {module.activations for module in inside or of_head}
     # What is linear still is kept as it is, whether or not a config says so: GPTQ's has no list of
     # such layers.
     specs: dict[str, Any] = {site.name: None for site in sites_in(model) if site.module is not head}
-    specs |= {name: module.spec for name, module in layers.items()}
+    specs |= {name: module.spec for name, module in layers.items() if not module.is_shared}
+    specs |= {name: table.spec for name, (_, table) in tables.items()}
     settings = NATIVE.write_config(specs)
     if len(activations) == 1:
         settings["activations"] = next(iter(activations)).to_json()

@@ -37,6 +37,9 @@ class Native(Format):
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         return None
 
+    def refusal_of_table(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        return None
+
     def is_first_choice(self, specs: Specs) -> bool:
         return True
 
@@ -61,8 +64,7 @@ class Native(Format):
         if missing := {"packed", "scale"} - tensors.keys():
             raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")
         try:
-            exceptions: Settings = config.get("exceptions") or {}
-            spec = QuantSpec.from_json(exceptions[name] if name in exceptions else config["spec"])
+            spec = self.stated_spec(name, config)
         except KeyError as error:
             raise LlmqError(
                 f"quantization_config: no usable spec for {name} ({error}); the checkpoint is "
@@ -77,6 +79,10 @@ class Native(Format):
             tensors.get("g_idx"),
             tensors.get("input_range"),
         )
+
+    def stated_spec(self, name: str, config: Settings) -> QuantSpec:
+        exceptions: Settings = config.get("exceptions") or {}
+        return QuantSpec.from_json(exceptions[name] if name in exceptions else config["spec"])
 
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         default = most_common_spec(specs)

@@ -12,6 +12,7 @@ from llmq.errors import LlmqError
 
 if TYPE_CHECKING:
     from llmq.formats.base import Format, Specs
+    from llmq.formats.engine_rules import Result
     from llmq.grid.spec import ActSpec
     from llmq.recipe import LayerPlan
 
@@ -35,6 +36,15 @@ def format_named(name: str) -> Format:
     module, _, attribute = _HOMES[name].partition(":")
     fmt: Format = getattr(import_module(module), attribute)
     return fmt
+
+
+def known_format(name: str, *others: str) -> Format:
+    """A format by a name that comes from outside. others: words that would do as well. Raises
+    `LlmqError` for a name that is not in `NAMES`."""
+    if name not in NAMES:
+        expected = ", ".join((*others, *NAMES))
+        raise LlmqError(f"format {name!r}: expected one of {expected}")
+    return format_named(name)
 
 
 def all_formats() -> list[Format]:
@@ -62,9 +72,7 @@ def choose_format(
     activations = activations or ActSpec()
     if name == AUTO:
         return _first_choice(plans, activations, act_order=act_order)
-    if name not in NAMES:
-        raise LlmqError(f"format {name!r}: expected {AUTO} or one of {', '.join(NAMES)}")
-    fmt = format_named(name)
+    fmt = known_format(name, AUTO)
     if reason := fmt.refusal_of_activations(activations):
         raise LlmqError(f"format {name}: {reason}. {_ELSE}")
     if act_order and not fmt.has_order and has_groups(plans):
@@ -74,7 +82,7 @@ def choose_format(
     for plan in plans:
         if plan.spec is None:
             continue
-        if reason := fmt.refusal(plan.spec, plan.layer.shape):
+        if reason := _refusal(fmt, plan):
             what = plan.note or plan.spec
             raise LlmqError(
                 f"format {name} cannot hold {plan.layer.name} ({what}): {reason}. {_ELSE}"
@@ -91,11 +99,14 @@ def has_groups(plans: list[LayerPlan]) -> bool:
     )
 
 
-def format_note(fmt: Format, plans: list[LayerPlan]) -> str | None:
-    """Why other engines will not load a folder of a format that is meant for them, as far as the
-    layers decide it, or None."""
-    reason = fmt.note(_specs(plans))
-    return None if reason is None else f"llmq loads this folder, {reason}"
+def result_of(
+    fmt: Format, plans: list[LayerPlan], activations: ActSpec, *, act_order: bool = False
+) -> Result:
+    """What engines are asked about, of a model that is written in a format."""
+    from llmq.formats.engine_rules import Result
+
+    implied = fmt.activations or activations
+    return Result(fmt.name, _specs(plans), implied, act_order and has_groups(plans))
 
 
 def _first_choice(plans: list[LayerPlan], activations: ActSpec, *, act_order: bool) -> Format:
@@ -114,9 +125,15 @@ def _holds(fmt: Format, plans: list[LayerPlan], activations: ActSpec) -> bool:
         return False
     if not fmt.has_columns and _transposed(plans):
         return False
-    return not any(
-        plan.spec is not None and fmt.refusal(plan.spec, plan.layer.shape) for plan in plans
-    )
+    return not any(_refusal(fmt, plan) for plan in plans)
+
+
+def _refusal(fmt: Format, plan: LayerPlan) -> str | None:
+    """Why a format cannot store what becomes of one layer, or of what lies outside of the blocks,
+    or None."""
+    if plan.spec is None:
+        return None
+    return fmt.refusal_of(plan.role, plan.spec, plan.layer.shape)
 
 
 def _transposed(plans: list[LayerPlan]) -> str | None:

@@ -21,6 +21,7 @@ from llmq.formats.base import Format
 from llmq.formats.registry import choose_format, detect, has_groups
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.embedding import quantized_tables
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import quantizable_layers
 from llmq.models.companions import Companions, copy_companions
@@ -107,22 +108,16 @@ def save(
     exists."""
     check_type("model", model, PreTrainedModel, "a transformers model, as llmq.load gives it")
     check_type("out_dir", out_dir, (str, os.PathLike), "the folder to write")
-    quantized = {name: module.qtensor() for name, module in quantized_modules(model).items()}
-    if not quantized:
-        raise LlmqError(
-            "this model has no quantized layer; use model.save_pretrained for a full-precision "
-            "model"
-        )
     target = Path(out_dir)
     files.check_output(target, overwrite)
     target = files.real_path(target)
     state_ties(model)
-    plans, act_spec = _plans(model, quantized), _activations(model)
-    act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
-    fmt = choose_format(format, plans, act_spec, act_order=act_order)
-    tensors = _kept_tensors(model, quantized.keys())
-    for name, qtensor in quantized.items():
-        tensors.update(layer_tensors(name, qtensor, fmt))
+    tensors, config = format_tensors(model, format)
+    if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise LlmqError(
+            f"{offloaded[0]} and {len(offloaded) - 1} other tensors of this model are offloaded; "
+            "load it without offloading (llmq.load), or write it with save_pretrained"
+        )
 
     work_dir = target.with_name(f".{target.name}.llmq-saving")
     files.remove(work_dir)
@@ -139,9 +134,7 @@ def save(
         write_configs(
             work_dir,
             model.config,
-            checkpoint_config(
-                fmt, plans, act_order=act_order, activations=act_spec, kept=kept_matrices(model)
-            ),
+            config,
             name=None if source_dir is None else hub_id(source_dir),
             companions=companions,
         )
@@ -153,7 +146,47 @@ def save(
     return Path(out_dir)
 
 
-def _plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> list[LayerPlan]:
+def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every tensor of a quantized model by its name, and its `quantization_config`. name: of a
+    format, or "auto". Raises `LlmqError` when the model is not quantized, has adapters, or the
+    format cannot hold it."""
+    quantized = {
+        name: module.qtensor()
+        for name, module in quantized_modules(model).items()
+        if not module.is_shared
+    }
+    quantized |= {name: table for name, (_, table) in quantized_tables(model).items()}
+    if not quantized:
+        raise LlmqError(
+            "this model has no quantized layer; use model.save_pretrained for a full-precision "
+            "model"
+        )
+    refuse_adapters(model)
+    plans, act_spec = layer_plans(model, quantized), activations_of(model)
+    act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
+    fmt = choose_format(name, plans, act_spec, act_order=act_order)
+    tensors = kept_tensors(model, quantized.keys())
+    for layer, qtensor in quantized.items():
+        tensors.update(layer_tensors(layer, qtensor, fmt))
+    kept = kept_matrices(model)
+    return tensors, checkpoint_config(
+        fmt, plans, act_order=act_order, activations=act_spec, kept=kept
+    )
+
+
+def refuse_adapters(model: torch.nn.Module) -> None:
+    """Raise `LlmqError` for a model whose layers have adapters on them, which are no part of a
+    checkpoint."""
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if wrapped:
+        raise LlmqError(
+            f"{len(wrapped)} layers of this model have adapters, the first being {wrapped[0]}; "
+            "save the adapter (save_pretrained of the PEFT model) and merge it into the folder "
+            "with llmq.merge_adapter(folder, adapter, out=OUT)"
+        )
+
+
+def layer_plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> list[LayerPlan]:
     """What became of each layer of the full-precision model: a kept one is not quantized."""
     layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}
     layers |= {
@@ -162,15 +195,20 @@ def _plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> lis
         else Layer(name, qtensor.shape)
         for name, qtensor in quantized.items()
     }
+    roles = {name: role for name, (role, _) in quantized_tables(model).items()}
     return [
-        LayerPlan(layer, quantized[name].spec if name in quantized else None)
+        LayerPlan(
+            layer, quantized[name].spec if name in quantized else None, role=roles.get(name, "")
+        )
         for name, layer in layers.items()
     ]
 
 
-def _activations(model: PreTrainedModel) -> ActSpec:
+def activations_of(model: PreTrainedModel) -> ActSpec:
     """How the layers quantize their inputs. Raises `LlmqError` where they differ."""
-    activations = {module.activations for module in quantized_modules(model).values()}
+    head = model.get_output_embeddings()
+    layers = [module for module in quantized_modules(model).values() if module is not head]
+    activations = {module.activations for module in layers} or {ActSpec()}
     if len(activations) != 1:
         raise LlmqError(
             "the layers of this model quantize their inputs in different ways, which no format "
@@ -179,7 +217,7 @@ def _activations(model: PreTrainedModel) -> ActSpec:
     return activations.pop()
 
 
-def _kept_tensors(model: PreTrainedModel, quantized: Collection[str]) -> dict[str, Tensor]:
+def kept_tensors(model: PreTrainedModel, quantized: Collection[str]) -> dict[str, Tensor]:
     """What is stored as it is, tied weights once. quantized: names of layers."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -187,7 +225,7 @@ def _kept_tensors(model: PreTrainedModel, quantized: Collection[str]) -> dict[st
         layer, _, suffix = name.rpartition(".")
         if layer in quantized and suffix != "bias":
             continue
-        if tensor.data_ptr() not in seen:
+        if tensor.is_meta or tensor.data_ptr() not in seen:  # what is offloaded has no address
             seen.add(tensor.data_ptr())
             tensors[name] = tensor
     return tensors

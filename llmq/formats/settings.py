@@ -6,12 +6,16 @@ it was written by gives numbers that look like weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llmq.errors import LlmqError
 from llmq.formats.base import OWN_METHOD, Format
+from llmq.formats.engine_rules import Result
+from llmq.formats.foreign import refusal
 from llmq.formats.registry import NAMES, all_formats, detect, format_named
 from llmq.formats.setting_types import as_settings
+from llmq.grid.spec import QuantSpec
 
 
 def quantization_settings(config: Any) -> dict[str, Any] | None:
@@ -26,10 +30,7 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
     fmt = detect(settings)
     if fmt is None:
         methods = dict.fromkeys(fmt.quant_method for fmt in all_formats())
-        raise LlmqError(
-            f"quantization method {settings.get('quant_method')!r}: llmq loads "
-            f"{', '.join(methods)} folders; quantize the original model with llmq instead"
-        )
+        raise refusal(settings, list(methods))
     return fmt.read_config(settings)
 
 
@@ -42,3 +43,23 @@ def format_of(settings: dict[str, Any]) -> Format:
             "the llmq that wrote it, or quantize the original model"
         )
     return format_named(name)
+
+
+def stored_result(settings: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Result | None:
+    """What engines are asked about, of a folder: its settings, as they are read, and the shapes of
+    its tensors by name. None where the settings alone do not say how layers are quantized."""
+    fmt = format_of(settings)
+    packed = {name.rpartition(".")[0] for name in shapes if name.endswith(f".{fmt.marker}")}
+    if not packed:
+        return None
+    specs: dict[str, QuantSpec | None] = {}
+    for name, shape in shapes.items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in packed and layer not in specs:
+            specs[layer] = fmt.stated_spec(layer, settings)
+            if specs[layer] is None:
+                return None
+        elif layer not in packed and suffix == "weight" and len(shape) == 2:
+            specs[layer] = None
+    activations = fmt.activations_of(min(packed), settings)
+    return Result(fmt.name, specs, activations, fmt.states_order(settings))

@@ -180,6 +180,26 @@ class QuantizedTensor:
             )
 
 
+VALUES_AT_A_TIME = 1 << 22  # of a large weight that are float32 at a time: 16 MiB
+
+
+def quantize_by_rows(
+    weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
+) -> QuantizedTensor:
+    """`QuantizedTensor.quantize` of a weight `[N, K]` of any real dtype, some rows in float32 at a
+    time: for embeddings and heads of large vocabularies. Not for one scale per tensor."""
+    parts = [
+        QuantizedTensor.quantize(rows.detach().float(), spec, importance)
+        for rows in some_rows(weight)
+    ]
+    return stack_rows(parts)
+
+
+def some_rows(weight: Tensor) -> Sequence[Tensor]:
+    """A weight `[N, K]` in parts that are worth working on at a time (views)."""
+    return weight.split(max(1, VALUES_AT_A_TIME // weight.shape[1]))
+
+
 def stack_rows(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
     """One weight `[sum of N, K]` of several with the same spec, K and order of columns. One scale
     per tensor becomes one per row, with the same values."""

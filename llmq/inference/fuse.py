@@ -145,6 +145,7 @@ def _fuse(model: PreTrainedModel, modules: dict[str, QuantLinear]) -> None:
         stack_rows([module.qtensor() for module in modules.values()]),
         torch.cat(biases) if biases else None,
         first.activations,
+        first.weight_dtype,
     )
     linear.set_compute(first.compute)
     product = SharedProduct(linear, [module.out_features for module in modules.values()])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.weight_view import WeightView, refuse_write
 from llmq_kernels.core.compute import at_run_time, default_mode
 from llmq_kernels.core.dispatch import PreparedWeight
 from llmq_kernels.core.weight import PackedWeight
@@ -29,9 +30,12 @@ _MODULES: WeakValueDictionary[str, QuantLinear] = (
 _CHANGING = threading.RLock()
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Linear):
     """`y = x @ dequantize(W).T + bias`, computed by the backend that suits the dtype and device of
-    x.
+    x. dtype: what the layer had before it was quantized, which `weight` has (default: torch's).
+
+    A linear layer to whoever asks, such as PEFT, with a `weight` that can be read and not written:
+    see `llmq.inference.weight_view`. It is no parameter, and no dense copy of it is kept.
 
     The packed tensors are buffers, so `state_dict`, `.to(device)` and safetensors treat them as
     weights. Scales keep their stored dtype under `.to(dtype)` and `.half()`: casting them would
@@ -49,22 +53,32 @@ class QuantLinear(nn.Module):
     zero: Tensor | None
     g_idx: Tensor | None
     input_range: Tensor | None
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
+    weight_dtype: torch.dtype
     _ready_dtype: torch.dtype | None
     _ready_device: torch.device | None
     _prepared_names: tuple[str, ...]
 
+    # transformers' own initialisation leaves alone what says this of itself
+    _is_hf_initialized = True
+
     def __init__(
-        self, qtensor: QuantizedTensor, bias: Tensor | None = None, activations: ActSpec = ActSpec()
+        self,
+        qtensor: QuantizedTensor,
+        bias: Tensor | None = None,
+        activations: ActSpec = ActSpec(),
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # that of `nn.Linear` makes a dense weight
         self.out_features, self.in_features = qtensor.shape
         self.spec: QuantSpec = qtensor.spec
         self.activations = activations
         self.compute = default_mode()
+        self.is_shared = False
         for name in ("packed", "scale", "zero", "g_idx", "input_range"):
             self.register_buffer(name, getattr(qtensor, name))
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.weight_dtype = dtype or torch.get_default_dtype()
         self._prepared: PreparedWeight | None = None
         self._forget()
         self._register()
@@ -76,6 +90,20 @@ class QuantLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._register()  # a copy is a module of its own
+
+    @property
+    def weight(self) -> WeightView:  # type: ignore[override]
+        """The dequantized weight `[N, K]`, read-only."""
+        shape = (self.out_features, self.in_features)
+        return WeightView(self._dense_weight, shape, self.weight_dtype, self.scale.device)
+
+    def _dense_weight(self) -> Tensor:
+        return self.qtensor().dequantize().to(self.weight_dtype)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            refuse_write()
+        super().register_parameter(name, param)
 
     def qtensor(self) -> QuantizedTensor:
         """The weight in canonical form."""
@@ -114,8 +142,10 @@ class QuantLinear(nn.Module):
             if prepared is not None and prepared.dtype == dtype and prepared.device == device:
                 return prepared
             self._release()
+            words = self.packed
             prepared = PreparedWeight(self._as_packed(dtype, device), dtype, device)
-            self._prepared, self.packed = prepared, None
+            keeps_words = self.is_shared and not prepared.shows_rows
+            self._prepared, self.packed = prepared, words if keeps_words else None
             self._ready_dtype, self._ready_device, self._layout = dtype, device, prepared.layout
             self._prepared_names = tuple(f"prepared_{i}" for i in range(len(prepared.tensors)))
             for name, tensor in zip(self._prepared_names, prepared.tensors, strict=True):
@@ -148,6 +178,15 @@ class QuantLinear(nn.Module):
             prepared = self._prepare(x.dtype, x.device)
         return prepared.linear(x, self.bias)
 
+    def packed_rows(self, index: Tensor) -> Tensor:
+        """The canonical words of the rows in index, int64 `[n]`, for embeddings that are this
+        layer, too."""
+        words, prepared = self.packed, self._prepared
+        if words is not None:
+            return words[index]
+        assert prepared is not None
+        return prepared.packed_rows(index)
+
     @property
     def prepared(self) -> PreparedWeight | None:
         """The weight as its backend has it, another object whenever that changes; None before the
@@ -163,6 +202,7 @@ class QuantLinear(nn.Module):
         with _CHANGING:
             self._release()
             scale_dtype = self.scale.dtype
+            self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
             before, input_range = self.scale, self.input_range
             super()._apply(fn, recurse)
             if self.scale.dtype != scale_dtype:
@@ -172,6 +212,10 @@ class QuantLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.is_shared:
+            if self.bias is not None:
+                destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+            return
         with _CHANGING:
             self._release()
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -187,8 +231,13 @@ class QuantLinear(nn.Module):
 def _prepare_in_trace(key: str, dtype: torch.dtype, device: torch.device) -> None:
     """Prepare a module while Dynamo traces it, and have the trace start over with the module as it
     is then: what was traced so far stands on guards that no longer hold. By key, since not every
-    version of torch takes a module for a constant."""
+    version of torch takes a module for a constant. Those that were made for the same dtype and
+    device are prepared with it, or the trace would start over for each layer of a model."""
     _MODULES[key].prepare(dtype, device)
+    for module in list(_MODULES.values()):
+        is_alike = module.weight_dtype == dtype and module.scale.device == device
+        if is_alike and module.prepared is None:
+            module.prepare(dtype, device)
     restart = getattr(torch._dynamo.exc, "UnspecializeRestartAnalysis", None)
     if restart is None:
         raise LlmqError(
@@ -211,10 +260,15 @@ def swap(
     """Replace the named linear layers by `QuantLinear` modules, in place, keeping their biases."""
     for name, qtensor in tensors.items():
         old = model.get_submodule(name)
-        bias = getattr(old, "bias", None)
+        bias, weight = getattr(old, "bias", None), getattr(old, "weight", None)
         model.set_submodule(
             name,
-            QuantLinear(qtensor, bias if isinstance(bias, torch.Tensor) else None, activations),
+            QuantLinear(
+                qtensor,
+                bias if isinstance(bias, torch.Tensor) else None,
+                activations,
+                weight.dtype if isinstance(weight, torch.Tensor) else None,
+            ),
         )
 
 

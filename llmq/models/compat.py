@@ -11,12 +11,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 # Name -> the modules that have had it, the newest first.
 HOMES: dict[str, tuple[str, ...]] = {
     "AttentionMaskInterface": ("transformers.masking_utils",),
+    "AUTO_QUANTIZATION_CONFIG_MAPPING": ("transformers.quantizers.auto",),
     "BaseModelOutputWithPast": ("transformers.modeling_outputs",),
+    "AUTO_QUANTIZER_MAPPING": ("transformers.quantizers.auto",),
     "Conv1D": ("transformers.pytorch_utils",),
     "DynamicLayer": ("transformers.cache_utils",),
     "HfQuantizer": ("transformers.quantizers",),
@@ -31,7 +34,15 @@ HOMES: dict[str, tuple[str, ...]] = {
     "register_quantizer": ("transformers.quantizers",),
     "rename_source_key": ("transformers.core_model_loading",),
     "sdpa_attention_forward": ("transformers.integrations.sdpa_attention",),
+    "should_convert_module": ("transformers.quantizers.quantizers_utils",),
     "sdpa_mask": ("transformers.masking_utils",),
+}
+# What transformers itself needs to load a folder of a `quant_method`.
+PACKAGES = {
+    "auto-round": "auto_round",
+    "awq": "gptqmodel",
+    "compressed-tensors": "compressed_tensors",
+    "gptq": "gptqmodel",
 }
 SDPA = "sdpa"  # what transformers calls torch's attention
 
@@ -52,6 +63,20 @@ def __getattr__(name: str) -> Any:
     )
 
 
+def adopt_methods(config_class: type, methods: Iterable[str]) -> list[str]:
+    """Have transformers read the `quantization_config` of folders of these methods with a class of
+    ours, whose quantizer loads them then, wherever the package that it would ask for itself is not
+    installed. Returns those that were taken. Where the package is there, nothing changes."""
+    mapping = __getattr__("AUTO_QUANTIZATION_CONFIG_MAPPING")
+    missing = [
+        method
+        for method in dict.fromkeys(methods)
+        if method in PACKAGES and find_spec(PACKAGES[method]) is None
+    ]
+    mapping.update(dict.fromkeys(missing, config_class))
+    return missing
+
+
 def causal_models() -> Mapping[str, str]:
     """`model_type` -> class, of every causal language model that transformers can build."""
     names: Mapping[str, str] = __getattr__("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
@@ -62,6 +87,11 @@ def wrapper_models() -> Mapping[str, str]:
     """`model_type` -> class, of the models of text and images."""
     names: Mapping[str, str] = __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
     return names
+
+
+def quantization_methods() -> list[str]:
+    """The values of `quant_method` that transformers knows."""
+    return list(__getattr__("AUTO_QUANTIZER_MAPPING"))
 
 
 def renamed(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
@@ -85,6 +115,19 @@ def ties(model: Any) -> dict[str, str]:
     """Parameters that are the same tensor as another: name -> the other's. Of a model as it is
     configured."""
     return dict(model.all_tied_weights_keys)
+
+
+def forget_ties(model: Any, names: Iterable[str]) -> None:
+    """Have transformers tie these parameters of a model no more, in whatever it does with it from
+    now on: they are in storage form, where the tie is llmq's affair."""
+    gone = set(names)
+    for owner, attribute in ((model, "all_tied_weights_keys"), (model, "_tied_weights_keys")):
+        declared = getattr(owner, attribute, None)
+        if isinstance(declared, dict):
+            kept = {
+                name: other for name, other in declared.items() if gone.isdisjoint((name, other))
+            }
+            setattr(owner, attribute, kept)
 
 
 def possible_ties(model: Any) -> dict[str, str]:

@@ -4,12 +4,16 @@ downloaded."""
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
 from llmq.errors import LlmqError
 
 BUNDLED = {"tiny": "assets/tiny"}
+# Models that are one file, and who makes a folder of it: a room above this one, so that it is
+# named and not imported.
+_UNPACKED_BY = {".gguf": "llmq.formats.gguf.unpack"}
 _HUB_FILES = [
     "*.json",
     "*.safetensors",
@@ -35,8 +39,8 @@ def _bundled(name: str) -> Path:
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder that holds a model. `model`: a folder, the name of the bundled model, or a Hub id
-    (downloaded to the usual cache, token from the usual places).
+    """The folder that holds a model. `model`: a folder, a `.gguf` file, the name of the bundled
+    model, or a Hub id (downloaded to the usual cache, token from the usual places).
 
     Raises `LlmqError` when it cannot be found, with the reason that the Hub gave.
     """
@@ -50,10 +54,13 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
                 "(config.json, *.safetensors, tokenizer files)"
             )
         return Path(name)
+    if (unpacked_by := _UNPACKED_BY.get(Path(name).suffix.lower())) and Path(name).is_file():
+        folder: Path = import_module(unpacked_by).unpacked(Path(name))
+        return folder
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise LlmqError(
-            f"{name}: no such folder; give a folder with config.json, a Hub id such as "
-            "Qwen/Qwen3-0.6B, or 'tiny' for the bundled model"
+            f"{name}: no such folder; give a folder with config.json, a .gguf file, a Hub id such "
+            "as Qwen/Qwen3-0.6B, or 'tiny' for the bundled model"
         )
     return _download(name, revision)
 

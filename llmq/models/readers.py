@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmq.models.arch import weight_as_stored
@@ -91,11 +91,13 @@ class ModelReader:
 
 
 def weight_reader(model: PreTrainedModel, reader: WeightReader) -> Callable[[str], Tensor]:
-    """A function that gives the weight `[N, K]` of a linear layer of `model` by its name."""
+    """A function that gives the weight `[N, K]` of a linear layer of `model`, or of its embeddings,
+    by its name."""
 
     def weight_of(name: str) -> Tensor:
         (tensor,) = reader.read_parameters([f"{name}.weight"]).values()
-        return weight_as_stored(model.get_submodule(name), tensor)
+        module = model.get_submodule(name)
+        return tensor if isinstance(module, nn.Embedding) else weight_as_stored(module, tensor)
 
     return weight_of
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from llmq.storage.json_files import read_object
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
+_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}  # of a number, by the bits in its dtype's name
 
 
 class ShardReader:
@@ -115,6 +117,10 @@ class ShardReader:
                     f"{index}: refers to {file_name}, which is missing; download the model again"
                 )
         return [self.model_dir / file_name for file_name in file_names]
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of a stored tensor; of a dtype that is not known here, as many as its elements."""
+        return prod(self.shapes[name]) * _BYTES.get(self.dtypes[name].lstrip("BFIU"), 1)
 
     @staticmethod
     def names_in(path: Path) -> list[str]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from llmq.models.compat import Conv1D
 from llmq.recipe import Layer
 
-# Layers beside each other that vLLM and SGLang join into one, by the last part of their names.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Layers beside each other that vLLM and SGLang join into one, by the last part of its name there
+# and of theirs.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Kind(ABC):
@@ -114,9 +115,10 @@ class Site:
 
 
 def site_of(module: nn.Module, name: str = "") -> Site | None:
-    """The site of a module, or None for one that holds no matrix of a known kind."""
+    """The site of a module, or None for one that holds no matrix of a known kind, and for one that
+    is quantized, whose weight is no parameter."""
     for module_class, kind in _KINDS:
-        if isinstance(module, module_class):
+        if isinstance(module, module_class) and "weight" in module._parameters:
             return Site(name, module, kind)
     return None
 
@@ -132,7 +134,17 @@ def sites_in(root: nn.Module) -> Iterator[Site]:
 def fused_names(name: str) -> tuple[str, ...]:
     """See `Site.fused_with`, for the name alone. Which of these a model has is not known here."""
     parent, dot, leaf = name.rpartition(".")
-    for members in FUSED:
+    for members in FUSED.values():
         if leaf in members:
             return tuple(f"{parent}{dot}{member}" for member in members)
     return (name,)
+
+
+def joint_name(name: str) -> str | None:
+    """What the layer is called that other engines make of this one and of those beside it, or None
+    for a layer that stays by itself."""
+    parent, dot, leaf = name.rpartition(".")
+    for joint, members in FUSED.items():
+        if leaf in members:
+            return f"{parent}{dot}{joint}"
+    return None

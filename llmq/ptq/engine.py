@@ -13,7 +13,7 @@ takes no second one."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.memory import map_large_tensors
 from llmq.ptq.methods import method_of, needs_text
 from llmq.ptq.methods.base import Needs
+from llmq.ptq.outside import as_stored
 from llmq.ptq.precision import Precision
 from llmq.ptq.rebuild import Rebuild
 from llmq.ptq.results import BlockReport, BlockResult, EarlierRun, Sink
@@ -46,7 +47,8 @@ class Task:
     """What is to be quantized. model: on the meta device. plans: every linear layer of the blocks.
     tokens: int64 `[n_sequences, T]`, or None for methods without text. precision: what the
     full-precision stream and block-wise tuning are computed in. special_ids: tokens whose positions
-    tuning must not make worse, whatever it gains elsewhere."""
+    tuning must not make worse, whatever it gains elsewhere. outside: embeddings and head as they
+    will be stored, where these are quantized."""
 
     model: PreTrainedModel
     reader: WeightReader
@@ -56,6 +58,7 @@ class Task:
     device: str
     precision: Precision
     special_ids: frozenset[int] = frozenset()
+    outside: WeightReader | None = None
 
 
 @torch.no_grad()
@@ -75,7 +78,7 @@ def quantize_blocks(
     map_large_tensors(setup.blocks.n_bytes)
     rebuild = Rebuild(setup, earlier)
     if setup.streams is not None and rebuild.start is not None:
-        _record_calls(setup.blocks, setup.streams, rebuild.start)
+        _record_calls(setup.blocks, setup.streams, rebuild.start, task.outside)
     for index in rebuild.blocks_to_run():
         on_block(_run_block(setup, sink, index))
 
@@ -123,16 +126,21 @@ def _streams(task: Task, needs: Needs, n_blocks: int, work_dir: Path) -> Streams
     )
 
 
-def _record_calls(blocks: Blocks, streams: Streams, first_block: int) -> None:
+def _record_calls(
+    blocks: Blocks, streams: Streams, first_block: int, outside: WeightReader | None
+) -> None:
     """Record each block's own arguments and, at the start of a run, write the inputs of block 0 and
     check that blocks run one by one are the model."""
     recorder = BlockRecorder(blocks.model, blocks.modules)
     batches = streams.tokens.to(streams.device).split(streams.batch_size)
+    names = streams.names if first_block == 0 else []
+    if outside is not None and "quantized" in names:
+        _write_quantized_inputs(as_stored(blocks, outside), streams, batches)
+        names = [name for name in names if name != "quantized"]
     with blocks.with_weights_outside():
         with ExitStack() as stack:
             appenders = [
-                stack.enter_context(streams.inputs_of(0, stream).appender())
-                for stream in (streams.names if first_block == 0 else ())
+                stack.enter_context(streams.inputs_of(0, stream).appender()) for stream in names
             ]
 
             def keep(hidden: Tensor) -> None:
@@ -142,6 +150,14 @@ def _record_calls(blocks: Blocks, streams: Streams, first_block: int) -> None:
             streams.calls = BlockCalls.record(recorder, batches, streams.work_dir, keep)
         if first_block == 0:
             _check_blocks(blocks, streams, streams.calls)
+
+
+def _write_quantized_inputs(blocks: Blocks, streams: Streams, batches: Sequence[Tensor]) -> None:
+    """The inputs of block 0 behind embeddings that are quantized, too."""
+    recorder = BlockRecorder(blocks.model, blocks.modules)
+    with blocks.with_weights_outside(), streams.inputs_of(0, "quantized").appender() as append:
+        for batch in batches:
+            append(recorder.run(batch)[0])
 
 
 def _check_blocks(blocks: Blocks, streams: Streams, calls: BlockCalls) -> None:

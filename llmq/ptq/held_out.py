@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.evaluation.divergence import summarize, token_statistics
 from llmq.messages import brief
+from llmq.models.readers import WeightReader
 from llmq.ptq.block_calls import BlockCalls, CallOf
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
+from llmq.ptq.outside import as_stored
 from llmq.ptq.results import FinishedBlocks
 from llmq.text.documents import check_vocabulary, token_hash
 from llmq.text.held_out import HeldOutText
@@ -30,15 +33,21 @@ HEAD_VALUES = 1 << 22  # logits at a time: 16 MiB, of which some seven copies ar
 
 
 def measure(
-    blocks: Blocks, finished: FinishedBlocks, texts: Sequence[HeldOutText], work_dir: Path
+    blocks: Blocks,
+    finished: FinishedBlocks,
+    texts: Sequence[HeldOutText],
+    work_dir: Path,
+    outside: WeightReader | None = None,
 ) -> list[dict[str, Any]]:
     """What `llmq compare` says of each text, in float32: of weights alone, without what is done to
-    activations. texts: windows of one length. A measurement that fails costs no result: its reason
-    stands in its place."""
+    activations. texts: windows of one length. outside: embeddings and head as they are stored,
+    where these are quantized. A measurement that fails costs no result: its reason stands in its
+    place."""
     figures: list[dict[str, Any]] = []
     try:
         with tempfile.TemporaryDirectory(prefix="held-out-", dir=work_dir) as folder:
-            figures = _figures(blocks, finished, texts, Path(folder))
+            stored = as_stored(blocks, outside)
+            figures = _figures(_Pair(blocks, stored, finished), texts, Path(folder))
     except (MemoryError, OSError):
         raise
     except Exception as error:  # of a model's own code, too
@@ -55,17 +64,25 @@ def _about(text: HeldOutText) -> dict[str, Any]:
     }
 
 
-def _figures(
-    blocks: Blocks, finished: FinishedBlocks, texts: Sequence[HeldOutText], folder: Path
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Pair:
+    """The source, and what was made of it: stored has what lies outside of the blocks, and finished
+    these. stored is exact where nothing outside was quantized."""
+
+    exact: Blocks
+    stored: Blocks
+    finished: FinishedBlocks
+
+
+def _figures(pair: _Pair, texts: Sequence[HeldOutText], folder: Path) -> list[dict[str, Any]]:
     """All windows together, so that every block is read once; the figures by text."""
-    vocab_size = blocks.model.config.get_text_config().vocab_size
+    vocab_size = pair.exact.model.config.get_text_config().vocab_size
     for text in texts:
         check_vocabulary(text.tokens, vocab_size, text.source)
     tokens = torch.cat([text.tokens for text in texts])
     if not len(tokens):
         return [_TOO_LITTLE for _ in texts]
-    table = _HeldOut(blocks, finished, tokens, folder).statistics()
+    table = _HeldOut(pair, tokens, folder).statistics()
     figures, start = [], 0
     for text in texts:
         end = start + len(text.tokens)
@@ -81,51 +98,61 @@ _TOO_LITTLE = {"not_measured": "too little text is left beside what is calibrate
 class _HeldOut:
     """Windows int64 `[n, T]` on their way."""
 
-    def __init__(
-        self, blocks: Blocks, finished: FinishedBlocks, tokens: Tensor, folder: Path
-    ) -> None:
-        self.blocks, self.finished, self.folder = blocks, finished, folder
-        self.tokens = tokens.to(blocks.device)
-        self.recorder = BlockRecorder(blocks.model, blocks.modules)
+    def __init__(self, pair: _Pair, tokens: Tensor, folder: Path) -> None:
+        self.pair, self.folder = pair, folder
+        self.tokens = tokens.to(pair.exact.device)
+        self.n_returned = 0
 
     @torch.no_grad()
     def statistics(self) -> dict[str, Tensor]:
         """Those of `llmq.evaluation.divergence`, float64 `[n, T - 1]`."""
+        blocks, stored = self.pair.exact, self.pair.stored
+        recorder = BlockRecorder(blocks.model, blocks.modules)
         hidden: list[Tensor] = []
-        with self.blocks.with_weights_outside():
+        with blocks.with_weights_outside():
             batches = self.tokens.split(BATCH)
-            calls = BlockCalls.record(self.recorder, batches, self.folder, hidden.append)
+            calls = BlockCalls.record(recorder, batches, self.folder, hidden.append)
         exact = torch.cat(hidden)
-        quantized = exact.clone()
-        for index in range(len(self.blocks)):
+        self.n_returned = recorder.n_returned
+        quantized = exact.clone() if stored is blocks else self._inputs(stored)
+        for index in range(len(blocks)):
             call_of = calls.of(index)
-            _advance(self.blocks.load(index), exact, call_of)
-            stored = self.finished.read_block(index)
-            _advance(self.blocks.rebuild(index, stored), quantized, call_of)
+            _advance(blocks.load(index), exact, call_of)
+            _advance(
+                blocks.rebuild(index, self.pair.finished.read_block(index)), quantized, call_of
+            )
             calls.forget(index)
-        with self.blocks.with_weights_outside(with_head=True):
+        with ExitStack() as stack:
+            for each in dict.fromkeys((blocks, stored)):
+                stack.enter_context(each.with_weights_outside(with_head=True))
             rows = [self._window(*each) for each in zip(self.tokens, exact, quantized, strict=True)]
         table = {name: torch.stack([row[name] for row in rows]).double() for name in rows[0]}
         if not all(bool(torch.isfinite(values).all()) for values in table.values()):
             raise LlmqError("NaN or infinite logits")
         return table
 
+    def _inputs(self, blocks: Blocks) -> Tensor:
+        """What enters block 0."""
+        recorder = BlockRecorder(blocks.model, blocks.modules)
+        with blocks.with_weights_outside():
+            return torch.cat([recorder.run(batch)[0] for batch in self.tokens.split(BATCH)])
+
     def _window(self, tokens: Tensor, exact: Tensor, quantized: Tensor) -> dict[str, Tensor]:
         """By the model's own norm and head, some tokens at a time."""
-        vocab_size = self.blocks.model.config.get_text_config().vocab_size
+        vocab_size = self.pair.exact.model.config.get_text_config().vocab_size
         step, n_targets = max(1, HEAD_VALUES // vocab_size), len(tokens) - 1
         parts = []
         for start in range(0, n_targets, step):
             end = min(start + step, n_targets)
-            base = self._logits(tokens[start:end], exact[start:end])
-            quant = self._logits(tokens[start:end], quantized[start:end])
+            base = self._logits(self.pair.exact, tokens[start:end], exact[start:end])
+            quant = self._logits(self.pair.stored, tokens[start:end], quantized[start:end])
             parts.append(token_statistics(base, quant, tokens[start + 1 : end + 1]))
         return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
-    def _logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+    def _logits(self, blocks: Blocks, tokens: Tensor, hidden: Tensor) -> Tensor:
         """`[n, V]` of `n` hidden states behind the last block: all after it is by position."""
-        with _passing_on(self.blocks.modules, hidden[None], self.recorder.n_returned):
-            logits: Tensor = self.blocks.model(input_ids=tokens[None], use_cache=False).logits
+        with _passing_on(blocks.modules, hidden[None], self.n_returned):
+            logits: Tensor = blocks.model(input_ids=tokens[None], use_cache=False).logits
         return logits[0]
 
 

@@ -15,6 +15,8 @@ from llmq.activations.keys_values import quantize_kv
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.evaluation.position_classes import special_ids
 from llmq.formats.hf_quantizer import state_quantization
+from llmq.grid.tensor import QuantizedTensor
+from llmq.inference.embedding import swap_tables
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import quantizable_layers
 from llmq.models.readers import ModelReader, weight_reader
@@ -23,11 +25,12 @@ from llmq.models.source import meta_model
 from llmq.models.stored import state_ties
 from llmq.ptq.engine import Task, quantize_blocks
 from llmq.ptq.methods import method_of, needs_text
+from llmq.ptq.outside import OutsideReader, fitting_outside, plan_outside, quantize_table
 from llmq.ptq.precision import Precision
 from llmq.ptq.results import BlockReport
 from llmq.ptq.scales import fitting_plans
 from llmq.ptq.sink import ModelSink
-from llmq.recipe import Recipe
+from llmq.recipe import LayerPlan, Recipe
 from llmq.text import documents
 
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -79,6 +82,9 @@ def quantize(
     for name, tensor in model.state_dict().items():
         check_finite(f"tensor {name}", tensor)
     plans, changed = fitting_plans(plans, weight_reader(skeleton, reader))
+    outside = fitting_outside(
+        plan_outside(model, recipe), lambda name: model.get_submodule(name).weight.detach()
+    )
     if changed:
         note = next(plan.note for plan in plans if plan.layer.name == changed[0])
         warnings.warn(
@@ -91,6 +97,7 @@ def quantize(
     quantize_kv(
         meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope
     )  # whether it can be done is known before anything changes
+    tables = _quantized_tables(model, outside)
     sink = ModelSink(model, recipe.activations)
     task = Task(
         skeleton,
@@ -101,10 +108,24 @@ def quantize(
         device,
         Precision.of(model.config, recipe, device),
         special_ids(model.config),
+        OutsideReader(reader, lambda: tables) if tables else None,
     )
     with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
         quantize_blocks(task, sink, Path(work_dir), on_block=on_block)
     quantize_kv(model, activations.kv_bits, before_rope=activations.kv_before_rope)
+    swap_tables(model, {plan.role: tables[plan.layer.name] for plan in outside})
     state_ties(model)
     state_quantization(model)
     return sink.reports
+
+
+def _quantized_tables(
+    model: PreTrainedModel, outside: list[LayerPlan]
+) -> dict[str, QuantizedTensor]:
+    """Embeddings and head, rounded, by name of module."""
+    found = {}
+    for plan in outside:
+        assert plan.spec is not None
+        weight = model.get_submodule(plan.layer.name).weight.detach()
+        found[plan.layer.name] = quantize_table(weight, plan.spec)
+    return found

@@ -11,7 +11,16 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format
-from llmq.formats.registry import choose_format, format_note
+from llmq.formats.engine_rules import Result
+from llmq.formats.engines import readings, refused_by
+from llmq.formats.registry import (
+    AUTO,
+    choose_format,
+    format_named,
+    has_groups,
+    known_format,
+    result_of,
+)
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
 from llmq.models.identity import source_name
@@ -19,7 +28,9 @@ from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
 from llmq.models.tokens import fingerprint, first_token, own_tokenizer
+from llmq.ptq.group_sizes import with_one_group_size
 from llmq.ptq.methods import method_of, needs_text
+from llmq.ptq.outside import fitting_outside, plan_outside
 from llmq.ptq.precision import Precision
 from llmq.ptq.scales import fitting_plans
 from llmq.ptq.self_written import self_written
@@ -35,7 +46,7 @@ from llmq_kernels.core import restricted
 class Job:
     """Everything known before anything is computed. config, model: what the stored tensors are, on
     the meta device. tokens: None for methods without data. remarks: what is to be known of the
-    model or the format."""
+    model or the format. outside: embeddings and head, where they are quantized."""
 
     source: Source
     config: PretrainedConfig
@@ -45,11 +56,23 @@ class Job:
     fmt: Format
     tokens: documents.TokenSet | None
     remarks: dict[str, str]
+    outside: tuple[LayerPlan, ...] = ()
+
+    @property
+    def all_plans(self) -> list[LayerPlan]:
+        """Of the layers of the blocks, and of what lies outside."""
+        return [*self.plans, *self.outside]
 
     @property
     def notes(self) -> dict[str, str]:
         """Layers that differ from what was asked, and the remarks."""
-        return {plan.layer.name: plan.note for plan in self.plans if plan.note} | self.remarks
+        return {plan.layer.name: plan.note for plan in self.all_plans if plan.note} | self.remarks
+
+    @property
+    def result(self) -> Result:
+        """What is asked of other engines."""
+        is_ordered = self.recipe.order == "act"
+        return result_of(self.fmt, self.all_plans, self.recipe.activations, act_order=is_ordered)
 
     def precision(self, device: str) -> Precision:
         """What the parts of the run are computed in on a device."""
@@ -86,6 +109,9 @@ def prepare(
     read_settings(source.folder)  # it comes along, and the result has to load
     stored = StoredModel.of(source)
     plans = recipe.plan(quantizable_layers(stored.skeleton))
+    if format != AUTO and known_format(format).one_group_size:
+        plans = with_one_group_size(plans, recipe)
+    outside = plan_outside(stored.skeleton, recipe)
     if not any(plan.spec for plan in plans):
         raise LlmqError(
             f"none of the {len(plans)} linear layers would be quantized; see 'llmq plan' with the "
@@ -93,15 +119,20 @@ def prepare(
         )
     stored.check()
     is_ordered = recipe.order == "act"
+    if is_ordered and format == AUTO and has_groups(plans):
+        raise _unnamed_format(plans, recipe)
     # or it is refused before weights are read
-    choose_format(format, plans, recipe.activations, act_order=is_ordered)
+    choose_format(format, [*plans, *outside], recipe.activations, act_order=is_ordered)
     if check_scales:
         reader = CheckpointReader(stored.skeleton, source.shards)
         plans, _ = fitting_plans(plans, weight_reader(stored.skeleton, reader))
-    fmt = choose_format(format, plans, recipe.activations, act_order=is_ordered)
+        outside = fitting_outside(outside, weight_reader(stored.skeleton, reader))
+    every = [*plans, *outside]
+    fmt = choose_format(format, every, recipe.activations, act_order=is_ordered)
     if strict:
-        _check_unchanged(plans)
-    remarks = {f"format {fmt.name}": note} if (note := format_note(fmt, plans)) else {}
+        _check_unchanged(every)
+    result = result_of(fmt, every, recipe.activations, act_order=is_ordered)
+    remarks = {f"format {fmt.name}": told} if (told := refused_by(result)) else {}
     remarks |= stored.remarks(strict)
     tokens = None
     if isinstance(calibration, documents.TokenSet):
@@ -120,7 +151,21 @@ def prepare(
             tokens = _to_be_written(stored.config, recipe)
     if tokens is not None and not held_out:
         tokens = replace(tokens, held_out=())
-    return Job(source, stored.config, stored.skeleton, recipe, plans, fmt, tokens, remarks)
+    model_parts = source, stored.config, stored.skeleton
+    return Job(*model_parts, recipe, plans, fmt, tokens, remarks, tuple(outside))
+
+
+def _unnamed_format(plans: list[LayerPlan], recipe: Recipe) -> LlmqError:
+    """Columns in another order than that of their groups are read by few: whoever wants them says
+    for whom."""
+    result = result_of(format_named("gptq"), plans, recipe.activations, act_order=True)
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for reading in readings(result):
+        names[reading.reads].append(reading.engine)
+    return LlmqError(
+        f"--act-order: {', '.join(names[False])} do not read the order of columns that it stores; "
+        f"name the format: --format gptq for {', '.join(names[True])}, or --format llmq"
+    )
 
 
 def _to_be_written(config: Any, recipe: Recipe) -> documents.TokenSet:

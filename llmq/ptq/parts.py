@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from llmq.models import compat
+from llmq.models.outside import EMBEDDINGS, HEAD, TIED
 from llmq.models.stored import is_text_part
 from llmq.ptq.job import Job
 
-EMBEDDINGS, HEAD, TIED = "embeddings", "head", "embeddings and head"
 KEPT, REST, OTHERS = "layers that are kept", "norms, biases and others", "other parts of the model"
 
 
@@ -52,7 +52,12 @@ class Part:
 
 def element_bytes(job: Job) -> float:
     """Bytes of a stored weight, on average."""
-    return job.source.weight_bytes / max(1, sum(n for _, n in _sizes(job)))
+    return job.source.weight_bytes / n_weights_of(job)
+
+
+def n_weights_of(job: Job) -> int:
+    """Weights of the whole model, tied ones once."""
+    return max(1, sum(n for _, n in _sizes(job)))
 
 
 def parts(job: Job) -> list[Part]:
@@ -66,15 +71,15 @@ def parts(job: Job) -> list[Part]:
 
 def _single_parts(job: Job) -> Iterator[Part]:
     element = element_bytes(job)
-    plans = {f"{plan.layer.name}.weight": plan for plan in job.plans}
+    plans = {f"{plan.layer.name}.weight": plan for plan in job.all_plans}
     names = _outside_names(job)
     for name, n_weights in _sizes(job):
         before = after = n_weights * element
         part, spec = names.get(name, REST), None
         if (plan := plans.get(name)) is not None:
-            part = KEPT
+            part = plan.role or KEPT
             if plan.spec is not None:
-                part, spec = "layers", str(plan.spec)
+                part, spec = plan.role or "layers", str(plan.spec)
                 after = n_weights * plan.spec.bits_per_weight(*plan.layer.shape) / 8
         yield Part(part, spec, 1, n_weights, before, after)
 

@@ -10,9 +10,11 @@ import torch
 import transformers
 
 import llmq
+from llmq.formats.engines import readings
 from llmq.models.identity import source_name
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
+from llmq.ptq.parts import n_weights_of
 from llmq.schema import SCHEMA_KEY, SCHEMA_VERSION
 from llmq.text.documents import TokenSet
 
@@ -45,7 +47,9 @@ def build_report(
         "n_quantized_layers": len(layers),
         "kept_layers": [plan.layer.name for plan in job.plans if plan.spec is None],
         "notes": job.notes,
+        "engines": [reading.to_json() for reading in readings(job.result)],
         "bits_per_quantized_weight": round(bits, 4),
+        "bits_per_weight": round(8 * stored_bytes / n_weights_of(job), 4),
         **_deviations(layers, job.recipe.damping),
         "unused_source_tensors": unused,
         "verified_blocks": len(blocks),
@@ -58,6 +62,12 @@ def build_report(
         **_precision(job, device),
         "versions": versions(),
     }
+
+
+def outside_of_blocks(job: Job, found: dict[str, Any] | None) -> dict[str, Any]:
+    """What the report says of embeddings and head that are quantized. found: as it was recorded
+    when they were, None of folders that earlier versions began."""
+    return {"outside": found["tables"] if found else []}
 
 
 def _about_text(tokens: TokenSet) -> dict[str, Any]:
@@ -144,7 +154,9 @@ def model_card(report: dict[str, Any]) -> str:
         "method": report["method"],
         "specs": ", ".join(specs),
         "bits per quantized weight, scales included": f"{report['bits_per_quantized_weight']:.2f}",
-        "weight files": f"{before:.1f} MB -> {after:.1f} MB",
+        "weight files": f"{before:.1f} MB -> {after:.1f} MB, "
+        f"{report['bits_per_weight']:.2f} bits per weight of the model",
+        **{table["role"]: table["spec"] for table in report["outside"]},
         "layers quantized / kept in full precision": f"{report['n_quantized_layers']} / {n_kept}",
         "layers that fell back to plain rounding": str(len(report["fallbacks"])),
         "mean relative output error of the layers": f"{sum(errors) / len(errors):.2e}"

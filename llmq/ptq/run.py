@@ -4,8 +4,7 @@ from and go to."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ import transformers
 import llmq
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import special_ids
-from llmq.formats.save import checkpoint_config, kept_matrices, write_configs
+from llmq.formats.save import checkpoint_config, kept_matrices, layer_tensors, write_configs
+from llmq.grid.tensor import QuantizedTensor
 from llmq.models import compat
 from llmq.models.arch import find_blocks
 from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
-from llmq.models.readers import CheckpointReader
+from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.stored import is_text_part
 from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.blocks import Blocks
@@ -30,13 +30,14 @@ from llmq.ptq.engine import Task, quantize_blocks
 from llmq.ptq.held_out import measure
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
-from llmq.ptq.report import build_report, model_card
+from llmq.ptq.outside import OutsideReader, quantize_table, report_table
+from llmq.ptq.report import build_report, model_card, outside_of_blocks
 from llmq.ptq.results import BlockReport, EarlierRun
 from llmq.ptq.sink import FolderSink
 from llmq.storage import files
+from llmq.storage.attempt import kept_for_later
 from llmq.storage.boundary import running
 from llmq.storage.partial_checkpoint import PartialCheckpoint
-from llmq.storage.stamps import SourceChangedError
 from llmq.storage.workspace import check_output
 
 MAX_FALLBACK_SHARE = 0.05
@@ -85,8 +86,8 @@ def quantize_folder(
     prefix, blocks = find_blocks(job.model)
     reader = CheckpointReader(job.model, job.source.shards, job.source.files)
     partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks))
-    with _kept_for_later(partial, reader):
-        sink = FolderSink(partial, reader, job.fmt, job.plans, job.recipe)
+    with kept_for_later(partial, lambda: all(map(reader.is_still, partial.sources()))):
+        sink = FolderSink(partial, reader, job.fmt, job.all_plans, job.recipe)
         if not all(map(reader.is_still, partial.sources())):
             partial.forget_all(
                 "the weights of the source are not those that the finished blocks were made of, "
@@ -96,6 +97,10 @@ def quantize_folder(
         if first_block == 0:
             files.check_space(partial.work_dir, disk_bytes(job))
         on_start(first_block - len(damaged), len(blocks))
+        outside = None
+        if job.outside:  # first, for the blocks are measured behind the embeddings that are stored
+            _write_outside(job, partial, reader, prefix)
+            outside = OutsideReader(reader, lambda: sink.read_block(partial.outside).quantized)
         task = Task(
             job.model,
             reader,
@@ -105,6 +110,7 @@ def quantize_folder(
             device,
             job.precision(device),
             _special_ids(job),
+            outside,
         )
         running(job.source.folder)(quantize_blocks)(
             task,
@@ -114,7 +120,9 @@ def quantize_folder(
             on_block=on_block,
         )
         resumed_at = min(first_block, *damaged) if damaged else first_block
-        held_out = _held_out(job, sink, partial.work_dir, device)
+        if job.outside:  # it may have been forgotten with a block that was done again
+            _write_outside(job, partial, reader, prefix)
+        held_out = _held_out(job, sink, partial, device)
         report = _finish(
             job, partial, reader, prefix, resumed_at, time.monotonic() - started, device, held_out
         )
@@ -128,41 +136,19 @@ def quantize_folder(
     return report
 
 
-@contextmanager
-def _kept_for_later(partial: PartialCheckpoint, reader: CheckpointReader) -> Iterator[None]:
-    """What was finished stays for the next attempt, unless the job itself is at fault."""
-    try:
-        yield
-    except files.DamagedError:
-        partial.close()
-        raise
-    except SourceChangedError as error:
-        is_same = error.may_be_same and all(map(reader.is_still, partial.sources()))
-        (partial.close if is_same else partial.discard)()
-        raise
-    except (files.WriteError, OSError) as error:  # OSError: of activations, reports or the manifest
-        partial.close()
-        known = (
-            error
-            if isinstance(error, files.WriteError)
-            else files.unwritable(error.filename or partial.work_dir, error.strerror or error)
-        )
-        raise files.WriteError(f"{known}, which continues where it stopped") from None
-    except LlmqError:
-        partial.discard()
-        raise
-    except BaseException:
-        partial.close()
-        raise
-
-
-def _held_out(job: Job, sink: FolderSink, work_dir: Path, device: str) -> list[dict[str, Any]]:
+def _held_out(
+    job: Job, sink: FolderSink, partial: PartialCheckpoint, device: str
+) -> list[dict[str, Any]]:
     """What the stored blocks cost on text that they were not calibrated on."""
     if job.tokens is None or not job.tokens.held_out:
         return []
     # What is read here is no part of what the blocks were made of.
-    blocks = Blocks(job.model, CheckpointReader(job.model, job.source.shards), device)
-    return measure(blocks, sink, job.tokens.held_out, work_dir)
+    reader = CheckpointReader(job.model, job.source.shards)
+    outside = None
+    if job.outside:
+        outside = OutsideReader(reader, lambda: sink.read_block(partial.outside).quantized)
+    blocks = Blocks(job.model, reader, device)
+    return measure(blocks, sink, job.tokens.held_out, partial.work_dir, outside)
 
 
 def _special_ids(job: Job) -> frozenset[int]:
@@ -205,6 +191,7 @@ def _finish(
         seconds=seconds,
         device=device,
     )
+    report |= outside_of_blocks(job, partial.report_of(partial.outside))
     report["redone_blocks"] = partial.redone
     report["held_out"] = held_out
     report |= {**companions.to_json(), FINGERPRINT: _tokenizer_hash(job)}
@@ -215,7 +202,7 @@ def _finish(
         job.config,
         checkpoint_config(
             job.fmt,
-            job.plans,
+            job.all_plans,
             act_order=job.recipe.order == "act",
             activations=job.recipe.activations,
             kept=kept_matrices(job.model),
@@ -230,21 +217,40 @@ def _finish(
 def _write_outside(
     job: Job, partial: PartialCheckpoint, reader: CheckpointReader, prefix: str
 ) -> None:
-    """Keep embeddings, norms and head as they are, and of a wrapper, which the folder stays as
-    config.json says, everything else."""
+    """Keep embeddings, norms and head as they are, but for those that are to be quantized, and of a
+    wrapper, which the folder stays as config.json says, everything else."""
     if partial.is_finished(partial.outside):
         return
+    tables, reports = _quantized_tables(job, reader)
     outside = [
         name
         for name in reader.names
-        if not name.startswith(prefix + ".") and name not in compat.ties(job.model)
+        if not name.startswith(prefix + ".")
+        and name not in compat.ties(job.model)
+        and name.removesuffix(".weight") not in tables
     ]
     tensors = reader.stored_names(reader.read_parameters(outside))
+    for name, table in tables.items():
+        tensors |= reader.stored_names(layer_tensors(name, table, job.fmt))
     if is_text_part(job.model, job.config):
         tensors |= job.source.shards.read(reader.unused())
     for _ in partial.written(partial.outside, tensors):
         pass
-    partial.finish_block(partial.outside, source=reader.take_read())
+    partial.finish_block(partial.outside, {"tables": reports}, reader.take_read())
+
+
+def _quantized_tables(
+    job: Job, reader: CheckpointReader
+) -> tuple[dict[str, QuantizedTensor], list[dict[str, Any]]]:
+    """Embeddings and head, rounded, by name of module, and what became of each."""
+    tables, reports = {}, []
+    weight_of = weight_reader(job.model, reader)
+    for plan in job.outside:
+        assert plan.spec is not None
+        weight = weight_of(plan.layer.name)
+        tables[plan.layer.name] = quantize_table(weight, plan.spec)
+        reports.append(report_table(plan, weight, tables[plan.layer.name]))
+    return tables, reports
 
 
 def _tokenizer_hash(job: Job) -> str | None:

@@ -17,7 +17,7 @@ from llmq.grid import rounding
 from llmq.grid.spec import QuantSpec
 from llmq.recipe import LayerPlan
 
-_DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("float16", "bfloat16", "float32")
 # How far rounding a scale may move the outermost code, in steps. Half a step is what rounding the
 # weights moves them by; float16 moves that of 8 bits by a sixteenth, bfloat16 by a quarter.
 _MOST_MOVED = 0.125
@@ -27,12 +27,9 @@ _MOST_LOST = 1e-3  # share of a layer's squared weights whose scales may move fu
 def lost_share(weight: Tensor, spec: QuantSpec) -> float:
     """The share of a layer's squared weights, float32 `[N, K]`, that lies in groups whose scale its
     dtype does not hold well; infinite if one is too large for it."""
-    scale, _ = rounding.range_scale(weight, spec)
-    stored = scale.to(getattr(torch, spec.scale_dtype)).float()
-    if not bool(torch.isfinite(stored).all()):
+    is_lost, is_finite = _lost(weight, spec)
+    if not is_finite:
         return float("inf")
-    outermost = spec.levels.max / 2
-    is_lost = (stored - scale).abs() * outermost > _MOST_MOVED * scale
     if not bool(is_lost.any()):
         return 0.0
     largest = weight.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -40,13 +37,37 @@ def lost_share(weight: Tensor, spec: QuantSpec) -> float:
     return float(energy[is_lost].sum() / energy.sum())
 
 
+def _lost(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, bool]:
+    """Which groups of a float32 weight `[N, K]` have a scale that its dtype does not hold well, and
+    whether it holds all at all."""
+    scale, _ = rounding.range_scale(weight, spec)
+    stored = scale.to(getattr(torch, spec.scale_dtype)).float()
+    outermost = spec.levels.max / 2
+    is_lost = (stored - scale).abs() * outermost > _MOST_MOVED * scale
+    return is_lost, bool(torch.isfinite(stored).all())
+
+
+def lost_energy(weight: Tensor, spec: QuantSpec) -> tuple[float, float]:
+    """The squared weights of some rows, float32 `[n, K]`, that lie in groups whose scale its dtype
+    does not hold well (infinite if one is too large for it), and all of them: `lost_share` of a
+    weight that is looked at in parts."""
+    is_lost, is_finite = _lost(weight, spec)
+    energy = rounding.grouped(weight, spec).double().square().sum(-1)
+    lost = float(energy[is_lost].sum()) if is_finite else float("inf")
+    return lost, float(energy.sum())
+
+
+def most_lost(spec: QuantSpec) -> float:
+    """The share that may be lost: no more than rounding the weights loses anyway."""
+    return min(_MOST_LOST, 4.0**-spec.bits)
+
+
 def fitting_spec(weight: Tensor, spec: QuantSpec) -> QuantSpec:
     """The spec with the first scale dtype, from its own on, that holds the scales of a float32
     weight `[N, K]`."""
-    allowed = min(_MOST_LOST, 4.0**-spec.bits)  # no more than rounding the weights loses anyway
-    for name in _DTYPES[_DTYPES.index(spec.scale_dtype) :]:
+    for name in DTYPES[DTYPES.index(spec.scale_dtype) :]:
         spec = replace(spec, scale_dtype=name)  # type: ignore[arg-type]
-        if lost_share(weight, spec) <= allowed:
+        if lost_share(weight, spec) <= most_lost(spec):
             break
     return spec
 

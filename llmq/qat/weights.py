@@ -246,7 +246,7 @@ def freeze(model: nn.Module, activations: ActSpec = ActSpec()) -> dict[str, Quan
                 "defect of llmq, please report it"
             )
         bias = None if module.bias is None else module.bias.detach()
-        model.set_submodule(name, QuantLinear(qtensor, bias, activations))
+        model.set_submodule(name, QuantLinear(qtensor, bias, activations, module.weight.dtype))
     if frozen and isinstance(model, PreTrainedModel):
         state_ties(model)
         state_quantization(model)

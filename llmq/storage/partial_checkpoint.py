@@ -223,6 +223,11 @@ class PartialCheckpoint(Workspace):
         """The reports of all finished blocks, those of earlier runs included."""
         return [self._record(index)["report"] for index in range(self.n_blocks)]
 
+    def report_of(self, index: int) -> dict[str, Any] | None:
+        """The report of a finished block, or of what lies outside of them."""
+        report: dict[str, Any] | None = self._record(index)["report"]
+        return report
+
     def keep_only_blocks(self) -> None:
         """Remove the inputs of blocks, which nobody needs any more, but not their seals: these tell
         whether a block that has to be done again gives what it gave. And what lies in the

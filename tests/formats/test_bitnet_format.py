@@ -1,7 +1,9 @@
 """BitNet folders: exact round trips, both meanings of the scale, and transformers' own reader on
 what we write."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -39,7 +41,7 @@ def test_rows_are_strided_by_quarters():
         assert torch.equal(tensors["weight"][row % 3] >> 2 * (row // 3) & 3, qtensor.codes()[row])
     for config, stored in (
         ({"linear_class": "bitlinear"}, tensors["weight_scale"]),
-        ({"linear_class": "autobitlinear"}, 1 / tensors["weight_scale"]),
+        ({"linear_class": "autobitlinear"}, qtensor.scale.float().view(1)),
     ):
         read = BITNET.read(
             "x", {"weight": tensors["weight"], "weight_scale": stored}, config, (12, 64)
@@ -108,10 +110,87 @@ def _all(folder):
     }
 
 
+def test_scales_that_float16_does_not_hold_are_kept_as_they_are():
+    weight = torch.zeros(3, 64, dtype=torch.uint8)
+    stored = torch.tensor([0.3], dtype=torch.bfloat16)
+    for linear_class, expected in (
+        ("bitlinear", 1 / stored.float()),
+        ("autobitlinear", stored.float()),
+    ):
+        config = {"linear_class": linear_class}
+        read = BITNET.read("x", {"weight": weight, "weight_scale": stored}, config, (12, 64))
+        assert torch.equal(read.scale.float().view(1), expected)
+
+
+def online_folder(folder, **settings):
+    """Weights in full precision that transformers rounds whenever it computes."""
+    model = make_model("qwen2")  # with biases
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "online",
+        "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.up_proj"],
+        **settings,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_full_precision_are_rounded_by_the_rule_of_transformers(dtype, tmp_path):
+    model = online_folder(tmp_path / "online").to(dtype)
+    with pytest.warns(llmq.LlmqWarning, match="online"):
+        loaded = llmq.load(tmp_path / "online", dtype=dtype)
+    modules = quantized_modules(loaded)
+    assert len(modules) == 13
+    assert "model.layers.0.mlp.up_proj" not in modules
+    for name, module in modules.items():
+        weight = model.get_submodule(name).weight.float()
+        steps = 1.0 / weight.abs().mean().clamp(min=1e-5)
+        expected = ((weight * steps).round().clamp(-1, 1) / steps).to(dtype)
+        assert torch.equal(module.qtensor().dequantize().to(dtype), expected)
+
+
+def test_what_online_does_not_mean_is_refused(tmp_path):
+    for change, message in (
+        ({"linear_class": "bitlinear"}, "autobitlinear"),
+        ({"use_rms_norm": True}, "use_rms_norm"),
+    ):
+        online_folder(tmp_path / "online", **change)
+        with pytest.raises(LlmqError, match=message):
+            llmq.load(tmp_path / "online")
+
+
+def multiplying_folder(source, folder):
+    """The same weights as "autobitlinear" has them: its scale multiplies, biases included."""
+    shutil.copytree(source, folder)
+    (folder / MANIFEST).unlink()
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["linear_class"] = "autobitlinear"
+    path.write_text(json.dumps(config))
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if name.endswith("weight_scale")]:
+            tensors[name] = 1 / tensors[name]
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
 @pytest.mark.slow
-def test_transformers_own_reader_agrees(bitnet_folder, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*online")
+@pytest.mark.parametrize("form", ["bitlinear", "autobitlinear", "online"])
+def test_transformers_own_reader_agrees(form, bitnet_folder, tmp_path):
     """Without llmq in the process. Tolerance: both quantize activations to 8 bits per token; a code
     on the edge may fall to either side, 1 of 127 steps in a few of 64 to 128 products."""
+    if form == "autobitlinear":
+        multiplying_folder(bitnet_folder, tmp_path / form)
+        bitnet_folder = tmp_path / form
+    elif form == "online":
+        online_folder(tmp_path / form)
+        bitnet_folder = tmp_path / form
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", _READ, str(bitnet_folder), str(tmp_path / "logits.pt")],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import llmq
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.compressed import COMPRESSED, CompressedTensors
-from llmq.formats.registry import choose_format, format_note
+from llmq.formats.registry import choose_format
 from llmq.formats.settings import quantization_settings
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
@@ -129,8 +129,6 @@ def test_auto_takes_it_first_and_leaves_what_it_cannot_hold():
             choose_format(name, refused, activations)
     with pytest.raises(LlmqError, match="act-order"):
         choose_format(name, plans("w4g32"), act_order=True)
-    assert "2 bits" in str(format_note(COMPRESSED, plans("w2")))
-    assert format_note(COMPRESSED, plans("w4g32", "w8")) is None
 
 
 def test_columns_in_another_order_are_read_and_not_written():

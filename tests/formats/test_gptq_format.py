@@ -6,8 +6,9 @@ import torch
 from conftest import make_model
 
 from llmq.errors import LlmqError
+from llmq.formats.engines import refused_by
 from llmq.formats.gptq_settings import settings_of
-from llmq.formats.registry import choose_format, format_named, format_note
+from llmq.formats.registry import choose_format, format_named, result_of
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
@@ -113,19 +114,14 @@ def test_choice_of_format():
             for i, spec in enumerate(specs)
         ]
 
-    assert choose_format("gptq", plans("w4g128", "w8", None)).name == "gptq"
-    for other in ("w4g128-asym", "ternary", "w4-tensor"):
-        with pytest.raises(LlmqError, match=r"gptq cannot hold layer\.1"):
-            choose_format("gptq", plans("w4g128", other))
-    with pytest.raises(LlmqError, match="divisible by 32"):
-        choose_format("gptq", plans("w4g128", shape=(60, 128)))
-    with pytest.raises(LlmqError, match="activations"):
-        choose_format("gptq", plans("w8"), ActSpec("int8-token"))
-    # Where compressed-tensors, which comes before it, cannot say how columns are ordered.
-    assert choose_format("auto", plans("w4g64"), act_order=True).name == "gptq"
+    for each in ("w4g128", "w4g128-asym", "w3g128", "w4g16"):
+        found = choose_format("auto", plans("w4g128", "w8", each, None))
+        assert found.name == "compressed-tensors"
+    assert choose_format("auto", plans("w4g128", "ternary")).name == "llmq"
+    assert choose_format("auto", plans("w4"), ActSpec("int8-token", 8)).name == "llmq"
     with pytest.raises(LlmqError, match=r"layer\.0 \(ternary\).*no ternary codes"):
         choose_format("gptq", plans("ternary"))
-    with pytest.raises(LlmqError, match="auto or one of"):
+    with pytest.raises(LlmqError, match="expected one of auto"):
         choose_format("onnx", plans("w4g128"))
 
 
@@ -147,14 +143,38 @@ def test_parts_of_one_layer_in_other_engines_agree_or_are_noted():
         up_proj="w8",
         down_proj="w4g128",
     )
-    assert format_note(format_named("gptq"), alike) is None
+    told = refused_by(result_of(format_named("gptq"), alike, ActSpec()))
+    assert "one width" in told
+    assert "vLLM" not in told
     for unlike in (
         plans(q_proj="w4g128", k_proj="w4g128", v_proj="w8"),
         plans(gate_proj="w4g128", up_proj="w4g64"),
         plans(q_proj="w4g128", k_proj=None),
     ):
-        assert unlike[-1].layer.name in format_note(choose_format("gptq", unlike), unlike)
-        assert format_note(format_named("llmq"), unlike) is None
+        told = refused_by(result_of(choose_format("gptq", unlike), unlike, ActSpec()))
+        assert f"vLLM, SGLang: {unlike[0].layer.name}" in told
+        assert refused_by(result_of(format_named("llmq"), unlike, ActSpec())) is None
+
+
+def test_the_layers_that_others_make_of_several_have_their_own_patterns():
+    """vLLM looks up qkv_proj and gate_up_proj, and takes the first pattern that matches."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    specs = {f"model.layers.{i}.part.{name}": QuantSpec() for i in range(2) for name in names}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        specs[f"model.layers.0.part.{name}"] = QuantSpec("int8", 32)
+        specs[f"model.layers.1.part.{name}"] = QuantSpec("int4", 32)
+    specs["model.layers.1.part.q_proj"] = QuantSpec("int8", 32)  # these three are not alike
+    specs["model.layers.1.part.gate_proj"] = specs["model.layers.1.part.up_proj"] = None
+    config = format_named("gptq").write_config(specs)
+    for name, spec in specs.items():
+        read = settings_of(name, config)
+        assert spec is None or (read["bits"], read["group_size"]) == (spec.bits, spec.group_size)
+    assert settings_of("model.layers.0.part.qkv_proj", config)["bits"] == 8
+    joint = [key for key in config["dynamic"] if "qkv" in key or "gate_up" in key]
+    assert joint == [
+        r"+:model\.layers\.0\.part\.qkv_proj$",
+        r"-:model\.layers\.1\.part\.gate_up_proj$",
+    ]
 
 
 def write_foreign_folder(folder, tokenizer, quantization_config, v2=False, **kept):

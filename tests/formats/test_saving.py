@@ -1,19 +1,24 @@
 """A quantized model in memory is written as what it is, or not at all."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
 from conftest import make_model
+from format_models import quantized_folder
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.bitnet import BITNET
+from llmq.formats.registry import NAMES
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.head import quantize_head
+from llmq.inference.module import quantized_modules, swap
 from llmq.qat.weights import prepare
 from llmq.recipe import Recipe, Rule
 
@@ -55,22 +60,44 @@ def test_save_pretrained_after_training_loads_as_it_was(tmp_path):
     assert torch.equal(llmq.load(tmp_path / "out")(TOKENS).logits, model(TOKENS).logits)
 
 
-@pytest.mark.parametrize("fmt", ["gptq", "gptq_v2", "bitnet"])
-def test_save_pretrained_does_not_change_the_format_of_a_folder(fmt, tmp_path):
-    spec, activations = QuantSpec("int4", 32), ActSpec()
-    if fmt == "bitnet":
-        spec, activations = QuantSpec("ternary", 0), ActSpec("int8-token")
-    model = make_model()
-    rules = (Rule("*", spec),)
-    llmq.quantize(model, Recipe(rules=rules, method="rtn", activations=activations))
-    llmq.save(model, tmp_path / "first", format=fmt)
-    loaded = llmq.load(tmp_path / "first")
-    with pytest.raises(LlmqError, match=rf"llmq\.save\(model, OUT, format='{fmt}'\)"):
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    [each if each == "gptq" else pytest.param(each, marks=pytest.mark.slow) for each in NAMES],
+)
+def test_save_pretrained_keeps_the_format_of_a_folder(name, tmp_path):
+    first, second = quantized_folder(tmp_path / "first", name), tmp_path / "second"
+    loaded = llmq.load(first)
+    loaded.save_pretrained(second)
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    settings = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (first, second)
+    ]
+    if name != "llmq":  # whose config says more of a model in memory
+        assert settings[0] == settings[1]
+    assert torch.equal(llmq.load(second)(TOKENS).logits, loaded(TOKENS).logits)
+
+
+def test_save_pretrained_refuses_what_the_loaded_format_cannot_hold(tmp_path):
+    loaded = llmq.load(quantized_folder(tmp_path / "first", "gptq"))
+    name, module = next(iter(quantized_modules(loaded).items()))
+    odd = QuantizedTensor.quantize(module.weight.float(), QuantSpec("int5", 32))
+    swap(loaded, {name: odd})
+    with pytest.raises(LlmqError, match=f"format gptq cannot hold {name}"):
         loaded.save_pretrained(tmp_path / "second")
-    assert not (tmp_path / "second").exists()
-    llmq.save(loaded, tmp_path / "second", format=fmt)
-    with torch.no_grad():
-        assert torch.equal(llmq.load(tmp_path / "second")(TOKENS).logits, loaded(TOKENS).logits)
+    assert not list(tmp_path.glob("second/*.safetensors"))
+
+
+def test_a_model_with_adapters_on_its_layers_is_not_written(tmp_path):
+    model = make_model()
+    llmq.quantize(model, W4)
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    layer.base_layer = None  # as PEFT's layers have one
+    with pytest.raises(LlmqError, match=r"llmq\.merge_adapter"):
+        llmq.save(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])

@@ -16,6 +16,7 @@ from llmq.recipe import Recipe, Rule
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 AUTO_ROUND = {**GPTQ, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+AUTO_ROUND_AWQ = {**AUTO_ROUND, "packing_format": "auto_round:auto_awq"}
 BITNET = {"quant_method": "bitnet", "linear_class": "bitlinear"}
 
 
@@ -43,16 +44,18 @@ def read(settings):
         ({**GPTQ, "checkpoint_format": "gptq", "format": "gptq_v2"}, "and format 'gptq_v2'"),
         ({**GPTQ, "pack_dtype": "int8"}, "pack_dtype 'int8'"),
         ({**GPTQ, "is_marlin_format": True}, "Marlin"),
-        ({**AUTO_ROUND, "packing_format": "auto_round:gptqmodel"}, "auto_round:gptqmodel"),
+        ({**AUTO_ROUND, "packing_format": "auto_round:fake"}, "auto_round:fake"),
+        ({**AUTO_ROUND_AWQ, "extra_config": {"a.b": {"bits": 8}}}, "extra_config.*bits is '8'"),
+        ({**AUTO_ROUND_AWQ, "extra_config": {"a.b": 8}}, "extra_config.*an object"),
         ({**AUTO_ROUND, "data_type": "mx_fp"}, "data_type 'mx_fp'"),
         ({**AUTO_ROUND, "act_bits": 8}, "act_bits 8"),
         ({**AUTO_ROUND, "extra_config": {"a.b": {"bits": 5}}}, "bits is '5'"),
         ({**BITNET, "linear_class": "foo"}, "linear_class is 'foo'"),
         ({**BITNET, "linear_class": None}, "linear_class None"),
-        ({**BITNET, "quantization_mode": "online"}, "online quantization"),
+        ({**BITNET, "quantization_mode": "online"}, "autobitlinear"),
         ({**BITNET, "quantization_mode": "x"}, "quantization_mode is 'x'"),
         ({**BITNET, "use_rms_norm": True}, "use_rms_norm"),
-        ({"quant_method": "llmq", "format": "foo"}, "format 'foo': expected one of .*gptq"),
+        ({"quant_method": "llmq", "format": "foo"}, "format 'foo': expected one of"),
         ({"quant_method": "llmq", "format": ["llmq"]}, "format"),
         ({"quant_method": ["gptq"]}, "quant_method"),
         ({}, "quantization method None"),
@@ -63,9 +66,46 @@ def test_values_that_are_not_understood_are_refused(settings, message):
         read(settings)
 
 
-@pytest.mark.parametrize("settings", [GPTQ, AUTO_ROUND, BITNET, {"quant_method": "llmq"}])
+@pytest.mark.parametrize(
+    "settings", [GPTQ, AUTO_ROUND, AUTO_ROUND_AWQ, BITNET, {"quant_method": "llmq"}]
+)
 def test_values_that_are_understood_pass(settings):
     read(settings)
+
+
+@pytest.mark.parametrize(
+    ("packing", "name"),
+    [
+        ("auto_round:auto_gptq", "gptq"),
+        ("auto_round", "gptq_v2"),
+        ("auto_round:gptqmodel", "gptq_v2"),
+        ("auto_round:auto_awq", "awq"),
+    ],
+)
+@torch.no_grad()
+def test_the_packings_of_autoround_are_the_layouts_that_they_are(packing, name, tmp_path):
+    """Zero points that are stored minus one, as they are, and in AWQ's order."""
+    model = make_model()
+    spec = "w4g32" if name == "gptq" else "w4g32-asym"
+    llmq.quantize(model, Recipe.uniform(spec, method="rtn"))
+    llmq.save(model, tmp_path / "out", format=name)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        "data_type": "int",
+        "bits": 4,
+        "group_size": 32,
+        "sym": spec == "w4g32",
+        "extra_config": {".*lm_head.*": {"bits": 16}},
+    }
+    path.write_text(json.dumps(config))
+    (tmp_path / "out" / "quantize_config.json").unlink(missing_ok=True)
+    tokens = torch.arange(1, 17)[None]
+    loaded = llmq.load(tmp_path / "out")
+    assert loaded.hf_quantizer.stored_format.name == name
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 def test_layers_of_their_own_in_an_autoround_folder():

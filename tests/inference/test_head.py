@@ -7,7 +7,8 @@ from conftest import make_model
 from llmq.errors import LlmqError
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.decoding import prepare_decoding
-from llmq.inference.head import HEAD_SPECS, QuantEmbedding, quantize_head
+from llmq.inference.embedding import QuantEmbedding
+from llmq.inference.head import HEAD_SPECS, quantize_head
 from llmq.inference.module import QuantLinear
 
 TOKENS = torch.arange(1, 9)[None]

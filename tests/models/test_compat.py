@@ -177,3 +177,15 @@ def test_remarks_and_bars_of_transformers_come_back(capsys, monkeypatch):
         assert not capsys.readouterr().err
     assert logging.get_verbosity() == before
     assert logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_a_method_is_taken_over_only_where_its_package_is_missing(monkeypatch, is_installed):
+    mapping = {"gptq": int, "bitnet": int}
+    monkeypatch.setattr("transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING", mapping)
+    monkeypatch.setattr(
+        compat, "find_spec", lambda name: name if is_installed and name == "gptqmodel" else None
+    )
+    taken = compat.adopt_methods(str, ("gptq", "bitnet", "llmq"))
+    assert taken == ([] if is_installed else ["gptq"])
+    assert mapping == {"gptq": int if is_installed else str, "bitnet": int}

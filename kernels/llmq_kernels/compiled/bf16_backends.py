@@ -16,6 +16,7 @@ from llmq_kernels.compiled.prepared import (
     padded,
     prepare,
     restore,
+    rows,
     weight_pointers,
     weight_sizes,
 )
@@ -99,7 +100,7 @@ def _parameters(weight: PackedWeight) -> tuple[int, int, bool, int]:
     return weight.code.bits, base_group(weight), weight.zero is not None, int(weight.code.offset)
 
 
-AMX = Backend("cpu-amx", TAKES, amx_obstacle, prepare, amx_linear, restore, amx_linear)
+AMX = Backend("cpu-amx", TAKES, amx_obstacle, prepare, amx_linear, restore, amx_linear, rows=rows)
 AVX512 = Backend(
-    "cpu-avx512", TAKES, avx512_obstacle, prepare, avx512_linear, restore, avx512_linear
+    "cpu-avx512", TAKES, avx512_obstacle, prepare, avx512_linear, restore, avx512_linear, rows=rows
 )

@@ -21,6 +21,7 @@ from llmq_kernels.compiled.prepared import (
     padded,
     prepare,
     restore,
+    rows,
     weight_pointers,
     weight_sizes,
 )
@@ -222,4 +223,4 @@ def quantize_by_range(x: Tensor, k_padded: int, group: int, input_range: Tensor)
     return Tokens(codes, torch.full_like(total, float(input_range[0])), total)
 
 
-BACKEND = Backend("cpu-vnni", TAKES, obstacle, prepare, linear, restore, linear)
+BACKEND = Backend("cpu-vnni", TAKES, obstacle, prepare, linear, restore, linear, rows=rows)

@@ -101,6 +101,19 @@ def restore_codes(stored: Tensor, bits: int, n: int, k: int) -> Tensor:
     )
 
 
+def rows_of(stored: Tensor, bits: int, k: int, index: Tensor) -> Tensor:
+    """uint8 codes `[n, k]` of the rows in index, int64 `[n]`."""
+    layout = Layout(bits, len(stored) * BAND, k)
+    band, row, width = index // BAND, index % BAND, 8 // layout.fields
+    low = stored[..., : BAND * CHUNK].unflatten(-1, (BAND, CHUNK))[band, :, row]
+    fields = [(low >> (width * field)) & ((1 << width) - 1) for field in range(layout.fields)]
+    codes = torch.stack(fields, dim=2)  # [n, blocks, fields, 64]
+    if bits == 3:
+        high = stored[..., BAND * CHUNK :].unflatten(-1, (BAND, 32, 1))[band, :, row]
+        codes |= (((high >> torch.arange(8, dtype=torch.uint8)) & 1) << 2).view(codes.shape)
+    return codes.flatten(1)[:, :k].contiguous()
+
+
 def arrange_scale(values: Tensor, n: int, n_bands: int) -> Tensor:
     """Values per row and group `[n or 1, groups]` as float32 `[bands, groups, 16]`, zero in the
     rows that pad."""

@@ -6,7 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq_kernels.compiled.layout import BAND, Layout, arrange, arrange_scale, restore_codes
+from llmq_kernels.compiled.layout import (
+    BAND,
+    Layout,
+    arrange,
+    arrange_scale,
+    restore_codes,
+    rows_of,
+)
 from llmq_kernels.core.backend import State
 from llmq_kernels.core.packing import pack, unpack
 from llmq_kernels.core.weight import PackedWeight
@@ -39,6 +46,12 @@ def prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
 def restore(weight: PackedWeight, state: State) -> Tensor:
     """The canonical words."""
     return pack(restore_codes(state["packed"], weight.code.bits, *weight.shape), weight.code.bits)
+
+
+def rows(weight: PackedWeight, state: State, index: Tensor) -> Tensor:
+    """The canonical words of some rows."""
+    bits, k = weight.code.bits, weight.shape[1]
+    return pack(rows_of(state["packed"], bits, k, index), bits)
 
 
 def layout_of(weight: PackedWeight) -> Layout:

@@ -23,7 +23,10 @@ class Backend:
     state): `x @ W.T` in x's dtype for x `[M, K]`. restore(weight, state): canonical words.
     bias_linear(x, weight, state, bias): the same with the bias added, for backends that do so on
     the way. dequantize(weight, state, dtype): `[N, K]` from the backend's own layout, for
-    gradients; by default from the restored words."""
+    gradients; by default from the restored words. rows(weight, state, index): canonical words of
+    the rows in index, int64 `[n]`, from the backend's own layout, so that embeddings which are
+    the output head too need no copy of their own; None where the layout does not show single
+    rows."""
 
     name: str
     takes: tuple[Takes, ...]
@@ -33,6 +36,7 @@ class Backend:
     restore: Callable[[PackedWeight, State], Tensor]
     bias_linear: Callable[[Tensor, PackedWeight, State, Tensor], Tensor] | None = None
     dequantize: Callable[[PackedWeight, State, torch.dtype], Tensor] | None = None
+    rows: Callable[[PackedWeight, State, Tensor], Tensor] | None = None
 
     def refusal(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend cannot take a weight with activations of `dtype` on `device`, or

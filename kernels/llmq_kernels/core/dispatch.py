@@ -31,6 +31,7 @@ from llmq_kernels.core import restricted
 from llmq_kernels.core.backend import Backend, State
 from llmq_kernels.core.codes import Code
 from llmq_kernels.core.errors import KernelDied, SettingError
+from llmq_kernels.core.packing import packed_width
 from llmq_kernels.core.registry import BACKENDS, backend_named
 from llmq_kernels.core.weight import PackedWeight
 
@@ -112,6 +113,24 @@ class PreparedWeight:
         """The canonical words, whatever the backend made of them."""
         return _canonical(self.backend, self.weight, self.state).packed
 
+    @property
+    def shows_rows(self) -> bool:
+        """Whether single rows can be read from the backend's own layout."""
+        return "packed" not in self.state or self.backend.rows is not None
+
+    def packed_rows(self, index: Tensor) -> Tensor:
+        """The canonical words of the rows in index, int64 `[n]`, where the layout `shows_rows`."""
+        if torch.compiler.is_compiling():
+            return torch.ops.llmq.rows(index, self.tensors, self.layout)
+        return _rows(self.backend, self.weight, self.state, index)
+
+
+def _rows(backend: Backend, weight: PackedWeight, state: State, index: Tensor) -> Tensor:
+    if "packed" not in state:
+        return weight.packed[index]
+    assert backend.rows is not None
+    return backend.rows(weight, state, index)
+
 
 def _canonical(backend: Backend, weight: PackedWeight, state: State) -> PackedWeight:
     """The weight with the canonical words."""
@@ -177,6 +196,18 @@ def _linear_op(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | Non
 @_linear_op.register_fake
 def _(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], _decoded(layout)["shape"][0])
+
+
+@torch.library.custom_op("llmq::rows", mutates_args=())
+def _rows_op(index: Tensor, tensors: list[Tensor], layout: str) -> Tensor:
+    return _rows(*_rebuild(tensors, layout), index)
+
+
+@_rows_op.register_fake
+def _(index: Tensor, tensors: list[Tensor], layout: str) -> Tensor:
+    decoded = _decoded(layout)
+    width = packed_width(decoded["shape"][1], decoded["code"]["bits"])
+    return index.new_empty(len(index), width, dtype=torch.int32)
 
 
 @torch.library.custom_op("llmq::linear_input_gradient", mutates_args=())

@@ -47,6 +47,11 @@ def restore(weight: PackedWeight, state: State) -> Tensor:
     return pack(state["packed"].view(torch.uint8) ^ 128, 8)
 
 
+def rows(weight: PackedWeight, state: State, index: Tensor) -> Tensor:
+    """The canonical words of some rows."""
+    return pack(state["packed"][index].view(torch.uint8) ^ 128, 8)
+
+
 def linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     """`x @ W.T` for bfloat16 x `[M, K]`."""
     codes = state["packed"]
@@ -58,4 +63,4 @@ def linear(x: Tensor, weight: PackedWeight, state: State) -> Tensor:
     return (torch.cat(blocks, dim=1).float() * state["row_scale_float"]).to(x.dtype)
 
 
-BACKEND = Backend("cpu-int8", TAKES, no_obstacle, prepare, linear, restore)
+BACKEND = Backend("cpu-int8", TAKES, no_obstacle, prepare, linear, restore, rows=rows)

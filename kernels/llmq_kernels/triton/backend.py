@@ -164,6 +164,16 @@ def restore(weight: PackedWeight, state: State) -> Tensor:
     return layout.unpack_units(weight, state["packed"])
 
 
+def rows(weight: PackedWeight, state: State, index: Tensor) -> Tensor:
+    """The canonical words of some rows."""
+    return layout.unpack_units(weight, state["packed"][index])
+
+
+def int8_rows(weight: PackedWeight, state: State, index: Tensor) -> Tensor:
+    """The canonical words of some rows."""
+    return layout.unpack_bytes(weight, state["packed"][index])
+
+
 def int8_prepare(weight: PackedWeight, dtype: torch.dtype) -> State:
     """Bytes of interleaved codes in place of the canonical words."""
     return {"packed": layout.pack_bytes(weight), **_side_tensors(weight), **weight.static_shift()}
@@ -475,7 +485,14 @@ def dequantize(weight: PackedWeight, state: State, dtype: torch.dtype) -> Tensor
     return values
 
 
-BACKEND = Backend("triton", TAKES, obstacle, prepare, linear, restore, linear, dequantize)
+BACKEND = Backend("triton", TAKES, obstacle, prepare, linear, restore, linear, dequantize, rows)
 INT8_BACKEND = Backend(
-    "triton-int8", INT8_TAKES, int8_obstacle, int8_prepare, linear, int8_restore, linear
+    "triton-int8",
+    INT8_TAKES,
+    int8_obstacle,
+    int8_prepare,
+    linear,
+    int8_restore,
+    linear,
+    rows=int8_rows,
 )

@@ -1,0 +1,106 @@
+"""`llmq export CHECKPOINT OUT --format F`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmq.commands import options, rendering
+from llmq.commands.engine_lines import engine_lines
+from llmq.commands.parser import Parser
+from llmq.formats.exporters import FORMATS
+
+if TYPE_CHECKING:
+    from llmq.formats.export import ExportReport
+    from llmq.formats.gguf.export import GgufReport
+
+HELP = (
+    "Write a quantized folder in another format: with the same values bit for bit, or not at all. "
+    "An interrupted run continues when the same command is given again."
+)
+
+EXAMPLES = (
+    "llmq export tiny-w4 tiny-gptq --format gptq",
+    "llmq export tiny-w4 tiny-awq --format awq --allow-requantize",
+    "llmq export qwen3-w4 qwen3-w4.gguf --format gguf",
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("checkpoint", help="a quantized folder, or a Hub id of one")
+    parser.add_argument("out", help="the folder to write, or the .gguf file")
+    parser.add_argument("--format", required=True, metavar="F", help=f"one of {', '.join(FORMATS)}")
+    parser.section("run and output")
+    parser.add_argument(
+        "--allow-requantize",
+        action="store_true",
+        help="round layers anew that the format cannot hold exactly, and show the error",
+    )
+    options.add_overwrite_argument(parser)
+    parser.section("where it is")
+    parser.add_argument("--revision", help="revision of a Hub model")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result as JSON-able data and as text."""
+    from llmq.formats.export import ExportReport
+    from llmq.formats.exporters import export_as
+    from llmq.models.source import Source
+
+    with rendering.progress("parts") as show:
+        report = export_as(
+            Source.open(args.checkpoint, args.revision),
+            Path(args.out),
+            args.format,
+            allow_requantize=args.allow_requantize,
+            overwrite=args.overwrite,
+            on_part=show,
+        )
+    text = _text(report) if isinstance(report, ExportReport) else _text_of_file(report)
+    return report.to_json(), text
+
+
+def _text(report: ExportReport) -> str:
+    pairs: dict[str, object] = {
+        "written": f"{report.out} ({report.format} format, from {report.source_format})",
+        "layers": _exactness(report),
+        "weight files": f"{report.source_bytes / 1e6:.1f} MB -> {report.stored_bytes / 1e6:.1f} MB",
+    }
+    kinds = {(each.before, each.after) for each in report.layers if each.before != each.after}
+    if kinds:
+        pairs["stored as"] = ", ".join(f"{before} -> {after}" for before, after in sorted(kinds))
+    if worst := max(report.requantized, key=lambda each: each.error, default=None):
+        pairs["rounded anew"] = (
+            f"{len(report.requantized)} layers, by at most {worst.error:.2%} of the weights' norm "
+            f"({worst.name}); measure the result with llmq compare"
+        )
+    if report.left_out:
+        pairs["left out"] = (
+            f"{len(report.left_out)} tensors that decide nothing: {report.left_out[0]}"
+        )
+    engines = [reading.to_json() for reading in report.engines]
+    return f"{rendering.render_pairs(pairs)}\n{engine_lines(engines)}"
+
+
+def _text_of_file(report: GgufReport) -> str:
+    pairs: dict[str, object] = {
+        "written": f"{report.path} ({report.format}, {report.arch})",
+        "layers": f"{report.exact} of {report.n_layers} have the values that they had, bit for bit",
+        "tensors": ", ".join(f"{count} x {name}" for name, count in report.types.items()),
+        "size": f"{report.n_bytes / 1e6:.1f} MB",
+    }
+    if report.rounded:
+        name, reason = next(iter(report.rounded.items()))
+        pairs["rounded anew"] = (
+            f"{len(report.rounded)} layers, by at most {report.max_error:.2e}: {name}: {reason}; "
+            "measure the result with llmq compare"
+        )
+    for i, note in enumerate(report.notes):
+        pairs["note" if not i else f"note {i + 1}"] = note
+    return rendering.render_pairs(pairs)
+
+
+def _exactness(report: ExportReport) -> str:
+    n_exact = len(report.layers) - len(report.requantized)
+    return f"{n_exact} of {len(report.layers)} have the values that they had, bit for bit"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmq import patterns
@@ -124,8 +124,8 @@ def write_groups(specs: Specs, activations: ActSpec) -> Settings:
     """The part of a `quantization_config` that says what each layer is."""
     layers: dict[QuantSpec, list[str]] = {}
     for name, spec in specs.items():
-        if spec is not None:
-            layers.setdefault(spec, []).append(name)
+        if spec is not None:  # in which dtype scales are stored is no part of a group
+            layers.setdefault(replace(spec, scale_dtype="float16"), []).append(name)
     groups = {
         f"group_{i}": {
             "targets": names if len(layers) > 1 else [_CLASS],

@@ -84,7 +84,9 @@ def test_calibration_by_name_and_a_text_in_its_place(model_folder, calibration_f
     with pytest.raises(LlmqError, match="exists already"):
         llmq.quantize(folder, tmp_path / "out", "w8", method="rtn")
     llmq.quantize(folder, tmp_path / "out", "w8", method="rtn", overwrite=True)
-    assert any("qweight" in name for name in load_file(next((tmp_path / "out").glob("*.saf*"))))
+    assert any(
+        "weight_packed" in name for name in load_file(next((tmp_path / "out").glob("*.saf*")))
+    )
 
 
 def test_tables_need_pandas_and_say_so(monkeypatch):

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.formats.settings import quantization_settings
     from llmq.models.source import Source
+    from llmq.storage.json_files import read_object
 
     source = Source.open(args.model, args.revision)
     model_dir, config, shards = source.folder, source.config, source.shards
@@ -38,9 +39,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         settings["quant_method"] = stored["quant_method"]
     suffixes = Counter(name.rpartition(".")[2] for name in shards.names)
     report = _report(model_dir / "report.json")
+    gguf = model_dir / "gguf.json"
     result = {
         "model": str(model_dir),
         "model_type": config.model_type,
+        "gguf": read_object(gguf, "what a folder was unpacked from") if gguf.is_file() else None,
         "quantization": settings,
         "files": {path.name: path.stat().st_size for path in source.weight_paths},
         "bytes": source.weight_bytes,
@@ -87,6 +90,9 @@ def _text(result: dict[str, Any]) -> str:
         f"{result['tensors']} tensors",
         "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
     }
+    if gguf := result["gguf"]:
+        types = ", ".join(f"{kind} x {count}" for kind, count in gguf["types"].items())
+        pairs["unpacked from"] = f"{gguf['name']} ({types})"
     if result["specs"]:
         pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
     if report := result["report"]:

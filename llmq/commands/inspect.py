@@ -29,11 +29,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.formats.settings import format_of, quantization_settings
     from llmq.models.source import Source
+    from llmq.storage.json_files import read_object
 
     source = Source.open(args.model, args.revision)
     model_dir, config, shards = source.folder, source.config, source.shards
     settings = quantization_settings(config)
-    engines = None if settings is None else _engines(settings, shards.shapes)
+    gguf = model_dir / "gguf.json"  # in a folder that a file was unpacked into
+    engines = None
+    if settings is not None and not gguf.is_file():
+        engines = _engines(settings, shards.shapes)
     remarks: list[str] = []
     if settings is not None:
         # Read for loading, with llmq's own name in the place of the one that other engines go by.
@@ -46,6 +50,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = {
         "model": str(model_dir),
         "model_type": config.model_type,
+        "gguf": read_object(gguf, "what a folder was unpacked from") if gguf.is_file() else None,
         "quantization": settings,
         "engines": engines,
         "remarks": remarks,
@@ -97,6 +102,9 @@ def _text(result: dict[str, Any]) -> str:
     }
     if result["remarks"]:
         pairs["llmq runs it"] = "; ".join(result["remarks"])
+    if gguf := result["gguf"]:
+        types = ", ".join(f"{kind} x {count}" for kind, count in gguf["types"].items())
+        pairs["unpacked from"] = f"{gguf['name']} ({types})"
     if result["specs"]:
         pairs["layers"] = ", ".join(f"{count} x {spec}" for spec, count in result["specs"].items())
     if report := result["report"]:

@@ -14,7 +14,7 @@ from llmq.ptq.methods import METHODS
 # Of the table of codes (llmq_kernels.core.codes), whose package takes torch to import.
 BITS = ("2", "3", "4", "5", "6", "8", "ternary")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MODEL_HELP = "a folder, a Hub id, or 'tiny' (the bundled model)"
+MODEL_HELP = "a folder, a .gguf file, a Hub id, or 'tiny' (the bundled model)"
 TEXT_HELP = (
     "text file, .jsonl, .parquet, folder, Hub data set (name:config:split), each with #COLUMN for "
     "a column of another name, or 'bundled'"

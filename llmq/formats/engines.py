@@ -185,8 +185,8 @@ ENGINES = (
         "2026-11-26",
         "run",
         {
-            "gptq": rules.gptqmodel_gptq,
-            "gptq_v2": rules.gptqmodel_gptq,
+            "gptq": rules.anything,
+            "gptq_v2": rules.anything,
             "awq": rules.gptqmodel_awq,
         },
         "it opens GPTQ and AWQ",

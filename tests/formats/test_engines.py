@@ -49,7 +49,7 @@ PACKED = {"llmq", "transformers + compressed-tensors", "vLLM", "SGLang"}
         ("gptq", ["w4g16"], {}, ALL_GPTQ - VLLM),
         ("gptq", ["w4g64", "w4g128"], {}, ALL_GPTQ - {"transformers + gptqmodel"}),
         ("gptq", ["w4g128"], {"act_order": True}, ALL_GPTQ - VLLM - {"SGLang"}),
-        ("gptq_v2", ["w4g64-asym"], {}, ALL_GPTQ - VLLM - {"GPTQModel"}),
+        ("gptq_v2", ["w4g64-asym"], {}, ALL_GPTQ - VLLM),
         ("gptq_v2", ["w3g64-asym"], {}, ALL_GPTQ - VLLM),
         ("awq", ["w4g64-asym"], {}, {*ALL_GPTQ, "mlx-lm"}),
         ("awq", ["w4-asym"], {}, {"llmq", "SGLang"} | VLLM),

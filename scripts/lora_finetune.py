@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import llmq
+
+SCORED = 50  # texts that perplexity is measured on
 
 
 def train(folder: Path, texts: list[str], adapter_dir: Path, args: argparse.Namespace) -> list[Any]:
@@ -26,7 +30,7 @@ def train(folder: Path, texts: list[str], adapter_dir: Path, args: argparse.Name
     from trl import SFTConfig, SFTTrainer
 
     trainer = SFTTrainer(
-        model=llmq.load(folder),
+        model=llmq.load(folder, dtype=args.dtype),
         processing_class=llmq.load_tokenizer(folder),
         train_dataset=Dataset.from_dict({"text": texts}),
         peft_config=LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -49,11 +53,11 @@ def train(folder: Path, texts: list[str], adapter_dir: Path, args: argparse.Name
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def with_adapter(folder: Path, adapter_dir: Path) -> Any:
+def with_adapter(folder: Path, adapter_dir: Path, dtype: str) -> Any:
     """The quantized model with the adapter beside its weights."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(llmq.load(folder), str(adapter_dir))
+    model = PeftModel.from_pretrained(llmq.load(folder, dtype=dtype), str(adapter_dir))
     return model.get_base_model()
 
 
@@ -67,20 +71,26 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument(
+        "--dtype", default="auto", help="of activations: float32 is faster on some CPUs"
+    )
     args = parser.parse_args()
     texts = [line for line in args.texts.read_text().splitlines() if line.strip()]
     adapter_dir = args.out.with_name(f"{args.out.name}-adapter")
 
-    losses = train(args.folder, texts, adapter_dir, args)
+    with redirect_stdout(sys.stderr):  # to which TRL prints
+        losses = train(args.folder, texts, adapter_dir, args)
     report = llmq.merge_adapter(args.folder, adapter_dir, out=args.out)
     models = {
-        "base": llmq.load(args.folder),
-        "adapter": with_adapter(args.folder, adapter_dir),
-        "merged": llmq.load(args.out),
+        "base": llmq.load(args.folder, dtype=args.dtype),
+        "adapter": with_adapter(args.folder, adapter_dir, args.dtype),
+        "merged": llmq.load(args.out, dtype=args.dtype),
     }
     tokenizer = llmq.load_tokenizer(args.folder)
     perplexities = {
-        name: llmq.perplexity(model, tokenizer, texts, sequence_length=args.sequence_length).value
+        name: llmq.perplexity(
+            model, tokenizer, texts[:SCORED], sequence_length=args.sequence_length
+        ).value
         for name, model in models.items()
     }
     print(json.dumps({"losses": losses, "perplexity": perplexities, "merge": report}, indent=2))

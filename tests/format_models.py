@@ -9,11 +9,11 @@ from conftest import make_model
 from torch import nn
 
 import llmq
+from llmq.activations.nodes import fake_quantize_per_token
 from llmq.formats.base import Format
 from llmq.formats.registry import format_named
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.inference.module import quantized_modules
-from llmq_kernels.core.reference import fake_quantize_tokens
 
 _SPECS = tuple(map(QuantSpec.parse, ("w4g32-asym", "w4g32", "w8", "ternary-tensor")))
 _SHAPES = ((64, 64), (32, 64), (128, 64), (64, 128))  # of the layers of `make_model`
@@ -55,4 +55,4 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 
 def _round_tokens(module: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-    return fake_quantize_tokens(args[0])
+    return fake_quantize_per_token(args[0])

@@ -8,7 +8,8 @@ from pathlib import Path
 from llmq.api.models import NAME_FORMS, ModelName, is_name
 from llmq.arguments import check_type, refused
 from llmq.formats.export import ExportReport
-from llmq.formats.export import export as export_folder
+from llmq.formats.exporters import export_as
+from llmq.formats.gguf.export import GgufReport
 from llmq.models.source import Source
 
 
@@ -20,14 +21,15 @@ def export(
     allow_requantize: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
-) -> ExportReport:
+) -> ExportReport | GgufReport:
     """Write a quantized folder in another format: the same float32 values bit for bit, or not at
     all.
 
         report = llmq.export("tiny-w4", "tiny-awq", "awq")
         report.is_exact, report.requantized                # True, []
 
-    format: one of `llmq.formats.registry.NAMES`. allow_requantize: round layers anew that the
+    format: one of `llmq.formats.exporters.FORMATS`; "gguf" writes a file and takes models in full
+    precision, too. allow_requantize: round layers anew that the
     format cannot hold exactly; the report has the error of each. An interrupted export continues
     when it is called again. Raises `LlmqError` where the format cannot hold the model."""
     if not is_name(checkpoint):
@@ -35,6 +37,6 @@ def export(
     check_type("out", out, (str, os.PathLike), "the folder to write")
     check_type("format", format, str, "the name of a format")
     source = Source.open(checkpoint, revision)
-    return export_folder(
+    return export_as(
         source, Path(out), format, allow_requantize=allow_requantize, overwrite=overwrite
     )

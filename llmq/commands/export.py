@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from llmq.commands import options, rendering
 from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
-from llmq.formats.registry import NAMES
+from llmq.formats.exporters import FORMATS
 
 if TYPE_CHECKING:
     from llmq.formats.export import ExportReport
+    from llmq.formats.gguf.export import GgufReport
 
 HELP = (
     "Write a quantized folder in another format: with the same values bit for bit, or not at all. "
@@ -22,13 +23,14 @@ HELP = (
 EXAMPLES = (
     "llmq export tiny-w4 tiny-gptq --format gptq",
     "llmq export tiny-w4 tiny-awq --format awq --allow-requantize",
+    "llmq export qwen3-w4 qwen3-w4.gguf --format gguf",
 )
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", help="a quantized folder, or a Hub id of one")
-    parser.add_argument("out", help="the folder to write")
-    parser.add_argument("--format", required=True, metavar="F", help=f"one of {', '.join(NAMES)}")
+    parser.add_argument("out", help="the folder to write, or the .gguf file")
+    parser.add_argument("--format", required=True, metavar="F", help=f"one of {', '.join(FORMATS)}")
     parser.section("run and output")
     parser.add_argument(
         "--allow-requantize",
@@ -42,11 +44,12 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    from llmq.formats.export import export
+    from llmq.formats.export import ExportReport
+    from llmq.formats.exporters import export_as
     from llmq.models.source import Source
 
     with rendering.progress("parts") as show:
-        report = export(
+        report = export_as(
             Source.open(args.checkpoint, args.revision),
             Path(args.out),
             args.format,
@@ -54,7 +57,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             overwrite=args.overwrite,
             on_part=show,
         )
-    return report.to_json(), _text(report)
+    text = _text(report) if isinstance(report, ExportReport) else _text_of_file(report)
+    return report.to_json(), text
 
 
 def _text(report: ExportReport) -> str:
@@ -77,6 +81,24 @@ def _text(report: ExportReport) -> str:
         )
     engines = [reading.to_json() for reading in report.engines]
     return f"{rendering.render_pairs(pairs)}\n{engine_lines(engines)}"
+
+
+def _text_of_file(report: GgufReport) -> str:
+    pairs: dict[str, object] = {
+        "written": f"{report.path} ({report.format}, {report.arch})",
+        "layers": f"{report.exact} of {report.n_layers} have the values that they had, bit for bit",
+        "tensors": ", ".join(f"{count} x {name}" for name, count in report.types.items()),
+        "size": f"{report.n_bytes / 1e6:.1f} MB",
+    }
+    if report.rounded:
+        name, reason = next(iter(report.rounded.items()))
+        pairs["rounded anew"] = (
+            f"{len(report.rounded)} layers, by at most {report.max_error:.2e}: {name}: {reason}; "
+            "measure the result with llmq compare"
+        )
+    for i, note in enumerate(report.notes):
+        pairs["note" if not i else f"note {i + 1}"] = note
+    return rendering.render_pairs(pairs)
 
 
 def _exactness(report: ExportReport) -> str:

@@ -75,6 +75,11 @@ class Format(ABC):
         """Whether the config says that columns are not in the order of their groups."""
         return False
 
+    def check_read(self, config: Settings) -> Settings:
+        """Settings as `read_config` gives them. Raises `LlmqError` for others: a folder may say of
+        itself that they are."""
+        return config
+
     def detects(self, settings: Settings) -> bool:
         """Whether a `quantization_config` is that of a folder of this format."""
         return settings.get("quant_method") == self.quant_method

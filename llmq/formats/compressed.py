@@ -146,9 +146,12 @@ class CompressedTensors(Format):
         return stated.with_ignored(config, names)
 
     def read_config(self, settings: Settings) -> Settings:
-        stated.check_settings(settings)
-        layout = settings["format"]
-        return {**settings, "quant_method": OWN_METHOD, "format": self.name, "layout": layout}
+        own = {"quant_method": OWN_METHOD, "format": self.name, "layout": settings.get("format")}
+        return self.check_read({**settings, **own})
+
+    def check_read(self, config: Settings) -> Settings:
+        stated.check_settings(config)
+        return config
 
     def remarks(self, config: Settings, stored: Mapping[str, str]) -> list[str]:
         kinds = Counter(_float_kinds(stored))
@@ -234,7 +237,7 @@ def _packed(name: str, tensors: dict[str, Tensor], bits: int, shape: tuple[int, 
     if packed.dtype == torch.int32:
         if tuple(packed.shape) == (n, packed_width(k, bits)):
             return packed
-        per_word = WORD_BITS // bits  # until 2025 no code of 3, 5 or 6 bits went over two words
+        per_word = WORD_BITS // bits  # where no code of 3, 5 or 6 bits goes over two words
         if tuple(packed.shape) == (n, -(-k // per_word)):
             lanes = [packed >> bits * i & (1 << bits) - 1 for i in range(per_word)]
             return pack(torch.stack(lanes, -1).view(n, -1)[:, :k], bits)
@@ -285,6 +288,10 @@ def _input_range(name: str, tensors: dict[str, Tensor]) -> Tensor:
             f"{name}.input_scale: expected one real number, "
             f"{'which is missing' if scale is None else f'got {scale.dtype} of {scale.numel()}'}; "
             "the checkpoint is damaged"
+        )
+    if not float(scale.reshape(())) > 0 or not bool(torch.isfinite(scale).all()):
+        raise LlmqError(
+            f"{name}.input_scale: {float(scale.reshape(()))} is no scale; the checkpoint is damaged"
         )
     if zero is not None and (zero.numel() != 1 or zero.dtype != torch.int8):
         raise _damaged(f"{name}.input_zero_point", zero, "torch.int8", (1,))

@@ -78,8 +78,9 @@ def activations_of(name: str, config: Settings) -> ActSpec:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise `LlmqError` for settings that would be read wrongly."""
-    layout = settings.get("format")
+    """Raise `LlmqError` for settings that would be read wrongly. layout: what stands under `format`
+    in the folder."""
+    layout = settings.get("layout")
     if layout not in _LAYOUTS:
         raise LlmqError(
             f"compressed-tensors folder of format {layout!r}: llmq reads {', '.join(_LAYOUTS)}; "
@@ -95,6 +96,9 @@ def check_settings(settings: Settings) -> None:
         raise wrong(f"{_WHERE}: config_groups", groups, "an object of groups")
     for name, group in groups.items():
         _check_group(f"{_WHERE}: config_groups[{name!r}]", group)
+    scheme = settings.get("kv_cache_scheme")
+    if not isinstance(scheme, dict | None):
+        raise wrong(f"{_WHERE}: kv_cache_scheme", scheme, "an object or null")
 
 
 def unlike(settings: Settings) -> list[str]:
@@ -212,7 +216,7 @@ def _weight_args(group: Settings) -> WeightArgs:
 
 
 def _block_of(args: Settings) -> Any:
-    """Rows and columns of a block, which were a text such as "128x128" until 2025."""
+    """Rows and columns of a block, which may be a text such as "128x128"."""
     stated = args.get("block_structure")
     if isinstance(stated, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", stated):
         return [int(part) for part in stated.split("x")]

@@ -26,8 +26,7 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
         return None
     settings = as_settings(settings)
     if settings.get("quant_method") == OWN_METHOD:  # also what was read once before
-        format_of(settings)
-        return settings
+        return format_of(settings).check_read(settings)
     fmt = detect(settings)
     if fmt is None:
         methods = dict.fromkeys(fmt.quant_method for fmt in all_formats())

@@ -231,8 +231,13 @@ class QuantLinear(nn.Linear):
 def _prepare_in_trace(key: str, dtype: torch.dtype, device: torch.device) -> None:
     """Prepare a module while Dynamo traces it, and have the trace start over with the module as it
     is then: what was traced so far stands on guards that no longer hold. By key, since not every
-    version of torch takes a module for a constant."""
+    version of torch takes a module for a constant. Those that were made for the same dtype and
+    device are prepared with it, or the trace would start over for each layer of a model."""
     _MODULES[key].prepare(dtype, device)
+    for module in list(_MODULES.values()):
+        is_alike = module.weight_dtype == dtype and module.scale.device == device
+        if is_alike and module.prepared is None:
+            module.prepare(dtype, device)
     restart = getattr(torch._dynamo.exc, "UnspecializeRestartAnalysis", None)
     if restart is None:
         raise LlmqError(

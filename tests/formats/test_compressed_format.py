@@ -147,7 +147,7 @@ def test_columns_in_another_order_are_read_and_not_written():
 
 
 def test_words_that_no_code_went_over_are_read():
-    """Ten codes of 3 bits to a word, as compressed-tensors packed them until 2025."""
+    """Ten codes of 3 bits to a word, as older compressed-tensors packed them."""
     spec = QuantSpec.parse("w3g32")
     tensor = QuantizedTensor.quantize(torch.randn(N, K), spec)
     codes = torch.nn.functional.pad(tensor.codes().long(), (0, -K % 10)).view(N, -1, 10)

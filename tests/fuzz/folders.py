@@ -50,6 +50,8 @@ FOLDERS: dict[str, tuple[str, str | None, str]] = {
     "sharded": ("llama", None, ""),
     "gpt2": ("gpt2", None, ""),
     "gemma": ("gemma3_text", None, ""),
+    "compressed": ("llama", "w4g32-asym", "compressed-tensors"),
+    "integers": ("llama", "w8", "compressed-tensors"),
     "gptq": ("llama", "w4g32", "gptq"),
     "gptq_v2": ("llama", "w4g32-asym", "gptq_v2"),
     "bitnet": ("llama", "ternary-tensor", "bitnet"),
@@ -121,7 +123,7 @@ def make_folders(root: Path) -> None:
             )
             tokenizer.save_pretrained(root / name)
             continue
-        kinds = {"bitnet": "int8-token", "static": "int8-static"}
+        kinds = {"bitnet": "int8-token", "static": "int8-static", "integers": "int8-static"}
         is_act_order = name == "act_order"
         recipe = Recipe.uniform(
             spec,

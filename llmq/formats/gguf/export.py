@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class GgufReport:
 
     path: str
     arch: str
+    source: str = ""
     n_bytes: int = 0
     types: dict[str, int] = field(default_factory=dict)
     exact: int = 0
@@ -67,8 +68,32 @@ class GgufReport:
     max_error: float = 0.0
     notes: list[str] = field(default_factory=list)
 
+    format = "gguf"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every packed layer has the values that it had."""
+        return not self.rounded
+
+    @property
+    def n_layers(self) -> int:
+        """Packed layers."""
+        return self.exact + len(self.rounded)
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "source": self.source,
+            "out": self.path,
+            "format": self.format,
+            "exact": self.is_exact,
+            "stored_bytes": self.n_bytes,
+            "n_layers": self.n_layers,
+            "n_requantized": len(self.rounded),
+            "max_error": self.max_error,
+            "requantized": self.rounded,
+            "types": self.types,
+            "notes": self.notes,
+        }
 
 
 @dataclass(frozen=True)
@@ -95,7 +120,7 @@ def export_gguf(source: Source, out_path: Path, *, allow_requantize: bool = Fals
     fields = _general(source, family) | model_fields(config, family)
     fields |= tokenizer_fields(own_tokenizer(source), int(config.vocab_size))
     plan = _plan(layers, config, family)
-    report = GgufReport(str(out_path), family.arch)
+    report = GgufReport(str(out_path), family.arch, source.name)
     report.types = dict(Counter(each.entry.type.name for each in plan))
     _judge(layers, plan, report, allow_requantize)
     fields["general.file_type"] = _file_type(plan)
@@ -127,8 +152,8 @@ def _plan(layers: StoredLayers, config: PretrainedConfig, family: Family) -> lis
     """Every tensor of the file, embeddings first, then the blocks in their order."""
     plan = []
     if parameters := llama3_parameters(config):
-        shape = (len(rope_factors(parameters, head_dim_of(config))),)
-        plan.append(_Planned(None, Entry(ROPE_FACTORS, shape, BY_NAME["F32"])))
+        factors = rope_factors(parameters, head_dim_of(config))
+        plan.append(_Planned(None, Entry(ROPE_FACTORS, tuple(factors.shape), BY_NAME["F32"])))
     for name in layers.names:
         shape = layers.shape(name)
         layer = name.removesuffix(".weight")

@@ -73,8 +73,8 @@ def fit(qtensor: QuantizedTensor) -> Fit:
         if not _divides(block.type, spec, shape):
             continue
         n_rounded = _n_rounded(qtensor.scale.float() / multiple)
-        reason = _rounded("scales", n_rounded, qtensor.scale.numel()) if n_rounded else None
-        return Fit(block.type, multiple, reason)
+        n = qtensor.scale.numel()
+        return Fit(block.type, multiple, _rounded("scales", n_rounded, n) if n_rounded else None)
     return _requantized(shape, _no_blocks(ways[-1][0].type, spec, shape))
 
 
@@ -97,12 +97,12 @@ def _fit_q4_1(qtensor: QuantizedTensor) -> Fit:
     """4 bits with zero points: `m = -d z` has to be a float16 number."""
     if not _divides(Q4_1, qtensor.spec, qtensor.shape):
         return _requantized(qtensor.shape, _no_blocks(Q4_1, qtensor.spec, qtensor.shape))
+    n = qtensor.scale.numel()
     if n_rounded := _n_rounded(qtensor.scale.float()):
-        return Fit(Q4_1, reason=_rounded("scales", n_rounded, qtensor.scale.numel()))
-    n_rounded = _n_rounded(_minimum(qtensor.scale, qtensor.zero))
-    if n_rounded == 0:
-        return Fit(Q4_1)
-    return Fit(Q4_1, reason=_rounded("products -s z", n_rounded, qtensor.scale.numel()))
+        return Fit(Q4_1, reason=_rounded("scales", n_rounded, n))
+    if n_rounded := _n_rounded(_minimum(qtensor.scale, qtensor.zero)):
+        return Fit(Q4_1, reason=_rounded("products -s z", n_rounded, n))
+    return Fit(Q4_1)
 
 
 def _minimum(scale: Tensor, zero: Tensor | None) -> Tensor:

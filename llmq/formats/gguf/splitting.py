@@ -31,21 +31,21 @@ class Splitting:
     composes: bool = False
     others: tuple[str, ...] = ()
 
-    def pre_tokenizer(self) -> dict[str, Any]:
-        """The object in tokenizer.json."""
-        byte_level = _byte_level(use_regex=self.pattern is None)
+    def steps(self) -> list[dict[str, Any]]:
+        """What is done to a text, as in tokenizer.json."""
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": self.pattern is None,
+        }
         if self.pattern is not None:
-            split = {
-                "type": "Split",
-                "pattern": {"Regex": self.pattern},
-                "behavior": "Isolated",
-                "invert": False,
-            }
-            return {"type": "Sequence", "pretokenizers": [split, byte_level]}
+            pattern = {"Regex": self.pattern}
+            split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+            return [split, byte_level]
         if self.single_digits:
-            digits = {"type": "Digits", "individual_digits": True}
-            return {"type": "Sequence", "pretokenizers": [digits, byte_level]}
-        return byte_level
+            return [{"type": "Digits", "individual_digits": True}, byte_level]
+        return [byte_level]
 
 
 SPLITTINGS = (
@@ -55,15 +55,6 @@ SPLITTINGS = (
     Splitting("smaug-bpe", _LLAMA3),
     Splitting("qwen2", _QWEN2, composes=True, others=("deepseek-r1-qwen", "megrez")),
 )
-
-
-def _byte_level(*, use_regex: bool) -> dict[str, Any]:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": use_regex,
-    }
 
 
 def splitting_named(name: object) -> Splitting:
@@ -82,12 +73,10 @@ def splitting_of(tokenizer: dict[str, Any]) -> Splitting:
     """The way of a byte-level tokenizer, the object in tokenizer.json. Raises `LlmqError` for one
     that llama.cpp has no name for, as far as llmq knows."""
     stated = tokenizer.get("pre_tokenizer") or {}
-    steps = stated.get("pretokenizers") if stated.get("type") == "Sequence" else [stated]
+    steps = stated["pretokenizers"] if stated.get("type") == "Sequence" else [stated]
     whole_words = bool(tokenizer["model"].get("ignore_merges"))
     for row in SPLITTINGS:
-        own = row.pre_tokenizer()
-        expected = own.get("pretokenizers") or [own]
-        is_same = [_essence(step) for step in steps] == [_essence(step) for step in expected]
+        is_same = [_essence(step) for step in steps] == [_essence(step) for step in row.steps()]
         if is_same and row.whole_words == whole_words:
             _check_normalizer(tokenizer.get("normalizer"))
             return row

@@ -86,17 +86,14 @@ def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
 
 def _vocabulary(ggml: Fields, tokens: list[str], types: list[int]) -> dict[str, int]:
     """Index by token, without those that stand for rows of the embeddings alone."""
-    vocabulary = {
-        token: index
+    kept = [
+        (token, index)
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if not (kind == UNUSED and _PAD.fullmatch(token))
-    }
-    n_kept = sum(
-        not (kind == UNUSED and bool(_PAD.fullmatch(token)))
-        for token, kind in zip(tokens, types, strict=True)
-    )
-    if len(vocabulary) != n_kept:
-        raise ggml.wrong("tokens", n_kept - len(vocabulary), "every token once")
+    ]
+    vocabulary = dict(kept)
+    if len(vocabulary) != len(kept):
+        raise ggml.wrong("tokens", f"{len(kept) - len(vocabulary)} tokens twice", "each once")
     return vocabulary
 
 
@@ -107,7 +104,7 @@ def _byte_level(ggml: Fields, tokens: list[str], types: list[int]) -> dict[str, 
     _check_merges(ggml, merges, vocabulary)
     tokenizer = _tokenizer(tokens, types)
     tokenizer["normalizer"] = {"type": "NFC"} if splitting.composes else None
-    tokenizer["pre_tokenizer"] = splitting.pre_tokenizer()
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splitting.steps()}
     tokenizer["decoder"] = {
         "type": "ByteLevel",
         "add_prefix_space": True,

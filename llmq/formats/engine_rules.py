@@ -122,12 +122,6 @@ def transformers_compressed(result: Result) -> str | None:
     return layer and f"{layer}: it takes zero points with dequantize=True only"
 
 
-def gptqmodel_gptq(result: Result) -> str | None:
-    """Its product of 4 bits for CPUs takes every zero point for 8: logits were off by 10."""
-    layer = result.layer_that(lambda spec: spec.code == "int4" and not spec.symmetric)
-    return layer and f"{layer}: its product of 4 bits for CPUs leaves out zero points"
-
-
 def optimum_gptq(result: Result) -> str | None:
     """optimum leaves `dynamic` aside: one width and one group size for every layer."""
     specs = {replace(spec, symmetric=True) for spec in result.quantized.values()}

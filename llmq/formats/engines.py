@@ -21,7 +21,7 @@ Rule = Callable[[Result], str | None]
 class Engine:
     """version: the one that was looked at, on the day `checked`. how: "run" where it opened folders
     and its numbers were compared, "read" where its source was. rules: by format. otherwise: why it
-    does not open any other."""
+    does not open any other. device: the one that a row is about which has a row without, too."""
 
     name: str
     version: str
@@ -30,6 +30,7 @@ class Engine:
     rules: dict[str, Rule]
     otherwise: str
     exceptions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
 
     def refusal(self, result: Result) -> str | None:
         """Why it does not read a result, or None where it does."""
@@ -67,12 +68,12 @@ def readings(result: Result) -> list[Reading]:
 
 def refused_by(result: Result) -> str | None:
     """Engines that open the format in general and not this result, with their reasons, or None
-    where there are none."""
+    where there are none. What one of them does on another device is not counted."""
     reasons = by_reason(
         [
             Reading(each.name, each.version, each.refusal(result))
             for each in ENGINES
-            if result.format in each.rules
+            if result.format in each.rules and not each.device
         ]
     )
     told = [f"not read by {', '.join(names)}: {reason}" for reason, names in reasons.items()]
@@ -165,6 +166,7 @@ ENGINES = (
             "compressed-tensors": rules.vllm_cpu_compressed,
         },
         "it does not know the format",
+        device="cpu",
     ),
     Engine(
         "SGLang",
@@ -185,8 +187,8 @@ ENGINES = (
         "2026-11-26",
         "run",
         {
-            "gptq": rules.gptqmodel_gptq,
-            "gptq_v2": rules.gptqmodel_gptq,
+            "gptq": rules.anything,
+            "gptq_v2": rules.anything,
             "awq": rules.gptqmodel_awq,
         },
         "it opens GPTQ and AWQ",

@@ -283,6 +283,7 @@ class LlmqQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and should_convert_module(name, kept):
                 qtensor = fmt.from_weight(module.weight.detach())
+                qtensor.validate(name)
                 inputs = fmt.activations_of(name, settings)
                 quantized = QuantLinear(qtensor, module.bias, inputs, model.dtype)
                 model.set_submodule(name, quantized)

@@ -165,6 +165,7 @@ def model_card(report: dict[str, Any]) -> str:
         "layers that lost more than half of their output": str(
             len(report["layers_with_large_error"])
         ),
+        "read by": ", ".join(each["engine"] for each in report["engines"] if each["reads"]),
         "calibration": (
             f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of "
             f"{calibration['source']}, sha256 {calibration['sha256'][:16]}"

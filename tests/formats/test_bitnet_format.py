@@ -164,6 +164,16 @@ def test_what_online_does_not_mean_is_refused(tmp_path):
             llmq.load(tmp_path / "online")
 
 
+def test_weights_without_a_mean_are_refused(tmp_path):
+    online_folder(tmp_path / "online")
+    path = tmp_path / "online" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(LlmqError, match="up_proj"):
+        llmq.load(tmp_path / "online")
+
+
 def multiplying_folder(source, folder):
     """The same weights as "autobitlinear" has them: its scale multiplies, biases included."""
     shutil.copytree(source, folder)

@@ -211,8 +211,8 @@ def test_saved_configs_name_the_kept_layers_as_the_folder_does(kept, fmt, model_
         if fmt == "llmq"
         else sum(name.startswith("-:") for name in folder["dynamic"])
     )
-    # GPTQ also names what other engines make of q/k/v and of gate and up.
-    assert n_kept == (2 if "o_proj" in kept else 9 if fmt == "gptq" else 7)
+    joint = 2 if fmt == "gptq" else 0  # patterns for qkv_proj and gate_up_proj
+    assert n_kept == (2 if "o_proj" in kept else 7 + joint)
 
 
 def test_a_named_format_that_other_engines_will_not_load_is_noted(model_folder):
@@ -221,9 +221,8 @@ def test_a_named_format_that_other_engines_will_not_load_is_noted(model_folder):
         method="rtn",
     )
     folder = str(model_folder())
-    note = prepare(folder, settings, format="gptq", strict=True).notes["format gptq"]
-    assert "not read by vLLM, SGLang" in note
-    assert "must be quantized alike" in note
+    noted = prepare(folder, settings, format="gptq", strict=True).notes["format gptq"]
+    assert "not read by vLLM, SGLang: model.layers.0.self_attn.q_proj (w4g32)" in noted
     job = prepare(folder, settings)
     assert list(job.notes) == [f"format {job.fmt.name}"] == ["format compressed-tensors"]
     assert prepare(folder, settings, format="llmq").notes == {}

@@ -129,7 +129,7 @@ def test_a_merge_quantizes_again_what_changed_and_keeps_the_rest(tmp_path, name)
     check_folder(out)
     assert report["format"] == name
     assert [layer["name"] for layer in report["layers"]] == DOWN
-    assert all(layer["kept"] > 0.7 and layer["codes_changed"] > 0 for layer in report["layers"])
+    assert all(layer["kept"] > 0.3 and layer["codes_changed"] > 0 for layer in report["layers"])
     assert json.loads((out / "merge.json").read_text())["layers"] == report["layers"]
     for companion in ("config.json", "quantize_config.json"):
         if (folder / companion).is_file():

@@ -8,6 +8,7 @@ what differs then is quantized again. Nothing else is written anew."""
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.arguments import check_type
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.base import Format
 from llmq.formats.load import load
 from llmq.formats.replacing import as_stored, write_replaced
@@ -31,6 +32,8 @@ from llmq.storage import files
 from llmq.storage.boundary import reading
 
 RECORD = "merge.json"
+NEAREST, STOCHASTIC = ROUNDINGS = ("nearest", "stochastic")
+_MUCH = 0.5  # share of a change whose loss is worth a warning
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -40,23 +43,31 @@ def merge_adapter(
     adapter: str | os.PathLike[str],
     *,
     out: str | os.PathLike[str],
+    rounding: str = STOCHASTIC,
+    seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the quantized `folder` to `out` with an adapter of PEFT merged into its weights, in the
-    same format: layers that the adapter changes are rounded to nearest again with their own spec,
-    the bytes of all other tensors stay.
+    same format: layers that the adapter changes are quantized again with their own spec, the bytes
+    of all other tensors stay.
 
     folder: quantized, in any format that llmq writes; a Hub id, too. adapter: the folder that
-    `save_pretrained` of a PEFT model wrote.
+    `save_pretrained` of a PEFT model wrote. rounding: "stochastic", to one of the two neighbouring
+    codes by chance (seed), each as often as keeps the value on average; or "nearest", which adds
+    less noise and undoes all changes below half a step, most of an adapter's where codes have few
+    bits.
 
     Returns the report, which is also in `out` as merge.json: of each layer that was quantized again
-    `change` (norm of what the adapter adds to the weight), `error` (norm of what rounding adds to
-    that), both as shares of the weight's norm, and `codes_changed`, the share of its codes. An
-    error as large as the change means that rounding lost it: such an adapter is better kept beside
-    the weights. Raises `LlmqError` for an adapter that does not fit or cannot be merged."""
+    `change` (norm of what the adapter adds to the weight) and `error` (norm of what rounding adds
+    to that), as shares of the weight's norm; `kept`, the share of the change that is in the result;
+    and `codes_changed`, the share of its codes. Warns with `LlmqWarning` where less than half is
+    kept. Raises `LlmqError` for an adapter that does not fit or cannot be merged."""
     check_type("folder", folder, (str, os.PathLike), "a quantized folder")
     check_type("adapter", adapter, (str, os.PathLike), "a folder that PEFT wrote")
     check_type("out", out, (str, os.PathLike), "the folder to write")
+    if rounding not in ROUNDINGS:
+        raise LlmqError(f"rounding {rounding!r}: expected one of {', '.join(ROUNDINGS)}")
+    check_type("seed", seed, int, "a whole number")
     files.check_output(Path(out), overwrite)
     source = Source.open(folder)
     settings = quantization_settings(source.config)
@@ -66,7 +77,8 @@ def merge_adapter(
             "quantize the result"
         )
     fmt = format_of(settings)
-    merged = _Merged(source, fmt)
+    generator = torch.Generator().manual_seed(seed) if rounding == STOCHASTIC else None
+    merged = _Merged(source, fmt, generator)
     model = _attached(source, Path(adapter))
     for name, layer in _adapted(model):
         merged.add(name, layer)
@@ -78,11 +90,14 @@ def merge_adapter(
         "format": fmt.name,
         "model": source.name,
         "adapter": Path(adapter).name,
+        "rounding": rounding,
+        "kept": merged.kept_share(),
         "layers": merged.layers,
         "kept_layers": merged.kept_layers,
         "unchanged_tensors": len(source.shards.names) - len(merged.tensors),
     }
     write_replaced(source, Path(out), merged.tensors, {RECORD: report}, overwrite=overwrite)
+    _warn_of_loss(report)
     return {"out": os.fspath(out), **report}
 
 
@@ -90,8 +105,8 @@ class _Merged:
     """What has changed so far. tensors: by stored name. layers, kept_layers: their reports, of
     quantized ones and of those in full precision."""
 
-    def __init__(self, source: Source, fmt: Format) -> None:
-        self.source, self.fmt = source, fmt
+    def __init__(self, source: Source, fmt: Format, generator: torch.Generator | None) -> None:
+        self.source, self.fmt, self.generator = source, fmt, generator
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict[str, Any]] = []
         self.kept_layers: list[dict[str, Any]] = []
@@ -121,18 +136,20 @@ class _Merged:
             self._keep(name, old.float(), new.float())
 
     def _quantize(self, name: str, old: QuantizedTensor, wanted: Tensor) -> None:
-        new = requantize(old, wanted)
+        new = requantize(old, wanted, self.generator)
         for suffix, tensor in self.fmt.write(new).items():
             stored = f"{self._stored_name(name)}.{suffix}"
             if stored in self.source.shards.names or suffix != "g_idx":
                 self.tensors[stored] = tensor
-        norm, before = wanted.norm(), old.dequantize()
+        norm, before, after = wanted.norm(), old.dequantize(), new.dequantize()
+        change = wanted - before
         self.layers.append(
             {
                 "name": name,
                 "spec": str(old.spec),
-                "change": float((wanted - before).norm() / norm),
-                "error": float((new.dequantize() - wanted).norm() / norm),
+                "change": float(change.norm() / norm),
+                "error": float((after - wanted).norm() / norm),
+                "kept": float(((after - before) * change).sum() / change.square().sum()),
                 "codes_changed": float((new.codes() != old.codes()).float().mean()),
             }
         )
@@ -147,6 +164,13 @@ class _Merged:
             {"name": name, "change": float(change / norm), "error": float(error / norm)}
         )
 
+    def kept_share(self) -> float | None:
+        """The mean over layers of the share of a change that is in the result; None where no
+        quantized layer changed."""
+        if not self.layers:
+            return None
+        return float(sum(layer["kept"] for layer in self.layers) / len(self.layers))
+
     def _stored_name(self, name: str) -> str:
         if name in self._tied or name not in self._stored:
             raise LlmqError(
@@ -155,6 +179,21 @@ class _Merged:
                 "weights"
             )
         return self._stored[name]
+
+
+def _warn_of_loss(report: dict[str, Any]) -> None:
+    """Say so where rounding undid most of what was trained."""
+    kept = report["kept"]
+    if kept is None or kept >= _MUCH:
+        return
+    other = "" if report["rounding"] == STOCHASTIC else f', merge with rounding="{STOCHASTIC}"'
+    warnings.warn(
+        f"rounding kept {max(kept, 0):.0%} of what the adapter changes: it is smaller than the "
+        f"steps of these weights; keep the adapter beside the weights{other}, or merge it into the "
+        "full-precision model and quantize that",
+        LlmqWarning,
+        stacklevel=4,
+    )
 
 
 def _stored_names(source: Source, fmt: Format) -> dict[str, str]:

@@ -10,11 +10,15 @@ from torch import Tensor
 from llmq.grid import rounding
 from llmq.grid.spec import PER_TENSOR
 from llmq.grid.tensor import QuantizedTensor
+from llmq_kernels.core.reference import expand_groups
 
 
-def requantize(old: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
-    """A float32 weight `[N, K]` rounded to nearest with the spec, the order of columns and the
-    input range of `old`.
+def requantize(
+    old: QuantizedTensor, weight: Tensor, generator: torch.Generator | None = None
+) -> QuantizedTensor:
+    """A float32 weight `[N, K]` rounded with the spec, the order of columns and the input range of
+    `old`: to the nearest code, or with a generator to one of its two neighbours by chance, each as
+    often as keeps the value on average.
 
     Each group keeps its grid or gets that of its own range, whichever has the smaller squared
     error: where the change is small the old grid holds the rest exactly, where it is large only a
@@ -30,9 +34,17 @@ def requantize(old: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
         scale = torch.where(is_better, new_scale, scale)
         if zero is not None and new_zero is not None:
             zero = torch.where(is_better, new_zero, zero)
+    if generator is not None:
+        weight = weight + _steps(old, scale) * (torch.rand(old.shape, generator=generator) - 0.5)
     codes = rounding.quantize(weight, scale, zero, spec, g_idx)
     new = QuantizedTensor.from_codes(codes, scale, zero, spec, g_idx)
     return replace(new, input_range=old.input_range)
+
+
+def _steps(old: QuantizedTensor, scale: Tensor) -> Tensor:
+    """The scale of each column, `[N or 1, K or 1]`."""
+    k = old.shape[1]
+    return expand_groups(scale, k, old.spec.columns_per_group(k), old.g_idx)
 
 
 def _order(old: QuantizedTensor) -> Tensor | None:

@@ -129,7 +129,7 @@ def test_a_merge_quantizes_again_what_changed_and_keeps_the_rest(tmp_path, name)
     check_folder(out)
     assert report["format"] == name
     assert [layer["name"] for layer in report["layers"]] == DOWN
-    assert all(0 < layer["error"] < 0.7 for layer in report["layers"])
+    assert all(layer["kept"] > 0.3 and layer["codes_changed"] > 0 for layer in report["layers"])
     assert json.loads((out / "merge.json").read_text())["layers"] == report["layers"]
     for companion in ("config.json", "quantize_config.json"):
         if (folder / companion).is_file():
@@ -159,6 +159,31 @@ def test_a_merge_takes_shards_dora_and_weights_that_were_trained_whole(base, tmp
     head = model.get_base_model().lm_head.modules_to_save["default"].weight
     merged = llmq.load(tmp_path / "merged").lm_head.weight
     assert torch.equal(merged, head.to(merged.dtype))
+
+
+def test_a_small_change_is_kept_by_chance_and_undone_by_rounding_to_nearest(base, tmp_path):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(llmq.load(base), lora(target_modules=["down_proj"], r=8))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.002)  # steps of 4-bit weights are ten times as large
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(llmq.LlmqWarning, match="rounding kept 0%"):
+        nearest = llmq.merge_adapter(
+            base, tmp_path / "adapter", out=tmp_path / "nearest", rounding="nearest"
+        )
+    assert nearest["kept"] < 0.1
+    merged = [
+        llmq.merge_adapter(base, tmp_path / "adapter", out=tmp_path / str(index), seed=seed)
+        for index, seed in enumerate((0, 0, 1))
+    ]
+    assert all(report["kept"] > 0.7 for report in merged)
+    weights = [load_file(Path(report["out"]) / "model.safetensors") for report in merged]
+    name = f"{DOWN[0]}.qweight"
+    assert torch.equal(weights[0][name], weights[1][name])
+    assert not torch.equal(weights[0][name], weights[2][name])
+    with pytest.raises(LlmqError, match="expected one of nearest, stochastic"):
+        llmq.merge_adapter(base, tmp_path / "adapter", out=tmp_path / "out", rounding="up")
 
 
 def test_act_order_is_kept_by_a_merge(tmp_path):

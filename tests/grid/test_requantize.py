@@ -54,3 +54,22 @@ def test_the_order_of_columns_and_the_range_of_inputs_stay():
     assert torch.equal(new.dequantize()[:, order], fresh.dequantize())
     uneven = dataclasses.replace(old, g_idx=torch.zeros(K, dtype=torch.int32))
     requantize(uneven, uneven.dequantize()).validate("layer")
+
+
+@pytest.mark.parametrize("text", ["w4g32", "w3g32-asym", "ternary-tensor"])
+def test_by_chance_a_value_is_kept_on_average(text):
+    generator = torch.Generator().manual_seed(0)
+    old = QuantizedTensor.quantize(torch.randn(N, K, generator=generator), QuantSpec.parse(text))
+    before = old.dequantize()
+    change = 0.1 * old.scale.float().mean() * torch.randn(N, K, generator=generator)
+    by_chance = (
+        sum(requantize(old, before + change, generator).dequantize() for _ in range(50)) / 50
+    )
+    to_nearest = requantize(old, before + change).dequantize()
+    kept, lost = (
+        float(((after - before) * change).sum() / change.square().sum())
+        for after in (by_chance, to_nearest)
+    )
+    # The outermost codes cannot move outwards, and ternary ones are mostly these.
+    assert kept > (0.5 if "ternary" in text else 0.8)
+    assert lost < 0.3

@@ -2,7 +2,7 @@
 
     python scripts/lora_finetune.py tiny-w4 tiny-w4-tuned --texts notes.txt --steps 20
 
-Needs peft and trl (pip install 'llmq[peft]' trl). Reads top to bottom as an example: the model is
+Needs peft and trl (pip install peft trl). Reads top to bottom as an example: the model is
 transformers' own class on llmq's kernels, so TRL and PEFT are used as with any other. Prints one
 JSON object: losses, and the perplexity of the texts before, with the adapter and merged.
 """

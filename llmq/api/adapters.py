@@ -179,7 +179,7 @@ def _attached(source: Source, adapter: Path) -> Any:
         from peft import PeftConfig, PeftModel
     except ImportError:
         raise LlmqError(
-            "merge_adapter needs peft, which is not installed; pip install 'llmq[peft]'"
+            "merge_adapter needs peft, which is not installed; pip install peft"
         ) from None
     for name in _ADAPTER:
         if not (adapter / name).is_file():

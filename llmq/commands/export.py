@@ -30,13 +30,14 @@ EXAMPLES = (
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", help="a quantized folder, or a Hub id of one")
     parser.add_argument("out", help="the folder to write, or the .gguf file")
+    parser.section("what is written")
     parser.add_argument("--format", required=True, metavar="F", help=f"one of {', '.join(FORMATS)}")
-    parser.section("run and output")
     parser.add_argument(
         "--allow-requantize",
         action="store_true",
         help="round layers anew that the format cannot hold exactly, and show the error",
     )
+    parser.section("run and output")
     options.add_overwrite_argument(parser)
     parser.section("where it is")
     parser.add_argument("--revision", help="revision of a Hub model")

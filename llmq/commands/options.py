@@ -221,7 +221,7 @@ def _add_grid_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--asymmetric", action="store_true", help="store a zero point per group"
     )
-    parser.add_argument(
+    parser.more.add_argument(
         "--embeddings",
         metavar="SPEC",
         help="quantize the embeddings, too, such as w8 or w4g64 (default: as stored); where the "

@@ -171,6 +171,10 @@ def _refuse_adapter(model_dir: Path) -> None:
                 f"{model_dir / name}: an adapter that is not merged into the weights beside it; "
                 "merge it (peft: merge_and_unload) and save the result, or move it away"
             )
+    raise LlmqError(
+        f"{model_dir / 'adapter_config.json'}: describes an adapter whose weights are not there, "
+        "and transformers would go on to look for them; move it away"
+    )
 
 
 def _find_quantization(config: PretrainedConfig, source: Source) -> None:

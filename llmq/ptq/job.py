@@ -132,7 +132,9 @@ def prepare(
     if strict:
         _check_unchanged(every)
     result = result_of(fmt, every, recipe.activations, act_order=is_ordered)
-    remarks = {f"format {fmt.name}": told} if (told := refused_by(result)) else {}
+    # Where nobody has asked for the format there is none that more would read.
+    told = None if format == AUTO else refused_by(result)
+    remarks = {f"format {fmt.name}": told} if told else {}
     remarks |= stored.remarks(strict)
     tokens = None
     if isinstance(calibration, documents.TokenSet):

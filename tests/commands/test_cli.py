@@ -458,7 +458,7 @@ def test_short_calibration_and_existing_output(llmq, model_folder, calibration_f
     code, _, stderr = llmq(
         "quantize", tmp_path / "out", tmp_path / "twice", *small(calibration_file)
     )
-    assert (code, "is quantized already (gptq)" in stderr) == (2, True)
+    assert (code, "is quantized already (compressed-tensors)" in stderr) == (2, True)
 
 
 def test_an_unknown_backend_is_bad_usage(llmq, monkeypatch, model_folder, tmp_path):

@@ -261,9 +261,12 @@ def test_a_tie_that_is_stored_in_part_is_refused(separate_head, monkeypatch):
 
 def test_an_adapter_beside_the_weights_is_not_passed_over(model_folder):
     folder = model_folder()
+    readers = (llmq.load, lambda folder: prepare(str(folder), RTN))
     (folder / "adapter_config.json").write_text("{}")
-    llmq.load(folder)
+    for read in readers:
+        with pytest.raises(LlmqError, match="an adapter whose weights are not there"):
+            read(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"")
-    for read in (llmq.load, lambda folder: prepare(str(folder), RTN)):
+    for read in readers:
         with pytest.raises(LlmqError, match="an adapter that is not merged"):
             read(folder)

@@ -211,8 +211,8 @@ def test_saved_configs_name_the_kept_layers_as_the_folder_does(kept, fmt, model_
         if fmt == "llmq"
         else sum(name.startswith("-:") for name in folder["dynamic"])
     )
-    joint = 2 if fmt == "gptq" else 0  # patterns for qkv_proj and gate_up_proj
-    assert n_kept == (2 if "o_proj" in kept else 7 + joint)
+    # GPTQ also names what other engines make of q/k/v and of gate and up.
+    assert n_kept == (2 if "o_proj" in kept else 9 if fmt == "gptq" else 7)
 
 
 def test_a_named_format_that_other_engines_will_not_load_is_noted(model_folder):
@@ -221,8 +221,9 @@ def test_a_named_format_that_other_engines_will_not_load_is_noted(model_folder):
         method="rtn",
     )
     folder = str(model_folder())
-    noted = prepare(folder, settings, format="gptq", strict=True).notes["format gptq"]
-    assert "not read by vLLM, SGLang: model.layers.0.self_attn.q_proj (w4g32)" in noted
+    note = prepare(folder, settings, format="gptq", strict=True).notes["format gptq"]
+    assert "not read by vLLM, SGLang" in note
+    assert "must be quantized alike" in note
     job = prepare(folder, settings)
     assert list(job.notes) == [f"format {job.fmt.name}"] == ["format compressed-tensors"]
     assert prepare(folder, settings, format="llmq").notes == {}
@@ -356,7 +357,7 @@ def test_an_unfaithful_disk_is_noticed(model_folder, calibration_file, tmp_path,
     def corrupt(self, index, tensors):
         written = write(self, index, tensors)
         for name in written:
-            if name.endswith("down_proj.qweight"):
+            if name.endswith("down_proj.weight_packed"):
                 written[name][0, 0] ^= 1
         return written
 

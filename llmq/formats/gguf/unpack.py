@@ -251,7 +251,7 @@ class _Model:
         except ImportError:
             raise LlmqError(
                 f"{self.gguf.path}: tensor {tensor.name} is of type {kind}, which llmq reads with "
-                "the package gguf: pip install 'llmq[gguf]'"
+                "the package gguf: pip install gguf"
             ) from None
         with reading(self.gguf.path, f"type {kind} cannot be read", "take another file"):
             values = dequantize(rows.numpy(), GGMLQuantizationType(tensor.type.number))

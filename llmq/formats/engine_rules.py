@@ -135,7 +135,9 @@ def gptqmodel_awq(result: Result) -> str | None:
 
 
 def mlx_awq(result: Result) -> str | None:
-    return _other_groups(result, {32, 64, 128})
+    layer = result.layer_that(lambda spec: not spec.symmetric)
+    wrong = layer and f"{layer}: it opens it and computes something else with zero points"
+    return _other_groups(result, {32, 64, 128}) or wrong
 
 
 def _other_codes(result: Result, known: set[str]) -> str | None:

@@ -207,5 +207,5 @@ ENGINES = (
             "compressed-tensors": "it opens that of single models only",
         },
     ),
-    Engine("llama.cpp", "b6000", "2026-11-26", "read", {"gguf": rules.anything}, _GGUF),
+    Engine("llama.cpp", "0.3.36", "2026-11-26", "run", {"gguf": rules.anything}, _GGUF),
 )

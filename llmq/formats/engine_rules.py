@@ -135,9 +135,9 @@ def gptqmodel_awq(result: Result) -> str | None:
 
 
 def mlx_awq(result: Result) -> str | None:
-    layer = result.layer_that(lambda spec: not spec.symmetric)
-    wrong = layer and f"{layer}: it opens it and computes something else with zero points"
-    return _other_groups(result, {32, 64, 128}) or wrong
+    if result.layer_that(lambda spec: not spec.symmetric):
+        return "it opens it and computes something else with zero points"
+    return _other_groups(result, {32, 64, 128})
 
 
 def _other_codes(result: Result, known: set[str]) -> str | None:

@@ -5,7 +5,7 @@ proof of what was lost.
 >>> texts = ["def main():\\n    return 0\\n" * 50, "# a text of what the model will see\\n" * 50]
 >>> report = llmq.quantize("tiny", "tiny-w4", "W4A16", texts, samples=4, sequence_length=64)
 >>> report["format"], report["n_quantized_layers"], report.rows()[0]["spec"]
-('gptq', 28, 'w4g128')
+('compressed-tensors', 28, 'w4g128')
 
 The same in memory, some layers otherwise, by a method that needs no text:
 

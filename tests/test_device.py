@@ -21,7 +21,7 @@ from llmq.evaluation.perplexity import evaluate
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.inference.module import quantized_modules
 from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.ptq.job import prepare
+from llmq.ptq.job import Job, prepare
 from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 from llmq.text.documents import load_documents
@@ -44,11 +44,16 @@ def recipe_of(method: str, options: dict[str, object]) -> Recipe:
     )
 
 
+def job_of(folder: Path, method: str, options: dict[str, object]) -> Job:
+    fmt = "gptq" if options.get("order") == "act" else "auto"
+    return prepare(str(folder), recipe_of(method, options), format=fmt)
+
+
 def quantize_there(
     folder: Path, out: Path, method: str, options: dict[str, object]
 ) -> dict[str, object]:
     with pretend_device.pretend_device() as device:
-        return quantize_folder(prepare(str(folder), recipe_of(method, options)), out, device=device)
+        return quantize_folder(job_of(folder, method, options), out, device=device)
 
 
 CASES = [
@@ -69,7 +74,7 @@ def test_blocks_are_quantized_there_as_here(
 ):
     folder = model_folder(family)
     there_report = elsewhere(quantize_there, folder, tmp_path / "there", method, options)
-    report = quantize_folder(prepare(str(folder), recipe_of(method, options)), tmp_path / "here")
+    report = quantize_folder(job_of(folder, method, options), tmp_path / "here")
     assert (there_report["device"], there_report["fallbacks"], report["fallbacks"]) == (
         pretend_device.NAME,
         [],

@@ -37,6 +37,8 @@ def write_model(folder: Path, depth: int, width: int, intermediate: int, vocabul
     whole. Returns its bytes."""
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"))
+    # as many tokens as rows of the embeddings, or it would not belong to the model
+    tokenizer.add_tokens([f"<unused{i}>" for i in range(vocabulary - len(tokenizer))])
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         hidden_size=width,

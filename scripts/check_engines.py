@@ -44,7 +44,8 @@ def logits_to_rows(logits: Any, tokens: list[int]) -> list[float]:
     import torch
 
     found = torch.log_softmax(logits[0, :-1].float(), dim=-1)
-    return found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()  # type: ignore[no-any-return]
+    of_tokens: list[float] = found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+    return of_tokens
 
 
 def run_module(model: Any, rows: Rows) -> LogProbabilities:

@@ -1,5 +1,4 @@
-"""Which engine computes what llmq computes, for every kind of result: the table of
-`llmq/formats/README.md`.
+"""Which engine computes what llmq computes, for every kind of result, as a table in Markdown.
 
     python scripts/engine_matrix.py MODEL WORK_DIR --engine vllm=VLLM_PYTHON:vllm [--engine ...]
 

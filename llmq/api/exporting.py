@@ -29,9 +29,9 @@ def export(
         report.is_exact, report.requantized                # True, []
 
     format: one of `llmq.formats.exporters.FORMATS`; "gguf" writes a file and takes models in full
-    precision, too. allow_requantize: round layers anew that the
-    format cannot hold exactly; the report has the error of each. An interrupted export continues
-    when it is called again. Raises `LlmqError` where the format cannot hold the model."""
+    precision, too. allow_requantize: round layers anew that the format cannot hold exactly; the
+    report says how far they are. An interrupted export into a folder continues when it is called
+    again. Raises `LlmqError` where the format cannot hold the model."""
     if not is_name(checkpoint):
         raise refused("checkpoint", checkpoint, NAME_FORMS)
     check_type("out", out, (str, os.PathLike), "the folder to write")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HELP = (
     "Write a quantized folder in another format: with the same values bit for bit, or not at all. "
-    "An interrupted run continues when the same command is given again."
+    "An interrupted run into a folder continues when the same command is given again."
 )
 
 EXAMPLES = (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import llmq
 from llmq.errors import LlmqError, VerificationError
+from llmq.formats.base import Format, Settings
 from llmq.formats.conversion import Conversion, LayerChange, convert, plan_conversion
 from llmq.formats.engine_rules import Result
 from llmq.formats.engines import Reading, readings
@@ -173,7 +174,7 @@ def _converted(
 ) -> tuple[dict[str, Tensor], list[LayerChange]]:
     tensors = dict(layers.source.shards.read(part.others))
     changes = []
-    config = _config(layers, conversion)
+    settings = conversion.format.read_config(_config(layers, conversion))
     for name in part.layers:
         qtensor, change = convert(
             name, layers.layer(name), conversion.format, conversion.specs[name]
@@ -181,7 +182,7 @@ def _converted(
         stored = layers.stored_name(name)
         fmt = conversion.format
         own = layer_tensors(stored, qtensor, fmt.given(ActSpec()) if name in layers.roles else fmt)
-        _check(name, qtensor, own, conversion, config)
+        _check(name, qtensor, own, conversion.format, settings)
         if (bias := layers.bias(name)) is not None:
             own[f"{stored}.bias"] = bias
         tensors |= own
@@ -193,17 +194,16 @@ def _check(
     name: str,
     qtensor: QuantizedTensor,
     tensors: dict[str, Tensor],
-    conversion: Conversion,
-    config: dict[str, Any],
+    fmt: Format,
+    settings: Settings,
 ) -> None:
     """Raise `VerificationError` where the format would read another weight than it was given."""
     suffixes = {full.rpartition(".")[2]: tensor for full, tensor in tensors.items()}
-    settings = conversion.format.read_config(config)
-    back = conversion.format.read(name, suffixes, settings, qtensor.shape)
+    back = fmt.read(name, suffixes, settings, qtensor.shape)
     if not bool((back.dequantize() == qtensor.dequantize()).all()):
         raise VerificationError(
-            f"{name}: the {conversion.format.name} format does not give back the weight that it "
-            "was given; report this as a fault of llmq"
+            f"{name}: the {fmt.name} format does not give back the weight that it was given; "
+            "report this as a fault of llmq"
         )
 
 

@@ -19,7 +19,7 @@ from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import quantizable_layers
 from llmq.models.names import check_dtypes, check_shapes, match_names
-from llmq.models.outside import tables_of
+from llmq.models.outside import Table, tables_of
 from llmq.models.source import Source, meta_model
 from llmq.models.stored import StoredModel
 from llmq.recipe import Layer
@@ -85,10 +85,8 @@ class StoredLayers:
     def linear(self) -> dict[str, Layer]:
         """What could be packed: every linear layer of the blocks and, where they are packed,
         embeddings and head. Raises `LlmqError` for a packed layer that is none of these."""
-        found = {layer.name: layer for layer in quantizable_layers(self.skeleton)}
-        if self.packed.keys() - found.keys():
-            tables = [table for table in tables_of(self.skeleton) if table.name in self.packed]
-            found |= {table.name: Layer(table.name, table.shape) for table in tables}
+        found = dict(self._in_blocks)
+        found |= {table.name: Layer(table.name, table.shape) for table in self._tables}
         if unknown := self.packed.keys() - found.keys():
             raise LlmqError(
                 f"{self.source.folder}: packed tensors are stored for {min(unknown)}, which is "
@@ -100,11 +98,18 @@ class StoredLayers:
     @cached_property
     def roles(self) -> dict[str, str]:
         """Of packed tables outside of the blocks: see `llmq.models.outside.Table`."""
-        layers = {layer.name for layer in quantizable_layers(self.skeleton)}
-        if not self.packed.keys() - layers:
-            return {}
-        tables = tables_of(self.skeleton)
-        return {table.name: table.role for table in tables if table.name in self.packed}
+        return {table.name: table.role for table in self._tables}
+
+    @cached_property
+    def _in_blocks(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in quantizable_layers(self.skeleton)}
+
+    @cached_property
+    def _tables(self) -> list[Table]:
+        """Packed matrices outside of the blocks. Models that have none may hold anything there."""
+        if not self.packed.keys() - self._in_blocks.keys():
+            return []
+        return [table for table in tables_of(self.skeleton) if table.name in self.packed]
 
     @cached_property
     def kept_matrices(self) -> list[str]:
@@ -118,7 +123,12 @@ class StoredLayers:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter."""
-        return tuple(self.skeleton.state_dict()[name].shape)
+        return self._shapes[name]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        state = self.skeleton.state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def layer(self, name: str) -> QuantizedTensor:
         """A packed layer, checked. Raises `LlmqError` for a damaged one, and for one that holds

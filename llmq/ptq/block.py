@@ -17,7 +17,6 @@ from llmq.ptq.layers import LayerReport, better_of, by_spec, n_rows, report_laye
 from llmq.ptq.memory import LARGE_BLOCK, release_freed_memory
 from llmq.ptq.methods.base import BlockTuning, Method, Needs, SolvedBlock
 from llmq.ptq.precision import Precision
-from llmq.ptq.replay import SolvedParts
 from llmq.ptq.results import BlockReport, block_report
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stage import InputGroup, Recording, Stage, find_stages
@@ -95,8 +94,8 @@ def quantize_block(setup: Setup, index: int) -> QuantizedBlock:
     else:
         work = _Calibrated(setup, index, name, module, targets, streams=setup.streams)
     work.solve()
-    kept, has_changed = as_stored(module, kept)
-    report, first_output = work.run_as_stored(has_changed)
+    kept = as_stored(module, kept)
+    report, first_output = work.run_as_stored()
     return QuantizedBlock(
         report,
         {f"{name}.{layer}": result.tensor for layer, result in work.results.items()},
@@ -127,9 +126,8 @@ class _Rounded:
         for layer in self.targets:
             self._solve_group(InputGroup((layer,)), None)
 
-    def run_as_stored(self, has_changed: bool) -> tuple[BlockReport, Tensor | None]:
-        """The report, and the block's outputs on the first batch. has_changed: kept tensors are not
-        what they were."""
+    def run_as_stored(self) -> tuple[BlockReport, Tensor | None]:
+        """The report, and the block's outputs on the first batch, where there is text."""
         return block_report(self.index, self.reports, None, None), None
 
     def _solve_group(self, group: InputGroup, stats: LayerStats | None) -> None:
@@ -171,14 +169,6 @@ class _Calibrated(_Rounded):
     ) -> None:
         super().__init__(setup, index, name, module, targets)
         self.streams = streams
-        self.parts = SolvedParts(
-            module,
-            targets,
-            streams.work_dir,
-            streams.length,
-            streams.batch_size,
-            enabled=setup.recipe.inputs != "full-precision",
-        )
         self.tuning: BlockTuning | None = None
         self.exact_output: Tensor | None = None
         # What tuning starts from: full-precision weights, and what they were solved with.
@@ -186,25 +176,17 @@ class _Calibrated(_Rounded):
 
     def solve(self) -> None:
         """Measure and solve stage by stage, then tune the whole, if the method does that."""
-        with self.parts.watching():
-            stages = find_stages(
-                self.streams, self.module, self.index, self.name, list(self.targets)
-            )
+        stages = find_stages(self.streams, self.module, self.index, self.name, list(self.targets))
         if "full-precision" in self.streams.names:
             self.exact_output = self._run_exact(stages).float()
         self.setup.method.transform(self.module, self.setup.recipe)
         for stage in stages:
             self._solve_stage(stage)
         if self.setup.needs.tuning and self.results:
-            self.parts.discard()  # its layers are about to change
             self._tune()
 
-    def run_as_stored(self, has_changed: bool) -> tuple[BlockReport, Tensor | None]:
-        if has_changed:
-            self.parts.discard()  # they were measured before the change
-        with self.parts.playing(self.results):
-            output = self.streams.advance(self.module, self.index, "quantized")
-        self.parts.discard()
+    def run_as_stored(self) -> tuple[BlockReport, Tensor | None]:
+        output = self.streams.advance(self.module, self.index, "quantized")
         error = None
         if (exact := self.exact_output) is not None:
             error = total((output - exact).square()) / total(exact.square())
@@ -222,9 +204,7 @@ class _Calibrated(_Rounded):
         return self.streams.advance(module, self.index, "full-precision", record)
 
     def _solve_stage(self, stage: Stage) -> None:
-        measured = self.setup.recording.measure(
-            self.streams, self.module, self.index, stage, self.parts, self.results
-        )
+        measured = self.setup.recording.measure(self.streams, self.module, self.index, stage)
         for group, stats in measured:
             self.setup.release_freed_memory()
             self._solve_group(group, stats)
@@ -267,16 +247,15 @@ class _Calibrated(_Rounded):
         self.untuned.clear()
 
 
-def as_stored(module: nn.Module, kept: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """The kept tensors as they stand in the solved block, in the dtypes of the source, and whether
-    a method has changed any: that is rounded to its dtype in the block, too."""
+def as_stored(module: nn.Module, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The kept tensors as they stand in the solved block, in the dtypes of the source. What a
+    method has changed is rounded to its dtype in the block, too."""
     state = module.state_dict()
-    result, has_changed = {}, False
+    result = {}
     for key, source in kept.items():
         current = state[key]
         result[key] = source
         if not torch.equal(current, source.to(current.device, current.dtype)):
             result[key] = current.to("cpu", source.dtype, copy=True)
             current.copy_(result[key])
-            has_changed = True
-    return result, has_changed
+    return result

@@ -7,7 +7,7 @@ Inside a block, layers are solved in the order in which they run and see the rep
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,7 +16,6 @@ from llmq.activations.ranges import RangeObserver
 from llmq.errors import LlmqError
 from llmq.models.arch import linear_weight
 from llmq.ptq.capture import record_inputs, shared_inputs
-from llmq.ptq.replay import SolvedParts
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Stream, Streams, narrows
 
@@ -74,11 +73,9 @@ class Recording:
         block: nn.Module,
         index: int,
         stage: Stage,
-        parts: SolvedParts,
-        solved: Collection[str],
     ) -> Iterator[tuple[InputGroup, LayerStats]]:
         """One pass over the stream that ends at the stage's last layer, and the statistics of each
-        group. solved: layers of the block whose weights will not change any more."""
+        group."""
         stats = {group: self._empty(streams, block, group) for group in stage.groups}
         exact = {
             group: streams.exact_rows(block, group.layers).batches(streams.batch_size)
@@ -87,13 +84,11 @@ class Recording:
             for group in stage.groups
         }
         firsts = {group.first: block.get_submodule(group.first) for group in stage.groups}
-        with parts.playing(solved), parts.keeping(list(firsts)) as keep:
-            for call, hidden in streams.batches(index, self.stream):
-                rows = record_inputs(block, firsts, call, hidden)
-                for group in stage.groups:
-                    x, y = rows[group.first], next(exact[group])
-                    stats[group].add(x, None if y is None else y.to(streams.device))
-                    keep(group.first, x)
+        for call, hidden in streams.batches(index, self.stream):
+            rows = record_inputs(block, firsts, call, hidden)
+            for group in stage.groups:
+                x, y = rows[group.first], next(exact[group])
+                stats[group].add(x, None if y is None else y.to(streams.device))
         for group in stage.groups:
             streams.exact_rows(block, group.layers).recycle()
             yield group, stats[group].finish()

@@ -267,40 +267,6 @@ def test_full_precision_stream_gives_other_hessians_and_block_errors(
     assert reports[2][-1].output_error < reports[1][-1].output_error
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon"])
-@pytest.mark.parametrize("inputs", ["quantized", "both"])
-def test_playing_back_solved_parts_changes_nothing(model_type, inputs, monkeypatch):
-    """Children played back from the inputs of their last layer against computing them again each
-    time: the same codes and scales."""
-    from contextlib import nullcontext
-
-    from llmq.ptq.replay import SolvedParts
-
-    tokens = calibration_windows(torch.randint(2, 2048, (3000,)), 40, 32, 0, "text").tokens
-    models, applied, played = [], [], []
-    apply, player = SolvedParts._apply, SolvedParts._player
-    monkeypatch.setattr(
-        SolvedParts,
-        "_apply",
-        lambda self, layer, *keep: applied.append(layer) or apply(self, layer, *keep),
-    )
-    monkeypatch.setattr(
-        SolvedParts,
-        "_player",
-        lambda self, tail, outputs: played.append(tail.layer) or player(self, tail, outputs),
-    )
-    for replay in (True, False):
-        if not replay:
-            monkeypatch.setattr(SolvedParts, "playing", lambda self, solved: nullcontext())
-        model = make_model(model_type)
-        llmq.quantize(model, recipe(inputs=inputs), tokens)
-        models.append(model.state_dict())
-    assert len(set(applied)) == 2, "attention and MLP"
-    assert len(applied) == 2 * 2, "each of them once in each of two blocks"
-    assert len(played) > len(applied), "the attention once more"
-    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
-
-
 @pytest.mark.parametrize("model_type", families("llama", "gpt2", "gemma3_text", "falcon"))
 def test_a_full_precision_stream_in_bfloat16_leads_to_the_same_place(model_type, monkeypatch):
     """Its roundings are noise of 2^-9 per number; what is taken from it are means over 960 tokens.

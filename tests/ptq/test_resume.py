@@ -17,8 +17,8 @@ import torch
 
 from llmq.errors import LlmqError
 from llmq.ptq.job import prepare
-from llmq.ptq.replay import SolvedParts
 from llmq.ptq.run import quantize_folder
+from llmq.ptq.stage import Recording
 from llmq.recipe import Recipe
 from llmq.storage.files import MANIFEST
 
@@ -186,22 +186,22 @@ def interrupted(model_folder, calibration_file, out, recipe):
     return folder
 
 
-def test_what_an_interrupted_block_kept_is_not_played(
+def test_what_an_interrupted_block_recorded_is_recorded_again(
     model_folder, calibration_file, tmp_path, monkeypatch
 ):
-    """The block is run again from its inputs: files of solved parts that lie there from before must
-    not stand in for layers that are still to be solved."""
+    """The block is run again from its inputs: rows of the full-precision model that lie there from
+    before are neither read nor appended to."""
     recipe, folder = Recipe.uniform("w4g32", samples=4, sequence_length=32), model_folder()
     quantize_folder(
         prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "reference"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(SolvedParts, "discard", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Recording, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             quantize_folder(
                 prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
             )
-    assert list(tmp_path.glob(".out*/played-*.f32"))
+    assert list(tmp_path.glob(".out*/exact-*.bf16"))
     quantize_folder(
         prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"
     )

@@ -63,6 +63,13 @@ FAMILY_CONFIGS: dict[str, dict[str, object]] = {
         "multi_query": True,
         "ffn_hidden_size": 128,
     },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
     "rwkv": {"attention_hidden_size": 64, "context_length": 128, "rescale_every": 0},
 }
 

@@ -130,9 +130,12 @@ class Format(ABC):
         what is stored of a weight."""
         return self
 
-    def with_kept(self, config: Settings, names: Collection[str]) -> Settings:
-        """The `quantization_config` with modules that hold a matrix which is no layer that could be
-        quantized: the head, routers."""
+    def with_kept(
+        self, config: Settings, names: Collection[str], quantized: Collection[str] = ()
+    ) -> Settings:
+        """The `quantization_config` with modules that hold a matrix which is no quantized layer:
+        the head, routers, towers, layers that the model's class does not load. quantized: names of
+        layers."""
         return config
 
     def dense(

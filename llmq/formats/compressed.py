@@ -159,7 +159,9 @@ class CompressedTensors(Format):
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         return stated.write_groups(specs, self.activations)
 
-    def with_kept(self, config: Settings, names: Collection[str]) -> Settings:
+    def with_kept(
+        self, config: Settings, names: Collection[str], quantized: Collection[str] = ()
+    ) -> Settings:
         return stated.with_ignored(config, names)
 
     def read_config(self, settings: Settings) -> Settings:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning
@@ -22,7 +22,7 @@ from llmq.inference.module import quantized_modules
 from llmq.inference.rotary import take_turns
 from llmq.inference.settings import read_settings
 from llmq.models.building import one_at_a_time
-from llmq.models.compat import only_errors
+from llmq.models.compat import auto_class, only_errors
 from llmq.models.names import check_dtypes, left_out, stored_to_model_names
 from llmq.models.source import Source
 from llmq.models.stored import state_ties
@@ -86,7 +86,7 @@ def load(
         knowing(shards),
         only_errors(),
     ):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto_class(config).from_pretrained(
             model_dir,
             config=config,
             dtype=loaded_dtype,

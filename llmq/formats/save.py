@@ -53,7 +53,8 @@ def checkpoint_config(
     config = fmt.write_config(specs, act_order=act_order and has_groups(plans))
     config = fmt.with_tables(config, tables) if tables else config
     is_kept = [name for name in kept if specs.get(name) is None and name not in tables]
-    config = fmt.with_kept(config, is_kept)
+    quantized = [name for name, spec in specs.items() if spec is not None]
+    config = fmt.with_kept(config, is_kept, quantized)
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
@@ -197,7 +198,9 @@ def refuse_adapters(model: torch.nn.Module) -> None:
 
 def layer_plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> list[LayerPlan]:
     """What became of each layer of the full-precision model: a kept one is not quantized."""
-    layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}
+    layers = {
+        layer.name: layer for layer in quantizable_layers(meta_model(model.config, type(model)))
+    }
     layers |= {
         name: replace(layers[name], shape=qtensor.shape)
         if name in layers

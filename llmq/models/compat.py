@@ -25,6 +25,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "HfQuantizer": ("transformers.quantizers",),
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
     "QuantizationConfigMixin": ("transformers.utils.quantization_config",),
     "WeightConverter": ("transformers.core_model_loading",),
     "WeightRenaming": ("transformers.core_model_loading",),
@@ -84,9 +85,26 @@ def causal_models() -> Mapping[str, str]:
 
 
 def wrapper_models() -> Mapping[str, str]:
-    """`model_type` -> class, of the models of text and images."""
-    names: Mapping[str, str] = __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    """`model_type` -> class, of the models of text and images, sounds or videos."""
+    names: dict[str, str] = {}
+    names |= __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    names |= __getattr__("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
     return names
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class that builds and loads the model that a config names in `architectures`: a
+    wrapper as it is, though its text model may be built alone, else a causal language model."""
+    import transformers
+
+    wrapper = wrapper_models().get(config.model_type)
+    named = config.architectures or []
+    if wrapper is None or (config.model_type in causal_models() and wrapper not in named):
+        return transformers.AutoModelForCausalLM
+    of_images = __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    if config.model_type in of_images:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForMultimodalLM
 
 
 def quantization_methods() -> list[str]:

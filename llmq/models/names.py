@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.models import compat
+from llmq.models.keep import is_extra_layer
 from llmq.models.shards import ShardReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of real numbers
@@ -99,6 +100,11 @@ def check_dtypes(
 
 def left_out(model: PreTrainedModel, unused: Iterable[str]) -> list[str]:
     """Those of the stored tensors without a place in the model that hold something of their own:
-    not the buffers that models compute themselves, nor what transformers leaves out on purpose."""
+    not the buffers that models compute themselves, nor what transformers leaves out on purpose, nor
+    whole layers beside those that make the next token (see `llmq.models.keep`)."""
     redundant = compat.redundant_names(model)
-    return [name for name in unused if not redundant.search(name)]
+    return [
+        name
+        for name in unused
+        if not redundant.search(name) and not is_extra_layer(name, model.config)
+    ]

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from llmq.models.arch import weight_as_stored
 from llmq.models.names import match_names
 from llmq.models.shards import ShardReader
+from llmq.storage.files import real_path
+from llmq.storage.packing import StoredTensor, content_hash, stored_tensors
 from llmq.storage.stamps import SourceFiles
 
 
@@ -44,6 +46,16 @@ class CheckpointReader:
         if self.source is not None:
             self._read |= {name: _hash(tensor) for name, tensor in tensors.items()}
         return {stored[name]: tensor for name, tensor in tensors.items()}
+
+    def places(self, names: Sequence[str]) -> dict[str, StoredTensor]:
+        """Where stored tensors lie, to be copied as they are."""
+        found: dict[str, StoredTensor] = {}
+        for path in sorted({self.shards.names[name] for name in names}):
+            there = stored_tensors(real_path(path))
+            found |= {name: there[name] for name in names if self.shards.names[name] == path}
+        if self.source is not None:
+            self._read |= {name: content_hash(tensor) for name, tensor in found.items()}
+        return found
 
     def take_read(self) -> dict[str, Any]:
         """What was read since the last call: hashes of the tensors, inodes of their files."""

@@ -68,7 +68,7 @@ def quantize(
             f"this {type(model).__name__} is quantized already; start from the full-precision model"
         )
     device = device_of(model)
-    skeleton = meta_model(model.config)
+    skeleton = meta_model(model.config, type(model))
     plans = recipe.plan(quantizable_layers(skeleton))
     reader = ModelReader(model)
     if tokens is not None:
@@ -95,7 +95,9 @@ def quantize(
         )
     activations = recipe.activations
     quantize_kv(
-        meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope
+        meta_model(model.config, type(model)),
+        activations.kv_bits,
+        before_rope=activations.kv_before_rope,
     )  # whether it can be done is known before anything changes
     tables = _quantized_tables(model, outside)
     sink = ModelSink(model, recipe.activations)

@@ -200,7 +200,7 @@ def _check_unquantized(source: Source) -> None:
 
 def _check_unchanged(plans: list[LayerPlan]) -> None:
     """Under --strict: every layer becomes what was asked."""
-    notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.note]
+    notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.differs]
     if notes:
         raise LlmqError(
             f"--strict: {len(notes)} layers would differ from what was asked, the first being "

@@ -23,7 +23,6 @@ from llmq.models.arch import find_blocks
 from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
 from llmq.models.readers import CheckpointReader, weight_reader
-from llmq.models.stored import is_text_part
 from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.budget import disk_bytes
@@ -171,10 +170,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Write everything that is not a block, then publish."""
     partial.keep_only_blocks()
-    unused = reader.unused()
     _write_outside(job, partial, reader, prefix)
-    if is_text_part(job.model, job.config):  # all of it is kept
-        unused = []
     target = partial.checkpoint_dir
     shards = partial.pack()
     if len(shards) > 1:
@@ -187,7 +183,7 @@ def _finish(
         partial.block_reports(),
         source_bytes=job.source.weight_bytes,
         stored_bytes=sum((target / name).stat().st_size for name in shards),
-        unused=unused,
+        copied=reader.unused(),
         resumed_at=resumed_at,
         seconds=seconds,
         device=device,
@@ -206,7 +202,7 @@ def _finish(
             job.all_plans,
             act_order=job.recipe.order == "act",
             activations=job.recipe.activations,
-            kept=kept_matrices(job.model),
+            kept=[*kept_matrices(job.model), *_copied_matrices(job, reader)],
         ),
         name=hub_id(job.source.folder),
         companions=companions,
@@ -218,8 +214,8 @@ def _finish(
 def _write_outside(
     job: Job, partial: PartialCheckpoint, reader: CheckpointReader, prefix: str
 ) -> None:
-    """Keep embeddings, norms and head as they are, but for those that are to be quantized, and of a
-    wrapper, which the folder stays as config.json says, everything else."""
+    """Keep embeddings, norms and head as they are, but for those that are to be quantized, and
+    everything else that is stored, whether or not the model has a place for it."""
     if partial.is_finished(partial.outside):
         return
     tables, reports = _quantized_tables(job, reader)
@@ -233,11 +229,18 @@ def _write_outside(
     tensors = reader.stored_names(reader.read_parameters(outside))
     for name, table in tables.items():
         tensors |= reader.stored_names(layer_tensors(name, table, job.fmt.given(ActSpec())))
-    if is_text_part(job.model, job.config):
-        tensors |= job.source.shards.read(reader.unused())
     for _ in partial.written(partial.outside, tensors):
         pass
+    if others := reader.unused():
+        partial.add(partial.outside, reader.places(others))
     partial.finish_block(partial.outside, {"tables": reports}, reader.take_read())
+
+
+def _copied_matrices(job: Job, reader: CheckpointReader) -> list[str]:
+    """Modules that the class does not load, of which a matrix is copied."""
+    shapes = job.source.shards.shapes
+    names = [name for name in reader.unused() if len(shapes[name]) == 2]
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
 
 def _quantized_tables(

@@ -85,7 +85,7 @@ def quantize_folder(
     check_output(out_dir, overwrite)
     started = time.monotonic()
     prefix, blocks = find_blocks(job.model)
-    reader = CheckpointReader(job.model, job.source.shards, job.source.files)
+    reader = CheckpointReader(job.model, job.source.tensors, job.source.files)
     partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks))
     with kept_for_later(partial, lambda: all(map(reader.is_still, partial.sources()))):
         sink = FolderSink(partial, reader, job.fmt, job.all_plans, job.recipe)
@@ -144,7 +144,7 @@ def _held_out(
     if job.tokens is None or not job.tokens.held_out:
         return []
     # What is read here is no part of what the blocks were made of.
-    reader = CheckpointReader(job.model, job.source.shards)
+    reader = CheckpointReader(job.model, job.source.tensors)
     outside = None
     if job.outside:
         outside = OutsideReader(reader, lambda: sink.read_block(partial.outside).quantized)
@@ -234,7 +234,7 @@ def _write_outside(
     for name, table in tables.items():
         tensors |= reader.stored_names(layer_tensors(name, table, job.fmt.given(ActSpec())))
     if is_text_part(job.model, job.config):
-        tensors |= job.source.shards.read(reader.unused())
+        tensors |= job.source.tensors.read(reader.unused())
     for _ in partial.written(partial.outside, tensors):
         pass
     partial.finish_block(partial.outside, {"tables": reports}, reader.take_read())

@@ -11,7 +11,6 @@ here. A module that has neither stays fused, which `arch.refuse_fused_experts` r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,13 +99,32 @@ class Expert(nn.Module):
 
 @dataclass(frozen=True)
 class Share:
-    """What one expert gets of a call. expert: its number. tokens, slots: int64 `[n]`, the tokens
-    that it gets, in order, and which of their choices it is. x: its inputs `[n, K]`."""
+    """What one expert gets of a call. tokens, slots: int64 `[n]`, the tokens that it gets, in
+    order, and which of their choices it is. x: its inputs `[n, K]`."""
 
-    expert: int
     tokens: Tensor
     slots: Tensor
     x: Tensor
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a module of experts is called with. x: inputs `[T, 1, K]`, or `[T, S, K]` where each
+    choice of a token has its own. index: int64 `[T, S]`, the experts that each token chose; a
+    number that no expert has where it chose fewer."""
+
+    x: Tensor
+    index: Tensor
+
+    def share(self, expert: int) -> Share:
+        """What goes to one of them."""
+        tokens, slots = (self.index == expert).nonzero(as_tuple=True)
+        return Share(tokens, slots, self.x[tokens, slots if self.x.shape[1] > 1 else 0])
+
+    @property
+    def rows(self) -> Tensor:
+        """All inputs `[T or T S, K]`, whoever they go to."""
+        return self.x.flatten(0, 1)
 
 
 class UnfusedExperts(nn.Module):
@@ -142,31 +160,20 @@ class UnfusedExperts(nn.Module):
         assert isinstance(found, Expert)
         return found
 
-    def shares(self, hidden_states: Tensor, index: Tensor | None = None) -> Iterator[Share]:
-        """What each expert gets. hidden_states, index: as the module is called with them, `[T, K]`
-        and the choices `[T, S]` of each token; or `[E T, K]` alone where they are scaled before."""
-        if self.layout.is_scaled_before:
-            yield from self._shares_of_copies(hidden_states)
-            return
-        assert index is not None
-        n_slots = index.shape[1]
-        order = torch.argsort(index.reshape(-1), stable=True)
-        counts = torch.bincount(index.reshape(-1), minlength=self.n_experts).tolist()
-        for number, places in enumerate(order.split(counts)):
-            if len(places):
-                tokens = places // n_slots
-                yield Share(number, tokens, places % n_slots, hidden_states[tokens])
-
-    def _shares_of_copies(self, hidden_states: Tensor) -> Iterator[Share]:
+    def routed(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Routed:
+        """What the arguments of a call say."""
+        if not self.layout.is_scaled_before:
+            return Routed(hidden_states[:, None], (*routing, *named.values())[0])
         copies = hidden_states.view(self.n_experts, -1, hidden_states.shape[-1])
-        for number, copy in enumerate(copies):
-            tokens = copy.any(dim=-1).nonzero()[:, 0]
-            if len(tokens):
-                yield Share(number, tokens, torch.zeros_like(tokens), copy[tokens])
+        chosen = copies.any(dim=-1)  # [E, T]
+        n_slots = int(chosen.sum(dim=0).max())
+        index = chosen.T.int().argsort(dim=1, descending=True, stable=True)[:, :n_slots]
+        tokens = torch.arange(len(index), device=index.device)[:, None]
+        x = copies[index, tokens]
+        return Routed(x, index.where(chosen.T.gather(1, index), self.n_experts))
 
-    def inner(self, index: int, x: Tensor) -> Tensor:
+    def inner(self, expert: Expert, x: Tensor) -> Tensor:
         """What an expert's last layer gets for its inputs `[..., K]`."""
-        expert = self.expert(index)
         up: Tensor = expert.layer(UP)(x)
         if not self.layout.has_gate:
             return self._activated(up)
@@ -188,27 +195,38 @@ class UnfusedExperts(nn.Module):
         """What an expert makes of its inputs `[..., K]`."""
         if index >= self.n_experts:
             return x
-        found: Tensor = self.expert(index).layer(DOWN)(self.inner(index, x))
+        expert = self.expert(index)
+        found: Tensor = expert.layer(DOWN)(self.inner(expert, x))
         norm = self._modules.get("post_expert_norm")
         return found if norm is None else norm(found)
 
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Hidden states `[T, K]`, the numbers `[T, S]` of the experts of each, and the weights
         `[T, S]` of their outputs, by whatever names the model calls them."""
-        index, weights = (*routing, *named.values(), None, None)[:2]
-        if index is None or weights is None:
-            found = torch.zeros_like(hidden_states)
-            copies = found.view(self.n_experts, -1, found.shape[-1])
-            for share in self.shares(hidden_states):
-                copies[share.expert, share.tokens] = self.outputs(share.expert, share.x)
-            return found
+        if self.layout.is_scaled_before:
+            return self._of_copies(hidden_states)
+        index, weights = (*routing, *named.values())
         dtype = torch.promote_types(hidden_states.dtype, weights.dtype)
         found = torch.zeros_like(hidden_states, dtype=dtype)
-        for share in self.shares(hidden_states, index):
-            output = self.outputs(share.expert, share.x)
-            weighted = output * weights[share.tokens, share.slots, None]
-            found.index_add_(0, share.tokens, weighted.to(dtype))
+        order = torch.argsort(index.reshape(-1), stable=True)
+        counts = torch.bincount(index.reshape(-1), minlength=self.n_experts).tolist()
+        for number, places in enumerate(order.split(counts)):
+            if len(places) == 0:
+                continue
+            tokens, slots = places // index.shape[1], places % index.shape[1]
+            weighted = self.outputs(number, hidden_states[tokens]) * weights[tokens, slots, None]
+            found.index_add_(0, tokens, weighted.to(dtype))
         return found.to(hidden_states.dtype)
+
+    def _of_copies(self, hidden_states: Tensor) -> Tensor:
+        """Where all tokens come once for each expert, `[E T, K]`, those of others as zeros."""
+        copies = hidden_states.view(self.n_experts, -1, hidden_states.shape[-1])
+        found = torch.zeros_like(copies)
+        for number, copy in enumerate(copies):
+            tokens = copy.any(dim=-1).nonzero()[:, 0]
+            if len(tokens):
+                found[number, tokens] = self.outputs(number, copy[tokens])
+        return found.view_as(hidden_states)
 
 
 def _expert(fused: nn.Module, layout: Layout, index: int) -> Expert:

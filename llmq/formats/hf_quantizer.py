@@ -162,6 +162,7 @@ class LlmqQuantizer(HfQuantizer):
         from llmq.errors import LlmqError
         from llmq.formats.settings import format_of
         from llmq.formats.tables import reserve_tie
+        from llmq.models.experts import unfuse
         from llmq.models.names import check_dtypes, match_names, stored_to_model_names
         from llmq.models.outside import is_plain
         from llmq.models.site import site_of
@@ -172,6 +173,7 @@ class LlmqQuantizer(HfQuantizer):
                 "llmq.load(folder)"
             )
         fmt = self.stored_format = format_of(self.quantization_config.settings())
+        unfuse(model)
         headers = _headers([Path(path) for path in checkpoint_files])
         layers: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
         for name, (dtype, stored_shape) in headers.items():
@@ -271,6 +273,13 @@ class LlmqQuantizer(HfQuantizer):
             )
         state_quantization(model, self)
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
+        """Experts are layers of their own here, so nothing is merged."""
+        from llmq.models.compat import without_merges
+        from llmq.models.experts import LAYERS_OF
+
+        return without_merges(weight_conversions, LAYERS_OF)
 
     def _quantize_online(self, model: Any, fmt: Format, settings: dict[str, Any]) -> None:
         """Quantize the layers that transformers would, which are stored in full precision."""

@@ -96,7 +96,7 @@ def load(
         )
     _check_complete(info, source, is_quantized=settings is not None)
     if settings is None:
-        names = stored_to_model_names(loaded, shards.names)
+        names = stored_to_model_names(loaded, shards.names, converted=True)
         state = loaded.state_dict()
         matched = {name: stored for stored, name in names.items() if name in state}
         check_dtypes(loaded, shards.dtypes, matched, str(model_dir))

@@ -110,14 +110,6 @@ def check_supported(config: PretrainedConfig) -> None:
     text_config = config.get_text_config()
     if reason := family_of(config).refused:
         raise LlmqError(f"{text_config.model_type}: {reason}; this architecture is not supported")
-    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        n_experts = getattr(text_config, key, None)
-        if isinstance(n_experts, int) and n_experts > 1:
-            raise LlmqError(
-                f"{config.model_type} is a mixture of experts ({key} = {n_experts}), which llmq "
-                "does not quantize yet: its experts are fused tensors that would stay in full "
-                f"precision. Tested dense families: {TESTED}"
-            )
     found = config.architectures or []
     generating = {
         *compat.causal_models().values(),
@@ -290,8 +282,9 @@ def refuse_fused_experts(blocks: nn.ModuleList) -> None:
     for name, parameter in blocks[0].named_parameters():
         if parameter.dim() == 3 and any(_is_expert(part) for part in _owners(blocks[0], name)):
             raise LlmqError(
-                f"{name} has shape {list(parameter.shape)}: a mixture of experts with fused "
-                "weights, which llmq does not quantize yet"
+                f"{name} has shape {list(parameter.shape)}: experts in one tensor whose layout "
+                "llmq does not know, so they would stay in full precision; this architecture is "
+                "not supported"
             )
 
 
@@ -305,7 +298,7 @@ def _owners(block: nn.Module, name: str) -> Iterator[str]:
 
 
 def _is_expert(name: str) -> bool:
-    return any(word in name.lower() for word in ("expert", "moe"))
+    return "expert" in name.lower()
 
 
 def refuse_shared_weights(model: PreTrainedModel, prefix: str) -> None:

@@ -8,8 +8,9 @@ quantizer while it is itself half imported."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -112,9 +113,24 @@ def quantization_methods() -> list[str]:
     return list(__getattr__("AUTO_QUANTIZER_MAPPING"))
 
 
-def renamed(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """Of each stored tensor: its name, its name in the model, and whether transformers would make
-    another tensor of it (and of others) while it loads."""
+@dataclass(frozen=True)
+class Renamed:
+    """A stored tensor and the one of the model that it is, or that transformers makes of it (and of
+    others) while it loads. part: which of the tensors of a conversion it is, None without one."""
+
+    stored: str
+    name: str
+    part: int | None
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether it is not the tensor itself."""
+        return self.part is not None
+
+
+def renamed(model: Any, stored: Iterable[str], also: Iterable[str] = ()) -> Iterator[Renamed]:
+    """What each stored tensor is in the model. also: names that the model's class has beside those
+    of the model."""
     get_mapping, rename = (
         __getattr__("get_model_conversion_mapping"),
         __getattr__("rename_source_key"),
@@ -123,10 +139,34 @@ def renamed(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str, bool]
     transforms = get_mapping(model)
     renamings = [each for each in transforms if isinstance(each, renaming_class)]
     converters = [each for each in transforms if isinstance(each, converter_class)]
-    state = model.state_dict()
+    parts = {
+        pattern: part for each in converters for part, pattern in enumerate(each.source_patterns)
+    }
+    state = {**dict.fromkeys(also, True), **model.state_dict()}
     for name in stored:
-        new_name, converter = rename(name, renamings, converters, model.base_model_prefix, state)
-        yield name, new_name, converter is not None
+        new_name, pattern = rename(name, renamings, converters, model.base_model_prefix, state)
+        yield Renamed(name, new_name, None if pattern is None else parts[pattern])
+
+
+def without_merges(transforms: Sequence[Any], layers: Mapping[str, Sequence[str]]) -> list[Any]:
+    """What transformers does to the names of stored tensors, without making one tensor of those of
+    several experts: each gets the name of a layer of its expert instead. layers: the layers that
+    one parameter of all experts holds, by its name."""
+    renaming_class, converter_class = __getattr__("WeightRenaming"), __getattr__("WeightConverter")
+    found: list[Any] = []
+    for each in transforms:
+        target = each._original_target_patterns[0].rpartition(".")[2]
+        sources = each._original_source_patterns
+        is_merge = isinstance(each, converter_class) and all(".*." in name for name in sources)
+        if not (is_merge and target in layers):
+            found.append(each)
+            continue
+        for source, layer in zip(sources, layers[target], strict=True):
+            leaf = source.removesuffix(".weight").rpartition(".")[2]
+            if leaf != layer:
+                pattern = rf"(experts\.\d+)\.{leaf}\."
+                found.append(renaming_class(pattern, rf"\1.{layer}."))
+    return found
 
 
 def ties(model: Any) -> dict[str, str]:

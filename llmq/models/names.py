@@ -8,23 +8,28 @@ from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.models import compat
+from llmq.models.expert_views import fused_names, layer_of_expert
+from llmq.models.experts import unfused_in
 from llmq.models.keep import is_extra_layer
 from llmq.models.shards import ShardReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of real numbers
 
 
-def stored_to_model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+def stored_to_model_names(
+    model: PreTrainedModel, stored: Iterable[str], *, converted: bool = False
+) -> dict[str, str]:
     """Stored name -> model name, by transformers' own renaming rules (base prefixes, `embed_out` of
-    GPT-NeoX). Tensors that need more than a new name raise `LlmqError`."""
-    state = model.state_dict()
+    GPT-NeoX). Tensors that need more than a new name raise `LlmqError`, unless transformers loads
+    the model. converted: it does."""
+    state, experts = model.state_dict(), unfused_in(model)
     names = {}
-    for name, new_name, is_converted in compat.renamed(model, stored):
-        names[name] = new_name
-        if is_converted and new_name in state:
+    for each in compat.renamed(model, stored, fused_names(experts)):
+        names[each.stored] = layer_of_expert(experts, each) or each.name
+        if each.is_converted and each.name in state and not converted:
             raise LlmqError(
-                f"tensor {name} is stored in another layout than {type(model).__name__} computes "
-                "with (transformers converts it while it loads); load the model with "
+                f"tensor {each.stored} is stored in another layout than {type(model).__name__} "
+                "computes with (transformers converts it while it loads); load the model with "
                 "transformers, save it with save_pretrained(FOLDER, save_original_format=False), "
                 "and quantize that"
             )

@@ -26,10 +26,13 @@ from llmq.models import compat
 from llmq.models.arch import check_supported, check_type, set_config_values
 from llmq.models.building import one_at_a_time
 from llmq.models.companions import Companions, find_companions
+from llmq.models.expert_views import expert_views, may_hold_experts
+from llmq.models.experts import unfuse
 from llmq.models.hub import resolve
 from llmq.models.identity import model_name
 from llmq.models.shards import ShardReader
 from llmq.models.sizes import check_buffers, check_sizes
+from llmq.models.tensors import ViewedTensors
 from llmq.storage.boundary import check_folder, reading
 from llmq.storage.json_files import read_object
 from llmq.storage.stamps import SourceFiles
@@ -109,6 +112,13 @@ class Source:
     def shards(self) -> ShardReader:
         """Every stored tensor: its file, its shape, its dtype."""
         return ShardReader(self.folder, self.stated)
+
+    @cached_property
+    def tensors(self) -> ShardReader:
+        """The tensors as the model wants them that is quantized: one for each layer."""
+        if not may_hold_experts(self.shards):
+            return self.shards
+        return ViewedTensors(self.shards, expert_views(meta_model(self.config), self.shards))
 
     @property
     def weight_paths(self) -> list[Path]:
@@ -239,7 +249,8 @@ def meta_model(
     config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None
 ) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers (rotary tables) real, in
-    float32. model_class: of a model that is there already; None: the one that the config names."""
+    float32. Experts are layers of their own. model_class: of a model that is there already; None:
+    the one that the config names."""
     with (
         reading(_origin(config), "no model that transformers can build", _CONFIG_REMEDY),
         init_empty_weights(include_buffers=False),
@@ -250,6 +261,7 @@ def meta_model(
         if model_class is not None:
             build = model_class._from_config
         model: PreTrainedModel = build(own, dtype=torch.float32)
+    unfuse(model)
     return model.eval()
 
 

@@ -41,13 +41,13 @@ class StoredModel:
     @classmethod
     def of(cls, source: Source) -> StoredModel:
         """Raises `LlmqError` when tensors are missing."""
-        config, skeleton = _model_of(source.config, source.shards)
-        return cls(source, config, skeleton, match_names(skeleton, source.shards.names))
+        config, skeleton = _model_of(source.config, source.tensors)
+        return cls(source, config, skeleton, match_names(skeleton, source.tensors.names))
 
     def check(self) -> None:
         """Raise `LlmqError` for the first tensor of another shape than the config gives, or that
         holds no real numbers where the model does."""
-        shards = self.source.shards
+        shards = self.source.tensors
         check_shapes(self.skeleton, shards, self.names)
         check_dtypes(self.skeleton, shards.dtypes, self.names, str(self.source.folder))
 
@@ -56,7 +56,7 @@ class StoredModel:
         model, and of the stored tensors: an output head of its own beside a config that
         says tied, parts that are no text model, and tensors without a place. Raises `LlmqError` for
         the last under `strict`."""
-        model, shards = self.skeleton, self.source.shards
+        model, shards = self.skeleton, self.source.tensors
         remarks = {
             f"config.{key}": f"{old!r} in config.json; the model is run and written with {new!r}"
             for key, (old, new) in self.source.config_changes.items()

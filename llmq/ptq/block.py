@@ -4,6 +4,7 @@ as it will be stored."""
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,13 +14,15 @@ from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import linear_weight
 from llmq.ptq.blocks import Blocks
+from llmq.ptq.experts import ExpertsStage
+from llmq.ptq.groups import InputGroup, Recording
 from llmq.ptq.layers import LayerReport, better_of, by_spec, n_rows, report_layer, split
 from llmq.ptq.memory import LARGE_BLOCK, release_freed_memory
 from llmq.ptq.methods.base import BlockTuning, Method, Needs, SolvedBlock
 from llmq.ptq.precision import Precision
 from llmq.ptq.results import BlockReport, block_report
 from llmq.ptq.solver import SolverResult
-from llmq.ptq.stage import InputGroup, Recording, Stage, find_stages
+from llmq.ptq.stage import Stage, find_stages
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Stream, Streams
 from llmq.ptq.threads import total
@@ -192,23 +195,31 @@ class _Calibrated(_Rounded):
             error = total((output - exact).square()) / total(exact.square())
         return block_report(self.index, self.reports, error, self.tuning), output
 
-    def _run_exact(self, stages: list[Stage]) -> Tensor:
+    def _run_exact(self, stages: list[Stage | ExpertsStage]) -> Tensor:
         """Run the block before anything is solved, over the full-precision stream."""
         dtype = self.setup.precision.stream
         module = self.module
         if dtype != torch.float32:
             module = copy.deepcopy(module).to(dtype)
+        if not self.setup.needs.both_streams:
+            return self.streams.advance(module, self.index, "full-precision")
         record = []
-        if self.setup.needs.both_streams:
-            record = [group.layers for stage in stages for group in stage.groups]
-        return self.streams.advance(module, self.index, "full-precision", record)
+        with ExitStack() as stack:
+            for stage in stages:
+                if isinstance(stage, ExpertsStage):
+                    stack.enter_context(stage.recording_exact(self.streams, module))
+                else:
+                    record += [group.layers for group in stage.groups]
+            return self.streams.advance(module, self.index, "full-precision", record)
 
-    def _solve_stage(self, stage: Stage) -> None:
-        measured = self.setup.recording.measure(self.streams, self.module, self.index, stage)
-        for group, stats in measured:
-            self.setup.release_freed_memory()
-            self._solve_group(group, stats)
-            stats.forget_cross()
+    def _solve_stage(self, stage: Stage | ExpertsStage) -> None:
+        recording = self.setup.recording
+        for measured in stage.measure(recording, self.streams, self.module, self.index):
+            for group, stats in measured:
+                self.setup.release_freed_memory()
+                self._solve_group(group, stats)
+            for _, stats in measured:  # several groups may share them
+                stats.forget_cross()
 
     def _take(self, layer: str, result: SolverResult, stats: LayerStats | None) -> None:
         if self.setup.needs.tuning and stats is not None:

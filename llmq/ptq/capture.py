@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from llmq.errors import LlmqError
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once everything that was asked for has been seen."""
 
 
@@ -100,7 +100,7 @@ class BlockRecorder:
             block.forward = record  # type: ignore[method-assign]
         try:
             self.model(input_ids=input_ids, use_cache=False)
-        except _Stop:
+        except Stop:
             pass
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -114,11 +114,11 @@ class BlockRecorder:
     def _record(self, n_returned: int, *args: Any, **kwargs: Any) -> Any:
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         if self._hidden and hidden is not self._hidden[0]:
-            raise _Stop
+            raise Stop
         self._hidden.append(hidden)
         self._calls.append(BlockCall(args[1:] if args and args[0] is hidden else args, kwargs))
         if len(self._calls) == len(self.blocks):
-            raise _Stop
+            raise Stop
         return (hidden, *[None] * (n_returned - 1)) if n_returned else hidden
 
 
@@ -133,7 +133,10 @@ def cannot_run_alone(model: PreTrainedModel, reason: str) -> LlmqError:
 @contextmanager
 def _input_hooks(layers: dict[str, nn.Module], hook: Any) -> Iterator[None]:
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: hook(name, args[0]))
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: hook(name, (*args, *kwargs.values())[0]),
+            with_kwargs=True,
+        )
         for name, layer in layers.items()
     ]
     try:
@@ -196,8 +199,8 @@ def record_inputs(
     def note(name: str, x: Tensor) -> None:
         found[name] = x
         if len(found) == len(layers):
-            raise _Stop
+            raise Stop
 
-    with _input_hooks(layers, note), suppress(_Stop):
+    with _input_hooks(layers, note), suppress(Stop):
         call.run(block, hidden)
     return found

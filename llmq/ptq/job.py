@@ -124,7 +124,7 @@ def prepare(
     # or it is refused before weights are read
     choose_format(format, [*plans, *outside], recipe.activations, act_order=is_ordered)
     if check_scales:
-        reader = CheckpointReader(stored.skeleton, source.shards)
+        reader = CheckpointReader(stored.skeleton, source.tensors)
         plans, _ = fitting_plans(plans, weight_reader(stored.skeleton, reader))
         outside = fitting_outside(outside, weight_reader(stored.skeleton, reader))
     every = [*plans, *outside]

@@ -93,7 +93,7 @@ def _sizes(job: Job) -> list[tuple[str, int]]:
         for name, parameter in job.model.named_parameters()
         if name not in ties
     ]
-    shards = job.source.shards
+    shards = job.source.tensors
     others = set(shards.names).difference(match_names(job.model, shards.names).values())
     if n_others := sum(prod(shards.shapes[name]) for name in others):
         sizes.append((OTHERS, n_others))

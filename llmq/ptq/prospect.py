@@ -65,7 +65,7 @@ def prospect(source: Source, recipe: Recipe) -> Prospect:
         remarks = stored.remarks()
     except LlmqError as error:
         return Prospect(model_type, refusal=str(error))
-    others = set(source.shards.names).difference(stored.names.values())
+    others = set(source.tensors.names).difference(stored.names.values())
     text_type = stored.config.get_text_config().model_type
     return Prospect(
         model_type=model_type,

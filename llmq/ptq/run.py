@@ -84,7 +84,7 @@ def quantize_folder(
     check_output(out_dir, overwrite)
     started = time.monotonic()
     prefix, blocks = find_blocks(job.model)
-    reader = CheckpointReader(job.model, job.source.shards, job.source.files)
+    reader = CheckpointReader(job.model, job.source.tensors, job.source.files)
     partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks))
     with kept_for_later(partial, lambda: all(map(reader.is_still, partial.sources()))):
         sink = FolderSink(partial, reader, job.fmt, job.all_plans, job.recipe)
@@ -143,7 +143,7 @@ def _held_out(
     if job.tokens is None or not job.tokens.held_out:
         return []
     # What is read here is no part of what the blocks were made of.
-    reader = CheckpointReader(job.model, job.source.shards)
+    reader = CheckpointReader(job.model, job.source.tensors)
     outside = None
     if job.outside:
         outside = OutsideReader(reader, lambda: sink.read_block(partial.outside).quantized)
@@ -238,7 +238,7 @@ def _write_outside(
 
 def _copied_matrices(job: Job, reader: CheckpointReader) -> list[str]:
     """Modules that the class does not load, of which a matrix is copied."""
-    shapes = job.source.shards.shapes
+    shapes = reader.shards.shapes
     names = [name for name in reader.unused() if len(shapes[name]) == 2]
     return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 

@@ -12,23 +12,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from llmq.activations.ranges import RangeObserver
 from llmq.errors import LlmqError
-from llmq.models.arch import linear_weight
+from llmq.models.experts import unfused_in
 from llmq.ptq.capture import record_inputs, shared_inputs
-from llmq.ptq.stats import LayerStats
-from llmq.ptq.streams import Stream, Streams, narrows
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """Layers that read the very same tensor (q/k/v, gate/up): they share its statistics."""
-
-    layers: tuple[str, ...]
-
-    @property
-    def first(self) -> str:
-        return self.layers[0]
+from llmq.ptq.experts import ExpertsStage
+from llmq.ptq.groups import InputGroup, Measured, Recording
+from llmq.ptq.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -37,69 +26,57 @@ class Stage:
 
     groups: tuple[InputGroup, ...]
 
+    def measure(
+        self, recording: Recording, streams: Streams, block: nn.Module, index: int
+    ) -> Iterator[Measured]:
+        """One pass over the stream that ends at the stage's last layer, and the statistics of each
+        group."""
+        stats = {group: recording.empty(streams, block, group) for group in self.groups}
+        exact = {
+            group: streams.exact_rows(block, group.layers).batches(streams.batch_size)
+            if recording.both
+            else itertools.repeat(None)
+            for group in self.groups
+        }
+        firsts = {group.first: block.get_submodule(group.first) for group in self.groups}
+        for call, hidden in streams.batches(index, recording.stream):
+            rows = record_inputs(block, firsts, call, hidden)
+            for group in self.groups:
+                x, y = rows[group.first], next(exact[group])
+                stats[group].add(x, None if y is None else y.to(streams.device))
+        for group in self.groups:
+            streams.exact_rows(block, group.layers).recycle()
+            yield [(group, stats[group].finish())]
+
 
 def find_stages(
     streams: Streams, block: nn.Module, index: int, name: str, layers: Sequence[str]
-) -> list[Stage]:
+) -> list[Stage | ExpertsStage]:
     """The stages of block `index`, called `name`, found by running it on the first batch. Every
-    group of a dense block reads what the layers before it gave, so each is a stage of its own.
-    Raises `LlmqError` for layers that do not run."""
+    group of a dense block reads what the layers before it gave, so each is a stage of its own, and
+    so is a module of experts. Raises `LlmqError` for layers that do not run."""
     if not layers:
         return []
+    experts = {
+        module: [layer for layer in layers if layer.startswith(module + ".")]
+        for module in unfused_in(block)
+    }
+    inside = {layer for group in experts.values() for layer in group}
+    watched = [layer for layer in layers if layer not in inside]
+    watched += [module for module, group in experts.items() if group]
     call, hidden = next(streams.batches(index, "quantized"))
     groups = shared_inputs(
-        block, {layer: block.get_submodule(layer) for layer in layers}, call, hidden
+        block, {each: block.get_submodule(each) for each in watched}, call, hidden
     )
-    if idle := set(layers).difference(*groups):
+    if idle := set(watched).difference(*groups):
         raise LlmqError(
             f"{name}.{min(idle)}: this layer did not run on the calibration text, so it cannot "
             f"be calibrated; keep it with --rule '*{min(idle)}=keep'"
         )
-    return [Stage((InputGroup(tuple(group)),)) for group in groups]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """How a stage is measured. stream: on which hidden states. both: against the rows that the
-    full-precision model has there. ranges: of activations, too."""
-
-    stream: Stream
-    both: bool
-    ranges: bool
-
-    def measure(
-        self,
-        streams: Streams,
-        block: nn.Module,
-        index: int,
-        stage: Stage,
-    ) -> Iterator[tuple[InputGroup, LayerStats]]:
-        """One pass over the stream that ends at the stage's last layer, and the statistics of each
-        group."""
-        stats = {group: self._empty(streams, block, group) for group in stage.groups}
-        exact = {
-            group: streams.exact_rows(block, group.layers).batches(streams.batch_size)
-            if self.both
-            else itertools.repeat(None)
-            for group in stage.groups
-        }
-        firsts = {group.first: block.get_submodule(group.first) for group in stage.groups}
-        for call, hidden in streams.batches(index, self.stream):
-            rows = record_inputs(block, firsts, call, hidden)
-            for group in stage.groups:
-                x, y = rows[group.first], next(exact[group])
-                stats[group].add(x, None if y is None else y.to(streams.device))
-        for group in stage.groups:
-            streams.exact_rows(block, group.layers).recycle()
-            yield group, stats[group].finish()
-
-    def _empty(self, streams: Streams, block: nn.Module, group: InputGroup) -> LayerStats:
-        weight = linear_weight(block.get_submodule(group.first))
-        return LayerStats(
-            weight.shape[1],
-            streams.device,
-            cross=self.both,
-            projection=weight if self.both and narrows(block, group.layers) else None,
-            ranges=RangeObserver() if self.ranges else None,
-            n_chunks=streams.n_batches,
-        )
+    stages: list[Stage | ExpertsStage] = []
+    for group in groups:
+        if dense := tuple(each for each in group if each not in experts):
+            stages.append(Stage((InputGroup(dense),)))
+        modules = (each for each in group if each in experts)
+        stages += [ExpertsStage(each, frozenset(experts[each])) for each in modules]
+    return stages

@@ -3,6 +3,7 @@ by all layers that read the same input."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +156,16 @@ class LayerStats:
             else:
                 self.cross.addmm_(self.projection, hessian, alpha=-1)
         return self
+
+    def blend(self, other: LayerStats, share: float) -> LayerStats:
+        """The means of both, once they are finished, `share` of them these. Rows are counted as
+        here."""
+        found = copy.copy(self)
+        found.hessian = self.hessian * share + other.hessian * (1 - share)
+        if self.cross is not None and other.cross is not None:
+            found.cross = self.cross * share + other.cross * (1 - share)
+        found.exact_energy = self.exact_energy * share + other.exact_energy * (1 - share)
+        return found
 
     def _empty(self) -> _Moments:
         cross = None

@@ -80,10 +80,11 @@ def test_model_types_and_their_classes():
 def test_stored_names_are_those_of_the_model_after_renaming():
     model = make_model()
     state = model.state_dict()
-    assert list(compat.renamed(model, state)) == [(name, name, False) for name in state]
+    expected = [compat.Renamed(name, name, None) for name in state]
+    assert list(compat.renamed(model, state)) == expected
     bare = [name.removeprefix("model.") for name in state if name != "lm_head.weight"]
-    for name, new_name, is_converted in compat.renamed(model, bare):
-        assert (new_name, is_converted) == (f"model.{name}", False)
+    for each in compat.renamed(model, bare):
+        assert each == compat.Renamed(each.stored, f"model.{each.stored}", None)
 
 
 @pytest.mark.parametrize("tied", [True, False])

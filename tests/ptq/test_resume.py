@@ -18,7 +18,7 @@ import torch
 from llmq.errors import LlmqError
 from llmq.ptq.job import prepare
 from llmq.ptq.run import quantize_folder
-from llmq.ptq.stage import Recording
+from llmq.ptq.stage import Stage
 from llmq.recipe import Recipe
 from llmq.storage.files import MANIFEST
 
@@ -196,7 +196,7 @@ def test_what_an_interrupted_block_recorded_is_recorded_again(
         prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "reference"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(Recording, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Stage, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             quantize_folder(
                 prepare(str(folder), recipe, calibration=str(calibration_file)), tmp_path / "out"

@@ -1,0 +1,320 @@
+"""Experts, measured from one recording of what enters their module.
+
+An expert is a small MLP. Given the inputs of the module and the routing, in both streams, its
+statistics need nothing else of the block: its own rows are the inputs that were routed to it, and
+what its last layer gets is computed from them. So a block of a hundred experts takes one pass for
+all of them, and memory for a few at a time.
+
+A Hessian of fewer rows than half its columns says little, and less than that of other tokens: an
+expert with n rows of K columns, n < K / 2, gets the means over its own rows and over all tokens of
+the layer, weighted n to K / 2, and with fewer than 32 rows those over all tokens alone. Means over
+the other experts' rows were no better than rounding for `down_proj`, whose inputs have another
+basis in every expert."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmq.models.experts import DOWN, GATE, UP, Expert, Routed, UnfusedExperts
+from llmq.ptq.capture import Stop
+from llmq.ptq.groups import InputGroup, Measured, Recording
+from llmq.ptq.stats import LayerStats
+from llmq.ptq.streams import Streams
+from llmq.storage.hidden_states import ActivationFile
+
+WAVE_BYTES = 512_000_000  # of statistics that grow side by side
+FEW_ROWS = 32  # an expert with fewer is measured on all tokens of its layer alone
+GROWING = 4  # sums beside each other while a tree of them grows: see `LayerStats`
+
+
+@dataclass
+class RoutedStream:
+    """What enters a module of experts, for all tokens of a stream. index: the routing by batch.
+    shape: of the inputs of one token `(S, K)`, known from the first batch on."""
+
+    index: list[Tensor] = field(default_factory=list)
+    shape: tuple[int, int] = (0, 0)
+
+    @contextmanager
+    def recording(
+        self, module: nn.Module, file: RoutedFile, *, stop: bool = False
+    ) -> Iterator[None]:
+        """Keep what a module is called with. stop: end each call of the block there."""
+        self.index, append = [], None
+        with ExitStack() as stack:
+
+            def keep(module: UnfusedExperts, args: Any, kwargs: Any) -> None:
+                nonlocal append
+                routed = module.routed(*args, **kwargs)
+                if append is None:
+                    self.shape = (routed.x.shape[1], routed.x.shape[2])
+                    append = stack.enter_context(file.rows(self.shape).appender(durable=False))
+                append(routed.x.reshape(-1, file.length, self.shape[0] * self.shape[1]))
+                chosen = routed.index.clamp(max=module.n_experts)
+                self.index.append(chosen.to("cpu", torch.int16))
+                if stop:
+                    raise Stop
+
+            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            yield
+
+    def batches(self, file: RoutedFile, streams: Streams) -> Iterator[Routed]:
+        """What was recorded, batch by batch, in float32."""
+        rows = file.rows(self.shape).batches(streams.batch_size)
+        for x, index in zip(rows, self.index, strict=True):
+            inputs = x.to(streams.device, torch.float32).view(-1, *self.shape)
+            yield Routed(inputs, index.to(streams.device, torch.int64))
+
+
+@dataclass(frozen=True)
+class RoutedFile:
+    """Where the inputs of a stream lie."""
+
+    path: Path
+    length: int
+    dtype: torch.dtype
+
+    def rows(self, shape: tuple[int, int]) -> ActivationFile:
+        return ActivationFile(self.path, self.length, shape[0] * shape[1], self.dtype)
+
+
+@dataclass
+class Coverage:
+    """How calibration text reached the experts of a module. name: of the module. n_tokens: of the
+    text. n_rows: of each expert that is quantized, by number. blended, borrowed: those measured on
+    all tokens beside their own rows, and on these alone."""
+
+    name: str
+    n_tokens: int = 0
+    n_rows: dict[int, int] = field(default_factory=dict)
+    blended: list[int] = field(default_factory=list)
+    borrowed: list[int] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        rows = list(self.n_rows.values())
+        return {
+            "name": self.name,
+            "n_tokens": self.n_tokens,
+            "n_experts": len(rows),
+            "min_rows": min(rows, default=0),
+            "median_rows": median(rows) if rows else 0,
+            "idle": [number for number, n in self.n_rows.items() if n == 0],
+            "blended": {str(number): self.n_rows[number] for number in self.blended},
+            "borrowed": {str(number): self.n_rows[number] for number in self.borrowed},
+        }
+
+
+class ExpertsStage:
+    """The experts of one module. name: of it in its block. layers: those of experts that are
+    quantized. exact: what enters it in the full-precision model."""
+
+    def __init__(self, name: str, layers: frozenset[str]) -> None:
+        self.name, self.layers = name, layers
+        self.exact = RoutedStream()
+        self.coverage = Coverage(name)
+
+    def recording_exact(self, streams: Streams, block: nn.Module) -> Any:
+        """While the full-precision stream runs through the block: keep what enters."""
+        module = block.get_submodule(self.name)
+        return self.exact.recording(module, self.file(streams, "exact"))
+
+    def measure(
+        self, recording: Recording, streams: Streams, block: nn.Module, index: int
+    ) -> Iterator[Measured]:
+        """One pass over the stream that ends where the experts begin; then, for some experts at a
+        time, the statistics of the layers that read the inputs, and, once these are solved, of
+        those behind them."""
+        module = block.get_submodule(self.name)
+        assert isinstance(module, UnfusedExperts)
+        measuring = _Measuring(self, recording, streams, block, module)
+        measuring.record(index)
+        for wave in self._waves(module, recording):
+            originals = {number: copy.deepcopy(module.expert(number)) for number in wave}
+            yield measuring.inputs(wave)
+            yield measuring.inner(originals)
+        for what in ("own", "exact"):
+            self.file(streams, what).path.unlink(missing_ok=True)
+
+    def group(self, number: int, parts: Sequence[str]) -> InputGroup | None:
+        """Those of an expert's layers that are quantized."""
+        names = [f"{self.name}.{number}.{part}" for part in parts]
+        found = tuple(name for name in names if name in self.layers)
+        return InputGroup(found) if found else None
+
+    def file(self, streams: Streams, what: str) -> RoutedFile:
+        """Of the inputs that are measured, "own", or of those that they are compared with,
+        "exact", for which bfloat16 is enough, as for other layers."""
+        dtype = torch.float32 if what == "own" else torch.bfloat16
+        path = streams.work_dir / f"routed-{what}-{self.name}.bin"
+        return RoutedFile(path, streams.length, dtype)
+
+    def _waves(self, module: UnfusedExperts, recording: Recording) -> Iterator[list[int]]:
+        """Experts with layers to solve, so many at a time as memory is meant for."""
+        below = (name.removeprefix(self.name + ".") for name in self.layers)
+        numbers = sorted({int(name.partition(".")[0]) for name in below})
+        k = max(module.expert(numbers[0]).layer(part).in_features for part in (UP, DOWN))
+        each = GROWING * 4 * k * k * (2 if recording.both else 1)
+        step = max(1, WAVE_BYTES // each)
+        for start in range(0, len(numbers), step):
+            yield numbers[start : start + step]
+
+
+@dataclass
+class _Measuring:
+    """One stage while it is measured."""
+
+    stage: ExpertsStage
+    recording: Recording
+    streams: Streams
+    block: nn.Module
+    module: UnfusedExperts
+    quantized: RoutedStream = field(default_factory=RoutedStream)
+    # over all tokens, of layers that read the inputs: the same for all experts
+    whole: LayerStats | None = None
+
+    def record(self, index: int) -> None:
+        """Run the block up to the experts."""
+        stream = self.recording.stream
+        file = self.stage.file(self.streams, "own")
+        with self.quantized.recording(self.module, file, stop=True):
+            for call, hidden in self.streams.batches(index, stream):
+                with suppress(Stop):
+                    call.run(self.block, hidden)
+        self.stage.coverage.n_tokens = self.streams.tokens.numel()
+
+    def inputs(self, wave: list[int]) -> Measured:
+        """Statistics of the layers that read the module's inputs."""
+        groups = {number: self.stage.group(number, (GATE, UP)) for number in wave}
+        stats = self._empty(groups)
+        for x, y in self._pairs():
+            for number, found in stats.items():
+                rows, exact = x.share(number), None
+                if y is not None:
+                    exact = _paired(rows.x, *_matches(rows.tokens, y, number))
+                _add(found, rows.x, exact)
+            for number in wave:  # also of experts whose first layers are kept
+                n_rows = int((x.index == number).sum())
+                known = self.stage.coverage.n_rows
+                known[number] = known.get(number, 0) + n_rows
+        return self._finished(groups, stats, self._whole_inputs)
+
+    def inner(self, originals: dict[int, Expert]) -> Measured:
+        """Statistics of the layers behind them, which read what the solved ones give."""
+        groups = {number: self.stage.group(number, (DOWN,)) for number in originals}
+        stats = self._empty(groups)
+        for x, y in self._pairs():
+            for number, found in stats.items():
+                rows, exact = x.share(number), None
+                inner = self.module.inner(self.module.expert(number), rows.x)
+                if y is not None:
+                    places, values = _matches(rows.tokens, y, number)
+                    values = self.module.inner(originals[number], values)
+                    exact = _paired(inner, places, values)
+                _add(found, inner, exact)
+
+        def whole(number: int, group: InputGroup) -> LayerStats:
+            return self._whole_inner(number, group, originals[number])
+
+        return self._finished(groups, stats, whole)
+
+    def _empty(self, groups: dict[int, InputGroup | None]) -> dict[int, LayerStats]:
+        return {
+            number: self.recording.empty(self.streams, self.block, group)
+            for number, group in groups.items()
+            if group is not None
+        }
+
+    def _finished(self, groups: Any, stats: dict[int, LayerStats], whole: Any) -> Measured:
+        """The statistics of each expert, with those over all tokens where it has few rows."""
+        coverage, measured = self.stage.coverage, []
+        for number, own in stats.items():
+            found, group = own.finish(), groups[number]
+            n_rows, enough = found.n_tokens, found.k / 2
+            if n_rows < FEW_ROWS:
+                found = whole(number, group)
+                _note(coverage.borrowed, number)
+            elif n_rows < enough:
+                found = found.blend(whole(number, group), n_rows / (n_rows + enough))
+                _note(coverage.blended, number)
+            measured.append((group, found))
+        return measured
+
+    def _whole_inputs(self, number: int, group: InputGroup) -> LayerStats:
+        empty = self.recording.empty(self.streams, self.block, group)
+        if empty.projection is None and self.whole is not None:
+            return copy.copy(self.whole)
+        for x, y in self._pairs():
+            _add(empty, x.rows, None if y is None else _same_choices(x, y))
+        found = empty.finish()
+        if empty.projection is None:
+            self.whole = copy.copy(found)
+        return found
+
+    def _whole_inner(self, number: int, group: InputGroup, original: Expert) -> LayerStats:
+        found = self.recording.empty(self.streams, self.block, group)
+        for x, y in self._pairs():
+            inner = self.module.inner(self.module.expert(number), x.rows)
+            exact = None
+            if y is not None:
+                exact = self.module.inner(original, _same_choices(x, y))
+            _add(found, inner, exact)
+        return found.finish()
+
+    def _pairs(self) -> Iterator[tuple[Routed, Routed | None]]:
+        """What enters in both streams, batch by batch."""
+        quantized = self.quantized.batches(self.stage.file(self.streams, "own"), self.streams)
+        if not self.recording.both:
+            yield from ((x, None) for x in quantized)
+            return
+        file = self.stage.file(self.streams, "exact")
+        yield from zip(quantized, self.stage.exact.batches(file, self.streams), strict=True)
+
+
+def _matches(tokens: Tensor, exact: Routed, number: int) -> tuple[Tensor, Tensor]:
+    """Which of an expert's tokens are sent to it in the full-precision model, too: their places
+    among `tokens`, in ascending order, and what it gets of them there."""
+    share = exact.share(number)
+    if len(share.tokens) == 0 or len(tokens) == 0:
+        return tokens[:0], share.x[:0]
+    places = torch.searchsorted(share.tokens, tokens).clamp_(max=len(share.tokens) - 1)
+    is_there = share.tokens[places] == tokens
+    return is_there.nonzero()[:, 0], share.x[places[is_there]]
+
+
+def _paired(rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """The rows, with the full-precision model's where it has them: only these are corrected
+    for."""
+    found = rows.clone()
+    found[places] = values
+    return found
+
+
+def _same_choices(x: Routed, y: Routed) -> Tensor:
+    """All inputs of the full-precision model. Where each choice of a token has its own, those of
+    the same choice, else what the quantized model has there."""
+    if x.x.shape[1] == 1:
+        return y.rows
+    return torch.where((x.index == y.index)[..., None], y.x, x.x).flatten(0, 1)
+
+
+def _add(stats: LayerStats, rows: Tensor, exact: Tensor | None) -> None:
+    """A chunk of inputs, and of the full-precision model's inputs, or what its layer makes of them
+    where the statistics are of outputs."""
+    if exact is not None and stats.projection is not None:
+        exact = F.linear(exact, stats.projection)
+    stats.add(rows, exact)
+
+
+def _note(numbers: list[int], number: int) -> None:
+    if number not in numbers:
+        numbers.append(number)

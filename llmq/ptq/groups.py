@@ -1,0 +1,50 @@
+"""Layers that are measured together, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from llmq.activations.ranges import RangeObserver
+from llmq.models.arch import linear_weight
+from llmq.ptq.stats import LayerStats
+from llmq.ptq.streams import Stream, Streams, narrows
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Layers that read the very same tensor (q/k/v, gate/up): they share its statistics."""
+
+    layers: tuple[str, ...]
+
+    @property
+    def first(self) -> str:
+        return self.layers[0]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How a stage is measured. stream: on which hidden states. both: against the rows that the
+    full-precision model has there. ranges: of activations, too."""
+
+    stream: Stream
+    both: bool
+    ranges: bool
+
+    def empty(self, streams: Streams, block: nn.Module, group: InputGroup) -> LayerStats:
+        """Statistics without rows. What is to be added of the full-precision model are its inputs,
+        or the outputs of a single layer that narrows."""
+        weight = linear_weight(block.get_submodule(group.first))
+        return LayerStats(
+            weight.shape[1],
+            streams.device,
+            cross=self.both,
+            projection=weight if self.both and narrows(block, group.layers) else None,
+            ranges=RangeObserver() if self.ranges else None,
+            n_chunks=streams.n_batches,
+        )
+
+
+Measured = list[tuple[InputGroup, LayerStats]]
+"""Groups that were measured and can be solved side by side."""

@@ -45,7 +45,8 @@ N_TOKENS = 24  # of the text whose logits are compared
 @dataclass
 class Outcome:
     """What became of a model. verdict: equal, refused, DIFFERS or TRACEBACK. n_kept: linear layers
-    of the blocks in full precision. share: of their weights that are quantized."""
+    of the blocks in full precision. share: of the weights of those that are not kept by default that
+    is quantized."""
 
     kind: str
     verdict: str = "equal"
@@ -117,7 +118,7 @@ def _check(folder: Path, out_dir: Path, recipe: Recipe, format: str, outcome: Ou
 
 def _quantized_share(job: Job) -> float:
     """Of the weights of the linear layers that are not kept by default."""
-    sizes = [(plan.spec is not None, *plan.layer.shape) for plan in job.plans]
+    sizes = [(plan.spec is not None, *plan.layer.shape) for plan in job.plans if not plan.layer.kept]
     every = sum(n * k for _, n, k in sizes)
     return sum(n * k for is_quantized, n, k in sizes if is_quantized) / max(1, every)
 

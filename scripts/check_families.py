@@ -45,10 +45,12 @@ N_TOKENS = 24  # of the text whose logits are compared
 @dataclass
 class Outcome:
     """What became of a model. verdict: equal, refused, DIFFERS or TRACEBACK. n_kept: linear layers
-    of the blocks in full precision. share: of the weights of those that are not kept by default that
-    is quantized."""
+    of the blocks in full precision. share: of the weights of all others but those that are kept by
+    default."""
 
     kind: str
+    method: str = ""
+    transformers: str = transformers.__version__
     verdict: str = "equal"
     says: str = ""
     n_quantized: int = 0
@@ -68,7 +70,7 @@ class Outcome:
 
 def check(folder: Path, recipe: Recipe, format: str) -> Outcome:
     """Quantize, read back, compare."""
-    outcome, started = Outcome(folder.name), time.monotonic()
+    outcome, started = Outcome(folder.name, recipe.method), time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="llmq-families-") as work_dir:
             _check(folder, Path(work_dir) / "out", recipe, format, outcome)
@@ -118,7 +120,9 @@ def _check(folder: Path, out_dir: Path, recipe: Recipe, format: str, outcome: Ou
 
 def _quantized_share(job: Job) -> float:
     """Of the weights of the linear layers that are not kept by default."""
-    sizes = [(plan.spec is not None, *plan.layer.shape) for plan in job.plans if not plan.layer.kept]
+    sizes = [
+        (plan.spec is not None, *plan.layer.shape) for plan in job.plans if not plan.layer.kept
+    ]
     every = sum(n * k for _, n, k in sizes)
     return sum(n * k for is_quantized, n, k in sizes if is_quantized) / max(1, every)
 

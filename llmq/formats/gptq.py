@@ -162,7 +162,7 @@ class Gptq(Format):
         self, config: Settings, names: Collection[str], quantized: Collection[str] = ()
     ) -> Settings:
         stated = config["dynamic"]
-        others = [name for name in names if f"-:{re.escape(name)}$" not in stated]
+        others = [name for name in names if f"-:{_expression(name)}$" not in stated]
         return {**config, "dynamic": {**stated, **_kept_patterns(others, quantized)}}
 
     def companions(self, config: Settings) -> dict[str, Settings]:
@@ -184,7 +184,7 @@ def _dynamic(specs: Specs, default: QuantSpec) -> dict[str, dict[str, Any]]:
             named[joint] = spec
     dynamic: dict[str, dict[str, Any]] = {}
     for name, spec in named.items():
-        pattern = re.escape(name) + "$"
+        pattern = _expression(name) + "$"
         if spec is None:
             dynamic["-:" + pattern] = {}
         elif spec != default:
@@ -194,6 +194,13 @@ def _dynamic(specs: Specs, default: QuantSpec) -> dict[str, dict[str, Any]]:
                 "sym": spec.symmetric,
             }
     return dynamic
+
+
+def _expression(name: str) -> str:
+    """A name as a regular expression. What comes before a text model in a wrapper is left open:
+    transformers calls it `model.language_model`, vLLM `language_model.model`."""
+    before, wrapper, rest = name.rpartition("language_model.")
+    return ".*" + re.escape(rest) if wrapper else re.escape(before + rest)
 
 
 def _kept_patterns(names: Collection[str], quantized: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -206,10 +213,10 @@ def _kept_patterns(names: Collection[str], quantized: Collection[str]) -> dict[s
             part = next((start for start in _starts(name) if start not in starts), name)
             end = "$" if part == name else r"\."
             pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", part)
-            pattern = re.escape(pattern).replace(r"\#", r"\d+") + end
+            pattern = _expression(pattern).replace(r"\#", r"\d+") + end
             is_new = f"-:{pattern}" not in dynamic
             if is_new and any(re.match(pattern, other) for other in quantized):
-                pattern = re.escape(part) + end
+                pattern = _expression(part) + end
             dynamic[f"-:{pattern}"] = {}
     return dynamic
 

@@ -202,8 +202,8 @@ class LlmqQuantizer(HfQuantizer):
                     "such linear layer; config.json does not belong to these weights"
                 )
             model.set_submodule(name, StoredLinear(tensors, site.shape))
-        reserve_tie(model, stored_to_model_names(model, headers).values())
-        matched = match_names(model, headers)
+        reserve_tie(model, stored_to_model_names(model, headers, converted=True).values())
+        matched = match_names(model, headers, converted=True)
         dtypes = {name: dtype for name, (dtype, _) in headers.items()}
         # What belongs to a packed layer is its format's to check.
         matched = {

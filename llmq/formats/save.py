@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats.base import Format
+from llmq.formats.extra import extra_tensors, matrices_among
 from llmq.formats.registry import choose_format, detect, has_groups
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
@@ -120,7 +121,9 @@ def save(
     files.check_output(target, overwrite)
     target = files.real_path(target)
     state_ties(model)
-    tensors, config = format_tensors(model, format)
+    source_dir = source_folder(model)
+    extra = {} if source_dir is None else extra_tensors(model, source_dir)
+    tensors, config = format_tensors(model, format, extra)
     if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise LlmqError(
             f"{offloaded[0]} and {len(offloaded) - 1} other tensors of this model are offloaded; "
@@ -132,7 +135,6 @@ def save(
     made = files.make_folder(work_dir)
     try:
         _write_shards(work_dir, tensors, max_shard_bytes)
-        source_dir = source_folder(model)
         companions = Companions()
         if source_dir is not None:
             companions = copy_companions(source_dir, work_dir, tokenizer=tokenizer is None)
@@ -154,10 +156,12 @@ def save(
     return Path(out_dir)
 
 
-def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def format_tensors(
+    model: PreTrainedModel, name: str, extra: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every tensor of a quantized model by its name, and its `quantization_config`. name: of a
-    format, or "auto". Raises `LlmqError` when the model is not quantized, has adapters, or the
-    format cannot hold it."""
+    format, or "auto". extra: tensors that are stored beside those of the model. Raises `LlmqError`
+    when the model is not quantized, has adapters, or the format cannot hold it."""
     quantized = {
         name: module.qtensor()
         for name, module in quantized_modules(model).items()
@@ -178,7 +182,9 @@ def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor]
     for layer, qtensor in quantized.items():
         its = fmt.given(ActSpec()) if layer in tables else fmt
         tensors.update(layer_tensors(layer, qtensor, its))
-    kept = kept_matrices(model)
+    tensors |= extra or {}
+    shapes = {name: tensor.shape for name, tensor in (extra or {}).items()}
+    kept = [*kept_matrices(model), *matrices_among(shapes)]
     return tensors, checkpoint_config(
         fmt, plans, act_order=act_order, activations=act_spec, kept=kept
     )

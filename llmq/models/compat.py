@@ -148,6 +148,39 @@ def renamed(model: Any, stored: Iterable[str], also: Iterable[str] = ()) -> Iter
         yield Renamed(name, new_name, None if pattern is None else parts[pattern])
 
 
+def joined_names(model: Any, stored: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Tensors of the model that transformers makes of several stored ones by writing one below the
+    other, and these in order."""
+    get_mapping, rename = (
+        __getattr__("get_model_conversion_mapping"),
+        __getattr__("rename_source_key"),
+    )
+    converter_class = __getattr__("WeightConverter")
+    converters = [each for each in get_mapping(model) if isinstance(each, converter_class)]
+    joining = {
+        pattern: place
+        for each in converters
+        if _joins_rows(each)
+        for place, pattern in enumerate(each.source_patterns)
+    }
+    if not joining:
+        return {}
+    renamings = [each for each in get_mapping(model) if not isinstance(each, converter_class)]
+    state = model.state_dict()
+    found: dict[str, dict[int, str]] = {}
+    for name in stored:
+        new_name, pattern = rename(name, renamings, converters, model.base_model_prefix, state)
+        if pattern in joining and new_name in state:
+            found.setdefault(new_name, {})[joining[pattern]] = name
+    return {name: tuple(parts[i] for i in sorted(parts)) for name, parts in found.items()}
+
+
+def _joins_rows(converter: Any) -> bool:
+    operations = converter.operations
+    is_join = len(operations) == 1 and type(operations[0]).__name__ == "Concatenate"
+    return is_join and operations[0].dim == 0 and "*" not in "".join(converter.source_patterns)
+
+
 def without_merges(transforms: Sequence[Any], layers: Mapping[str, Sequence[str]]) -> list[Any]:
     """What transformers does to the names of stored tensors, without making one tensor of those of
     several experts: each gets the name of a layer of its expert instead. layers: the layers that

@@ -55,7 +55,9 @@ KEPT = (
 # Whole layers that are stored for the prediction of several tokens at a time, which transformers'
 # classes leave out when they load.
 _EXTRA = re.compile(r"(^|\.)(mtp|mtp_\w+|nextn\w*|eagle\w*|medusa\w*)\.")
-_NUMBERED = re.compile(r"(^|\.)(layers|blocks|h)\.(\d+)\.")
+_NUMBERED = re.compile(
+    r"((model|transformer|backbone|language_model)\.)*(layers|blocks|h)\.(\d+)\."
+)
 
 
 def reason_to_keep(name: str) -> str:
@@ -70,5 +72,5 @@ def is_extra_layer(name: str, config: PretrainedConfig) -> bool:
     if _EXTRA.search(name):
         return True
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-    numbered = _NUMBERED.search(name)
-    return numbered is not None and isinstance(depth, int) and int(numbered[3]) >= depth
+    numbered = _NUMBERED.match(name)
+    return numbered is not None and isinstance(depth, int) and int(numbered[4]) >= depth

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -84,7 +84,21 @@ class CheckpointReader:
 
     def stored_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors under their names in the source."""
-        return {self.stored_name(name): tensor for name, tensor in tensors.items()}
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            found |= self.shards.as_stored(self.stored_name(name), tensor)
+        return found
+
+    def from_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters that are stored as they are, out of tensors under their names in the
+        source."""
+        found = {}
+        for name, stored in self.names.items():
+            parts = self.shards.stored_of(stored) if stored not in tensors else (stored,)
+            if all(part in tensors for part in parts):
+                values = [tensors[part] for part in parts]
+                found[name] = values[0] if len(values) == 1 else torch.cat(values)
+        return found
 
     def unused(self) -> list[str]:
         """Stored tensors that belong to no parameter of the model: old buffers, heads for other

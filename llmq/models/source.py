@@ -30,6 +30,7 @@ from llmq.models.expert_views import expert_views, may_hold_experts
 from llmq.models.experts import unfuse
 from llmq.models.hub import resolve
 from llmq.models.identity import model_name
+from llmq.models.joined_views import joined_views
 from llmq.models.shards import ShardReader
 from llmq.models.sizes import check_buffers, check_sizes
 from llmq.models.tensors import ViewedTensors
@@ -118,7 +119,9 @@ class Source:
         """The tensors as the model wants them that is quantized: one for each layer."""
         if not may_hold_experts(self.shards):
             return self.shards
-        return ViewedTensors(self.shards, expert_views(meta_model(self.config), self.shards))
+        model = meta_model(self.config)
+        views = {**joined_views(model, self.shards), **expert_views(model, self.shards)}
+        return ViewedTensors(self.shards, views)
 
     @property
     def weight_paths(self) -> list[Path]:

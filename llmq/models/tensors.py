@@ -36,6 +36,10 @@ class View(ABC):
     def read(self, slices: Slices) -> Tensor:
         """A copy in memory."""
 
+    def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What is stored of a tensor that stays as it is, by name. name: that of the view."""
+        return {name: tensor}
+
 
 class ViewedTensors(ShardReader):
     """`ShardReader` of the same files, with views in the place of what these are made of."""
@@ -55,6 +59,9 @@ class ViewedTensors(ShardReader):
     def stored_of(self, name: str) -> tuple[str, ...]:
         """The names of the stored tensors that one is made of."""
         return self.views[name].stored if name in self.views else (name,)
+
+    def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return self.views[name].as_stored(name, tensor) if name in self.views else {name: tensor}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named tensors, as `ShardReader.read` gives them."""

@@ -21,6 +21,7 @@ from llmq.formats.registry import (
     known_format,
     result_of,
 )
+from llmq.formats.unheld import kept_where_unheld
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
 from llmq.models.identity import source_name
@@ -111,6 +112,8 @@ def prepare(
     plans = recipe.plan(quantizable_layers(stored.skeleton))
     if format != AUTO and known_format(format).one_group_size:
         plans = with_one_group_size(plans, recipe)
+    if format != AUTO:
+        plans = kept_where_unheld(known_format(format), plans)
     outside = plan_outside(stored.skeleton, recipe)
     if not any(plan.spec for plan in plans):
         raise LlmqError(

@@ -15,6 +15,7 @@ import transformers
 import llmq
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import special_ids
+from llmq.formats.extra import matrices_among
 from llmq.formats.save import checkpoint_config, kept_matrices, layer_tensors, write_configs
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
@@ -171,6 +172,7 @@ def _finish(
     """Write everything that is not a block, then publish."""
     partial.keep_only_blocks()
     _write_outside(job, partial, reader, prefix)
+    copied = {name: reader.shards.shapes[name] for name in reader.unused()}
     target = partial.checkpoint_dir
     shards = partial.pack()
     if len(shards) > 1:
@@ -183,7 +185,7 @@ def _finish(
         partial.block_reports(),
         source_bytes=job.source.weight_bytes,
         stored_bytes=sum((target / name).stat().st_size for name in shards),
-        copied=reader.unused(),
+        copied=list(copied),
         resumed_at=resumed_at,
         seconds=seconds,
         device=device,
@@ -202,7 +204,7 @@ def _finish(
             job.all_plans,
             act_order=job.recipe.order == "act",
             activations=job.recipe.activations,
-            kept=[*kept_matrices(job.model), *_copied_matrices(job, reader)],
+            kept=[*kept_matrices(job.model), *matrices_among(copied)],
         ),
         name=hub_id(job.source.folder),
         companions=companions,
@@ -234,13 +236,6 @@ def _write_outside(
     if others := reader.unused():
         partial.add(partial.outside, reader.places(others))
     partial.finish_block(partial.outside, {"tables": reports}, reader.take_read())
-
-
-def _copied_matrices(job: Job, reader: CheckpointReader) -> list[str]:
-    """Modules that the class does not load, of which a matrix is copied."""
-    shapes = reader.shards.shapes
-    names = [name for name in reader.unused() if len(shapes[name]) == 2]
-    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
 
 def _quantized_tables(

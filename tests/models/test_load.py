@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_model
+from conftest import FAMILY_CONFIGS, families, make_model
 from hub_data import COMMIT, StubHandler, served
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -300,6 +300,16 @@ def same_bytes(first, second):
     )
 
 
+@pytest.mark.parametrize("model_type", families("qwen3_5_text"))
+def test_every_tensor_of_the_source_is_in_the_result(model_type, model_folder, tmp_path):
+    folder = model_folder(model_type)
+    quantize_folder(prepare(str(folder), Recipe.uniform("w8", method="rtn")), tmp_path / "out")
+    before, after = (ShardReader(path).names for path in (folder, tmp_path / "out"))
+    packed = {name.rpartition(".")[0] for name in after}
+    assert all(name in after or name.removesuffix(".weight") in packed for name in before)
+    assert {name.rpartition(".")[0] for name in before} == packed
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "llmq"])
 def test_layers_that_the_class_drops_are_copied_and_listed(format, model_folder, tmp_path):
     """A layer behind the last, as GLM stores those of multi-token prediction, and Qwen's `mtp`."""
@@ -324,7 +334,10 @@ def test_layers_that_the_class_drops_are_copied_and_listed(format, model_folder,
         assert {"mtp.fc", "model.layers.2.mlp.up_proj"} <= set(settings["ignore"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        llmq.load(tmp_path / "out", strict=True)
+        loaded = llmq.load(tmp_path / "out", strict=True)
+    llmq.save(loaded, tmp_path / "saved", format=format)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(same_bytes(before[name], saved[name]) for name in report["copied_source_tensors"])
 
 
 @pytest.mark.parametrize(

@@ -215,14 +215,16 @@ def _site(module: nn.Module) -> Site:
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and module of the list of transformer blocks. Raises `LlmqError` when there is none, or
     more than one."""
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
+    config = model.config.get_text_config()
+    depth = getattr(config, "num_hidden_layers", None)
+    found = _lists_of(model, depth)
+    if not found:  # LongCat has two attentions in a block, and counts them
+        found = _lists_of(model, getattr(config, "num_layers", None))
+    names = [name for name, _ in found]
+    found = [  # not those inside another: of attentions, or of experts
         (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and len(module) > 0
-        and any(sites_in(module[0]))
+        for name, module in found
+        if not any(name.startswith(f"{other}.") for other in names)
     ]
     if len(found) > 1:  # towers of a multimodal model may be as deep as its text model
         found = [each for each in found if _is_inside(each[1], model.get_decoder())] or found
@@ -233,6 +235,18 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"found {names}. Tested families: {TESTED}"
         )
     return found[0]
+
+
+def _lists_of(model: nn.Module, depth: int | None) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of so many modules that hold linear layers."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and len(module) > 0
+        and any(sites_in(module[0]))
+    ]
 
 
 def tower_parameters(model: PreTrainedModel) -> set[str]:

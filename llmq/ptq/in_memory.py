@@ -19,6 +19,7 @@ from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.embedding import swap_tables
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import quantizable_layers
+from llmq.models.experts import unfuse
 from llmq.models.readers import ModelReader, weight_reader
 from llmq.models.shards import check_finite
 from llmq.models.source import meta_model
@@ -70,6 +71,7 @@ def quantize(
     device = device_of(model)
     skeleton = meta_model(model.config, type(model))
     plans = recipe.plan(quantizable_layers(skeleton))
+    unfuse(model)
     reader = ModelReader(model)
     if tokens is not None:
         documents.check_windows(tokens, model.config.get_text_config().vocab_size)

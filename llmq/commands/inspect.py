@@ -93,7 +93,6 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 
 def _text(result: dict[str, Any]) -> str:
-    settings = result["quantization"]
     pairs: dict[str, object] = {
         "model": f"{result['model']} ({result['model_type']})",
         "format": _format(result),

@@ -1,7 +1,7 @@
 """Floats of few bits as the numbers they stand for (OCP Microscaling Formats, 2023).
 
-    E2M1   4 bits, two to a byte, the first in the low half
-    E8M0   8 bits of exponent alone: powers of two, by their exponent + 127"""
+E2M1   4 bits, two to a byte, the first in the low half
+E8M0   8 bits of exponent alone: powers of two, by their exponent + 127"""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def scaled_views(shards: ShardReader, block: tuple[int, int] | None) -> dict[str
 def _pairs(shards: ShardReader) -> Iterator[tuple[str, str]]:
     """Names of weights and of their scales."""
     for name, dtype in shards.dtypes.items():
-        if name.endswith(_INVERSE) or name.endswith(".weight_scale"):
+        if name.endswith((_INVERSE, ".weight_scale")):
             _check_belongs(shards, name)
         if len(shards.shapes[name]) < 2:
             continue

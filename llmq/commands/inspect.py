@@ -47,11 +47,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         remarks = format_of(settings).remarks(settings, shards.dtypes)
     suffixes = Counter(name.rpartition(".")[2] for name in shards.names)
     report = _report(model_dir / "report.json")
-    result = {
+    result: dict[str, Any] = {
         "model": str(model_dir),
         "model_type": config.model_type,
         "gguf": read_object(gguf, "what a folder was unpacked from") if gguf.is_file() else None,
         "quantization": settings,
+        "decoded": source.precision if settings is None else {},
         "engines": engines,
         "remarks": remarks,
         "files": {path.name: path.stat().st_size for path in source.weight_paths},
@@ -92,10 +93,9 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 
 def _text(result: dict[str, Any]) -> str:
-    settings = result["quantization"]
     pairs: dict[str, object] = {
         "model": f"{result['model']} ({result['model_type']})",
-        "format": "full precision" if settings is None else settings["format"],
+        "format": _format(result),
         "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, "
         f"{result['tensors']} tensors",
         "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
@@ -112,6 +112,16 @@ def _text(result: dict[str, Any]) -> str:
         pairs |= _origin(report)
     text = rendering.render_pairs(pairs)
     return f"{text}\n{engine_lines(result['engines'])}" if result["engines"] else text
+
+
+def _format(result: dict[str, Any]) -> str:
+    """The format of a folder, or what its weights are decoded from."""
+    if result["quantization"] is not None:
+        return str(result["quantization"]["format"])
+    if not result["decoded"]:
+        return "full precision"
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in result["decoded"].items())
+    return f"{kinds}, decoded to bfloat16 where it is read"
 
 
 def _engines(

@@ -52,8 +52,8 @@ def load(
     verify: bool = False,
     strict: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM from a folder, a Hub id, "tiny" or a `Source` that is open: quantized in one of
-    `llmq.formats.registry.NAMES` (also by other tools), or in full precision.
+    """A causal LM from a folder, a Hub id, a .gguf file, "tiny" or a `Source` that is open:
+    quantized in one of `llmq.formats.registry.NAMES` (also by other tools), or in full precision.
 
     dtype: of activations and unquantized weights: "auto" (as stored), "float32", "bfloat16",
     "float16", or torch's dtype of that name. device: "cpu" (default) or "cuda". device_map: the
@@ -66,7 +66,9 @@ def load(
     strict: refuse stored tensors that the model has no place for, which are named in a
     `LlmqWarning` otherwise. Raises `LlmqError` when anything is missing or damaged."""
     loaded_dtype = _checked_dtype(dtype)
-    check_type("model", model, (str, os.PathLike, Source), "a folder, a Hub id, or 'tiny'")
+    check_type(
+        "model", model, (str, os.PathLike, Source), "a folder, a Hub id, a .gguf file, or 'tiny'"
+    )
     restricted.adapt()
     source = Source.open(model, revision).as_stored
     place = device_of(device, device_map, source.weight_bytes if device_map == "auto" else 0)

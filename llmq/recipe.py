@@ -113,6 +113,7 @@ class Recipe:
     inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the
         "full-precision" ones, or on "both", which corrects for what was lost before (GPTAQ).
     alpha: the share of that correction.
+    all_experts: measure every expert on all tokens instead of on those that are routed to it.
     calibration: the text, as `--calibration` names it; None: by `llmq.ptq.sizing.default_text`.
     samples, sequence_length, seed: the calibration windows.
     iterations, learning_rate: steps per block of block-wise tuning, and their size as a share of
@@ -133,6 +134,7 @@ class Recipe:
     sweeps: int = 2
     inputs: Literal["quantized", "full-precision", "both"] = "both"
     alpha: float = 0.5
+    all_experts: bool = False
     calibration: str | None = None
     samples: int = 128
     sequence_length: int = 2048

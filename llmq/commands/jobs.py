@@ -32,6 +32,7 @@ _FIELDS = (
     "iterations",
     "learning_rate",
     "autocast",
+    "all_experts",
 )
 
 

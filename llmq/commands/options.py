@@ -294,6 +294,12 @@ def _add_gptq_arguments(parser: Parser) -> None:
         help="inputs that layers are measured on; both: also correct for earlier losses (default: "
         "both)",
     )
+    parser.more.add_argument(
+        "--all-experts",
+        action="store_true",
+        default=None,
+        help="measure every expert of a mixture on all tokens, not only on those routed to it",
+    )
 
 
 def _add_blockwise_arguments(parser: Parser) -> None:

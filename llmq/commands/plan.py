@@ -43,7 +43,14 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.models.config_only import ConfigOnly
-    from llmq.ptq.budget import disk_bytes, flops, peak_bytes, stored_bytes, work_bytes
+    from llmq.ptq.budget import (
+        disk_bytes,
+        expected_coverage,
+        flops,
+        peak_bytes,
+        stored_bytes,
+        work_bytes,
+    )
     from llmq.ptq.parts import parts
 
     plan_qat.check(args)
@@ -75,6 +82,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "calibration": None
         if job.tokens is None
         else {"source": job.tokens.source, "windows": list(job.tokens.tokens.shape)},
+        "experts": expected_coverage(job),
         "source_bytes": job.source.weight_bytes,
         "planned_bytes": stored,
         "planned_work_bytes": work_bytes(job),
@@ -169,6 +177,8 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
     if calibration := result["calibration"]:
         n, length = calibration["windows"]
         pairs["calibration"] = f"{n} windows of {length} tokens of {calibration['source']}"
+    if experts := result["experts"]:
+        pairs["experts"] = _expert_line(experts)
     pairs |= _size_pairs(result)
     pairs |= _memory_pairs(result)
     disk, work = result["planned_disk_bytes"], result["planned_work_bytes"]
@@ -189,6 +199,18 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
             f"{quick['planned_disk_bytes'] / 1e9:.2f} GB of disk"
         )
     return pairs
+
+
+def _expert_line(experts: dict[str, Any]) -> str:
+    chosen = experts["n_chosen"]
+    line = f"{experts['n_experts']} in each of {experts['n_layers']} layers"
+    line += f", {chosen} for each token" if chosen else ""
+    if experts["expected_rows"] is None:
+        return line
+    return (
+        f"{line}: about {experts['expected_rows']} calibration tokens each, and those with fewer "
+        f"than {experts['enough_rows']} are measured on the tokens of others, too"
+    )
 
 
 def _size_pairs(result: dict[str, Any]) -> dict[str, object]:

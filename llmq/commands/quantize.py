@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             f"--strict: {args.out} was written, but {len(report['fallbacks'])} layers fell back to "
             f"plain rounding, the first being {report['fallbacks'][0]}"
         )
+    if args.strict and (idle := rendering.idle_experts(report["experts"])):
+        raise VerificationError(
+            f"--strict: {args.out} was written, but no calibration token reached {len(idle)} "
+            f"experts, the first being {idle[0]}; use more or other calibration text"
+        )
     return {"out": args.out, **report}, _summary(args.out, report)
 
 
@@ -108,6 +113,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
         pairs["calibrated on"] = rendering.text_line(text)
     pairs |= rendering.companion_lines(report)
     pairs |= _errors(report)
+    pairs |= rendering.expert_lines(report["experts"])
     pairs |= _held_out(report)
     pairs |= _tuning(report)
     pairs |= _deviations(report)

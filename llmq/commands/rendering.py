@@ -90,6 +90,35 @@ def name_patterns(names: Sequence[str]) -> list[str]:
     return patterns
 
 
+def idle_experts(modules: list[dict[str, Any]]) -> list[str]:
+    """Names of the experts that no calibration token reached."""
+    return [f"{module['name']}.{number}" for module in modules for number in module["idle"]]
+
+
+def expert_lines(modules: list[dict[str, Any]]) -> dict[str, str]:
+    """How calibration text reached the experts. modules: as `llmq.ptq.experts.Coverage` has
+    them."""
+    if not modules:
+        return {}
+    least = min(module["min_rows"] for module in modules)
+    usual = sorted(module["median_rows"] for module in modules)[len(modules) // 2]
+    n_experts = sum(module["n_experts"] for module in modules)
+    n_few = sum(len(module["blended"]) + len(module["borrowed"]) for module in modules)
+    lines = {
+        "experts": f"{n_experts} in {len(modules)} layers, each calibrated on {least} to "
+        f"{usual:.0f} tokens (least and median)"
+    }
+    if n_few:
+        lines["few tokens"] = (
+            f"{n_few} experts had fewer than half as many as channels and were measured on the "
+            "tokens of others, too"
+        )
+    if idle := idle_experts(modules):
+        more = ", ..." if len(idle) > 3 else ""
+        lines["idle experts"] = f"{len(idle)} got no token: {', '.join(idle[:3])}{more}"
+    return lines
+
+
 def print_notes(notes: Mapping[str, str]) -> None:
     """On stderr, in lines of the terminal's width."""
     from llmq.messages import one_line

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 GATE_UP = "gate_up_proj"
@@ -259,6 +260,27 @@ def unfuse(model: nn.Module) -> None:
     for name, module, layout in fused:
         if layout is not None:
             model.set_submodule(name, UnfusedExperts(module, layout).train(module.training))
+
+
+# What configs call the number of experts that a token goes to.
+_CHOICES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_selected_experts")
+
+
+def choices_of(config: Any) -> int | None:
+    """How many experts each token goes to, None where the config does not say it."""
+    found = [getattr(config, key, None) for key in _CHOICES]
+    numbers = [number for number in found if isinstance(number, int) and number > 0]
+    return numbers[0] if numbers else None
+
+
+def token_shares(model: PreTrainedModel) -> dict[str, float]:
+    """The share of all tokens that an expert sees where all see equally many, by module of
+    experts."""
+    choices = choices_of(model.config.get_text_config())
+    return {
+        name: 1.0 if choices is None else min(1.0, choices / module.n_experts)
+        for name, module in unfused_in(model).items()
+    }
 
 
 def unfused_in(model: nn.Module) -> dict[str, UnfusedExperts]:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Setup:
         if self.recipe.inputs == "full-precision":
             stream = "full-precision"
         is_static = self.recipe.activations.kind == "int8-static"
-        return Recording(stream, self.needs.both_streams, is_static)
+        return Recording(stream, self.needs.both_streams, is_static, self.recipe.all_experts)
 
     def targets(self, name: str) -> dict[str, QuantSpec]:
         """The layers of a block that are quantized, named as in the block."""
@@ -204,6 +205,7 @@ class _Calibrated(_Rounded):
         self.streams = streams
         self.tuning: BlockTuning | None = None
         self.exact_output: Tensor | None = None
+        self.coverage: list[dict[str, Any]] = []
         # What tuning starts from: full-precision weights, and what they were solved with.
         self.untuned: dict[str, tuple[Tensor, LayerStats]] = {}
 
@@ -215,6 +217,8 @@ class _Calibrated(_Rounded):
         self.setup.method.transform(self.module, self.setup.recipe)
         for stage in stages:
             self._solve_stage(stage)
+            if isinstance(stage, ExpertsStage):
+                self.coverage.append(stage.coverage.to_json(self.name))
         if self.setup.needs.tuning and self.results:
             self._tune()
 
@@ -223,7 +227,8 @@ class _Calibrated(_Rounded):
         error = None
         if (exact := self.exact_output) is not None:
             error = total((output - exact).square()) / total(exact.square())
-        return block_report(self.index, self.reports, error, self.tuning), output
+        report = block_report(self.index, self.reports, error, self.tuning)
+        return replace(report, experts=self.coverage), output
 
     def _run_exact(self, stages: list[Stage | ExpertsStage]) -> Tensor:
         """Run the block before anything is solved, over the full-precision stream."""

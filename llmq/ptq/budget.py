@@ -4,14 +4,18 @@ Estimates; what was measured is in the report."""
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 from llmq.models import compat
 from llmq.models.arch import find_blocks
+from llmq.models.experts import choices_of, token_shares, unfused_in
+from llmq.models.site import sites_in
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.methods.base import Windows
 from llmq.ptq.parts import element_bytes, parts
 from llmq.ptq.streams import batch_size
+from llmq.recipe import LayerPlan
 from llmq.storage.packing import MAX_SHARD_BYTES
 from llmq.text.documents import SELF, TokenSet
 
@@ -124,20 +128,49 @@ def flops(job: Job) -> float:
     n_tokens = job.tokens.n_tokens
     text_config = job.model.config.get_text_config()
     attention = 2 * job.tokens.tokens.shape[1] * _attention_width(job)
-    weights = sum(prod(plan.layer.shape) for plan in job.plans)
+    shares = token_shares(job.model)
+    weights = sum(prod(plan.layer.shape) * _share(plan, shares) for plan in job.plans)
     forward = PASSES * 2 * n_tokens * (weights + text_config.num_hidden_layers * attention)
-    hessians = (
-        sum(2 * n_tokens * plan.layer.shape[1] ** 2 for plan in job.plans if plan.spec) / 2
-    )  # about half of the layers share an input
+    # about half of the layers share an input
+    squares = (plan.layer.shape[1] ** 2 * _share(plan, shares) for plan in job.plans if plan.spec)
+    hessians = 2 * n_tokens * sum(squares) / 2
     method = method_of(job.recipe)
     layers = [plan.layer.shape for plan in job.plans]
     solves = sum(method.solve_flops(plan.layer.shape) for plan in job.plans if plan.spec)
     tuning = method.tuning_flops(layers, _windows(job.tokens), job.recipe)
     # windows that are held out run through the source and through the result
     n_held_out = sum(text.tokens.numel() for text in job.tokens.held_out)
-    measured = 2 * 2 * n_held_out * sum(prod(plan.layer.shape) for plan in job.plans)
+    measured = 2 * 2 * n_held_out * weights
     passes = TEXT_FACTOR * (forward + hessians + measured)
     return float(passes + SOLVE_FACTOR * solves + WRITE_FACTOR * _writing(job)) + tuning + tables
+
+
+def expected_coverage(job: Job) -> dict[str, Any] | None:
+    """How many calibration tokens an expert gets where all get equally many, and how many it takes
+    for statistics of its own; None for models without experts."""
+    modules = unfused_in(job.model)
+    if not modules:
+        return None
+    module = next(iter(modules.values()))
+    choices = choices_of(job.model.config.get_text_config())
+    n_tokens = None if job.tokens is None else job.tokens.n_tokens
+    rows = None
+    if choices is not None and n_tokens is not None:
+        rows = n_tokens * choices // module.n_experts
+    return {
+        "n_layers": len(modules),
+        "n_experts": module.n_experts,
+        "n_chosen": choices,
+        "tokens": n_tokens,
+        "expected_rows": rows,
+        "enough_rows": max(site.shape[1] for site in sites_in(module.expert(0))) // 2,
+    }
+
+
+def _share(plan: LayerPlan, shares: dict[str, float]) -> float:
+    """The share of all tokens that a layer multiplies."""
+    parent = plan.layer.name.rpartition(".")[0].rpartition(".")[0]
+    return shares.get(parent, 1.0)
 
 
 def _writing(job: Job) -> float:
@@ -145,7 +178,8 @@ def _writing(job: Job) -> float:
     assert job.tokens is not None
     if job.tokens.source != SELF:
         return 0.0
-    n_weights = sum(prod(plan.layer.shape) for plan in job.plans)
+    shares = token_shares(job.model)
+    n_weights = sum(prod(plan.layer.shape) * _share(plan, shares) for plan in job.plans)
     head = job.model.get_output_embeddings()
     n_weights += 0 if head is None else head.weight.numel()
     return float(2 * job.tokens.n_tokens * n_weights)

@@ -100,10 +100,11 @@ class Coverage:
     blended: list[int] = field(default_factory=list)
     borrowed: list[int] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, block: str) -> dict[str, Any]:
+        """block: the name of the block that the module lies in."""
         rows = list(self.n_rows.values())
         return {
-            "name": self.name,
+            "name": f"{block}.{self.name}",
             "n_tokens": self.n_tokens,
             "n_experts": len(rows),
             "min_rows": min(rows, default=0),
@@ -240,7 +241,9 @@ class _Measuring:
         for number, own in stats.items():
             found, group = own.finish(), groups[number]
             n_rows, enough = found.n_tokens, found.k / 2
-            if n_rows < FEW_ROWS:
+            if self.recording.all_experts:
+                found = whole(number, group)
+            elif n_rows < FEW_ROWS:
                 found = whole(number, group)
                 _note(coverage.borrowed, number)
             elif n_rows < enough:

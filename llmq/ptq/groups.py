@@ -26,11 +26,13 @@ class InputGroup:
 @dataclass(frozen=True)
 class Recording:
     """How a stage is measured. stream: on which hidden states. both: against the rows that the
-    full-precision model has there. ranges: of activations, too."""
+    full-precision model has there. ranges: of activations, too. all_experts: experts on all tokens
+    of their layer."""
 
     stream: Stream
     both: bool
     ranges: bool
+    all_experts: bool = False
 
     def empty(self, streams: Streams, block: nn.Module, group: InputGroup) -> LayerStats:
         """Statistics without rows. What is to be added of the full-precision model are its inputs,

@@ -19,7 +19,8 @@ class BlockReport:
     outputs from the full-precision model's on the first batch, relative. start_error, tuned_error:
     mean over tokens of such a distance before and after block-wise tuning; n_skipped_steps: its
     steps without a finite loss or gradient; tuning_by_class: its errors by class of positions;
-    tuning_worse_in: classes that it made worse, so that its start was kept."""
+    tuning_worse_in: classes that it made worse, so that its start was kept. experts: how the text
+    reached those of each module (`llmq.ptq.experts.Coverage`)."""
 
     index: int
     layers: list[LayerReport]
@@ -30,6 +31,7 @@ class BlockReport:
     n_skipped_steps: int = 0
     tuning_by_class: dict[str, ClassErrors] = field(default_factory=dict)
     tuning_worse_in: list[str] = field(default_factory=list)
+    experts: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -11,6 +11,7 @@ from llmq.formats.foreign import METHODS
 from llmq.formats.registry import all_formats
 from llmq.formats.setting_types import as_settings
 from llmq.formats.settings import quantization_settings
+from llmq.models import low_precision
 from llmq.models.compat import quantization_methods
 
 
@@ -38,7 +39,7 @@ def test_no_method_is_both_read_and_refused():
 
 
 def test_every_method_of_transformers_is_read_or_refused_by_name():
-    read = {fmt.quant_method for fmt in all_formats()} | {"auto-round"}
+    read = {fmt.quant_method for fmt in all_formats()} | {"auto-round", *low_precision.METHODS}
     assert not set(quantization_methods()) - read - set(METHODS), "say what these are"
 
 

@@ -211,7 +211,8 @@ def main() -> None:
         if (key := f"{row} / {format}") not in results.known:
             made = results.keep(key, make(args.model, args.work_dir, row, format))
             print(f"{key}: {made}", file=sys.stderr, flush=True)
-    by_folder = {made["folder"]: made for made in results.known.values() if "folder" in made}
+    asked = [results.known[f"{row} / {format}"] for row, format in keys]
+    by_folder = {made["folder"]: made for made in asked if "folder" in made}
     missing = [folder for folder in by_folder if not reference(folder).exists()]
     for written in answers(sys.executable, missing, ["--write"]):
         print(written, file=sys.stderr, flush=True)

@@ -68,7 +68,11 @@ RUNS = {
         *SHORT,
         *TRAINING,
     ],
+    "export": ["export", "QUANTIZED", "OUT", "--format", "gptq"],
 }
+# Share of the points of a run after which most of what it continues from lies there, and its output
+# is not put together yet.
+BEFORE_THE_END = {"quantize": 0.8, "qat": 0.6, "export": 0.6}
 
 
 class Disk:
@@ -200,6 +204,15 @@ class Lab:
         lines = [f"def function_{i}(value, other={i}):\n    return value + {i}" for i in range(400)]
         (self.inputs / "text.txt").write_text("\n".join(lines))
         (self.inputs / "recipe.json").write_text(json.dumps(WEAK_START))
+        self._quantize()
+
+    def _quantize(self) -> None:
+        """A folder to export."""
+        from llmq.commands.cli import main
+
+        command = ["quantize", str(self.inputs / "model"), str(self.inputs / "quantized")]
+        options = ["--method", "rtn", "--group-size", "32", "--format", "llmq"]
+        assert main([*command, *options]) == 0
 
     def in_fork(self, work, output: Path | None = None) -> int:
         """The exit code of work in a fork; negative: the signal."""
@@ -232,6 +245,7 @@ class Lab:
             "MODEL": str(self.inputs / "model"),
             "TEXT": str(self.inputs / "text.txt"),
             "RECIPE": str(self.inputs / "recipe.json"),
+            "QUANTIZED": str(self.inputs / "quantized"),
             "OUT": str(self.root / "out"),
         }
         arguments = [names.get(argument, argument) for argument in command]
@@ -327,8 +341,7 @@ def try_flips(
     assert code == 0, output
     expected = lab.weights()
     lab.clear()
-    # before the output is put together, when most lies there
-    code, output, _ = lab.run(command, int(n_all * (0.8 if "quantize" in name else 0.6)))
+    code, output, _ = lab.run(command, int(n_all * BEFORE_THE_END[command[0]]))
     kept = lab.root.with_name("kept")
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(lab.root, kept)
@@ -365,9 +378,11 @@ def _import_everything(folder: Path) -> None:
     gradients: their threads do not survive a fork."""
     import importlib
 
+    from llmq.formats import export
     from llmq.storage import packing
 
     packing.MAX_SHARD_BYTES = 150_000  # several blocks to a shard, and several shards
+    export.PART_BYTES = 30_000
     for name in ("llmq.qat.run", "torch._dynamo", "llmq.commands.verify"):
         importlib.import_module(name)
     from llmq.commands.cli import main as run

@@ -101,18 +101,20 @@ def make_input(random: Random, bases: Path, root: Path) -> list[str]:
             recipe = ["--method", "gptq", "--samples", "2", "--sequence-length", "16"]
             recipe += ["--calibration", str(text)]
     if command in ("plan", "quantize") and kind in ("recipe", "text"):
+        name = random.choice(folders.UNQUANTIZED)
         shutil.rmtree(model)
-        shutil.copytree(bases / random.choice(folders.UNQUANTIZED), model)
+        shutil.copytree(bases / name, model)
+    given = folders.argument(name, model)
     training = ["--train", str(bases / "text.txt"), "--sequence-length", "16", "--held-out", "0"]
     training += ["--max-steps", "1", "--batch-size", "1", "--init", "rtn", "--precision", "fp32"]
     argv = {
-        "plan": ["plan", str(model), *recipe],
-        "inspect": ["inspect", str(model)],
-        "eval": ["eval", str(model), *evaluation],
-        "generate": ["generate", str(model), "--prompt", "the fox", "--max-new-tokens", "2"],
-        "compare": ["compare", str(bases / "plain"), str(model), *evaluation],
-        "quantize": ["quantize", str(model), str(root / OUT), *recipe],
-        "qat": ["qat", str(model), str(root / OUT), *training, "--device", "cpu"],
+        "plan": ["plan", given, *recipe],
+        "inspect": ["inspect", given],
+        "eval": ["eval", given, *evaluation],
+        "generate": ["generate", given, "--prompt", "the fox", "--max-new-tokens", "2"],
+        "compare": ["compare", str(bases / "plain"), given, *evaluation],
+        "quantize": ["quantize", given, str(root / OUT), *recipe],
+        "qat": ["qat", given, str(root / OUT), *training, "--device", "cpu"],
     }[command]
     if kind == "values":
         _mutate_values(random, argv)

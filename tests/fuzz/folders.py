@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import (
@@ -15,11 +18,17 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import llmq
-from llmq.grid.spec import ActSpec
+from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.recipe import Recipe
+from llmq.storage.files import MANIFEST
 
 TEXT = "def add(a, b):\n    return a + b\n\nThe quick brown fox; 12 + 30 = 42.\n" * 40
 _COMMON = {
@@ -44,23 +53,56 @@ _FAMILIES: dict[str, dict[str, object]] = {
         "query_pre_attn_scalar": 32,
     },
 }
-# Name -> family, what it is quantized to (None: not), and the format it is saved in.
-FOLDERS: dict[str, tuple[str, str | None, str]] = {
-    "plain": ("llama", None, ""),
-    "sharded": ("llama", None, ""),
-    "gpt2": ("gpt2", None, ""),
-    "gemma": ("gemma3_text", None, ""),
-    "compressed": ("llama", "w4g32-asym", "compressed-tensors"),
-    "integers": ("llama", "w8", "compressed-tensors"),
-    "gptq": ("llama", "w4g32", "gptq"),
-    "gptq_v2": ("llama", "w4g32-asym", "gptq_v2"),
-    "bitnet": ("llama", "ternary-tensor", "bitnet"),
-    "native": ("llama", "w3g32-asym", "llmq"),
-    "act_order": ("llama", "w8g16", "llmq"),
-    "static": ("llama", "w8", "llmq"),
+
+
+@dataclass(frozen=True)
+class Base:
+    """family: of `_FAMILIES`. spec: what it is quantized to, None: not. format: that it is saved
+    in. recipe: what else its recipe says. config: what else its config says."""
+
+    family: str = "llama"
+    spec: str | None = None
+    format: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+_BY_TOKEN = {"activations": ActSpec("int8-token")}
+_STATIC = {"activations": ActSpec("int8-static")}
+_W8, _W4 = QuantSpec("int8", -1), QuantSpec("int4", 32)
+FOLDERS = {
+    "plain": Base(),
+    "sharded": Base(),
+    "gpt2": Base("gpt2"),
+    "gemma": Base("gemma3_text"),
+    "compressed": Base(spec="w4g32-asym", format="compressed-tensors"),
+    "integers": Base(spec="w8", format="compressed-tensors", recipe=_STATIC),
+    "by_token": Base(spec="w4g32", format="compressed-tensors", recipe=_BY_TOKEN),
+    "head": Base(spec="w2g32", format="compressed-tensors", recipe={"head": _W8}),
+    "gptq": Base(spec="w4g32", format="gptq"),
+    "gptq_v2": Base(spec="w4g32-asym", format="gptq_v2"),
+    "old_gptq": Base(spec="w4g32", format="gptq"),
+    "auto_round": Base(spec="w4g32", format="gptq"),
+    "awq": Base(spec="w4g32-asym", format="awq"),
+    "bitnet": Base(spec="ternary-tensor", format="bitnet", recipe=_BY_TOKEN),
+    "online": Base(),
+    "native": Base(spec="w3g32-asym", format="llmq"),
+    "tables": Base(spec="w4g32", format="llmq", recipe={"embeddings": _W4, "head": _W8}),
+    "tied": Base(
+        "gemma3_text", "w4g32", "llmq", {"embeddings": _W8}, {"tie_word_embeddings": True}
+    ),
+    "act_order": Base(spec="w8g16", format="llmq", recipe={"method": "gptq", "order": "act"}),
+    "static": Base(spec="w8", format="llmq", recipe=_STATIC),
+    "gguf": Base(spec="w4g32", format="llmq"),
 }
-QUANTIZED = [name for name, (_, spec, _) in FOLDERS.items() if spec]
+QUANTIZED = [name for name, base in FOLDERS.items() if base.spec or name == "online"]
 UNQUANTIZED = [name for name in FOLDERS if name not in QUANTIZED]
+GGUF = "model.gguf"  # in the one folder that is given to commands as a file
+
+
+def argument(name: str, folder: Path) -> str:
+    """What a command is given of a folder."""
+    return str(folder / GGUF if name == "gguf" else folder)
 
 
 def _byte_level() -> Tokenizer:
@@ -109,31 +151,19 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def make_folders(root: Path) -> None:
     """Every folder of `FOLDERS` below `root`, and texts and a recipe to give to commands."""
-    for name, (family, spec, fmt) in FOLDERS.items():
-        tokenizer = make_tokenizer(name)
-        torch.manual_seed(len(name))
-        config = AutoConfig.for_model(family, **{**_COMMON, **_FAMILIES[family]})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.data.normal_(std=0.08)
-        if spec is None:
-            model.save_pretrained(
-                root / name, max_shard_size="20KB" if name == "sharded" else "1GB"
-            )
+    for name, base in FOLDERS.items():
+        tokenizer, model = make_tokenizer(name), _make_model(name, base)
+        if base.spec is None:
+            size = "20KB" if name == "sharded" else "1GB"
+            model.save_pretrained(root / name, max_shard_size=size)
             tokenizer.save_pretrained(root / name)
-            continue
-        kinds = {"bitnet": "int8-token", "static": "int8-static", "integers": "int8-static"}
-        is_act_order = name == "act_order"
-        recipe = Recipe.uniform(
-            spec,
-            method="gptq" if is_act_order else "rtn",
-            order="act" if is_act_order else "group",
-            activations=ActSpec(kinds.get(name, "none")),  # type: ignore[arg-type]
-        )
-        llmq.quantize(model, recipe, torch.randint(2, 300, (4, 32)))
-        llmq.save(model, root / name, tokenizer=tokenizer, format=fmt)
-        (root / name / "report.json").write_text(json.dumps(REPORT))
+        else:
+            recipe = Recipe.uniform(base.spec, **{"method": "rtn", **base.recipe})
+            llmq.quantize(model, recipe, torch.randint(2, 300, (4, 32)))
+            llmq.save(model, root / name, tokenizer=tokenizer, format=base.format)
+            (root / name / "report.json").write_text(json.dumps(REPORT))
+        if name in _OTHERS:
+            _OTHERS[name](root / name)
     (root / "text.txt").write_text(TEXT)
     rows = [json.dumps({"text": line, "n": i}) for i, line in enumerate(TEXT.splitlines())]
     (root / "rows.jsonl").write_text("\n".join(rows) + "\n")
@@ -141,6 +171,64 @@ def make_folders(root: Path) -> None:
     _write_parquet(root / "rows.parquet")
     recipe = Recipe.uniform("w4g32", method="rtn", samples=2, sequence_length=16)
     (root / "recipe.json").write_text(json.dumps(recipe.to_json()))
+
+
+def _make_model(name: str, base: Base) -> PreTrainedModel:
+    torch.manual_seed(len(name))
+    settings = {**_COMMON, **_FAMILIES[base.family], **base.config}
+    config = AutoConfig.for_model(base.family, **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(std=0.08)
+    return model
+
+
+def _with_settings(folder: Path, settings: dict[str, Any] | None) -> None:
+    """Other settings in config.json; the manifest was written for what it was before."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    if settings is not None:
+        config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def _as_auto_gptq(folder: Path) -> None:
+    """Settings in a file of their own, and weights under another name."""
+    _with_settings(folder, None)
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+
+
+def _as_auto_round(folder: Path) -> None:
+    (folder / "quantize_config.json").unlink()
+    settings: dict[str, Any] = {"quant_method": "auto-round", "bits": 4, "group_size": 32}
+    settings |= {"sym": True, "packing_format": "auto_round:auto_gptq", "data_type": "int"}
+    settings |= {"extra_config": {".*down_proj": {"bits": 4, "group_size": 32, "sym": True}}}
+    _with_settings(folder, settings)
+
+
+def _as_online(folder: Path) -> None:
+    settings = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
+    settings |= {"quantization_mode": "online", "modules_to_not_convert": ["lm_head"]}
+    _with_settings(folder, settings)
+
+
+def _as_file(folder: Path) -> None:
+    path = folder.with_name(GGUF)
+    llmq.export(folder, path, "gguf")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    path.rename(folder / GGUF)
+
+
+# Folders that other tools write, made of ours.
+_OTHERS = {
+    "old_gptq": _as_auto_gptq,
+    "auto_round": _as_auto_round,
+    "online": _as_online,
+    "gguf": _as_file,
+}
 
 
 def _write_parquet(path: Path) -> None:

@@ -29,13 +29,16 @@ def run(*arguments: str, timeout: int) -> dict:
 
 
 def test_some_points_of_every_command():
-    report = run("--points", "3", "--flips", "3", "--only", "quantize, gptq", "qat", timeout=900)
+    report = run(
+        "--points", "3", "--flips", "3", "--only", "quantize, gptq", "qat", "export", timeout=900
+    )
     assert {row["tried"] for row in report.values()} == {3}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", ["quantize, gptq", "quantize, block-wise", "qat", "qat, generated text"]
+    "command",
+    ["quantize, gptq", "quantize, block-wise", "qat", "qat, generated text", "export"],
 )
 def test_forty_points_of_every_command(command):
     report = run("--points", "40", "--only", command, timeout=7200)

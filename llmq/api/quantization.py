@@ -47,6 +47,7 @@ def quantize(
     revision: str | None = ...,
     strict: bool = ...,
     overwrite: bool = ...,
+    allow_requantize: bool = ...,
     on_block: Callable[[BlockReport], None] = ...,
 ) -> Report: ...
 
@@ -88,7 +89,7 @@ def quantize(model: Any, *arguments: Any, **options: Any) -> Any:
         where they are one tensor, one of the two.
     method, embeddings, head, samples, sequence_length, seed: go before the recipe's.
     tokenizer: of a model in memory, in place of that of the folder it was loaded from.
-    format, device, revision, strict, overwrite: as on the command line.
+    format, device, revision, strict, overwrite, allow_requantize: as on the command line.
     on_block: told of every block when it is done.
 
     A folder: an interrupted run continues when it is called again. In memory: every layer stays on
@@ -129,6 +130,7 @@ def _quantize_folder(
     revision: str | None = None,
     strict: bool = False,
     overwrite: bool = False,
+    allow_requantize: bool = False,
     on_block: Callable[[BlockReport], None] = lambda report: None,
     **options: Any,
 ) -> Report:
@@ -138,6 +140,7 @@ def _quantize_folder(
     source = Source.open(model, revision)
     chosen = recipe_of(recipe, source.config, **_of_recipe(options))
     given: dict[str, Any] = {"format": format, "strict": strict, "device": place}
+    given["allow_requantize"] = allow_requantize
     if calibration is not None:
         given["calibration"] = _calibration(source, calibration, chosen)
     job = prepare(source, chosen, **given)

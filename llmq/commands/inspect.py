@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    from llmq.formats.settings import format_of, quantization_settings
+    from llmq.formats.settings import folder_readings, format_of, quantization_settings
     from llmq.models.source import Source
     from llmq.storage.json_files import read_object
 
@@ -35,9 +34,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     model_dir, config, shards = source.folder, source.config, source.shards
     settings = quantization_settings(config)
     gguf = model_dir / "gguf.json"  # in a folder that a file was unpacked into
-    engines = None
-    if settings is not None and not gguf.is_file():
-        engines = _engines(settings, shards.shapes)
+    engines = None if gguf.is_file() else folder_readings(source)
     remarks: list[str] = []
     if settings is not None:
         # Read for loading, with llmq's own name in the place of the one that other engines go by.
@@ -47,12 +44,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         remarks = format_of(settings).remarks(settings, shards.dtypes)
     suffixes = Counter(name.rpartition(".")[2] for name in shards.names)
     report = _report(model_dir / "report.json")
-    result = {
+    result: dict[str, Any] = {
         "model": str(model_dir),
         "model_type": config.model_type,
         "gguf": read_object(gguf, "what a folder was unpacked from") if gguf.is_file() else None,
         "quantization": settings,
-        "engines": engines,
+        "decoded": source.precision if settings is None else {},
+        "engines": None if engines is None else [reading.to_json() for reading in engines],
         "remarks": remarks,
         "files": {path.name: path.stat().st_size for path in source.weight_paths},
         "bytes": source.weight_bytes,
@@ -92,10 +90,9 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 
 def _text(result: dict[str, Any]) -> str:
-    settings = result["quantization"]
     pairs: dict[str, object] = {
         "model": f"{result['model']} ({result['model_type']})",
-        "format": "full precision" if settings is None else settings["format"],
+        "format": _format(result),
         "files": f"{len(result['files'])}, {result['bytes'] / 1e6:.1f} MB, "
         f"{result['tensors']} tensors",
         "dtypes": ", ".join(f"{dtype} x {count}" for dtype, count in result["dtypes"].items()),
@@ -114,15 +111,14 @@ def _text(result: dict[str, Any]) -> str:
     return f"{text}\n{engine_lines(result['engines'])}" if result["engines"] else text
 
 
-def _engines(
-    settings: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> list[dict[str, Any]] | None:
-    """Which engines read a folder, None where its settings do not tell."""
-    from llmq.formats.engines import readings
-    from llmq.formats.settings import stored_result
-
-    result = stored_result(settings, shapes)
-    return None if result is None else [reading.to_json() for reading in readings(result)]
+def _format(result: dict[str, Any]) -> str:
+    """The format of a folder, or what its weights are decoded from."""
+    if result["quantization"] is not None:
+        return str(result["quantization"]["format"])
+    if not result["decoded"]:
+        return "full precision"
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in result["decoded"].items())
+    return f"{kinds}, decoded to bfloat16 where it is read"
 
 
 def _origin(report: dict[str, Any]) -> dict[str, object]:

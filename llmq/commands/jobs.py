@@ -149,6 +149,7 @@ def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
             check_scales=not is_plan,
             device=args.device,
             held_out=not args.no_held_out,
+            allow_requantize=args.allow_requantize,
             **told,
         )
     if args.max_gpu_memory is not None and args.device == "cpu":

@@ -355,6 +355,12 @@ def _add_limits(parser: Parser) -> None:
         action="store_true",
         help="refuse any deviation from what was asked: other group sizes, kept layers, fallbacks",
     )
+    parser.more.add_argument(
+        "--allow-requantize",
+        action="store_true",
+        help="take a MODEL that is quantized already for the numbers that its codes stand for; "
+        "what is rounded again loses twice (not needed for FP8 and MXFP4, as models are published)",
+    )
     add_revision_argument(parser)
     parser.more.add_argument(
         "--max-ram",

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "model": str(job.source.folder),
         "model_type": job.model.config.model_type,
         "has_weights": not isinstance(job.source, ConfigOnly),
+        "source_precision": job.source.precision,
         "method": job.recipe.method,
         "format": job.fmt.name,
         "layers": [

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.compressed_settings import WeightArgs
+from llmq.grid.small_floats import e2m1_values, e8m0_values
 
-_BIAS = 127  # of the exponents of MX
-# E2M1 by its low three bits: two of exponent, one of mantissa; the fourth is the sign.
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_HALVES = (0, 4)
 _REALS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -42,9 +39,7 @@ def _values(name: str, stored: Tensor, bits: int, shape: tuple[int, int]) -> Ten
         _check(f"{name}.weight", stored, torch.float8_e4m3fn, (n, k))
         return stored.float()
     _check(f"{name}.weight_packed", stored, torch.uint8, (n, k // 2))
-    halves = torch.stack([stored >> shift & 15 for shift in _HALVES], dim=-1).view(n, -1)
-    table = torch.tensor([*_MAGNITUDES, *(-each for each in _MAGNITUDES)], device=stored.device)
-    return table[halves.int()]
+    return e2m1_values(stored)
 
 
 def _scale(
@@ -53,8 +48,7 @@ def _scale(
     """The scales float32, in the shape they are stored in."""
     scale = tensors["weight_scale"]
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        exponents = scale.view(torch.uint8).float() - _BIAS
-        return torch.exp2(exponents)
+        return e8m0_values(scale)
     if args.bits == 4:
         _check(f"{name}.weight_scale", scale, torch.float8_e4m3fn, tuple(scale.shape))
         whole = tensors.get("weight_global_scale")

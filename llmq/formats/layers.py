@@ -17,7 +17,7 @@ from llmq.formats.save import kept_matrices
 from llmq.formats.settings import format_of, quantization_settings
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
-from llmq.models.arch import quantizable_layers
+from llmq.models.arch import linear_shape, quantizable_layers
 from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.outside import Table, tables_of
 from llmq.models.source import Source, meta_model
@@ -144,6 +144,23 @@ class StoredLayers:
         qtensor = self.format.read(name, tensors, self.settings, shape)
         qtensor.validate(name)
         return qtensor
+
+    def weight(self, name: str) -> Tensor:
+        """float32 `[N, K]` of a packed layer, checked, whatever it is stored as and wherever it
+        lies."""
+        if self.format is None:
+            raise KeyError(name)
+        tensors, module = self._parts(name), self.skeleton.get_submodule(name)
+        shape, settings = linear_shape(module), self.settings
+        if shape is None:
+            n, k = self.shape(f"{name}.weight")
+            shape, settings = (n, k), self.format.tables.of_embeddings(settings)
+        dense = self.format.dense(name, tensors, settings, shape)
+        if dense is not None:
+            return dense
+        qtensor = self.format.read(name, tensors, settings, shape)
+        qtensor.validate(name)
+        return qtensor.dequantize()
 
     def bias(self, name: str) -> Tensor | None:
         """What a packed layer adds to its output, or None."""

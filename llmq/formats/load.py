@@ -23,6 +23,7 @@ from llmq.inference.rotary import take_turns
 from llmq.inference.settings import read_settings
 from llmq.models.building import one_at_a_time
 from llmq.models.compat import auto_class, only_errors
+from llmq.models.decoded_loading import load_decoded
 from llmq.models.names import check_dtypes, left_out, stored_to_model_names
 from llmq.models.source import Source
 from llmq.models.stored import state_ties
@@ -51,8 +52,8 @@ def load(
     verify: bool = False,
     strict: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM from a folder, a Hub id, "tiny" or a `Source` that is open: quantized in one of
-    `llmq.formats.registry.NAMES` (also by other tools), or in full precision.
+    """A causal LM from a folder, a Hub id, a .gguf file, "tiny" or a `Source` that is open:
+    quantized in one of `llmq.formats.registry.NAMES` (also by other tools), or in full precision.
 
     dtype: of activations and unquantized weights: "auto" (as stored), "float32", "bfloat16",
     "float16", or torch's dtype of that name. device: "cpu" (default) or "cuda". device_map: the
@@ -65,9 +66,11 @@ def load(
     strict: refuse stored tensors that the model has no place for, which are named in a
     `LlmqWarning` otherwise. Raises `LlmqError` when anything is missing or damaged."""
     loaded_dtype = _checked_dtype(dtype)
-    check_type("model", model, (str, os.PathLike, Source), "a folder, a Hub id, or 'tiny'")
+    check_type(
+        "model", model, (str, os.PathLike, Source), "a folder, a Hub id, a .gguf file, or 'tiny'"
+    )
     restricted.adapt()
-    source = Source.open(model, revision)
+    source = Source.open(model, revision).as_stored
     place = device_of(device, device_map, source.weight_bytes if device_map == "auto" else 0)
     compute = _checked_compute(compute, place)
     model_dir = source.folder
@@ -86,20 +89,24 @@ def load(
         knowing(shards),
         only_errors(),
     ):
-        loaded, info = auto_class(config).from_pretrained(
-            model_dir,
-            config=config,
-            dtype=loaded_dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
+        if settings is None and source.precision:
+            loaded, info = load_decoded(source, config, loaded_dtype)
+        else:
+            loaded, info = auto_class(config).from_pretrained(
+                model_dir,
+                config=config,
+                dtype=loaded_dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )
     _check_complete(info, source, is_quantized=settings is not None)
     if settings is None:
-        names = stored_to_model_names(loaded, shards.names, converted=True)
+        tensors = source.decoded
+        names = stored_to_model_names(loaded, tensors.names, converted=True)
         state = loaded.state_dict()
         matched = {name: stored for stored, name in names.items() if name in state}
-        check_dtypes(loaded, shards.dtypes, matched, str(model_dir))
+        check_dtypes(loaded, tensors.dtypes, matched, str(model_dir))
     _tell_left_out(loaded, source, info.get("unexpected_keys") or (), strict)
     if settings is not None:
         for remark in format_of(settings).remarks(settings, shards.dtypes):

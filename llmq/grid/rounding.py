@@ -80,10 +80,11 @@ def choose_scale(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point per group of a float32 weight `[N, K]`.
 
-    importance: float `[K]`, the weight of each column's squared error, usually diag(H). Without it
-    the range of the group decides; with it the best of 31 shrink factors does (and, at 2 bits with
-    zero points, of the neighbouring zero points). Returns scale float32 `[N or 1, G]`, already
-    rounded to its stored dtype, and zero (integers in float32) or None."""
+    importance: float `[K]`, the weight of each column's squared error, usually diag(H); or `[N, K]`
+    where rows belong to several layers. Without it the range of the group decides; with it the best
+    of 31 shrink factors does (and, at 2 bits with zero points, of the neighbouring zero points).
+    Returns scale float32 `[N or 1, G]`, already rounded to its stored dtype, and zero (integers in
+    float32) or None."""
     full, zero = range_scale(weight, spec)
     best_scale = round_scale(full, spec)
     if importance is None:
@@ -92,7 +93,7 @@ def choose_scale(
     column_weight = (
         grouped(importance.expand_as(weight), spec)
         if spec.group_size == PER_TENSOR
-        else grouped(importance[None], spec)
+        else grouped(torch.atleast_2d(importance), spec)
     )
     levels = spec.levels
     shifts = (0, -1, 1) if zero is not None and spec.bits == 2 else (0,)

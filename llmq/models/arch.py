@@ -229,10 +229,10 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(found) > 1:  # towers of a multimodal model may be as deep as its text model
         found = [each for each in found if _is_inside(each[1], model.get_decoder())] or found
     if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
+        there = ", ".join(name for name, _ in found) or "none"
         raise LlmqError(
             f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, "
-            f"found {names}. Tested families: {TESTED}"
+            f"found {there}. Tested families: {TESTED}"
         )
     return found[0]
 

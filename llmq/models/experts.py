@@ -109,18 +109,52 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Sorted:
+    """The choices of all tokens, sorted by expert. places: int64 `[T S]`, in the flattened index,
+    in order for each expert. starts: where the places of expert 0, 1, ... begin, and the end."""
+
+    places: Tensor
+    starts: list[int]
+
+    @classmethod
+    def of(cls, index: Tensor) -> Sorted:
+        """index: `[T, S]`, see `Routed`."""
+        flat = index.flatten()
+        counts = torch.bincount(flat)
+        return cls(flat.argsort(stable=True), [0, *counts.cumsum(0).tolist()])
+
+    def expert(self, number: int) -> Tensor:
+        """The places of one of them."""
+        if number + 1 >= len(self.starts):
+            return self.places[:0]
+        return self.places[self.starts[number] : self.starts[number + 1]]
+
+
+@dataclass(frozen=True)
 class Routed:
     """What a module of experts is called with. x: inputs `[T, 1, K]`, or `[T, S, K]` where each
     choice of a token has its own. index: int64 `[T, S]`, the experts that each token chose; a
-    number that no expert has where it chose fewer."""
+    number that no expert has where it chose fewer. choices: the same, sorted, if that is known."""
 
     x: Tensor
     index: Tensor
+    choices: Sorted | None = None
+
+    def places(self, expert: int) -> Tensor:
+        """Where it was chosen, int64 `[n]`: in the flattened index, in order."""
+        if self.choices is not None:
+            return self.choices.expert(expert)
+        return (self.index.flatten() == expert).nonzero()[:, 0]
+
+    def inputs(self, places: Tensor) -> Tensor:
+        """What goes to the experts that were chosen there, `[n, K]`."""
+        has_own = self.x.shape[1] > 1
+        return self.rows.index_select(0, places if has_own else places // self.index.shape[1])
 
     def share(self, expert: int) -> Share:
         """What goes to one of them."""
-        tokens, slots = (self.index == expert).nonzero(as_tuple=True)
-        return Share(tokens, slots, self.x[tokens, slots if self.x.shape[1] > 1 else 0])
+        places, n_slots = self.places(expert), self.index.shape[1]
+        return Share(places // n_slots, places % n_slots, self.inputs(places))
 
     @property
     def rows(self) -> Tensor:
@@ -209,6 +243,8 @@ class UnfusedExperts(nn.Module):
         index, weights = (*routing, *named.values())
         dtype = torch.promote_types(hidden_states.dtype, weights.dtype)
         found = torch.zeros_like(hidden_states, dtype=dtype)
+        if len(hidden_states) == 1:
+            return self._of_token(hidden_states, index[0].tolist(), weights, found)
         order = torch.argsort(index.reshape(-1), stable=True)
         counts = torch.bincount(index.reshape(-1), minlength=self.n_experts).tolist()
         for number, places in enumerate(order.split(counts)):
@@ -218,6 +254,14 @@ class UnfusedExperts(nn.Module):
             weighted = self.outputs(number, hidden_states[tokens]) * weights[tokens, slots, None]
             found.index_add_(0, tokens, weighted.to(dtype))
         return found.to(hidden_states.dtype)
+
+    def _of_token(self, x: Tensor, chosen: list[int], weights: Tensor, found: Tensor) -> Tensor:
+        """The same for one token, without sorting tokens: what decoding waits for. found: `[1, K]`
+        zeros."""
+        for slot in sorted(range(len(chosen)), key=chosen.__getitem__):
+            weighted = self.outputs(chosen[slot], x) * weights[:, slot, None]
+            found += weighted.to(found.dtype)
+        return found.to(x.dtype)
 
     def _of_copies(self, hidden_states: Tensor) -> Tensor:
         """Where all tokens come once for each expert, `[E T, K]`, those of others as zeros."""

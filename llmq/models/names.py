@@ -104,7 +104,7 @@ def check_dtypes(
         dtype = dtypes[stored]
         if state[name].is_floating_point() and dtype not in FLOATS:
             reason = (
-                "8-bit floats need the scales that belong to them, which llmq does not read"
+                "8-bit floats need the scales that belong to them, which are not stored"
                 if dtype.startswith("F")
                 else "these are codes or flags, not weights"
             )

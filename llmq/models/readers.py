@@ -37,7 +37,7 @@ class CheckpointReader:
 
     def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         stored = {self.names[name]: name for name in names if name in self.names}
-        paths = {self.shards.names[name] for name in stored}
+        paths = self.shards.paths_of(stored)
         try:
             tensors = self.shards.read(stored)
         finally:  # a file that is another by now is the reason of whatever went wrong
@@ -60,13 +60,13 @@ class CheckpointReader:
     def take_read(self) -> dict[str, Any]:
         """What was read since the last call: hashes of the tensors, inodes of their files."""
         read, self._read = self._read, {}
-        paths = {self.shards.names[name] for name in read}
+        paths = self.shards.paths_of(read)
         return {"inodes": self.source.inodes(paths) if self.source else {}, "tensors": read}
 
     def is_still(self, before: dict[str, Any]) -> bool:
         """Whether what was read for a finished block is what is there now. Where inodes are the
         same, so are the contents."""
-        paths = {self.shards.names[name] for name in before["tensors"]}
+        paths = self.shards.paths_of(before["tensors"])
         if self.source is None or self.source.inodes(paths) == before["inodes"]:
             return True
         return all(  # one at a time: it may be all that lies outside of the blocks

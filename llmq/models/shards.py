@@ -7,7 +7,8 @@ and closes it again, because mapped pages count as resident memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.storage.boundary import check_regular, reading
 from llmq.storage.json_files import read_object
+
+Slices = Callable[[str], Any]
+"""Of a stored tensor's name: its slice of safetensors, which reads the parts that are indexed."""
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
@@ -123,13 +127,30 @@ class ShardReader:
         return prod(self.shapes[name]) * _BYTES.get(self.dtypes[name].lstrip("BFIU"), 1)
 
     def stored_of(self, name: str) -> tuple[str, ...]:
-        """The names of the stored tensors that one is made of."""
+        """The names of the stored tensors that one is made of: itself."""
         return (name,)
 
     def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """A tensor under the names that its parts are stored by: its own, but for views of
         several."""
         return {name: tensor}
+
+    def paths_of(self, names: Iterable[str]) -> set[Path]:
+        """The files that hold the named tensors."""
+        return {self.names[name] for name in names}
+
+    def slices(self, stack: ExitStack) -> Slices:
+        """Slices of tensors whose files stay open for as long as the stack. A file that cannot be
+        read raises as safetensors has it."""
+        opened: dict[Path, Any] = {}
+
+        def of(name: str) -> Any:
+            path = self.names[name]
+            if path not in opened:
+                opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+            return opened[path].get_slice(name)
+
+        return of
 
     @staticmethod
     def names_in(path: Path) -> list[str]:
@@ -157,6 +178,8 @@ class ShardReader:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise `LlmqError` for NaN or infinite values."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise LlmqError(
             f"{name} holds {int((~torch.isfinite(tensor)).sum())} NaN or infinite values of "

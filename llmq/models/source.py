@@ -31,6 +31,7 @@ from llmq.models.experts import unfuse
 from llmq.models.hub import resolve
 from llmq.models.identity import model_name
 from llmq.models.joined_views import joined_views
+from llmq.models.low_precision import decoded, kinds, stated_settings
 from llmq.models.shards import ShardReader
 from llmq.models.sizes import check_buffers, check_sizes
 from llmq.models.tensors import ViewedTensors
@@ -115,13 +116,29 @@ class Source:
         return ShardReader(self.folder, self.stated)
 
     @cached_property
+    def decoded(self) -> ShardReader:
+        """The same, where those of few bits are bfloat16."""
+        return decoded(self.shards, self.stated)
+
+    @cached_property
     def tensors(self) -> ShardReader:
-        """The tensors as the model wants them that is quantized: one for each layer."""
-        if not may_hold_experts(self.shards):
-            return self.shards
+        """The tensors as the model wants them that is quantized: one for each layer, in full
+        precision."""
+        if not may_hold_experts(self.decoded):
+            return self.decoded
         model = meta_model(self.config)
-        views = {**joined_views(model, self.shards), **expert_views(model, self.shards)}
-        return ViewedTensors(self.shards, views)
+        views = {**joined_views(model, self.decoded), **expert_views(model, self.decoded)}
+        return ViewedTensors(self.decoded, views)
+
+    @property
+    def precision(self) -> dict[str, int]:
+        """What tensors of few bits are stored as, and how many of each; nothing of others."""
+        return kinds(self.decoded)
+
+    @property
+    def as_stored(self) -> Source:
+        """What is run: this."""
+        return self
 
     @property
     def weight_paths(self) -> list[Path]:
@@ -132,6 +149,13 @@ class Source:
     def weight_bytes(self) -> int:
         """Size of these files."""
         return sum(path.stat().st_size for path in self.weight_paths)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Size of the tensors in full precision."""
+        if self.decoded is self.shards:
+            return self.weight_bytes
+        return sum(map(self.decoded.bytes_of, self.decoded.names))
 
     @property
     def weight_names(self) -> set[str]:
@@ -170,6 +194,8 @@ def _read_config(source: Source) -> PretrainedConfig:
         check_buffers(config, path)
         _refuse_adapter(source.folder)
         _find_quantization(config, source)
+        if stated_settings(stated) is not None:
+            forget_quantization(config)
     return config
 
 
@@ -212,6 +238,12 @@ def _find_quantization(config: PretrainedConfig, source: Source) -> None:
             f"stored and config.json has no settings; {_CONFIG_REMEDY}"
         )
     config.quantization_config = {"quant_method": "gptq", **settings, "bits": bits}
+
+
+def forget_quantization(config: PretrainedConfig) -> None:
+    """Make a config that of the model in full precision, which `Source.tensors` gives."""
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
 
 
 @one_at_a_time

@@ -9,11 +9,12 @@ differ the config that is worked with, and written, says that they are not tied.
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -150,8 +151,9 @@ def _same_values(shards: ShardReader, first: str, second: str) -> bool:
         return False
     paths = shards.names[first], shards.names[second]
     try:
-        with safe_open(paths[0], framework="pt") as a, safe_open(paths[1], framework="pt") as b:
-            parts = a.get_slice(first), b.get_slice(second)
+        with ExitStack() as stack:
+            slices = shards.slices(stack)
+            parts = slices(first), slices(second)
             n_rows = shards.shapes[first][0] if shards.shapes[first] else 0
             return all(
                 torch.equal(*(part[start : start + ROWS_AT_A_TIME].float() for part in parts))

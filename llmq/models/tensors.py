@@ -2,35 +2,40 @@
 each layer.
 
 Most are stored that way. The others are *views*, made while they are read, a tensor at a time, of
-what is stored: the weight of one expert out of a parameter that holds them all. Whoever is behind
-this (names, shapes, hashes, blocks) sees the tensors of the model only, and `stored_of` says what
-each was made of."""
+what is stored: the weight of one expert out of a parameter that holds them all, a matrix out of its
+codes and scales. Views may be made of views. Whoever is behind this (names, shapes, hashes, blocks)
+sees the tensors of the model only, and `stored_of` says what each was made of."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from llmq.models.shards import ShardReader, check_finite
+from llmq.models.shards import ShardReader, Slices, check_finite
 from llmq.storage.boundary import reading
 
-Slices = Callable[[str], Any]
-"""Of a stored tensor's name: its slice of safetensors, which reads the parts that are indexed."""
+__all__ = ["Slices", "View", "ViewedTensors"]
 
 
 class View(ABC):
     """One tensor of the model. stored: names of the tensors that it is made of, the one first whose
-    file it is said to be in. shape, dtype: its own, as safetensors calls it."""
+    file it is said to be in. shape, dtype: its own, as safetensors calls it. kind: what it is
+    stored as, where it is decoded."""
 
     stored: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def kind(self) -> str | None:
+        return None
 
     @abstractmethod
     def read(self, slices: Slices) -> Tensor:
@@ -39,6 +44,21 @@ class View(ABC):
     def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What is stored of a tensor that stays as it is, by name. name: that of the view."""
         return {name: tensor}
+
+    def part(self, slices: Slices, index: Any) -> Tensor:
+        """What indexing gives. A view that can read a part by itself does."""
+        return self.read(slices)[index]
+
+
+@dataclass(frozen=True)
+class _SliceOfView:
+    """Takes the place of a slice of safetensors where what is stored is a view itself."""
+
+    view: View
+    slices: Slices
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.view.part(self.slices, index)
 
 
 class ViewedTensors(ShardReader):
@@ -58,7 +78,17 @@ class ViewedTensors(ShardReader):
 
     def stored_of(self, name: str) -> tuple[str, ...]:
         """The names of the stored tensors that one is made of."""
-        return self.views[name].stored if name in self.views else (name,)
+        if name not in self.views:
+            return self.shards.stored_of(name)
+        found = (self.shards.stored_of(stored) for stored in self.views[name].stored)
+        return tuple(dict.fromkeys(chain.from_iterable(found)))
+
+    def paths_of(self, names: Iterable[str]) -> set[Path]:
+        """The files that hold what the named tensors are made of."""
+        stored: set[str] = set()
+        for name in names:
+            stored |= set(self.views[name].stored if name in self.views else (name,))
+        return self.shards.paths_of(stored)
 
     def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         return self.views[name].as_stored(name, tensor) if name in self.views else {name: tensor}
@@ -72,18 +102,19 @@ class ViewedTensors(ShardReader):
                 tensors[name] = self._made(name)
         return tensors
 
+    def slices(self, stack: ExitStack) -> Slices:
+        inner = self.shards.slices(stack)
+
+        def of(name: str) -> Any:
+            if name in self.views:
+                return _SliceOfView(self.views[name], inner)
+            return inner(name)
+
+        return of
+
     def _made(self, name: str) -> Tensor:
         view, path = self.views[name], self.names[name]
-        with ExitStack() as stack:
-            stack.enter_context(reading(path, "damaged", "download it again"))
-            opened: dict[Path, Any] = {}
-
-            def slices(stored: str) -> Any:
-                file = self.shards.names[stored]
-                if file not in opened:
-                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-                return opened[file].get_slice(stored)
-
-            tensor = view.read(slices)
+        with reading(path, "damaged", "download it again"), ExitStack() as stack:
+            tensor = view.read(self.shards.slices(stack))
         check_finite(f"{path}: tensor {name}, made of {', '.join(view.stored)},", tensor)
         return tensor

@@ -4,6 +4,7 @@ as it will be stored."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,6 +109,15 @@ def quantize_block(setup: Setup, index: int) -> QuantizedBlock:
     )
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Layers that are solved as one, since they share their inputs' statistics and a spec."""
+
+    layers: list[str]
+    spec: QuantSpec
+    stats: LayerStats | None
+
+
 class _Rounded:
     """A block whose layers are quantized without text."""
 
@@ -128,20 +138,40 @@ class _Rounded:
         """Quantize all layers, leaving the quantized values in the module."""
         self.setup.method.transform(self.module, self.setup.recipe)
         for layer in self.targets:
-            self._solve_group(InputGroup((layer,)), None)
+            self._solve_groups([(InputGroup((layer,)), None)])
 
     def run_as_stored(self) -> tuple[BlockReport, Tensor | None]:
         """The report, and the block's outputs on the first batch, where there is text."""
         return block_report(self.index, self.reports, None, None), None
 
-    def _solve_group(self, group: InputGroup, stats: LayerStats | None) -> None:
-        for layers, spec in by_spec(group.layers, self.targets):
-            weights = [self._weight(layer) for layer in layers]
-            stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            solved = self.setup.method.solve(stacked, stats, spec, self.setup.recipe)
-            rows = [n_rows(self.module, layer) for layer in layers]
-            for layer, result in zip(layers, split(solved, rows), strict=True):
-                self._take(layer, result, stats)
+    def _solve_groups(self, groups: Sequence[tuple[InputGroup, LayerStats | None]]) -> None:
+        """Solve groups of layers that do not depend on each other. Those of one shape and spec are
+        handed to the method together."""
+        parts = [
+            _Part(layers, spec, stats)
+            for group, stats in groups
+            for layers, spec in by_spec(group.layers, self.targets)
+        ]
+        rows = [[n_rows(self.module, layer) for layer in part.layers] for part in parts]
+        alike: dict[tuple[QuantSpec, int, int], list[int]] = {}
+        for number, part in enumerate(parts):
+            columns = self._weight(part.layers[0]).shape[1]
+            alike.setdefault((part.spec, sum(rows[number]), columns), []).append(number)
+        solved: dict[int, SolverResult] = {}
+        for (spec, _, _), numbers in alike.items():
+            weights = [self._stacked(parts[number].layers) for number in numbers]
+            stats = [parts[number].stats for number in numbers]
+            found = self.setup.method.solve_many(weights, stats, spec, self.setup.recipe)
+            solved.update(zip(numbers, found, strict=True))
+        for number, part in enumerate(parts):
+            results = split(solved.pop(number), rows[number])
+            for layer, result in zip(part.layers, results, strict=True):
+                self._take(layer, result, part.stats)
+
+    def _stacked(self, layers: Sequence[str]) -> Tensor:
+        """Their weights, one below the other."""
+        weights = [self._weight(layer) for layer in layers]
+        return torch.cat(weights) if len(weights) > 1 else weights[0]
 
     def _take(self, layer: str, result: SolverResult, stats: LayerStats | None) -> None:
         """A layer's result, unless plain rounding is better."""
@@ -220,9 +250,8 @@ class _Calibrated(_Rounded):
     def _solve_stage(self, stage: Stage | ExpertsStage) -> None:
         recording = self.setup.recording
         for measured in stage.measure(recording, self.streams, self.module, self.index):
-            for group, stats in measured:
-                self.setup.release_freed_memory()
-                self._solve_group(group, stats)
+            self.setup.release_freed_memory()
+            self._solve_groups(measured)
             for _, stats in measured:  # several groups may share them
                 stats.forget_cross()
 

@@ -79,7 +79,7 @@ def peak_bytes(job: Job) -> int:
     length = windows.length
     batch = 4 * batch_size(job.plans, length) * length * widest * 4
     # which writes its text as a whole, in what it is stored in or float32
-    own_text = 2 * job.source.weight_bytes if job.tokens.source == SELF else 0
+    own_text = 2 * job.source.decoded_bytes if job.tokens.source == SELF else 0
     return int(max(recording, block + max(solve, tuning) + batch, writing, own_text))
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmq.models.experts import DOWN, GATE, UP, Expert, Routed, UnfusedExperts
+from llmq.models.experts import DOWN, GATE, UP, Expert, Routed, Sorted, UnfusedExperts
 from llmq.ptq.capture import Stop
 from llmq.ptq.groups import InputGroup, Measured, Recording
 from llmq.ptq.stats import LayerStats
@@ -39,10 +39,12 @@ GROWING = 4  # sums beside each other while a tree of them grows: see `LayerStat
 
 @dataclass
 class RoutedStream:
-    """What enters a module of experts, for all tokens of a stream. index: the routing by batch.
-    shape: of the inputs of one token `(S, K)`, known from the first batch on."""
+    """What enters a module of experts, for all tokens of a stream. index, choices: the routing by
+    batch. shape: of the inputs of one token `(S, K)`, known from the first batch on."""
 
     index: list[Tensor] = field(default_factory=list)
+    # Found once: there are two passes over all batches for every wave of experts.
+    choices: list[Sorted] = field(default_factory=list)
     shape: tuple[int, int] = (0, 0)
 
     @contextmanager
@@ -50,7 +52,7 @@ class RoutedStream:
         self, module: nn.Module, file: RoutedFile, *, stop: bool = False
     ) -> Iterator[None]:
         """Keep what a module is called with. stop: end each call of the block there."""
-        self.index, append = [], None
+        self.index, self.choices, append = [], [], None
         with ExitStack() as stack:
 
             def keep(module: UnfusedExperts, args: Any, kwargs: Any) -> None:
@@ -62,6 +64,7 @@ class RoutedStream:
                 append(routed.x.reshape(-1, file.length, self.shape[0] * self.shape[1]))
                 chosen = routed.index.clamp(max=module.n_experts)
                 self.index.append(chosen.to("cpu", torch.int16))
+                self.choices.append(Sorted.of(chosen))
                 if stop:
                     raise Stop
 
@@ -71,9 +74,9 @@ class RoutedStream:
     def batches(self, file: RoutedFile, streams: Streams) -> Iterator[Routed]:
         """What was recorded, batch by batch, in float32."""
         rows = file.rows(self.shape).batches(streams.batch_size)
-        for x, index in zip(rows, self.index, strict=True):
+        for x, index, choices in zip(rows, self.index, self.choices, strict=True):
             inputs = x.to(streams.device, torch.float32).view(-1, *self.shape)
-            yield Routed(inputs, index.to(streams.device, torch.int64))
+            yield Routed(inputs, index.to(streams.device, torch.int64), choices)
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class _Measuring:
                     exact = _paired(rows.x, *_matches(rows.tokens, y, number))
                 _add(found, rows.x, exact)
             for number in wave:  # also of experts whose first layers are kept
-                n_rows = int((x.index == number).sum())
+                n_rows = len(x.choices.expert(number)) if x.choices else 0
                 known = self.stage.coverage.n_rows
                 known[number] = known.get(number, 0) + n_rows
         return self._finished(groups, stats, self._whole_inputs)
@@ -286,20 +289,19 @@ class _Measuring:
 def _matches(tokens: Tensor, exact: Routed, number: int) -> tuple[Tensor, Tensor]:
     """Which of an expert's tokens are sent to it in the full-precision model, too: their places
     among `tokens`, in ascending order, and what it gets of them there."""
-    share = exact.share(number)
-    if len(share.tokens) == 0 or len(tokens) == 0:
-        return tokens[:0], share.x[:0]
-    places = torch.searchsorted(share.tokens, tokens).clamp_(max=len(share.tokens) - 1)
-    is_there = share.tokens[places] == tokens
-    return is_there.nonzero()[:, 0], share.x[places[is_there]]
+    chosen = exact.places(number)
+    if len(chosen) == 0 or len(tokens) == 0:
+        return tokens[:0], exact.inputs(chosen[:0])
+    theirs = chosen // exact.index.shape[1]
+    found = torch.searchsorted(theirs, tokens).clamp_(max=len(theirs) - 1)
+    places = (theirs[found] == tokens).nonzero()[:, 0]
+    return places, exact.inputs(chosen[found[places]])
 
 
 def _paired(rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """The rows, with the full-precision model's where it has them: only these are corrected
     for."""
-    found = rows.clone()
-    found[places] = values
-    return found
+    return rows.index_copy(0, places, values)
 
 
 def _same_choices(x: Routed, y: Routed) -> Tensor:

@@ -21,10 +21,12 @@ from llmq.formats.registry import (
     known_format,
     result_of,
 )
+from llmq.formats.requantizing import full_precision
 from llmq.formats.unheld import kept_where_unheld
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
 from llmq.models.identity import source_name
+from llmq.models.low_precision import kind_of
 from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
@@ -92,6 +94,7 @@ def prepare(
     device: str = "cpu",
     on_text: Callable[[int, int], None] = lambda done, total: None,
     held_out: bool = True,
+    allow_requantize: bool = False,
 ) -> Job:
     """Resolve and check everything that can be checked before computing: model, names of all
     tensors, rules, format, calibration text. Raises `LlmqError`.
@@ -101,12 +104,12 @@ def prepare(
     the weights of all layers once, to give each a scale dtype that holds its scales; without, what
     is planned is float16 as it was asked for, and text of the model's own is not written but has
     its shape alone. device: where it is written. on_text: told how many windows of it are, of how
-    many. held_out: measure the result on text that is not calibrated on.
+    many. held_out: measure the result on text that is not calibrated on. allow_requantize: take a
+    folder of packed codes for the model that they stand for.
     """
     restricted.adapt()
     method_of(recipe)  # or it is refused before anything is read
-    source = Source.open(model, revision)
-    _check_unquantized(source)
+    source = full_precision(Source.open(model, revision), allow_requantize)
     read_settings(source.folder)  # it comes along, and the result has to load
     stored = StoredModel.of(source)
     plans = recipe.plan(quantizable_layers(stored.skeleton))
@@ -136,7 +139,7 @@ def prepare(
         _check_unchanged(every)
     result = result_of(fmt, every, recipe.activations, act_order=is_ordered)
     remarks = {f"format {fmt.name}": told} if (told := refused_by(result)) else {}
-    remarks |= stored.remarks(strict)
+    remarks |= stored.remarks(strict) | _remarks_on_precision(source, stored, every)
     tokens = None
     if isinstance(calibration, documents.TokenSet):
         tokens = calibration if needs_text(recipe) else None
@@ -193,12 +196,29 @@ def _remark_on_text(name: str) -> dict[str, str]:
     return {"calibration text": remark}
 
 
-def _check_unquantized(source: Source) -> None:
-    if getattr(source.config, "quantization_config", None) is not None:
-        raise LlmqError(
-            f"{source.folder}: is quantized already ({_method(source.config)}); start from the "
-            "full-precision model"
+def _remarks_on_precision(
+    source: Source, stored: StoredModel, plans: list[LayerPlan]
+) -> dict[str, str]:
+    """What a source is that stores its weights in few bits, and what becomes of those that are
+    kept."""
+    kinds = source.precision
+    if not kinds:
+        return {}
+    listed = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+    remarks = {"source": f"{listed}; decoded to bfloat16 while it is read"}
+    quantized = {f"{plan.layer.name}.weight" for plan in plans if plan.spec is not None}
+    tensors = source.tensors
+    kept = [
+        name
+        for name, its in stored.names.items()
+        if name not in quantized and kind_of(tensors, its) is not None
+    ]
+    if kept:
+        remarks["kept weights"] = (
+            f"{len(kept)} are stored in fewer bits, the first being {kept[0]} "
+            f"({kind_of(tensors, stored.names[kept[0]])}), and are written as bfloat16"
         )
+    return remarks
 
 
 def _check_unchanged(plans: list[LayerPlan]) -> None:
@@ -209,13 +229,6 @@ def _check_unchanged(plans: list[LayerPlan]) -> None:
             f"--strict: {len(notes)} layers would differ from what was asked, the first being "
             f"{notes[0]}"
         )
-
-
-def _method(config: Any) -> str:
-    settings = config.quantization_config
-    if isinstance(settings, dict):
-        return str(settings.get("quant_method"))
-    return str(getattr(settings, "quant_method", settings))
 
 
 def calibration_tokens(

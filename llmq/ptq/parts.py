@@ -52,8 +52,8 @@ class Part:
 
 
 def element_bytes(job: Job) -> float:
-    """Bytes of a stored weight, on average."""
-    return job.source.weight_bytes / n_weights_of(job)
+    """Bytes of a weight in full precision, on average."""
+    return job.source.decoded_bytes / n_weights_of(job)
 
 
 def n_weights_of(job: Job) -> int:
@@ -71,11 +71,11 @@ def parts(job: Job) -> list[Part]:
 
 
 def _single_parts(job: Job) -> Iterator[Part]:
-    element = element_bytes(job)
+    element, stored = element_bytes(job), job.source.weight_bytes / n_weights_of(job)
     plans = {f"{plan.layer.name}.weight": plan for plan in job.all_plans}
     names = _outside_names(job)
     for name, n_weights in _sizes(job):
-        before = after = n_weights * element
+        before, after = n_weights * stored, n_weights * element
         part, spec = names.get(name, REST), None
         if (plan := plans.get(name)) is not None:
             part = plan.role or KEPT

@@ -39,6 +39,7 @@ def build_report(
     return {
         SCHEMA_KEY: SCHEMA_VERSION,
         "model": job.source.name,
+        "source_precision": job.source.precision,
         "method": job.recipe.method,
         "format": job.fmt.name,
         "recipe": job.recipe.to_json(),

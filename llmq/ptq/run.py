@@ -17,7 +17,6 @@ from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import special_ids
 from llmq.formats.extra import matrices_among
 from llmq.formats.save import checkpoint_config, kept_matrices, layer_tensors, write_configs
-from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models import compat
 from llmq.models.arch import find_blocks
@@ -229,8 +228,10 @@ def _write_outside(
         and name.removesuffix(".weight") not in tables
     ]
     tensors = reader.stored_names(reader.read_parameters(outside))
+    roles = {plan.layer.name: plan.role for plan in job.outside}
     for name, table in tables.items():
-        tensors |= reader.stored_names(layer_tensors(name, table, job.fmt.given(ActSpec())))
+        fmt = job.fmt.for_role(roles[name])
+        tensors |= reader.stored_names(layer_tensors(name, table, fmt))
     for _ in partial.written(partial.outside, tensors):
         pass
     if others := reader.unused():

@@ -3,6 +3,7 @@ with the block as a whole."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -110,6 +111,16 @@ class Method(Protocol):
         """Quantize a float32 weight `[N, K]`; layers that share an input come stacked. stats: of
         its inputs, where text is read."""
 
+    def solve_many(
+        self,
+        weights: Sequence[Tensor],
+        stats: Sequence[LayerStats | None],
+        spec: QuantSpec,
+        recipe: Recipe,
+    ) -> list[SolverResult]:
+        """The same for several weights of one shape, such as experts, each with its own
+        statistics."""
+
     def tune(self, block: SolvedBlock, recipe: Recipe) -> BlockTuning:
         """Better weights for all layers of a block."""
 
@@ -151,6 +162,22 @@ class Rounding:
 
     def transform(self, block: nn.Module, recipe: Recipe) -> None:
         pass
+
+    def solve(
+        self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
+    ) -> SolverResult:
+        raise NotImplementedError(f"{type(self).__name__} does not say how it rounds a layer")
+
+    def solve_many(
+        self,
+        weights: Sequence[Tensor],
+        stats: Sequence[LayerStats | None],
+        spec: QuantSpec,
+        recipe: Recipe,
+    ) -> list[SolverResult]:
+        """One by one."""
+        pairs = zip(weights, stats, strict=True)
+        return [self.solve(weight, own, spec, recipe) for weight, own in pairs]
 
     def tune(self, block: SolvedBlock, recipe: Recipe) -> BlockTuning:
         raise NotImplementedError(f"{type(self).__name__} has no part that works on whole blocks")

@@ -13,7 +13,7 @@ tried stands in the README of `llmq/ptq`."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -279,6 +279,17 @@ class Blockwise(Rounding):
         if recipe.init == "rtn":
             return rtn(weight, spec, stats.hessian.diagonal() if recipe.search else None)
         return GPTQ.solve(weight, stats, spec, recipe)
+
+    def solve_many(
+        self,
+        weights: Sequence[Tensor],
+        stats: Sequence[LayerStats | None],
+        spec: QuantSpec,
+        recipe: Recipe,
+    ) -> list[SolverResult]:
+        if recipe.init == "rtn":
+            return super().solve_many(weights, stats, spec, recipe)
+        return GPTQ.solve_many(weights, stats, spec, recipe)
 
     def tune(self, block: SolvedBlock, recipe: Recipe) -> BlockTuning:
         options = BlockwiseOptions(

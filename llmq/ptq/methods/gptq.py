@@ -18,27 +18,27 @@ statistics and spec in, codes out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.grid import rounding
-from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
+from llmq.grid.spec import PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor, stack_rows
 from llmq.ptq.methods.base import Needs, Rounding, Shape, check_no_init
-from llmq.ptq.methods.refine import refine
+from llmq.ptq.methods.columns import LANES, ColumnLoop, LoopsTogether, Order
+from llmq.ptq.methods.refine import refine, refine_together
 from llmq.ptq.solver import RowErrors, SolverResult, row_blocks, stack_errors
 from llmq.ptq.stats import LayerStats, row_errors
 from llmq.ptq.threads import one_thread
 from llmq.recipe import Recipe
 
-Order = Literal["group", "static", "none", "act"]
-BLOCK_COLUMNS = 128
+# Of layers side by side. Beyond some thousand rows, caches count more than calls do.
+ROWS_TOGETHER = 4096
+BYTES_TOGETHER = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,63 @@ def column_order(importance: Tensor, group_size: int, order: Order) -> Tensor:
     )
 
 
-def gptq(
-    weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOptions = GPTQOptions()
-) -> SolverResult:
-    """Quantize a float32 weight `[N, K]`. Falls back to plain rounding, and says so, when the
-    Hessian stays singular with all its mean diagonal added."""
+@dataclass(frozen=True)
+class _Layer:
+    """A layer before its columns are rounded. weight: float32 `[N, K]`, zero in dead columns.
+    order: int64 `[K]`. importance: of columns, where scales are searched for. factor: U of the
+    reordered Hessian, damped by that share of its mean diagonal, or None. dead: bool `[K]`."""
+
+    weight: Tensor
+    stats: LayerStats
+    spec: QuantSpec
+    options: GPTQOptions
+    order: Tensor
+    importance: Tensor | None
+    factor: Tensor | None
+    damping: float
+    dead: Tensor
+
+    def group_sizes(self) -> tuple[int, ...]:
+        """Of the columns of each group, in rounding order."""
+        groups = self.order // self.spec.columns_per_group(len(self.order))
+        return tuple(torch.unique_consecutive(groups, return_counts=True)[1].tolist())
+
+    @property
+    def whole(self) -> slice:
+        """All rows."""
+        return slice(0, len(self.weight))
+
+    def target(self, rows: slice) -> Tensor:
+        """What some rows are solved for: the weight, or the corrected one."""
+        part = self.weight[rows]
+        if self.stats.cross is None or not self.options.alpha:
+            return part
+        assert self.factor is not None
+        shift = _shift(self.stats.pull(part, rows), self.order, self.factor)
+        return torch.add(part, shift, alpha=self.options.alpha)
+
+    def loop(self, target: Tensor) -> ColumnLoop:
+        return ColumnLoop(target, self.order, self.importance, self.spec, self.options.order)
+
+    def errors(self, rows: slice, target: Tensor, tensor: QuantizedTensor) -> RowErrors:
+        """How far some rows, and plain rounding of them, are from their target."""
+        rounded = QuantizedTensor.quantize(self.weight[rows], self.spec).dequantize().sub_(target)
+        hessian = self.stats.hessian
+        return RowErrors(
+            row_errors(tensor.dequantize().sub_(target), hessian), row_errors(rounded, hessian)
+        )
+
+    def result(self, tensor: QuantizedTensor, errors: RowErrors) -> SolverResult:
+        return SolverResult(tensor, self.damping, int(self.dead.sum()), errors=errors)
+
+    def rounded(self) -> SolverResult:
+        """Without a factor."""
+        tensor = QuantizedTensor.quantize(self.weight, self.spec, self.importance)
+        n_dead = int(self.dead.sum())
+        return SolverResult(tensor, self.damping, n_dead, "Hessian not positive definite")
+
+
+def _prepared(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOptions) -> _Layer:
     if spec.levels.offset % 1:
         raise LlmqError(
             f"GPTQ has no column loop for {spec}, whose levels lie between whole numbers; use "
@@ -126,57 +178,111 @@ def gptq(
         )
     diagonal = stats.hessian.diagonal().clone()
     dead = diagonal == 0
-    n_dead = int(dead.sum())
-    if n_dead:
+    if bool(dead.any()):
         weight = weight.masked_fill(dead, 0)
     order = column_order(diagonal, spec.columns_per_group(weight.shape[1]), options.order)
     factor, damping = _damped_factor(stats.hessian, order, dead, options.damping)
     importance = diagonal if options.search else None
-    if factor is None:
-        return SolverResult(
-            QuantizedTensor.quantize(weight, spec, importance),
-            damping,
-            n_dead,
-            "Hessian not positive definite",
-        )
+    return _Layer(weight, stats, spec, options, order, importance, factor, damping, dead)
 
-    errors: list[RowErrors] = []
-    ridge = _ridge(stats.hessian, dead, damping)
 
-    def solve_rows(rows: slice) -> QuantizedTensor:
-        part = weight[rows]
-        if stats.cross is not None and options.alpha:
-            part = torch.add(
-                part, _shift(stats.pull(part, rows), order, factor), alpha=options.alpha
-            )
-        solve = _Solve(part, order, importance, spec, options)
-        solve.run(factor)
-        tensor = solve.result()
-        del solve
-        with _damped(stats.hessian, ridge):
-            if options.sweeps:
-                tensor = refine(part, tensor, stats.hessian, options.sweeps)
-        rounded = QuantizedTensor.quantize(weight[rows], spec).dequantize().sub_(part)
-        errors.append(
-            RowErrors(
-                row_errors(tensor.dequantize().sub_(part), stats.hessian),
-                row_errors(rounded, stats.hessian),
-            )
-        )
-        return tensor
+def gptq(
+    weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQOptions = GPTQOptions()
+) -> SolverResult:
+    """Quantize a float32 weight `[N, K]`. Falls back to plain rounding, and says so, when the
+    Hessian stays singular with all its mean diagonal added."""
+    layer = _prepared(weight, stats, spec, options)
+    if layer.factor is None:
+        return layer.rounded()
+    tensors, errors = [], []
+    for rows in row_blocks(weight, spec):
+        target = layer.target(rows)
+        loop = layer.loop(target)
+        loop.run(layer.factor)
+        tensor = loop.result()
+        del loop
+        if options.sweeps:
+            with _damped([layer]):
+                tensor = refine(target, tensor, stats.hessian, options.sweeps)
+        tensors.append(tensor)
+        errors.append(layer.errors(rows, target, tensor))
+    return layer.result(stack_rows(tensors), stack_errors(errors))
 
-    tensor = stack_rows([solve_rows(rows) for rows in row_blocks(weight, spec)])
-    return SolverResult(tensor, damping, n_dead, errors=stack_errors(errors))
+
+def gptq_together(
+    weights: Sequence[Tensor],
+    stats: Sequence[LayerStats],
+    spec: QuantSpec,
+    options: GPTQOptions = GPTQOptions(),
+) -> list[SolverResult]:
+    """What `gptq` makes of each of several weights of one shape, bit for bit, with far fewer
+    calls: see `llmq.ptq.methods.columns`."""
+    n_together = _n_together(weights[0], spec, options)
+    results: list[SolverResult] = []
+    for start in range(0, len(weights), n_together):
+        some, own = weights[start : start + n_together], stats[start : start + n_together]
+        if len(some) == 1:
+            results.append(gptq(some[0], own[0], spec, options))
+        else:
+            pairs = zip(some, own, strict=True)
+            results += _solve_together([_prepared(*pair, spec, options) for pair in pairs])
+    return results
+
+
+def _n_together(weight: Tensor, spec: QuantSpec, options: GPTQOptions) -> int:
+    """How many layers like this one are solved side by side."""
+    n, k = weight.shape
+    # One scale ties all rows together, and act-order leaves groups that differ by layer.
+    is_apart = spec.group_size == PER_TENSOR or options.order == "act"
+    if is_apart or n % LANES or len(row_blocks(weight, spec)) > 1:
+        return 1
+    return max(1, min(ROWS_TOGETHER // n, BYTES_TOGETHER // (4 * k * k + 14 * n * k)))
+
+
+def _solve_together(layers: Sequence[_Layer]) -> list[SolverResult]:
+    """Those with a factor, as long as their groups lie alike along the way: a shorter last group
+    comes where its columns count."""
+    results: dict[int, SolverResult] = {}
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, layer in enumerate(layers):
+        if layer.factor is None:
+            results[number] = layer.rounded()
+        else:
+            alike.setdefault(layer.group_sizes(), []).append(number)
+    for numbers in alike.values():
+        found = _side_by_side([layers[number] for number in numbers])
+        results.update(zip(numbers, found, strict=True))
+    return [results[number] for number in range(len(layers))]
+
+
+def _side_by_side(layers: Sequence[_Layer]) -> list[SolverResult]:
+    n_sweeps = layers[0].options.sweeps
+    targets = [layer.target(layer.whole) for layer in layers]
+    loops = [layer.loop(target) for layer, target in zip(layers, targets, strict=True)]
+    LoopsTogether(loops).run([layer.factor for layer in layers if layer.factor is not None])
+    tensors = [loop.result() for loop in loops]
+    del loops
+    if n_sweeps:
+        with _damped(layers):
+            hessians = [layer.stats.hessian for layer in layers]
+            tensors = refine_together(targets, tensors, hessians, n_sweeps)
+    return [
+        layer.result(tensor, layer.errors(layer.whole, target, tensor))
+        for layer, target, tensor in zip(layers, targets, tensors, strict=True)
+    ]
 
 
 @contextmanager
-def _damped(hessian: Tensor, ridge: Tensor) -> Iterator[None]:
-    """Damp in place and put back exactly: a copy of H would be the largest thing in memory here."""
-    diagonal = hessian.diagonal()
-    before = diagonal.clone()
-    diagonal.add_(ridge)
-    yield
-    diagonal.copy_(before)
+def _damped(layers: Sequence[_Layer]) -> Iterator[None]:
+    """Damp in place and put back exactly: a copy of H would be the largest thing in memory here.
+    Layers may share an H, which is damped once."""
+    with ExitStack() as stack:
+        for layer in {id(layer.stats.hessian): layer for layer in layers}.values():
+            hessian = layer.stats.hessian
+            diagonal = hessian.diagonal()
+            stack.callback(diagonal.copy_, diagonal.clone())
+            diagonal.add_(_ridge(hessian, layer.dead, layer.damping))
+        yield
 
 
 def _shift(pull: Tensor, order: Tensor, factor: Tensor) -> Tensor:
@@ -196,135 +302,6 @@ def _ridge(hessian: Tensor, dead: Tensor, share: float) -> Tensor:
     return share * mean + dead * mean.clamp_min(1e-6)
 
 
-class _Solve:
-    """The column loop and its state: W^T in rounding order, codes, and the scales chosen so far."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        order: Tensor,
-        importance: Tensor | None,
-        spec: QuantSpec,
-        options: GPTQOptions,
-    ) -> None:
-        n, k = weight.shape
-        self.spec, self.order, self.importance = spec, order, importance
-        self.group_size = spec.columns_per_group(k)
-        self.static = options.order == "static" and spec.group_size > 0
-        self.keeps_g_idx = options.order == "act" and spec.n_groups(k) > 1
-        columns = torch.arange(k, device=weight.device)
-        # The stored group of the column at each position: along the sorted columns under act-order,
-        # where the column stands otherwise.
-        self.group_of = (columns if self.keeps_g_idx else order) // self.group_size
-        self.weight_t = weight.T[order].contiguous()  # [K, N]
-        self.codes_t = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
-        n_groups = spec.n_groups(k)
-        self.scale_t = torch.empty(n_groups, n, dtype=torch.float32, device=weight.device)
-        self.zero_t = torch.full_like(self.scale_t, spec.levels.offset)
-        self.low_t, self.high_t = -self.zero_t, spec.levels.max - self.zero_t
-        if self.static:
-            self._set_scales(slice(None), weight, spec, importance)
-
-    def _set_scales(
-        self, groups: slice | int, weight: Tensor, spec: QuantSpec, importance: Tensor | None
-    ) -> None:
-        scale, zero = rounding.choose_scale(weight, spec, importance)
-        self.scale_t[groups] = scale.T if isinstance(groups, slice) else scale[:, 0]
-        if zero is not None:
-            self.zero_t[groups] = zero.T if isinstance(groups, slice) else zero[:, 0]
-            self.low_t[groups], self.high_t[groups] = (
-                -self.zero_t[groups],
-                spec.levels.max - self.zero_t[groups],
-            )
-
-    def _enter_group(self, start: int, stop: int) -> None:
-        """Choose the scales of the group at positions start..stop from the weights as they are
-        now."""
-        importance = None if self.importance is None else self.importance[self.order[start:stop]]
-        whole = replace(
-            self.spec, group_size=PER_TENSOR if self.spec.group_size == PER_TENSOR else PER_ROW
-        )
-        self._set_scales(
-            int(self.group_of[start]), self.weight_t[start:stop].T.contiguous(), whole, importance
-        )
-
-    def run(self, factor: Tensor) -> None:
-        """Round all columns. factor: U of the reordered Hessian."""
-        k = len(self.order)
-        boundaries = (
-            torch.nonzero(self.group_of.diff()).flatten().add_(1).tolist()
-            if not self.static
-            else []
-        )
-        group_starts = [0, *boundaries]
-        group_stops = dict(zip(group_starts, [*boundaries, k], strict=True))
-        for start in (starts := _block_starts(k, group_starts)):
-            stop = min([s for s in starts if s > start], default=k)
-            rows = factor[start:stop, start:] / factor.diagonal()[start:stop, None]
-            errors = self._round_block(
-                start, stop, rows[:, : stop - start], {} if self.static else group_stops
-            )
-            self.weight_t[stop:].addmm_(rows[:, stop - start :].T, errors, alpha=-1)
-
-    def _round_block(
-        self, start: int, stop: int, factor: Tensor, group_stops: dict[int, int]
-    ) -> Tensor:
-        """Round the columns start..stop, spreading errors inside the block. factor: rows of U over
-        their diagonal. Returns the errors `w - q` `[stop - start, N]`.
-
-        On layers of a few hundred rows the calls cost more than the arithmetic, so there are five
-        per column, and everything is taken apart once."""
-        block = self.weight_t[start:stop]
-        errors, integers = torch.empty_like(block), torch.empty_like(block)
-        groups = self.group_of[start:stop]
-        columns = zip(
-            block.unbind(), integers.unbind(), errors.unbind(), groups.tolist(), strict=True
-        )
-        scales, lows, highs = (
-            self.scale_t.unbind(),
-            self.low_t.unbind(),
-            self.high_t.unbind(),
-        )  # views: they change as groups are entered
-        for i, (column, rounded, error, group) in enumerate(columns):
-            if start + i in group_stops:
-                self._enter_group(start + i, group_stops[start + i])
-            rounding.round_steps(
-                torch.div(column, scales[group], out=rounded), lows[group], highs[group]
-            )
-            torch.addcmul(column, rounded, scales[group], value=-1, out=error)
-            block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-        self.codes_t[start:stop] = integers.add_(self.zero_t[groups])
-        return errors
-
-    def result(self) -> QuantizedTensor:
-        codes_t = torch.empty_like(self.codes_t)
-        codes_t[self.order] = self.codes_t
-        g_idx = None
-        if self.keeps_g_idx:
-            g_idx = torch.empty(len(self.order), dtype=torch.int32, device=codes_t.device)
-            g_idx[self.order] = self.group_of.to(torch.int32)
-        scale, zero = self.scale_t.T, None if self.spec.symmetric else self.zero_t.T
-        if self.spec.group_size == 0:
-            scale, zero = scale[:1], None if zero is None else zero[:1]
-        return QuantizedTensor.from_codes(codes_t.T, scale, zero, self.spec, g_idx)
-
-
-def _block_starts(k: int, group_starts: list[int]) -> list[int]:
-    """Blocks of at most 128 columns. A group longer than a block starts one, since its scales need
-    every earlier repair; shorter groups see the repairs of their own block."""
-    longest = max(
-        (b - a for a, b in zip(group_starts, [*group_starts[1:], k], strict=True)), default=k
-    )
-    if longest < BLOCK_COLUMNS:
-        per_block = max(1, BLOCK_COLUMNS // longest)
-        return group_starts[::per_block]
-    return [
-        start
-        for a, b in zip(group_starts, [*group_starts[1:], k], strict=True)
-        for start in range(a, b, BLOCK_COLUMNS)
-    ]
-
-
 class GPTQ(Rounding):
     """Every layer by `gptq`, under the Hessian of its inputs."""
 
@@ -338,10 +315,17 @@ class GPTQ(Rounding):
         self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
     ) -> SolverResult:
         assert stats is not None
-        options = GPTQOptions(
-            recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha
-        )
-        return gptq(weight, stats, spec, options)
+        return gptq(weight, stats, spec, _options(recipe))
+
+    def solve_many(
+        self,
+        weights: Sequence[Tensor],
+        stats: Sequence[LayerStats | None],
+        spec: QuantSpec,
+        recipe: Recipe,
+    ) -> list[SolverResult]:
+        measured = [own for own in stats if own is not None]
+        return gptq_together(weights, measured, spec, _options(recipe))
 
     def solve_bytes(self, shape: Shape) -> int:
         """Hessian, its reordered copy, factor and inverse factor, and what rounding holds."""
@@ -352,6 +336,10 @@ class GPTQ(Rounding):
         """Factorization, column updates and error reports; the search of scales and the descent."""
         n, k = shape
         return k**3 + 6 * n * k * k + 8 * 31 * 8 * n * k
+
+
+def _options(recipe: Recipe) -> GPTQOptions:
+    return GPTQOptions(recipe.order, recipe.damping, recipe.search, recipe.sweeps, recipe.alpha)
 
 
 METHOD = GPTQ()

@@ -9,12 +9,15 @@ al., 2023, for the columns)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from llmq.grid import rounding
 from llmq.grid.spec import PER_TENSOR
 from llmq.grid.tensor import QuantizedTensor
+from llmq.ptq.methods.columns import joined
 
 BLOCK_COLUMNS = 128
 
@@ -127,3 +130,66 @@ def refine(
             descent.sweep_scales()
         descent.sweep_codes()
     return descent.result(tensor)
+
+
+class _DescentsTogether:
+    """Descents over layers of one shape and spec, with groups of consecutive columns."""
+
+    def __init__(self, descents: Sequence[_Descent]) -> None:
+        self.descents = descents
+        self.product_t, self.integers_t, self.scale_t, zero_t = (
+            joined(descents, name) for name in ("product_t", "integers_t", "scale_t", "zero_t")
+        )
+        self.low_t, self.high_t = -zero_t, descents[0].spec.levels.max - zero_t  # [E, G, N]
+        bends = torch.stack([descent.hessian.diagonal() for descent in descents])
+        # In float64, as Python divides where there is one layer.
+        self.inverse = bends.clamp_min(1e-30).double().reciprocal().float()  # [E, K]
+
+    def sweep_codes(self) -> None:
+        """As `_Descent.sweep_codes`."""
+        groups = self.descents[0].group_of.tolist()
+        scales, lows, highs = (
+            values.unbind(1) for values in (self.scale_t, self.low_t, self.high_t)
+        )
+        new = torch.empty_like(self.integers_t[:, 0])
+        for start in range(0, len(groups), BLOCK_COLUMNS):
+            stop = min(start + BLOCK_COLUMNS, len(groups))
+            local = self.product_t[:, start:stop].clone()
+            block = torch.stack([one.hessian[start:stop, start:stop] for one in self.descents])
+            change = torch.empty_like(local)
+            columns = zip(
+                self.integers_t[:, start:stop].unbind(1),
+                local.unbind(1),
+                change.unbind(1),
+                groups[start:stop],
+                self.inverse[:, start:stop, None].unbind(1),
+                strict=True,
+            )
+            for i, (integers, slope, moved, group, inverse) in enumerate(columns):
+                torch.mul(slope, inverse, out=new).div_(scales[group]).add_(integers)
+                rounding.round_steps(new, lows[group], highs[group])
+                torch.sub(integers, new, out=moved).mul_(scales[group])
+                integers.copy_(new)
+                local[:, i + 1 :].addcmul_(block[:, i, i + 1 :, None], moved[:, None])
+            for one, moved in zip(self.descents, change, strict=True):
+                one.product_t.addmm_(one.hessian[:, start:stop], moved)
+
+
+def refine_together(
+    weights: Sequence[Tensor],
+    tensors: Sequence[QuantizedTensor],
+    hessians: Sequence[Tensor],
+    n_sweeps: int,
+) -> list[QuantizedTensor]:
+    """What `refine` makes of each of several layers of one shape and spec, with the calls of one
+    layer: see `llmq.ptq.methods.columns`. Not for one scale per tensor or act-order."""
+    descents = [
+        _Descent(weight, tensor, hessian)
+        for weight, tensor, hessian in zip(weights, tensors, hessians, strict=True)
+    ]
+    together = _DescentsTogether(descents)
+    for _ in range(n_sweeps):
+        for descent in descents:
+            descent.sweep_scales()
+        together.sweep_codes()
+    return [one.result(tensor) for one, tensor in zip(descents, tensors, strict=True)]

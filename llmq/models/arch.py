@@ -220,11 +220,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     found = _lists_of(model, depth)
     if not found:  # LongCat has two attentions in a block, and counts them
         found = _lists_of(model, getattr(config, "num_layers", None))
-    names = [name for name, _ in found]
+    every = [name for name, _ in found]
     found = [  # not those inside another: of attentions, or of experts
         (name, module)
         for name, module in found
-        if not any(name.startswith(f"{other}.") for other in names)
+        if not any(name.startswith(f"{other}.") for other in every)
     ]
     if len(found) > 1:  # towers of a multimodal model may be as deep as its text model
         found = [each for each in found if _is_inside(each[1], model.get_decoder())] or found

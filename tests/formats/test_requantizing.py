@@ -88,7 +88,7 @@ def test_a_part_without_the_codes_is_named(tmp_path, tokenizer):
     del tensors["model.layers.0.mlp.up_proj.qweight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(LlmqError, match=r"mlp\.up_proj") as caught:
-        full_precision(Source.open(folder), True).tensors
+        _ = full_precision(Source.open(folder), True).tensors
     assert "\n" not in str(caught.value)
 
 

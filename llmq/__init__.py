@@ -22,7 +22,8 @@ True
 >>> isinstance(llmq.generate("tiny-mixed", "def main():", max_new_tokens=8), str)
 True
 
-A model is a folder, a Hub id such as "Qwen/Qwen3-0.6B", "tiny" (the bundled one), or in memory.
+A model is a folder, a Hub id such as "Qwen/Qwen3-0.6B", a .gguf file, "tiny" (the bundled
+one), or in memory.
 
 Importing this package costs nothing: the names below load what they need when they are first used,
 and the transformers quantizer that lets `AutoModelForCausalLM.from_pretrained` read llmq folders is

@@ -6,7 +6,7 @@ expression after `re:`. A rule that matches nothing is an error, because it is a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -79,11 +79,13 @@ def _weights_of(spec: str, rule: str) -> QuantSpec | None:
 @dataclass(frozen=True)
 class Layer:
     """A linear layer that could be quantized: module name and weight shape `(N, K)`. is_transposed:
-    whether the model computes with `[K, N]`, as GPT-2 does."""
+    whether the model computes with `[K, N]`, as GPT-2 does. kept: why it stays in full precision
+    unless a rule is about such layers alone, empty for most."""
 
     name: str
     shape: tuple[int, int]
     is_transposed: bool = False
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ class LayerPlan:
     spec: QuantSpec | None
     note: str = ""
     role: str = ""
+
+    @property
+    def differs(self) -> bool:
+        """Whether it is not what was asked for; what is kept by default has a note, too."""
+        return bool(self.note) and not (self.spec is None and self.layer.kept)
 
 
 @dataclass(frozen=True)
@@ -219,19 +226,27 @@ class Recipe:
     def plan(self, layers: Iterable[Layer]) -> list[LayerPlan]:
         """Decide every layer. Raises `LlmqError` when a rule matches no layer."""
         layers = list(layers)
+        of_kept = set()  # the rules that are about layers that are kept by default, and no others
         for rule in self.rules:
-            if not any(rule.matches(layer.name) for layer in layers):
+            matched = [layer for layer in layers if rule.matches(layer.name)]
+            if not matched:
                 examples = ", ".join(layer.name for layer in layers[:3])
                 raise LlmqError(
                     f"rule {rule.pattern!r} matches none of the {len(layers)} linear layers; their "
                     f"names look like {examples}"
                 )
-        return [self._plan_layer(layer) for layer in layers]
+            if all(layer.kept for layer in matched):
+                of_kept.add(rule)
+        return [self._plan_layer(layer, of_kept) for layer in layers]
 
-    def _plan_layer(self, layer: Layer) -> LayerPlan:
-        asked = next((rule.spec for rule in self.rules if rule.matches(layer.name)), None)
-        if asked is None:
+    def _plan_layer(self, layer: Layer, of_kept: Collection[Rule]) -> LayerPlan:
+        rule = next((rule for rule in self.rules if rule.matches(layer.name)), None)
+        if rule is None or (asked := rule.spec) is None:
             return LayerPlan(layer, None)
+        if layer.kept and rule not in of_kept:
+            leaf = layer.name.rpartition(".")[2]
+            remedy = f"a rule about such layers alone quantizes them: '*.{leaf}=w8'"
+            return LayerPlan(layer, None, f"kept in full precision: {layer.kept}; {remedy}")
         fitting = asked.fit(layer.shape[1])
         if fitting is None:
             return LayerPlan(

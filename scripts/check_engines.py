@@ -179,10 +179,9 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 def write_reference(folder: Path, path: Path) -> dict[str, Any]:
     """What llmq computes, and how far it is off in bfloat16."""
-    from transformers import AutoTokenizer
+    import llmq
 
-    place = folder if folder.is_dir() else folder.parent
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer = llmq.load_tokenizer(folder)
     rows = [tokenizer(text)["input_ids"][:N_TOKENS] for text in TEXTS]
     found = {dtype: run_llmq(folder, rows, dtype) for dtype in ("float32", "bfloat16")}
     own = worst(found["float32"], found["bfloat16"])

@@ -132,7 +132,7 @@ def main() -> int:
     result: dict[str, Any] = {"model": args.model, "file": str(args.path)}
     if not args.path.exists():
         report = export_gguf(source, args.path, allow_requantize=args.allow_requantize)
-        result["export"] = report.to_json() | {"rounded": len(report.rounded)}
+        result["export"] = report.to_json()
     model = dequantized(source)
     checks = {
         "gguf": ("gguf", lambda: check_package(args.path, packed_values(source, model))),

@@ -3,10 +3,11 @@
     python scripts/engine_matrix.py MODEL WORK_DIR --engine vllm=VLLM_PYTHON:vllm [--engine ...]
 
 MODEL is quantized by plain rounding into one folder for each row and format below WORK_DIR, and
-`scripts/check_engines.py` runs each folder through every engine. An engine is given as
+`scripts/check_engines.py` runs all folders through every engine. An engine is given as
 TITLE=PYTHON:KEY, the interpreter of the environment it is installed in and its key in
-`check_engines.py`. What was run before is kept in WORK_DIR/results.json and not run again, so that
-an interrupted run continues and another engine can be added later.
+`check_engines.py`; it is started once, and again after a folder that it died of. What was run
+before is kept in WORK_DIR/results.json and not run again, so that an interrupted run continues and
+another engine can be added later.
 
 Cells: `equal`; `differs by X`, the largest difference of a log-probability; or `refused`, with the
 engine's words below the table."""
@@ -15,13 +16,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
-CHECK = Path(__file__).with_name("check_engines.py")
+CHECK = Path(__file__).resolve().with_name("check_engines.py")
 SECONDS = 900  # for one engine and one folder
 # Row -> the options of `llmq quantize`. Plain rounding: what an engine reads does not depend on
 # how codes were found.
@@ -68,8 +73,11 @@ class Results:
 
     def keep(self, key: str, value: Any) -> Any:
         self.known[key] = value
-        self.path.write_text(json.dumps(self.known, indent=1))
+        self.write()
         return value
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(self.known, indent=1))
 
 
 def last_object(output: str) -> dict[str, Any] | None:
@@ -81,12 +89,18 @@ def last_object(output: str) -> dict[str, Any] | None:
     return None
 
 
-def run(command: list[str]) -> tuple[int, str, str]:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return 124, "", f"no answer within {SECONDS} s"
-    return done.returncode, done.stdout, done.stderr
+def run_llmq(*command: str) -> dict[str, Any]:
+    """What a command of llmq prints, or `reason`."""
+    full = [sys.executable, "-m", "llmq", *command, "--json"]
+    done = subprocess.run(full, capture_output=True, text=True)
+    found = last_object(done.stdout)
+    if done.returncode or found is None:
+        return {"reason": last_line(done.stderr)}
+    return found
+
+
+def last_line(errors: str) -> str:
+    return (errors.strip().splitlines() or ["no output"])[-1][:300]
 
 
 def make(model: str, work_dir: Path, row: str, format: str) -> dict[str, Any]:
@@ -94,38 +108,58 @@ def make(model: str, work_dir: Path, row: str, format: str) -> dict[str, Any]:
     name = f"{row.replace(' ', '-').replace(',', '')}-{format}"
     folder = work_dir / (f"{name}.gguf" if format == "gguf" else name)
     if format == "gguf":
-        source = make_base(model, work_dir, row)
-        command = ["export", str(source), str(folder), "--format", "gguf", "--json"]
+        source = folder.with_name(name.replace("-gguf", "-auto"))
+        if not source.exists():
+            return {"reason": "there is no folder that it could be made of"}
+        result = run_llmq("export", str(source), str(folder), "--format", "gguf")
     else:
         method = [] if "--method" in ROWS[row] else ["--method", "rtn"]
-        command = ["quantize", model, str(folder), *ROWS[row], *method, "--format", format]
-        command.append("--json")
-    code, output, errors = run([sys.executable, "-m", "llmq", *command])
-    result = last_object(output)
-    if code or result is None:
-        return {"reason": (errors.strip().splitlines() or ["no output"])[-1]}
-    code, _, errors = run([sys.executable, str(CHECK), str(folder), "--write"])
-    if code:
-        return {"reason": (errors.strip().splitlines() or ["no reference"])[-1]}
-    return {"folder": str(folder), "format": result["format"]}
+        options = [*ROWS[row], *method, "--format", format]
+        result = run_llmq("quantize", model, str(folder), *options)
+    if "reason" in result:
+        return {"reason": result["reason"]}
+    return {"folder": str(folder.resolve()), "format": result["format"]}
 
 
-def make_base(model: str, work_dir: Path, row: str) -> Path:
-    """The folder that an export starts from."""
-    folder = work_dir / f"{row.replace(' ', '-').replace(',', '')}-auto"
-    if not folder.exists():
-        make(model, work_dir, row, "auto")
-    return folder
+def reference(folder: str) -> Path:
+    """What llmq computes with a folder, beside it."""
+    return Path(f"{folder}.reference.json")
 
 
-def check(engine: Engine, folder: str, dtype: str) -> dict[str, Any]:
-    command = [engine.python, str(CHECK), folder, "--engine", engine.key, "--dtype", dtype]
-    _, output, errors = run(command)
-    found = last_object(output)
-    if found is not None:
-        return found
-    lines = errors.strip().splitlines() or ["no output"]
-    return {"result": "refused", "reason": lines[-1][:300]}
+def answers(python: str, folders: list[str], options: list[str]) -> Iterator[dict[str, Any]]:
+    """What `check_engines.py` prints of each folder, one after another as it comes."""
+    environment = dict(os.environ)
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)
+    waiting = list(folders)
+    while waiting:
+        command = [python, str(CHECK), *waiting, *options]
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
+            for line in _lines(process):
+                if line.startswith("{"):
+                    yield {**json.loads(line), "folder": waiting.pop(0)}
+            process.wait()
+            errors.seek(0)
+            told = last_line(errors.read())
+        if waiting:
+            reason = f"the process ended ({process.returncode}): {told}"
+            yield {"folder": waiting.pop(0), "result": "refused", "reason": reason}
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    """The lines that a process prints; it is ended when none comes for `SECONDS`."""
+    assert process.stdout is not None
+    while True:
+        timer = Timer(SECONDS, process.kill)
+        timer.start()
+        line = process.stdout.readline()
+        timer.cancel()
+        if not line:
+            return
+        yield line
 
 
 def cell(result: dict[str, Any]) -> str:
@@ -139,12 +173,15 @@ def table(results: Results, engines: list[Engine], dtype: str) -> str:
     titles = [engine.title for engine in engines]
     lines = [f"| row | format | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
     reasons: dict[str, list[str]] = {}
-    for key, made in results.known.items():
-        row, _, format = key.partition(" / ")
+    keys = [(row, format) for row in ROWS for format in FORMATS]
+    for row, format in keys:
+        made = results.known.get(key := f"{row} / {format}")
+        if made is None:
+            continue
         if "folder" not in made:
             if format != "auto":
                 continue
-            lines.append(f"| {row} | {made['reason']} |")
+            lines.append(f"| {row} | | {made['reason']} |" + " |" * (len(titles) - 1))
             continue
         cells = []
         for engine in engines:
@@ -169,18 +206,25 @@ def main() -> None:
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     results = Results(args.work_dir / "results.json")
-    for row in args.rows or ROWS:
-        for format in args.formats or FORMATS:
-            key = f"{row} / {format}"
-            made = results.known.get(key) or results.keep(
-                key, make(args.model, args.work_dir, row, format)
-            )
-            for engine in args.engines:
-                name = f"{engine.title} {args.dtype}"
-                if "folder" in made and name not in made:
-                    made[name] = check(engine, made["folder"], args.dtype)
-                    results.keep(key, made)
-                    print(f"{key}: {engine.title}: {cell(made[name])}", file=sys.stderr, flush=True)
+    keys = [(row, format) for format in args.formats or FORMATS for row in args.rows or ROWS]
+    for row, format in keys:
+        if (key := f"{row} / {format}") not in results.known:
+            made = results.keep(key, make(args.model, args.work_dir, row, format))
+            print(f"{key}: {made}", file=sys.stderr, flush=True)
+    by_folder = {made["folder"]: made for made in results.known.values() if "folder" in made}
+    missing = [folder for folder in by_folder if not reference(folder).exists()]
+    for written in answers(sys.executable, missing, ["--write"]):
+        print(written, file=sys.stderr, flush=True)
+    for engine in args.engines:
+        name = f"{engine.title} {args.dtype}"
+        waiting = [folder for folder, made in by_folder.items() if name not in made]
+        for found in answers(
+            engine.python, waiting, ["--engine", engine.key, "--dtype", args.dtype]
+        ):
+            by_folder[found["folder"]][name] = found
+            results.write()
+            told = f"{Path(found['folder']).name}: {engine.title}: {cell(found)}"
+            print(told, file=sys.stderr, flush=True)
     print(table(results, args.engines, args.dtype))
 
 

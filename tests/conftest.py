@@ -63,7 +63,38 @@ FAMILY_CONFIGS: dict[str, dict[str, object]] = {
         "multi_query": True,
         "ffn_hidden_size": 128,
     },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
     "rwkv": {"attention_hidden_size": 64, "context_length": 128, "rescale_every": 0},
+}
+
+# Experts: gate and up beside each other; with biases, transposed and alternating; scaled before the
+# experts; without a gate.
+_EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 32,
+}
+EXPERT_CONFIGS: dict[str, dict[str, object]] = {
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "gpt_oss": {**_EXPERTS, "sliding_window": 16},
+    "llama4_text": {**_EXPERTS, "intermediate_size_mlp": 64, "num_experts_per_tok": 1},
+    "nemotron_h": {
+        **_EXPERTS,
+        "layers_block_type": ["attention", "moe"],
+        "moe_shared_expert_intermediate_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+    },
 }
 
 
@@ -88,7 +119,7 @@ def make_model(
         "bos_token_id": 0,
         "eos_token_id": 0,
         **_SMALL,
-        **FAMILY_CONFIGS[model_type],
+        **(FAMILY_CONFIGS | EXPERT_CONFIGS)[model_type],
         **overrides,
     }
     settings = {key: value for key, value in settings.items() if value is not None}
@@ -97,7 +128,8 @@ def make_model(
         AutoConfig.for_model(model_type, **settings), dtype=dtype
     )
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
+        is_experts = parameter.dim() == 3 and ".experts." in name
+        if parameter.dim() == 2 or is_experts:
             parameter.data.normal_(std=0.08)
         elif name.endswith("bias"):
             parameter.data.normal_(std=0.02)

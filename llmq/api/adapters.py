@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.base import Format
+from llmq.formats.layers import StoredLayers
 from llmq.formats.load import load
 from llmq.formats.replacing import as_stored, write_replaced
-from llmq.formats.settings import format_of, quantization_settings
 from llmq.grid.requantize import requantize
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import QuantLinear
 from llmq.models import compat
-from llmq.models.names import stored_to_model_names
-from llmq.models.source import Source, meta_model
+from llmq.models.source import Source
 from llmq.storage import files
 from llmq.storage.boundary import reading
 
@@ -70,15 +69,14 @@ def merge_adapter(
     check_type("seed", seed, int, "a whole number")
     files.check_output(Path(out), overwrite)
     source = Source.open(folder)
-    settings = quantization_settings(source.config)
-    if settings is None:
+    layers = StoredLayers.of(source)
+    if layers.format is None:
         raise LlmqError(
             f"{source.folder}: is not quantized; merge with PEFT itself (merge_and_unload), then "
             "quantize the result"
         )
-    fmt = format_of(settings)
     generator = torch.Generator().manual_seed(seed) if rounding == STOCHASTIC else None
-    merged = _Merged(source, fmt, generator)
+    merged = _Merged(layers, layers.format, generator)
     model = _attached(source, Path(adapter))
     for name, layer in _adapted(model):
         merged.add(name, layer)
@@ -87,7 +85,7 @@ def merge_adapter(
     if not merged.tensors:
         raise LlmqError(f"{adapter}: changes no weight of {source.folder}; was it trained?")
     report = {
-        "format": fmt.name,
+        "format": layers.format.name,
         "model": source.name,
         "adapter": Path(adapter).name,
         "rounding": rounding,
@@ -105,13 +103,15 @@ class _Merged:
     """What has changed so far. tensors: by stored name. layers, kept_layers: their reports, of
     quantized ones and of those in full precision."""
 
-    def __init__(self, source: Source, fmt: Format, generator: torch.Generator | None) -> None:
-        self.source, self.fmt, self.generator = source, fmt, generator
+    def __init__(
+        self, layers: StoredLayers, fmt: Format, generator: torch.Generator | None
+    ) -> None:
+        self.stored, self.source, self.generator = layers, layers.source, generator
+        self.fmt = fmt.given(layers.activations)
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict[str, Any]] = []
         self.kept_layers: list[dict[str, Any]] = []
-        self._stored = _stored_names(source, fmt)
-        ties = compat.ties(meta_model(source.config))
+        ties = compat.ties(layers.skeleton)
         self._tied = {name.removesuffix(".weight") for name in (*ties, *ties.values())}
 
     def add(self, name: str, layer: Any) -> None:
@@ -137,7 +137,8 @@ class _Merged:
 
     def _quantize(self, name: str, old: QuantizedTensor, wanted: Tensor) -> None:
         new = requantize(old, wanted, self.generator)
-        for suffix, tensor in self.fmt.write(new).items():
+        fmt = self.fmt.for_role(self.stored.roles.get(name, ""))
+        for suffix, tensor in fmt.write(new).items():
             stored = f"{self._stored_name(name)}.{suffix}"
             if stored in self.source.shards.names or suffix != "g_idx":
                 self.tensors[stored] = tensor
@@ -172,13 +173,13 @@ class _Merged:
         return float(sum(layer["kept"] for layer in self.layers) / len(self.layers))
 
     def _stored_name(self, name: str) -> str:
-        if name in self._tied or name not in self._stored:
+        if name in self._tied or f"{name}.weight" not in self.stored.names:
             raise LlmqError(
                 f"{self.source.folder}: {name} has no weight of its own here (it is tied to "
                 "another), so nothing can be merged into it alone; keep the adapter beside the "
                 "weights"
             )
-        return self._stored[name]
+        return self.stored.stored_name(name)
 
 
 def _warn_of_loss(report: dict[str, Any]) -> None:
@@ -194,22 +195,6 @@ def _warn_of_loss(report: dict[str, Any]) -> None:
         LlmqWarning,
         stacklevel=4,
     )
-
-
-def _stored_names(source: Source, fmt: Format) -> dict[str, str]:
-    """Name of a layer in the model -> its name in the folder."""
-    shards = source.shards
-    layers = {
-        name.rpartition(".")[0]
-        for name in shards.names
-        if name.rpartition(".")[2] in ("weight", fmt.marker)
-    }
-    weights = [f"{layer}.weight" for layer in layers]
-    names = stored_to_model_names(meta_model(source.config), weights)
-    return {
-        name.removesuffix(".weight"): stored.removesuffix(".weight")
-        for stored, name in names.items()
-    }
 
 
 def _attached(source: Source, adapter: Path) -> Any:

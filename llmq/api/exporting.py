@@ -7,9 +7,8 @@ from pathlib import Path
 
 from llmq.api.models import NAME_FORMS, ModelName, is_name
 from llmq.arguments import check_type, refused
-from llmq.formats.export import ExportReport
+from llmq.formats.changes import ExportReport
 from llmq.formats.exporters import export_as
-from llmq.formats.gguf.export import GgufReport
 from llmq.models.source import Source
 
 
@@ -21,7 +20,7 @@ def export(
     allow_requantize: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
-) -> ExportReport | GgufReport:
+) -> ExportReport:
     """Write a quantized folder in another format: the same float32 values bit for bit, or not at
     all.
 

@@ -16,7 +16,7 @@ from llmq.models.tokens import check_size, own_tokenizer
 
 ModelName: TypeAlias = str | os.PathLike[str] | Source
 ModelLike: TypeAlias = PreTrainedModel | ModelName
-NAME_FORMS = "a folder, a Hub id, or 'tiny'"
+NAME_FORMS = "a folder, a Hub id, a .gguf file, or 'tiny'"
 FORMS = f"a transformers model, or its name: {NAME_FORMS}"
 
 

@@ -8,11 +8,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from llmq.commands import rendering
+from llmq.commands import doctor_model, options, rendering
 from llmq.commands.parser import Parser
 
-HELP = "Print versions, devices, the backends that work here, and what is missing."
-EXAMPLES = ("llmq doctor", "llmq doctor --json")
+HELP = (
+    "Print versions, devices, the backends that work here, and what is missing; of a MODEL, what "
+    "would be quantized, what kept and why, and which formats hold it."
+)
+EXAMPLES = ("llmq doctor", "llmq doctor --json", "llmq doctor Qwen/Qwen3.5-4B")
 
 REQUIRED = (
     "torch",
@@ -33,7 +36,7 @@ OPTIONAL = {
 
 
 def add_arguments(parser: Parser) -> None:
-    """No options of its own."""
+    parser.add_argument("model", nargs="?", help=options.MODEL_HELP)
 
 
 def _version(package: str) -> str | None:
@@ -45,6 +48,8 @@ def _version(package: str) -> str | None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
+    if args.model is not None:
+        return doctor_model.examine(args.model)
     import torch
 
     from llmq import __version__

@@ -12,8 +12,7 @@ from llmq.commands.parser import Parser
 from llmq.formats.exporters import FORMATS
 
 if TYPE_CHECKING:
-    from llmq.formats.export import ExportReport
-    from llmq.formats.gguf.export import GgufReport
+    from llmq.formats.changes import ExportReport
 
 HELP = (
     "Write a quantized folder in another format: with the same values bit for bit, or not at all. "
@@ -45,7 +44,6 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    from llmq.formats.export import ExportReport
     from llmq.formats.exporters import export_as
     from llmq.models.source import Source
 
@@ -58,15 +56,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             overwrite=args.overwrite,
             on_part=show,
         )
-    text = _text(report) if isinstance(report, ExportReport) else _text_of_file(report)
-    return report.to_json(), text
+    return report.to_json(), _text(report)
 
 
 def _text(report: ExportReport) -> str:
     pairs: dict[str, object] = {
-        "written": f"{report.out} ({report.format} format, from {report.source_format})",
+        "written": f"{report.out} ({report.format} format, from "
+        f"{report.source_format or 'full precision'})",
         "layers": _exactness(report),
         "weight files": f"{report.source_bytes / 1e6:.1f} MB -> {report.stored_bytes / 1e6:.1f} MB",
+        "tensors": ", ".join(f"{count} x {name}" for name, count in report.types.items()),
     }
     kinds = {(each.before, each.after) for each in report.layers if each.before != each.after}
     if kinds:
@@ -74,32 +73,16 @@ def _text(report: ExportReport) -> str:
     if worst := max(report.requantized, key=lambda each: each.error, default=None):
         pairs["rounded anew"] = (
             f"{len(report.requantized)} layers, by at most {worst.error:.2%} of the weights' norm "
-            f"({worst.name}); measure the result with llmq compare"
+            f"({worst.name}: {worst.reason}); measure the result with llmq compare"
         )
     if report.left_out:
         pairs["left out"] = (
             f"{len(report.left_out)} tensors that decide nothing: {report.left_out[0]}"
         )
-    engines = [reading.to_json() for reading in report.engines]
-    return f"{rendering.render_pairs(pairs)}\n{engine_lines(engines)}"
-
-
-def _text_of_file(report: GgufReport) -> str:
-    pairs: dict[str, object] = {
-        "written": f"{report.path} ({report.format}, {report.arch})",
-        "layers": f"{report.exact} of {report.n_layers} have the values that they had, bit for bit",
-        "tensors": ", ".join(f"{count} x {name}" for name, count in report.types.items()),
-        "size": f"{report.n_bytes / 1e6:.1f} MB",
-    }
-    if report.rounded:
-        name, reason = next(iter(report.rounded.items()))
-        pairs["rounded anew"] = (
-            f"{len(report.rounded)} layers, by at most {report.max_error:.2e}: {name}: {reason}; "
-            "measure the result with llmq compare"
-        )
     for i, note in enumerate(report.notes):
         pairs["note" if not i else f"note {i + 1}"] = note
-    return rendering.render_pairs(pairs)
+    engines = [reading.to_json() for reading in report.engines]
+    return f"{rendering.render_pairs(pairs)}\n{engine_lines(engines)}"
 
 
 def _exactness(report: ExportReport) -> str:

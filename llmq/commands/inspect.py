@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
-    from llmq.formats.settings import format_of, quantization_settings
+    from llmq.formats.settings import folder_readings, format_of, quantization_settings
     from llmq.models.source import Source
     from llmq.storage.json_files import read_object
 
@@ -35,9 +34,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     model_dir, config, shards = source.folder, source.config, source.shards
     settings = quantization_settings(config)
     gguf = model_dir / "gguf.json"  # in a folder that a file was unpacked into
-    engines = None
-    if settings is not None and not gguf.is_file():
-        engines = _engines(settings, shards.shapes)
+    engines = None if gguf.is_file() else folder_readings(source)
     remarks: list[str] = []
     if settings is not None:
         # Read for loading, with llmq's own name in the place of the one that other engines go by.
@@ -53,7 +50,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "gguf": read_object(gguf, "what a folder was unpacked from") if gguf.is_file() else None,
         "quantization": settings,
         "decoded": source.precision if settings is None else {},
-        "engines": engines,
+        "engines": None if engines is None else [reading.to_json() for reading in engines],
         "remarks": remarks,
         "files": {path.name: path.stat().st_size for path in source.weight_paths},
         "bytes": source.weight_bytes,
@@ -122,17 +119,6 @@ def _format(result: dict[str, Any]) -> str:
         return "full precision"
     kinds = ", ".join(f"{count} x {kind}" for kind, count in result["decoded"].items())
     return f"{kinds}, decoded to bfloat16 where it is read"
-
-
-def _engines(
-    settings: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> list[dict[str, Any]] | None:
-    """Which engines read a folder, None where its settings do not tell."""
-    from llmq.formats.engines import readings
-    from llmq.formats.settings import stored_result
-
-    result = stored_result(settings, shapes)
-    return None if result is None else [reading.to_json() for reading in readings(result)]
 
 
 def _origin(report: dict[str, Any]) -> dict[str, object]:

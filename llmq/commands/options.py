@@ -358,8 +358,8 @@ def _add_limits(parser: Parser) -> None:
     parser.more.add_argument(
         "--allow-requantize",
         action="store_true",
-        help="take a MODEL that is quantized already for the numbers that its codes stand for; what "
-        "is rounded again loses twice (not needed for models that are published in FP8 or MXFP4)",
+        help="take a MODEL that is quantized already for the numbers that its codes stand for; "
+        "what is rounded again loses twice (not needed for FP8 and MXFP4, as models are published)",
     )
     add_revision_argument(parser)
     parser.more.add_argument(

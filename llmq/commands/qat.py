@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import jobs, options, qat_options, rendering
+from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
@@ -118,7 +119,9 @@ def _shipped(report: dict[str, Any]) -> str:
 
 
 def _summary(out: str, report: dict[str, Any]) -> str:
-    pairs: dict[str, object] = {"written": f"{out}: {_shipped(report)}"}
+    pairs: dict[str, object] = {
+        "written": f"{out} ({report['format']} format): {_shipped(report)}",
+    }
     for name, score in report["held_out"].items():
         pairs[f"held-out perplexity, {name.replace('_', ' ')}"] = f"{score['perplexity']:.3f}"
     if report["verdict"]:
@@ -127,4 +130,4 @@ def _summary(out: str, report: dict[str, Any]) -> str:
         pairs["loss"] = f"{report['first_loss']:.4f} -> {report['last_loss']:.4f}"
     pairs |= rendering.companion_lines(report)
     pairs["seconds"] = f"{report['seconds']:.0f}"
-    return rendering.render_pairs(pairs)
+    return f"{rendering.render_pairs(pairs)}\n{engine_lines(report['engines'])}"

@@ -25,6 +25,25 @@ OWN_METHOD = "llmq"
 """The `quant_method` under which transformers gives a folder to llmq, whoever wrote it."""
 
 
+class TableRules:
+    """What a format does with embeddings and an output head that are quantized; this is what most
+    do: nothing."""
+
+    def refusal(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        """Why embeddings, an output head or the tensor that is both cannot be stored quantized, or
+        None. role: see `llmq.models.outside.Table`. shape: (vocabulary, D)."""
+        return f"its readers take the {role} in 16 bits only"
+
+    def stated(self, config: Settings, tables: Tables) -> Settings:
+        """The `quantization_config` with embeddings and head that are stored quantized."""
+        return config
+
+    def of_embeddings(self, config: Settings) -> Settings:
+        """The `quantization_config` by which `read` reads embeddings, where it has words of its own
+        for these."""
+        return config
+
+
 class Format(ABC):
     """name: as in `--format`. marker: the tensor suffix by which a stored layer is recognised.
     suffixes: of the tensors that `read` uses. quant_method: what its config.json says.
@@ -32,7 +51,8 @@ class Format(ABC):
     which. has_order: whether it stores which group a column belongs to. has_columns: whether its
     readers take layers that compute with a transposed weight (`Conv1D`). one_group_size: whether
     some of its readers take one group size for all layers. is_own: whether a model in
-    memory is in it. Which engines read it: `llmq.formats.engines`."""
+    memory is in it. tables: what it does with embeddings and head. Which engines read it:
+    `llmq.formats.engines`."""
 
     name: str
     marker: str
@@ -43,6 +63,7 @@ class Format(ABC):
     has_columns: bool = True
     one_group_size: bool = False
     is_own: bool = False
+    tables: TableRules = TableRules()
 
     @abstractmethod
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
@@ -94,25 +115,16 @@ class Format(ABC):
         """Why layers that could each be stored cannot be stored together, or None."""
         return None
 
-    def refusal_of_table(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
-        """Why embeddings, an output head or the tensor that is both cannot be stored quantized, or
-        None. role: see `llmq.models.outside.Table`. shape: (vocabulary, D)."""
-        return f"its readers take the {role} in 16 bits only"
-
-    def with_tables(self, config: Settings, tables: Tables) -> Settings:
-        """The `quantization_config` with embeddings and head that are stored quantized."""
-        return config
-
-    def of_embeddings(self, config: Settings) -> Settings:
-        """The `quantization_config` by which `read` reads embeddings, where it has words of its own
-        for these."""
-        return config
-
     def refusal_of(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
-        """`refusal`, or of a matrix with a role outside of the blocks `refusal_of_table`."""
+        """`refusal`, or of a matrix with a role outside of the blocks that of `tables`."""
         if role:
-            return self.refusal_of_table(role, spec, shape)
+            return self.tables.refusal(role, spec, shape)
         return self.refusal(spec, shape)
+
+    def for_role(self, role: str) -> Format:
+        """The format by which a matrix is written: inputs of embeddings and head are not
+        quantized, whatever those of layers are. role: "" for a layer."""
+        return self.given(ActSpec()) if role else self
 
     def refusal_of_activations(self, activations: ActSpec) -> str | None:
         """Why a folder cannot say how activations are quantized, or None."""
@@ -130,9 +142,12 @@ class Format(ABC):
         what is stored of a weight."""
         return self
 
-    def with_kept(self, config: Settings, names: Collection[str]) -> Settings:
-        """The `quantization_config` with modules that hold a matrix which is no layer that could be
-        quantized: the head, routers."""
+    def with_kept(
+        self, config: Settings, names: Collection[str], quantized: Collection[str] = ()
+    ) -> Settings:
+        """The `quantization_config` with modules that hold a matrix which is no quantized layer:
+        the head, routers, towers, layers that the model's class does not load. quantized: names of
+        layers."""
         return config
 
     def dense(

@@ -22,7 +22,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.formats import compressed_floats as floats
 from llmq.formats import compressed_settings as stated
-from llmq.formats.base import OWN_METHOD, Format, Settings, Specs, Tables
+from llmq.formats.base import OWN_METHOD, Format, Settings, Specs, TableRules, Tables
 from llmq.formats.compressed_settings import INTEGERS, METHOD, WeightArgs
 from llmq.grid.spec import PER_ROW, PER_TENSOR, ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
@@ -31,6 +31,37 @@ from llmq_kernels.core.packing import WORD_BITS, pack, packed_width, unpack
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _MIDDLE = 128  # what is between a static zero point of llmq (0 .. 255) and a stored one
+
+
+def _refusal(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+    """Of a layer, or of a head."""
+    if spec.code == "ternary":
+        return "it has no ternary codes"
+    if spec.levels.offset % 1:
+        return "it has whole zero points only"
+    if shape[1] % spec.columns_per_group(shape[1]):
+        return f"it needs K divisible by the group size, not {shape[1]}"
+    return None
+
+
+class CompressedTables(TableRules):
+    """A head of its own, as one more group. Embeddings are read, and not written."""
+
+    def refusal(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        if role == HEAD:
+            return _refusal(spec, shape)
+        return (
+            f"transformers and vLLM without a GPU do not look up packed rows ({role}), and neither "
+            "ties a head to them"
+        )
+
+    def stated(self, config: Settings, tables: Tables) -> Settings:
+        for name, (_, spec) in tables.items():
+            config = stated.with_head(config, name, spec)
+        return config
+
+    def of_embeddings(self, config: Settings) -> Settings:
+        return stated.of_embeddings(config)
 
 
 class CompressedTensors(Format):
@@ -49,6 +80,7 @@ class CompressedTensors(Format):
     quant_method = METHOD
     has_order = False
     has_columns = False
+    tables = CompressedTables()
 
     def __init__(self, activations: ActSpec = ActSpec()) -> None:
         self.activations: ActSpec = activations
@@ -57,29 +89,7 @@ class CompressedTensors(Format):
         return self if activations == self.activations else CompressedTensors(activations)
 
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
-        if spec.code == "ternary":
-            return "it has no ternary codes"
-        if spec.levels.offset % 1:
-            return "it has whole zero points only"
-        if shape[1] % spec.columns_per_group(shape[1]):
-            return f"it needs K divisible by the group size, not {shape[1]}"
-        return None
-
-    def refusal_of_table(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
-        if role == HEAD:
-            return self.refusal(spec, shape)
-        return (
-            f"transformers and vLLM without a GPU do not look up packed rows ({role}), and neither "
-            "ties a head to them"
-        )
-
-    def with_tables(self, config: Settings, tables: Tables) -> Settings:
-        for name, (_, spec) in tables.items():
-            config = stated.with_head(config, name, spec)
-        return config
-
-    def of_embeddings(self, config: Settings) -> Settings:
-        return stated.of_embeddings(config)
+        return _refusal(spec, shape)
 
     def refusal_of_activations(self, activations: ActSpec) -> str | None:
         if activations.kv_bits is None:
@@ -159,7 +169,9 @@ class CompressedTensors(Format):
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         return stated.write_groups(specs, self.activations)
 
-    def with_kept(self, config: Settings, names: Collection[str]) -> Settings:
+    def with_kept(
+        self, config: Settings, names: Collection[str], quantized: Collection[str] = ()
+    ) -> Settings:
         return stated.with_ignored(config, names)
 
     def read_config(self, settings: Settings) -> Settings:

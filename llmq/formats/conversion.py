@@ -3,13 +3,11 @@ bit for bit, or rounded anew where that is allowed."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-from torch import Tensor
+from dataclasses import dataclass, replace
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format
+from llmq.formats.changes import Distance, LayerChange
 from llmq.formats.layers import StoredLayers
 from llmq.formats.registry import choose_format
 from llmq.grid.recode import recode, specs_for
@@ -18,22 +16,6 @@ from llmq.grid.tensor import QuantizedTensor
 from llmq.recipe import LayerPlan
 
 REMEDY = "give --allow-requantize to round such layers anew, or another --format"
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """before, after: specs in their short form. is_exact: the float32 values are the same. error:
-    `|W - W'| / |W|` (Frobenius), max_error: the largest `|w - w'|`; both 0 where it is exact."""
-
-    name: str
-    before: str
-    after: str
-    is_exact: bool
-    error: float = 0.0
-    max_error: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -122,10 +104,10 @@ def _reason(fmt: Format, qtensor: QuantizedTensor, role: str) -> str:
 
 
 def convert(
-    name: str, qtensor: QuantizedTensor, fmt: Format, spec: QuantSpec
+    name: str, qtensor: QuantizedTensor, conversion: Conversion, role: str = ""
 ) -> tuple[QuantizedTensor, LayerChange]:
-    """A layer as `plan_conversion` decided, and what that changed."""
-    before = str(qtensor.spec)
+    """A layer as `plan_conversion` decided, and what that changed. role: see `StoredLayers`."""
+    fmt, spec, before = conversion.format, conversion.specs[name], str(qtensor.spec)
     if _stays(fmt, qtensor, spec):
         return qtensor, LayerChange(name, before, str(spec), is_exact=True)
     recoded = recode(qtensor, spec)
@@ -134,12 +116,9 @@ def convert(
     weight = qtensor.dequantize()
     rounded = QuantizedTensor.quantize(weight, spec)
     rounded = replace(rounded, input_range=qtensor.input_range)
-    error, max_error = _distance(weight, rounded.dequantize())
-    return rounded, LayerChange(name, before, str(spec), False, error, max_error)
-
-
-def _distance(weight: Tensor, other: Tensor) -> tuple[float, float]:
-    difference = other - weight
-    norm = float(weight.norm())
-    relative = float(difference.norm()) / norm if norm else float(difference.norm())
-    return relative, float(difference.abs().max())
+    distance = Distance()
+    distance.add(weight, rounded.dequantize())
+    reason = _reason(fmt, qtensor, role)
+    return rounded, LayerChange(
+        name, before, str(spec), False, distance.relative, distance.largest, reason
+    )

@@ -130,13 +130,8 @@ def optimum_gptq(result: Result) -> str | None:
     return None
 
 
-def gptqmodel_awq(result: Result) -> str | None:
-    return _other_groups(result, {32, 64, 128})
-
-
-def mlx_awq(result: Result) -> str | None:
-    if result.layer_that(lambda spec: not spec.symmetric):
-        return "it opens it and computes something else with zero points"
+def awq_in_groups(result: Result) -> str | None:
+    """GPTQModel, and mlx-lm."""
     return _other_groups(result, {32, 64, 128})
 
 

@@ -136,7 +136,7 @@ ENGINES = (
             "bitnet": rules.anything,
             "gptq": rules.optimum_gptq,
             "gptq_v2": rules.optimum_gptq,
-            "awq": rules.gptqmodel_awq,
+            "awq": rules.awq_in_groups,
         },
         "gptqmodel does not open it there",
         {"llmq": _RANDOM},
@@ -189,7 +189,7 @@ ENGINES = (
         {
             "gptq": rules.anything,
             "gptq_v2": rules.anything,
-            "awq": rules.gptqmodel_awq,
+            "awq": rules.awq_in_groups,
         },
         "it opens GPTQ and AWQ",
         {"llmq": _RANDOM},
@@ -199,7 +199,7 @@ ENGINES = (
         "0.32",
         "2026-11-26",
         "run",
-        {"awq": rules.mlx_awq, "bitnet": rules.anything},
+        {"awq": rules.awq_in_groups, "bitnet": rules.anything},
         "it does not know the format",
         {
             "gptq": "it takes GPTQ's layout for AWQ's",

@@ -4,7 +4,8 @@ Memory holds one part of the folder at a time, never the model; a run that is ki
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from torch import Tensor
 import llmq
 from llmq.errors import LlmqError, VerificationError
 from llmq.formats.base import Format, Settings
-from llmq.formats.conversion import Conversion, LayerChange, convert, plan_conversion
+from llmq.formats.changes import ExportReport, LayerChange
+from llmq.formats.conversion import Conversion, convert, plan_conversion
 from llmq.formats.engine_rules import Result
-from llmq.formats.engines import Reading, readings
+from llmq.formats.engines import readings
 from llmq.formats.layers import StoredLayers
 from llmq.formats.registry import known_format, result_of
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
-from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
@@ -28,59 +29,12 @@ from llmq.models.source import Source
 from llmq.storage import files
 from llmq.storage.attempt import kept_for_later
 from llmq.storage.json_files import read_object
-from llmq.storage.packing import group_by_size
+from llmq.storage.packing import StoredTensor, group_by_size
 from llmq.storage.partial_checkpoint import PartialCheckpoint
 from llmq.storage.workspace import check_output
 
 PART_BYTES = 512 << 20  # of the source, that are held in memory at a time
 REPORT = "report.json"
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export did. engines: which of them reads the result. left_out: stored tensors of
-    packed layers that decide nothing."""
-
-    source: str
-    out: str
-    source_format: str
-    format: str
-    source_bytes: int
-    stored_bytes: int
-    layers: tuple[LayerChange, ...]
-    engines: tuple[Reading, ...]
-    left_out: tuple[str, ...]
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether every layer has the float32 values that it had."""
-        return all(layer.is_exact for layer in self.layers)
-
-    @property
-    def requantized(self) -> list[LayerChange]:
-        """The layers that were rounded anew."""
-        return [layer for layer in self.layers if not layer.is_exact]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "out": self.out,
-            "source_format": self.source_format,
-            "format": self.format,
-            "exact": self.is_exact,
-            "source_bytes": self.source_bytes,
-            "stored_bytes": self.stored_bytes,
-            "n_layers": len(self.layers),
-            "n_requantized": len(self.requantized),
-            "max_relative_error": max((layer.error for layer in self.layers), default=0.0),
-            "changed_layers": [
-                layer.to_json()
-                for layer in self.layers
-                if not layer.is_exact or layer.before != layer.after
-            ],
-            "engines": [reading.to_json() for reading in self.engines],
-            "left_out": list(self.left_out),
-        }
 
 
 def export(
@@ -176,12 +130,11 @@ def _converted(
     changes = []
     settings = conversion.format.read_config(_config(layers, conversion))
     for name in part.layers:
-        qtensor, change = convert(
-            name, layers.layer(name), conversion.format, conversion.specs[name]
-        )
+        role = layers.roles.get(name, "")
+        qtensor, change = convert(name, layers.layer(name), conversion, role)
         stored = layers.stored_name(name)
         fmt = conversion.format
-        own = layer_tensors(stored, qtensor, fmt.given(ActSpec()) if name in layers.roles else fmt)
+        own = layer_tensors(stored, qtensor, fmt.for_role(role))
         _check(name, qtensor, own, conversion.format, settings)
         if (bias := layers.bias(name)) is not None:
             own[f"{stored}.bias"] = bias
@@ -257,12 +210,19 @@ def _publish(
         source_bytes=source.weight_bytes,
         stored_bytes=sum((target / name).stat().st_size for name in shards),
         layers=tuple(changes),
+        types=_types(shards),
         engines=tuple(readings(_result(layers, conversion))),
         left_out=tuple(layers.unused),
     )
     _keep_report(source, target, report)
     partial.publish()
     return report
+
+
+def _types(shards: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, int]:
+    """How many tensors there are of each dtype, by file."""
+    stored = (tensor for tensors in shards.values() for tensor in tensors.values())
+    return dict(Counter(tensor.dtype for tensor in stored))
 
 
 def _keep_report(source: Source, target: Path, report: ExportReport) -> None:

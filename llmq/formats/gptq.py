@@ -11,6 +11,7 @@ written as version 2. When reading version 1, decoded zero points are shifted, n
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -157,6 +158,13 @@ class Gptq(Format):
             "meta": {"quantizer": [f"llmq:{package_version()}"]},
         }
 
+    def with_kept(
+        self, config: Settings, names: Collection[str], quantized: Collection[str] = ()
+    ) -> Settings:
+        stated = config["dynamic"]
+        others = [name for name in names if f"-:{_expression(name)}$" not in stated]
+        return {**config, "dynamic": {**stated, **_kept_patterns(others, quantized)}}
+
     def companions(self, config: Settings) -> dict[str, Settings]:
         return {"quantize_config.json": config}
 
@@ -176,7 +184,7 @@ def _dynamic(specs: Specs, default: QuantSpec) -> dict[str, dict[str, Any]]:
             named[joint] = spec
     dynamic: dict[str, dict[str, Any]] = {}
     for name, spec in named.items():
-        pattern = re.escape(name) + "$"
+        pattern = _expression(name) + "$"
         if spec is None:
             dynamic["-:" + pattern] = {}
         elif spec != default:
@@ -186,6 +194,37 @@ def _dynamic(specs: Specs, default: QuantSpec) -> dict[str, dict[str, Any]]:
                 "sym": spec.symmetric,
             }
     return dynamic
+
+
+def _expression(name: str) -> str:
+    """A name as a regular expression. What comes before a text model in a wrapper is left open:
+    transformers calls it `model.language_model`, vLLM `language_model.model`."""
+    before, wrapper, rest = name.rpartition("language_model.")
+    return ".*" + re.escape(rest) if wrapper else re.escape(before + rest)
+
+
+def _kept_patterns(names: Collection[str], quantized: Collection[str]) -> dict[str, dict[str, Any]]:
+    """What `dynamic` says of modules that are no layers of the blocks: towers and whole layers by
+    where they begin, for all numbers of a layer at once. A head at the top is told by `lm_head`."""
+    starts = {start for name in quantized for start in _starts(name)}
+    dynamic: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if "." in name:
+            part = next((start for start in _starts(name) if start not in starts), name)
+            end = "$" if part == name else r"\."
+            pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", part)
+            pattern = _expression(pattern).replace(r"\#", r"\d+") + end
+            is_new = f"-:{pattern}" not in dynamic
+            if is_new and any(re.match(pattern, other) for other in quantized):
+                pattern = _expression(part) + end
+            dynamic[f"-:{pattern}"] = {}
+    return dynamic
+
+
+def _starts(name: str) -> list[str]:
+    """`a`, `a.b` and `a.b.c` of the latter."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _version_of(settings: Settings) -> str:

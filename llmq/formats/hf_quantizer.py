@@ -202,8 +202,8 @@ class LlmqQuantizer(HfQuantizer):
                     "such linear layer; config.json does not belong to these weights"
                 )
             model.set_submodule(name, StoredLinear(tensors, site.shape))
-        reserve_tie(model, stored_to_model_names(model, headers).values())
-        matched = match_names(model, headers)
+        reserve_tie(model, stored_to_model_names(model, headers, converted=True).values())
+        matched = match_names(model, headers, converted=True)
         dtypes = {name: dtype for name, (dtype, _) in headers.items()}
         # What belongs to a packed layer is its format's to check.
         matched = {
@@ -246,7 +246,7 @@ class LlmqQuantizer(HfQuantizer):
                 if weight is not None:
                     model.set_submodule(name, _dense_layer(weight, bias, model.dtype))
                     continue
-                config = fmt.of_embeddings(settings) if module.replaced else settings
+                config = fmt.tables.of_embeddings(settings) if module.replaced else settings
                 qtensor = fmt.read(name, tensors, config, module.shape)
                 qtensor.validate(name)
                 unused = tensors.keys() - fmt.suffixes
@@ -355,7 +355,7 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
     # such layers.
     specs: dict[str, Any] = {site.name: None for site in sites_in(model) if site.module is not head}
     specs |= {name: module.spec for name, module in layers.items() if module is not head}
-    settings = NATIVE.with_tables(
+    settings = NATIVE.tables.stated(
         NATIVE.write_config(specs),
         {name: (role, table.spec) for name, (role, table) in quantized_tables(model).items()},
     )

@@ -154,7 +154,7 @@ class StoredLayers:
         shape, settings = linear_shape(module), self.settings
         if shape is None:
             n, k = self.shape(f"{name}.weight")
-            shape, settings = (n, k), self.format.of_embeddings(settings)
+            shape, settings = (n, k), self.format.tables.of_embeddings(settings)
         dense = self.format.dense(name, tensors, settings, shape)
         if dense is not None:
             return dense

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning
@@ -22,7 +22,7 @@ from llmq.inference.module import quantized_modules
 from llmq.inference.rotary import take_turns
 from llmq.inference.settings import read_settings
 from llmq.models.building import one_at_a_time
-from llmq.models.compat import only_errors
+from llmq.models.compat import auto_class, only_errors
 from llmq.models.decoded_loading import load_decoded
 from llmq.models.names import check_dtypes, left_out, stored_to_model_names
 from llmq.models.source import Source
@@ -52,8 +52,8 @@ def load(
     verify: bool = False,
     strict: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM from a folder, a Hub id, "tiny" or a `Source` that is open: quantized in one of
-    `llmq.formats.registry.NAMES` (also by other tools), or in full precision.
+    """A causal LM from a folder, a Hub id, a .gguf file, "tiny" or a `Source` that is open:
+    quantized in one of `llmq.formats.registry.NAMES` (also by other tools), or in full precision.
 
     dtype: of activations and unquantized weights: "auto" (as stored), "float32", "bfloat16",
     "float16", or torch's dtype of that name. device: "cpu" (default) or "cuda". device_map: the
@@ -66,7 +66,9 @@ def load(
     strict: refuse stored tensors that the model has no place for, which are named in a
     `LlmqWarning` otherwise. Raises `LlmqError` when anything is missing or damaged."""
     loaded_dtype = _checked_dtype(dtype)
-    check_type("model", model, (str, os.PathLike, Source), "a folder, a Hub id, or 'tiny'")
+    check_type(
+        "model", model, (str, os.PathLike, Source), "a folder, a Hub id, a .gguf file, or 'tiny'"
+    )
     restricted.adapt()
     source = Source.open(model, revision).as_stored
     place = device_of(device, device_map, source.weight_bytes if device_map == "auto" else 0)
@@ -90,7 +92,7 @@ def load(
         if settings is None and source.precision:
             loaded, info = load_decoded(source, config, loaded_dtype)
         else:
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = auto_class(config).from_pretrained(
                 model_dir,
                 config=config,
                 dtype=loaded_dtype,

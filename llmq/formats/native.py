@@ -11,7 +11,7 @@ from collections import Counter
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.formats.base import OWN_METHOD, Format, Settings, Specs, Tables
+from llmq.formats.base import OWN_METHOD, Format, Settings, Specs, TableRules, Tables
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 
@@ -24,6 +24,17 @@ def most_common_spec(specs: Specs) -> QuantSpec:
     return used.most_common(1)[0][0] if used else QuantSpec()
 
 
+class NativeTables(TableRules):
+    """Any spec; the config names them among the exceptions."""
+
+    def refusal(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        return None
+
+    def stated(self, config: Settings, tables: Tables) -> Settings:
+        specs = {name: spec.to_json() for name, (_, spec) in tables.items()}
+        return {**config, "exceptions": config["exceptions"] | specs}
+
+
 class Native(Format):
     """Holds everything."""
 
@@ -33,11 +44,9 @@ class Native(Format):
     quant_method = OWN_METHOD
     activations = None
     is_own = True
+    tables = NativeTables()
 
     def refusal(self, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
-        return None
-
-    def refusal_of_table(self, role: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         return None
 
     def is_first_choice(self, specs: Specs) -> bool:
@@ -79,10 +88,6 @@ class Native(Format):
             tensors.get("g_idx"),
             tensors.get("input_range"),
         )
-
-    def with_tables(self, config: Settings, tables: Tables) -> Settings:
-        stated = {name: spec.to_json() for name, (_, spec) in tables.items()}
-        return {**config, "exceptions": config["exceptions"] | stated}
 
     def stated_spec(self, name: str, config: Settings) -> QuantSpec:
         exceptions: Settings = config.get("exceptions") or {}

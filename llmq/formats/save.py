@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats.base import Format
-from llmq.formats.registry import choose_format, detect, has_groups
+from llmq.formats.engines import readings
+from llmq.formats.extra import extra_tensors, matrices_among
+from llmq.formats.registry import AUTO, choose_format, detect, has_groups, result_of
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.embedding import quantized_tables
@@ -26,6 +28,7 @@ from llmq.inference.module import quantized_modules
 from llmq.models.arch import quantizable_layers
 from llmq.models.companions import Companions, copy_companions
 from llmq.models.identity import hub_id, without_places
+from llmq.models.older_keys import with_older_keys
 from llmq.models.source import meta_model
 from llmq.models.stored import state_ties
 from llmq.recipe import Layer, LayerPlan
@@ -51,9 +54,10 @@ def checkpoint_config(
         if plan.role and plan.spec is not None
     }
     config = fmt.write_config(specs, act_order=act_order and has_groups(plans))
-    config = fmt.with_tables(config, tables) if tables else config
+    config = fmt.tables.stated(config, tables) if tables else config
     is_kept = [name for name in kept if specs.get(name) is None and name not in tables]
-    config = fmt.with_kept(config, is_kept)
+    quantized = [name for name, spec in specs.items() if spec is not None]
+    config = fmt.with_kept(config, is_kept, quantized)
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
@@ -85,6 +89,7 @@ def write_configs(
     data.pop("transformers_weights", None)
     if companions is not None:
         data = companions.adapt(data)
+    data = with_older_keys(data)
     data["quantization_config"] = quantization_config
     files.write_json(target_dir / "config.json", data)
     fmt = detect(quantization_config)
@@ -119,7 +124,9 @@ def save(
     files.check_output(target, overwrite)
     target = files.real_path(target)
     state_ties(model)
-    tensors, config = format_tensors(model, format)
+    source_dir = source_folder(model)
+    extra = {} if source_dir is None else extra_tensors(model, source_dir)
+    tensors, config = format_tensors(model, format, extra)
     if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise LlmqError(
             f"{offloaded[0]} and {len(offloaded) - 1} other tensors of this model are offloaded; "
@@ -131,7 +138,6 @@ def save(
     made = files.make_folder(work_dir)
     try:
         _write_shards(work_dir, tensors, max_shard_bytes)
-        source_dir = source_folder(model)
         companions = Companions()
         if source_dir is not None:
             companions = copy_companions(source_dir, work_dir, tokenizer=tokenizer is None)
@@ -153,10 +159,12 @@ def save(
     return Path(out_dir)
 
 
-def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def format_tensors(
+    model: PreTrainedModel, name: str, extra: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every tensor of a quantized model by its name, and its `quantization_config`. name: of a
-    format, or "auto". Raises `LlmqError` when the model is not quantized, has adapters, or the
-    format cannot hold it."""
+    format, or "auto". extra: tensors that are stored beside those of the model. Raises `LlmqError`
+    when the model is not quantized, has adapters, or the format cannot hold it."""
     quantized = {
         name: module.qtensor()
         for name, module in quantized_modules(model).items()
@@ -173,13 +181,31 @@ def format_tensors(model: PreTrainedModel, name: str) -> tuple[dict[str, Tensor]
     plans, act_spec = layer_plans(model, quantized), activations_of(model)
     act_order = any(qtensor.g_idx is not None for qtensor in quantized.values())
     fmt = choose_format(name, plans, act_spec, act_order=act_order)
+    if name == AUTO and act_order and has_groups(plans):
+        _tell_of_order(fmt, plans, act_spec)
     tensors = kept_tensors(model, quantized.keys())
     for layer, qtensor in quantized.items():
-        its = fmt.given(ActSpec()) if layer in tables else fmt
-        tensors.update(layer_tensors(layer, qtensor, its))
-    kept = kept_matrices(model)
+        role = tables[layer][0] if layer in tables else ""
+        tensors.update(layer_tensors(layer, qtensor, fmt.for_role(role)))
+    tensors |= extra or {}
+    shapes = {name: tensor.shape for name, tensor in (extra or {}).items()}
+    kept = [*kept_matrices(model), *matrices_among(shapes)]
     return tensors, checkpoint_config(
         fmt, plans, act_order=act_order, activations=act_spec, kept=kept
+    )
+
+
+def _tell_of_order(fmt: Format, plans: list[LayerPlan], activations: ActSpec) -> None:
+    """Whoever named no format hears who reads columns in another order than that of their
+    groups."""
+    result = result_of(fmt, plans, activations, act_order=True)
+    names = [reading.engine for reading in readings(result) if reading.reads]
+    warnings.warn(
+        "the columns of this model are not in the order of their groups (act-order), which few "
+        f"engines read: it is written as {fmt.name}, for {', '.join(names)}; name a format to "
+        "choose",
+        LlmqWarning,
+        stacklevel=4,
     )
 
 
@@ -197,7 +223,9 @@ def refuse_adapters(model: torch.nn.Module) -> None:
 
 def layer_plans(model: PreTrainedModel, quantized: dict[str, QuantizedTensor]) -> list[LayerPlan]:
     """What became of each layer of the full-precision model: a kept one is not quantized."""
-    layers = {layer.name: layer for layer in quantizable_layers(meta_model(model.config))}
+    layers = {
+        layer.name: layer for layer in quantizable_layers(meta_model(model.config, type(model)))
+    }
     layers |= {
         name: replace(layers[name], shape=qtensor.shape)
         if name in layers

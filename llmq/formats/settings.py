@@ -6,16 +6,19 @@ it was written by gives numbers that look like weights."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from llmq.errors import LlmqError
 from llmq.formats.base import OWN_METHOD, Format
 from llmq.formats.engine_rules import Result
+from llmq.formats.engines import Reading, readings
 from llmq.formats.foreign import refusal
 from llmq.formats.registry import NAMES, all_formats, detect, format_named
 from llmq.formats.setting_types import as_settings
 from llmq.grid.spec import QuantSpec
+from llmq.models.source import Source
 
 
 def quantization_settings(config: Any) -> dict[str, Any] | None:
@@ -63,3 +66,10 @@ def stored_result(settings: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
             specs[layer] = None
     activations = fmt.activations_of(min(packed), settings)
     return Result(fmt.name, specs, activations, fmt.states_order(settings))
+
+
+def folder_readings(source: Source) -> list[Reading] | None:
+    """What every engine makes of a folder, None where its settings do not tell."""
+    settings = quantization_settings(copy.deepcopy(source.config))
+    result = None if settings is None else stored_result(settings, source.shards.shapes)
+    return None if result is None else readings(result)

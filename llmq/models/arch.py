@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
         Family("gemma2", bos_every_window=True),
         Family("gemma3_text", bos_every_window=True),
         Family("phi3"),
+        Family("qwen3_5_text"),
         Family("gpt2"),
         Family("opt"),
         Family("gpt_neox"),
@@ -90,9 +91,9 @@ def set_config_values(config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def check_type(model_type: str) -> None:
-    """Refuse a `model_type` that transformers has no causal language model for, naming the nearest
-    family. Raises `LlmqError`."""
-    if model_type not in compat.causal_models():
+    """Refuse a `model_type` that transformers has no causal language model for, alone or in a
+    wrapper, naming the nearest family. Raises `LlmqError`."""
+    if model_type not in compat.causal_models() and model_type not in compat.wrapper_models():
         tested = [name for name, family in FAMILIES.items() if family.is_tested]
         nearest = difflib.get_close_matches(str(model_type), tested, n=1)
         hint = f" (the nearest is {nearest[0]})" if nearest else ""
@@ -118,9 +119,14 @@ def check_supported(config: PretrainedConfig) -> None:
     if found and not generating.intersection(found):
         raise LlmqError(
             f"{found[0]} is not a causal language model; expected weights of "
-            f"{compat.causal_models()[config.model_type]}, or of another that predicts "
-            "the next token"
+            f"{_generating_class(config)}, or of another that predicts the next token"
         )
+
+
+def _generating_class(config: PretrainedConfig) -> str:
+    """The class of a type that predicts the next token."""
+    named = compat.causal_models().get(config.model_type)
+    return named or compat.wrapper_models()[config.model_type]
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
@@ -209,8 +215,31 @@ def _site(module: nn.Module) -> Site:
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and module of the list of transformer blocks. Raises `LlmqError` when there is none, or
     more than one."""
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
+    config = model.config.get_text_config()
+    depth = getattr(config, "num_hidden_layers", None)
+    found = _lists_of(model, depth)
+    if not found:  # LongCat has two attentions in a block, and counts them
+        found = _lists_of(model, getattr(config, "num_layers", None))
+    names = [name for name, _ in found]
+    found = [  # not those inside another: of attentions, or of experts
+        (name, module)
+        for name, module in found
+        if not any(name.startswith(f"{other}.") for other in names)
+    ]
+    if len(found) > 1:  # towers of a multimodal model may be as deep as its text model
+        found = [each for each in found if _is_inside(each[1], model.get_decoder())] or found
+    if len(found) != 1:
+        there = ", ".join(name for name, _ in found) or "none"
+        raise LlmqError(
+            f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, "
+            f"found {there}. Tested families: {TESTED}"
+        )
+    return found[0]
+
+
+def _lists_of(model: nn.Module, depth: int | None) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of so many modules that hold linear layers."""
+    return [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
@@ -218,15 +247,18 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         and len(module) > 0
         and any(sites_in(module[0]))
     ]
-    if len(found) > 1:  # towers of a multimodal model may be as deep as its text model
-        found = [each for each in found if _is_inside(each[1], model.get_decoder())] or found
-    if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
-        raise LlmqError(
-            f"{type(model).__name__}: expected one list of {depth} blocks that hold linear layers, "
-            f"found {names}. Tested families: {TESTED}"
-        )
-    return found[0]
+
+
+def tower_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of a wrapper that lie where text does not come by: in towers of
+    images or sounds, and in what leads from there into the text model."""
+    if model.config.get_text_config() is model.config:
+        return set()
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    of_text = {
+        id(parameter) for part in parts if part is not None for parameter in part.parameters()
+    }
+    return {name for name, each in model.named_parameters() if id(each) not in of_text}
 
 
 def _is_inside(module: nn.Module, whole: nn.Module | None) -> bool:

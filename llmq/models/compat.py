@@ -26,6 +26,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "HfQuantizer": ("transformers.quantizers",),
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
     "QuantizationConfigMixin": ("transformers.utils.quantization_config",),
     "WeightConverter": ("transformers.core_model_loading",),
     "WeightRenaming": ("transformers.core_model_loading",),
@@ -85,9 +86,26 @@ def causal_models() -> Mapping[str, str]:
 
 
 def wrapper_models() -> Mapping[str, str]:
-    """`model_type` -> class, of the models of text and images."""
-    names: Mapping[str, str] = __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    """`model_type` -> class, of the models of text and images, sounds or videos."""
+    names: dict[str, str] = {}
+    names |= __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    names |= __getattr__("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
     return names
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class that builds and loads the model that a config names in `architectures`: a
+    wrapper as it is, though its text model may be built alone, else a causal language model."""
+    import transformers
+
+    wrapper = wrapper_models().get(config.model_type)
+    named = config.architectures or []
+    if wrapper is None or (config.model_type in causal_models() and wrapper not in named):
+        return transformers.AutoModelForCausalLM
+    of_images = __getattr__("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    if config.model_type in of_images:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForMultimodalLM
 
 
 def quantization_methods() -> list[str]:
@@ -128,6 +146,39 @@ def renamed(model: Any, stored: Iterable[str], also: Iterable[str] = ()) -> Iter
     for name in stored:
         new_name, pattern = rename(name, renamings, converters, model.base_model_prefix, state)
         yield Renamed(name, new_name, None if pattern is None else parts[pattern])
+
+
+def joined_names(model: Any, stored: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Tensors of the model that transformers makes of several stored ones by writing one below the
+    other, and these in order."""
+    get_mapping, rename = (
+        __getattr__("get_model_conversion_mapping"),
+        __getattr__("rename_source_key"),
+    )
+    converter_class = __getattr__("WeightConverter")
+    converters = [each for each in get_mapping(model) if isinstance(each, converter_class)]
+    joining = {
+        pattern: place
+        for each in converters
+        if _joins_rows(each)
+        for place, pattern in enumerate(each.source_patterns)
+    }
+    if not joining:
+        return {}
+    renamings = [each for each in get_mapping(model) if not isinstance(each, converter_class)]
+    state = model.state_dict()
+    found: dict[str, dict[int, str]] = {}
+    for name in stored:
+        new_name, pattern = rename(name, renamings, converters, model.base_model_prefix, state)
+        if pattern in joining and new_name in state:
+            found.setdefault(new_name, {})[joining[pattern]] = name
+    return {name: tuple(parts[i] for i in sorted(parts)) for name, parts in found.items()}
+
+
+def _joins_rows(converter: Any) -> bool:
+    operations = converter.operations
+    is_join = len(operations) == 1 and type(operations[0]).__name__ == "Concatenate"
+    return is_join and operations[0].dim == 0 and "*" not in "".join(converter.source_patterns)
 
 
 def without_merges(transforms: Sequence[Any], layers: Mapping[str, Sequence[str]]) -> list[Any]:

@@ -10,6 +10,7 @@ from llmq.errors import LlmqError
 from llmq.models import compat
 from llmq.models.expert_views import fused_names, layer_of_expert
 from llmq.models.experts import unfused_in
+from llmq.models.keep import is_extra_layer
 from llmq.models.shards import ShardReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of real numbers
@@ -35,13 +36,16 @@ def stored_to_model_names(
     return names
 
 
-def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """Model parameter or persistent buffer -> stored name. Raises `LlmqError` when a parameter is
-    missing that is not tied to another."""
+def match_names(
+    model: PreTrainedModel, stored: Iterable[str], *, converted: bool = False
+) -> dict[str, str]:
+    """Model parameter or persistent buffer -> stored name. converted: see `stored_to_model_names`.
+    Raises `LlmqError` when a parameter is missing that is not tied to another."""
     state = model.state_dict()
+    stored = list(stored)
     matched = {
         name: stored_name
-        for stored_name, name in stored_to_model_names(model, stored).items()
+        for stored_name, name in stored_to_model_names(model, stored, converted=converted).items()
         if name in state
     }
     ties = compat.ties(model)
@@ -55,14 +59,22 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]
     if missing:
         raise LlmqError(
             f"the checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} "
-            f"needs, the first being {missing[0]}{_hint(model, missing)}"
+            f"needs, the first being {missing[0]}{_hint(model, missing, stored)}"
         )
     return matched
 
 
-def _hint(model: PreTrainedModel, missing: list[str]) -> str:
-    """What to do about a missing output head, which may only be tied in truth."""
+def _hint(model: PreTrainedModel, missing: list[str], stored: list[str]) -> str:
+    """What to do about a missing output head, which may only be tied in truth, and why a tensor is
+    missing that is stored."""
     possible = compat.possible_ties(model)
+    if missing[0] in stored:
+        taken = stored_to_model_names(model, [missing[0]])[missing[0]]
+        return (
+            f": it is stored, but by the rules of this transformers it is {taken}, which the model "
+            "does not have; start from the original checkpoint, or from one that another version "
+            "of transformers saved"
+        )
     if not all(name in possible for name in missing):
         return ""
     return (
@@ -104,6 +116,11 @@ def check_dtypes(
 
 def left_out(model: PreTrainedModel, unused: Iterable[str]) -> list[str]:
     """Those of the stored tensors without a place in the model that hold something of their own:
-    not the buffers that models compute themselves, nor what transformers leaves out on purpose."""
+    not the buffers that models compute themselves, nor what transformers leaves out on purpose, nor
+    whole layers beside those that make the next token (see `llmq.models.keep`)."""
     redundant = compat.redundant_names(model)
-    return [name for name in unused if not redundant.search(name)]
+    return [
+        name
+        for name in unused
+        if not redundant.search(name) and not is_extra_layer(name, model.config)
+    ]

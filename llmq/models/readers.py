@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from llmq.models.arch import weight_as_stored
 from llmq.models.names import match_names
 from llmq.models.shards import ShardReader
+from llmq.storage.files import real_path
+from llmq.storage.packing import StoredTensor, content_hash, stored_tensors
 from llmq.storage.stamps import SourceFiles
 
 
@@ -45,6 +47,16 @@ class CheckpointReader:
             self._read |= {name: _hash(tensor) for name, tensor in tensors.items()}
         return {stored[name]: tensor for name, tensor in tensors.items()}
 
+    def places(self, names: Sequence[str]) -> dict[str, StoredTensor]:
+        """Where stored tensors lie, to be copied as they are."""
+        found: dict[str, StoredTensor] = {}
+        for path in sorted({self.shards.names[name] for name in names}):
+            there = stored_tensors(real_path(path))
+            found |= {name: there[name] for name in names if self.shards.names[name] == path}
+        if self.source is not None:
+            self._read |= {name: content_hash(tensor) for name, tensor in found.items()}
+        return found
+
     def take_read(self) -> dict[str, Any]:
         """What was read since the last call: hashes of the tensors, inodes of their files."""
         read, self._read = self._read, {}
@@ -72,7 +84,21 @@ class CheckpointReader:
 
     def stored_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors under their names in the source."""
-        return {self.stored_name(name): tensor for name, tensor in tensors.items()}
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            found |= self.shards.as_stored(self.stored_name(name), tensor)
+        return found
+
+    def from_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters that are stored as they are, out of tensors under their names in the
+        source."""
+        found = {}
+        for name, stored in self.names.items():
+            parts = self.shards.stored_of(stored) if stored not in tensors else (stored,)
+            if all(part in tensors for part in parts):
+                values = [tensors[part] for part in parts]
+                found[name] = values[0] if len(values) == 1 else torch.cat(values)
+        return found
 
     def unused(self) -> list[str]:
         """Stored tensors that belong to no parameter of the model: old buffers, heads for other

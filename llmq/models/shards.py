@@ -130,6 +130,11 @@ class ShardReader:
         """The names of the stored tensors that one is made of: itself."""
         return (name,)
 
+    def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A tensor under the names that its parts are stored by: its own, but for views of
+        several."""
+        return {name: tensor}
+
     def paths_of(self, names: Iterable[str]) -> set[Path]:
         """The files that hold the named tensors."""
         return {self.names[name] for name in names}

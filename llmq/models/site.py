@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from llmq.models.compat import Conv1D
+from llmq.models.keep import reason_to_keep
 from llmq.recipe import Layer
 
 # Layers beside each other that vLLM and SGLang join into one, by the last part of its name there
 # and of theirs.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
 
 
 class Kind(ABC):
@@ -55,6 +61,9 @@ class Columns(Kind):
 # By the class of the module. A matrix inside a larger parameter, such as one expert of a fused one,
 # is a kind with an index, and its sites come from the module that holds them all.
 _KINDS: tuple[tuple[type[nn.Module], Kind], ...] = ((Conv1D, Columns()), (nn.Linear, Rows()))
+
+# Classes with a forward of their own that gives the same.
+_SAME = ("FalconLinear",)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,8 @@ class Site:
     def as_layer(self, prefix: str) -> Layer:
         """Name in the model and shape, as recipes plan with it. prefix: of what was searched."""
         name = f"{prefix}.{self.name}" if prefix else self.name
-        return Layer(name, self.shape, isinstance(self.kind, Columns))
+        is_transposed = isinstance(self.kind, Columns)
+        return Layer(name, self.shape, is_transposed, kept=reason_to_keep(self.name))
 
     def stored(self, weight: Tensor) -> Tensor:
         """`[N, K]` as the parameter has it (a view)."""
@@ -119,8 +129,15 @@ def site_of(module: nn.Module, name: str = "") -> Site | None:
     is quantized, whose weight is no parameter."""
     for module_class, kind in _KINDS:
         if isinstance(module, module_class) and "weight" in module._parameters:
-            return Site(name, module, kind)
+            return Site(name, module, kind) if _computes_as(module, module_class) else None
     return None
+
+
+def _computes_as(module: nn.Module, module_class: type[nn.Module]) -> bool:
+    """Whether a module does what the class does: routers and layers of groups are linear by class
+    and compute something else. Of a block that is being recorded, the class is asked."""
+    own = type(module).forward
+    return own is module_class.forward or type(module).__name__ in _SAME
 
 
 def sites_in(root: nn.Module) -> Iterator[Site]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from llmq.errors import LlmqError
+from llmq.models import compat
 
 _LAYERS = [
     "num_hidden_layers",
@@ -149,7 +150,7 @@ def check_buffers(config: PretrainedConfig, where: Path) -> None:
     try:
         shallow.get_text_config().num_hidden_layers = 1
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shallow, dtype=torch.float32)
+            model = compat.auto_class(shallow).from_config(shallow, dtype=torch.float32)
     except Exception:  # of a family whose tables need values; or a config that is told of later
         return
     inside = itertools.chain.from_iterable(block.buffers() for block in model.modules())

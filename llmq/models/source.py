@@ -14,7 +14,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,6 +22,7 @@ from transformers import (
 
 from llmq.errors import LlmqError
 from llmq.messages import escaped
+from llmq.models import compat
 from llmq.models.arch import check_supported, check_type, set_config_values
 from llmq.models.building import one_at_a_time
 from llmq.models.companions import Companions, find_companions
@@ -30,6 +30,7 @@ from llmq.models.expert_views import expert_views, may_hold_experts
 from llmq.models.experts import unfuse
 from llmq.models.hub import resolve
 from llmq.models.identity import model_name
+from llmq.models.joined_views import joined_views
 from llmq.models.low_precision import decoded, kinds, stated_settings
 from llmq.models.shards import ShardReader
 from llmq.models.sizes import check_buffers, check_sizes
@@ -125,7 +126,9 @@ class Source:
         precision."""
         if not may_hold_experts(self.decoded):
             return self.decoded
-        return ViewedTensors(self.decoded, expert_views(meta_model(self.config), self.decoded))
+        model = meta_model(self.config)
+        views = {**joined_views(model, self.decoded), **expert_views(model, self.decoded)}
+        return ViewedTensors(self.decoded, views)
 
     @property
     def precision(self) -> dict[str, int]:
@@ -277,17 +280,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 @one_at_a_time
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(
+    config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers (rotary tables) real, in
-    float32. Experts are layers of their own."""
+    float32. Experts are layers of their own. model_class: of a model that is there already; None:
+    the one that the config names."""
     with (
         reading(_origin(config), "no model that transformers can build", _CONFIG_REMEDY),
         init_empty_weights(include_buffers=False),
     ):
         # from_config writes its dtype into the config it is given.
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32
-        )
+        own = copy.deepcopy(config)
+        build = compat.auto_class(own).from_config
+        if model_class is not None:
+            build = model_class._from_config
+        model: PreTrainedModel = build(own, dtype=torch.float32)
     unfuse(model)
     return model.eval()
 

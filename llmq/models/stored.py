@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.models import compat
+from llmq.models.keep import is_extra_layer
 from llmq.models.names import check_dtypes, check_shapes, left_out, match_names
 from llmq.models.shards import ShardReader
 from llmq.models.source import Source, meta_model
@@ -67,20 +68,31 @@ class StoredModel:
                 "stored: that one is kept, and the output says tie_word_embeddings false"
             )
         others = sorted(set(shards.names) - set(self.names.values()))
-        unused = left_out(model, others)
+        extra = [name for name in others if is_extra_layer(name, model.config)]
+        unknown = left_out(model, others)
         if is_text_part(model, self.config):
             if others:
                 remarks["source tensors"] = (
                     f"{len(others)} of {len(shards.names)} belong to other parts than the text "
                     f"model {type(model).__name__} and are kept as they are"
                 )
-        elif unused:
-            remarks["source tensors"] = (
-                f"{len(unused)} of {len(shards.names)} are not used by {type(model).__name__} as "
-                f"config.json describes it and are left out, the first being {unused[0]}"
+            return remarks
+        if extra:
+            remarks["layers beside the model"] = (
+                f"{len(extra)} of {len(shards.names)} tensors are of layers that "
+                f"{type(model).__name__} does not load (multi-token prediction) and are copied as "
+                f"they are, the first being {extra[0]}"
+            )
+        if unknown:
+            told = (
+                f"{len(unknown)} of {len(shards.names)} are not used by {type(model).__name__} as "
+                f"config.json describes it"
             )
             if strict:
-                raise LlmqError(f"--strict: {shards.model_dir}: {remarks['source tensors']}")
+                raise LlmqError(f"--strict: {shards.model_dir}: {told}, the first {unknown[0]}")
+            remarks["source tensors"] = (
+                f"{told} and are copied as they are, the first being {unknown[0]}"
+            )
         return remarks
 
 

@@ -41,6 +41,10 @@ class View(ABC):
     def read(self, slices: Slices) -> Tensor:
         """A copy in memory."""
 
+    def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What is stored of a tensor that stays as it is, by name. name: that of the view."""
+        return {name: tensor}
+
     def part(self, slices: Slices, index: Any) -> Tensor:
         """What indexing gives. A view that can read a part by itself does."""
         return self.read(slices)[index]
@@ -85,6 +89,9 @@ class ViewedTensors(ShardReader):
         for name in names:
             stored |= set(self.views[name].stored if name in self.views else (name,))
         return self.shards.paths_of(stored)
+
+    def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return self.views[name].as_stored(name, tensor) if name in self.views else {name: tensor}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named tensors, as `ShardReader.read` gives them."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmq.models import compat
-from llmq.models.arch import find_blocks, weight_as_stored
+from llmq.models.arch import find_blocks, tower_parameters, weight_as_stored
 from llmq.models.readers import WeightReader
 from llmq.ptq.results import StoredBlock
 
@@ -72,15 +72,17 @@ class Blocks:
     @contextmanager
     def with_weights_outside(self, *, with_head: bool = False) -> Iterator[None]:
         """Real float32 weights for everything that may run before block 0. The output head does
-        not, and may be the largest tensor of all. with_head: for that, too."""
+        not, and may be the largest tensor of all; nor do the towers of a wrapper, which has nothing
+        but text here. with_head: for the head, too."""
         head = self.model.get_output_embeddings()
-        tied = compat.ties(self.model)
+        tied, towers = compat.ties(self.model), tower_parameters(self.model)
         outside = [
             name
             for name, _ in self.model.named_parameters()
             if not name.startswith(self.prefix + ".")
             and name not in tied
             and (with_head or not self._is_of(head, name))
+            and name not in towers
         ]
         for name, tensor in self.reader.read_parameters(outside).items():
             set_module_tensor_to_device(self.model, name, self.device, value=tensor.float())

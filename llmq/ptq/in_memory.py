@@ -19,6 +19,7 @@ from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.embedding import swap_tables
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import quantizable_layers
+from llmq.models.experts import unfuse
 from llmq.models.readers import ModelReader, weight_reader
 from llmq.models.shards import check_finite
 from llmq.models.source import meta_model
@@ -68,8 +69,9 @@ def quantize(
             f"this {type(model).__name__} is quantized already; start from the full-precision model"
         )
     device = device_of(model)
-    skeleton = meta_model(model.config)
+    skeleton = meta_model(model.config, type(model))
     plans = recipe.plan(quantizable_layers(skeleton))
+    unfuse(model)
     reader = ModelReader(model)
     if tokens is not None:
         documents.check_windows(tokens, model.config.get_text_config().vocab_size)
@@ -95,7 +97,9 @@ def quantize(
         )
     activations = recipe.activations
     quantize_kv(
-        meta_model(model.config), activations.kv_bits, before_rope=activations.kv_before_rope
+        meta_model(model.config, type(model)),
+        activations.kv_bits,
+        before_rope=activations.kv_before_rope,
     )  # whether it can be done is known before anything changes
     tables = _quantized_tables(model, outside)
     sink = ModelSink(model, recipe.activations)

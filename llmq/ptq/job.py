@@ -22,6 +22,7 @@ from llmq.formats.registry import (
     result_of,
 )
 from llmq.formats.requantizing import full_precision
+from llmq.formats.unheld import kept_where_unheld
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers
 from llmq.models.identity import source_name
@@ -114,6 +115,8 @@ def prepare(
     plans = recipe.plan(quantizable_layers(stored.skeleton))
     if format != AUTO and known_format(format).one_group_size:
         plans = with_one_group_size(plans, recipe)
+    if format != AUTO:
+        plans = kept_where_unheld(known_format(format), plans)
     outside = plan_outside(stored.skeleton, recipe)
     if not any(plan.spec for plan in plans):
         raise LlmqError(
@@ -220,7 +223,7 @@ def _remarks_on_precision(
 
 def _check_unchanged(plans: list[LayerPlan]) -> None:
     """Under --strict: every layer becomes what was asked."""
-    notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.note]
+    notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.differs]
     if notes:
         raise LlmqError(
             f"--strict: {len(notes)} layers would differ from what was asked, the first being "

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from llmq.models import compat
+from llmq.models.arch import tower_parameters
+from llmq.models.names import match_names
 from llmq.models.outside import EMBEDDINGS, HEAD, TIED
-from llmq.models.stored import is_text_part
 from llmq.ptq.job import Job
 
 KEPT, REST, OTHERS = "layers that are kept", "norms, biases and others", "other parts of the model"
@@ -85,18 +86,17 @@ def _single_parts(job: Job) -> Iterator[Part]:
 
 
 def _sizes(job: Job) -> list[tuple[str, int]]:
-    """Every stored parameter, and the tensors of a wrapper that are no part of the text model."""
+    """Every stored parameter, and the tensors that the model has no place for as one."""
     ties = compat.ties(job.model)
     sizes = [
         (name, prod(parameter.shape))
         for name, parameter in job.model.named_parameters()
         if name not in ties
     ]
-    if is_text_part(job.model, job.config):
-        shards = job.source.decoded
-        n_others = sum(map(prod, shards.shapes.values())) - sum(n for _, n in sizes)
-        if n_others > 0:
-            sizes.append((OTHERS, n_others))
+    shards = job.source.tensors
+    others = set(shards.names).difference(match_names(job.model, shards.names).values())
+    if n_others := sum(prod(shards.shapes[name]) for name in others):
+        sizes.append((OTHERS, n_others))
     return sizes
 
 
@@ -107,6 +107,7 @@ def _outside_names(job: Job) -> dict[str, str]:
         for name, module in job.model.named_modules()
         if isinstance(module, nn.Embedding)
     }
+    names |= dict.fromkeys(tower_parameters(job.model), OTHERS)
     names[OTHERS] = OTHERS
     head, embeddings = job.model.get_output_embeddings(), job.model.get_input_embeddings()
     for name, module in job.model.named_modules():

@@ -15,15 +15,14 @@ import transformers
 import llmq
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import special_ids
+from llmq.formats.extra import matrices_among
 from llmq.formats.save import checkpoint_config, kept_matrices, layer_tensors, write_configs
-from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models import compat
 from llmq.models.arch import find_blocks
 from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
 from llmq.models.readers import CheckpointReader, weight_reader
-from llmq.models.stored import is_text_part
 from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.budget import disk_bytes
@@ -171,10 +170,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Write everything that is not a block, then publish."""
     partial.keep_only_blocks()
-    unused = reader.unused()
     _write_outside(job, partial, reader, prefix)
-    if is_text_part(job.model, job.config):  # all of it is kept
-        unused = []
+    copied = {name: reader.shards.shapes[name] for name in reader.unused()}
     target = partial.checkpoint_dir
     shards = partial.pack()
     if len(shards) > 1:
@@ -187,7 +184,7 @@ def _finish(
         partial.block_reports(),
         source_bytes=job.source.weight_bytes,
         stored_bytes=sum((target / name).stat().st_size for name in shards),
-        unused=unused,
+        copied=list(copied),
         resumed_at=resumed_at,
         seconds=seconds,
         device=device,
@@ -206,7 +203,7 @@ def _finish(
             job.all_plans,
             act_order=job.recipe.order == "act",
             activations=job.recipe.activations,
-            kept=kept_matrices(job.model),
+            kept=[*kept_matrices(job.model), *matrices_among(copied)],
         ),
         name=hub_id(job.source.folder),
         companions=companions,
@@ -218,8 +215,8 @@ def _finish(
 def _write_outside(
     job: Job, partial: PartialCheckpoint, reader: CheckpointReader, prefix: str
 ) -> None:
-    """Keep embeddings, norms and head as they are, but for those that are to be quantized, and of a
-    wrapper, which the folder stays as config.json says, everything else."""
+    """Keep embeddings, norms and head as they are, but for those that are to be quantized, and
+    everything else that is stored, whether or not the model has a place for it."""
     if partial.is_finished(partial.outside):
         return
     tables, reports = _quantized_tables(job, reader)
@@ -231,12 +228,14 @@ def _write_outside(
         and name.removesuffix(".weight") not in tables
     ]
     tensors = reader.stored_names(reader.read_parameters(outside))
+    roles = {plan.layer.name: plan.role for plan in job.outside}
     for name, table in tables.items():
-        tensors |= reader.stored_names(layer_tensors(name, table, job.fmt.given(ActSpec())))
-    if is_text_part(job.model, job.config):
-        tensors |= job.source.tensors.read(reader.unused())
+        fmt = job.fmt.for_role(roles[name])
+        tensors |= reader.stored_names(layer_tensors(name, table, fmt))
     for _ in partial.written(partial.outside, tensors):
         pass
+    if others := reader.unused():
+        partial.add(partial.outside, reader.places(others))
     partial.finish_block(partial.outside, {"tables": reports}, reader.take_read())
 
 

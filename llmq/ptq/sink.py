@@ -48,11 +48,8 @@ class FolderSink:
             }
             read_back[name] = self.fmt.read(name, stored, self.config, result.quantized[name].shape)
             read_back[name].validate(name)
-        kept = {
-            name: written[next(iter(self.reader.stored_names({name: tensor})))]
-            for name, tensor in result.kept.items()
-        }
-        return StoredBlock(read_back, kept)
+        there = self.reader.from_stored(written)
+        return StoredBlock(read_back, {name: there[name] for name in result.kept})
 
     def read_block(self, index: int) -> StoredBlock:
         """What is stored of a finished block, from its file alone."""
@@ -69,10 +66,7 @@ class FolderSink:
             parts = {key.removeprefix(layer): tensors.pop(key) for key in own - kept}
             quantized[name] = self.fmt.read(name, parts, self.config, plan.layer.shape)
             quantized[name].validate(name)
-        stored_names = self.reader.names.items()
-        return StoredBlock(
-            quantized, {name: tensors[stored] for name, stored in stored_names if stored in tensors}
-        )
+        return StoredBlock(quantized, self.reader.from_stored(tensors))
 
     def forget_after(self, index: int) -> None:
         self.partial.forget_after(index)

@@ -124,7 +124,7 @@ class LayerStats:
         exact = (
             rows
             if full_precision is None
-            else full_precision.reshape(len(rows), -1).to(torch.float32)
+            else full_precision.reshape(-1, full_precision.shape[-1]).to(torch.float32)
         )
         if not bool(
             torch.isfinite(rows.sum() + exact.sum())

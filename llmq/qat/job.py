@@ -228,7 +228,7 @@ def _recipe_of_start(
 def _check_plans(plans: list[LayerPlan], settings: QATSettings, strict: bool) -> None:
     """Raise where nothing would be quantized, where a layer's codes cannot be trained by the
     quantizer, and under `strict` where a layer differs from what was asked."""
-    notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.note]
+    notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.differs]
     if strict and notes:
         raise LlmqError(
             f"--strict: {len(notes)} layers would differ from what was asked, the first being "

@@ -38,6 +38,7 @@ from llmq.errors import LlmqError, VerificationError
 from llmq.formats.load import load
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import find_blocks
+from llmq.models.experts import unfuse
 from llmq.models.source import Source
 from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.job import prepare as prepare_ptq
@@ -249,6 +250,7 @@ def student_model(job: QATJob, start_from: Source) -> PreTrainedModel:
         for name, module in quantized_modules(load(start_from, dtype="float32")).items()
     }
     model = load(job.source, dtype="float32")
+    unfuse(model)
     prepare(model, start, settings.quantizer, settings.scheme.activations)
     quantize_kv(model, settings.scheme.kv_bits, before_rope=settings.kv_before_rope)
     if settings.gradient_checkpointing:

@@ -24,6 +24,7 @@ from llmq.evaluation.position_classes import (
 )
 from llmq.formats.load import load
 from llmq.formats.save import save
+from llmq.formats.settings import folder_readings, format_of, quantization_settings
 from llmq.models.identity import source_name
 from llmq.models.source import Source
 from llmq.models.tokens import FINGERPRINT, fingerprint
@@ -69,6 +70,7 @@ def ship(
     report["notes"] = _notes(start) | report["notes"]
     report["held_out_by_class"] = {} if by_class is None else by_class.by_class()
     report["trained_worse_in"] = worse
+    report |= _readers(staging)
     if log.exists():
         shutil.copyfile(log, staging / "log.jsonl")
     # What was read back when it was written has to be what is published.
@@ -89,6 +91,17 @@ def _notes(start: Source) -> dict[str, str]:
     """What the report of the PTQ start remarks."""
     notes: dict[str, str] = json.loads((start.folder / "report.json").read_text())["notes"]
     return notes
+
+
+def _readers(folder: Path) -> dict[str, Any]:
+    """Format of a folder, and which engines read it."""
+    source = Source(folder)
+    settings = quantization_settings(source.config)
+    engines = folder_readings(source) or []
+    return {
+        "format": None if settings is None else format_of(settings).name,
+        "engines": [reading.to_json() for reading in engines],
+    }
 
 
 def is_published(work_dir: Path, out_dir: Path) -> bool:

@@ -83,6 +83,26 @@ def digests(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         return {"sha256": whole.hexdigest(), "bytes": file.tell()}, hashes
 
 
+def hashes_of(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """The sha256 of each tensor, as `digests` gives it, wherever it lies. Raises `DamagedError`
+    where one cannot be read."""
+    hashes = {}
+    for name, tensor in tensors.items():
+        own = hashlib.sha256(tensor.kind)
+        for chunk in _data(tensor):
+            own.update(chunk)
+        hashes[name] = own.hexdigest()
+    return hashes
+
+
+def content_hash(tensor: StoredTensor) -> str:
+    """The sha256 of the bytes of a tensor alone."""
+    sha256 = hashlib.sha256()
+    for chunk in _data(tensor):
+        sha256.update(chunk)
+    return sha256.hexdigest()
+
+
 def group_by_size(sizes: Sequence[int], max_bytes: int) -> list[list[int]]:
     """Which files go into which shard: neighbours, as many as `max_bytes` hold. One that is larger
     has a shard of its own."""

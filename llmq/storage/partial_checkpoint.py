@@ -21,7 +21,7 @@ Nothing in `checkpoint/` can be loaded before the config is written, at the end.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,16 @@ class PartialCheckpoint(Workspace):
                     "or the memory is faulty"
                 )
             yield name, tensor
+
+    def add(self, index: int, tensors: Mapping[str, packing.StoredTensor]) -> None:
+        """Put tensors that lie in other files into a block that was written and is not finished,
+        byte for byte, a part at a time."""
+        path = self.block_path(index).with_suffix(".tmp")
+        merged = self.block_path(index).with_suffix(".merged")
+        _, hashes = packing.digests(path)
+        every = {**packing.stored_tensors(path), **tensors}
+        packing.merge(merged, every, {**hashes, **packing.hashes_of(tensors)})
+        merged.replace(path)
 
     def finish_block(
         self, index: int, report: dict[str, Any] | None = None, source: dict[str, Any] | None = None

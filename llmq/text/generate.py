@@ -92,6 +92,7 @@ def generate_windows(
     )
     work_dir.mkdir(parents=True, exist_ok=True)
     batches = []
+    on_batch(0, n_windows)
     for number, start in enumerate(range(0, n_windows, batch_size)):
         path = _batch_path(work_dir, number)
         if not seals.is_sound(path):

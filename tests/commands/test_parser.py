@@ -92,7 +92,7 @@ MISSPELT = [
     (["quantise", "tiny", "out"], "unknown command quantise (did you mean quantize?)"),
     (["xyz"], "unknown command xyz; 'llmq --help' lists them"),
     (["--verson"], "unrecognized option --verson (did you mean --version?); see 'llmq --help'"),
-    (["doctor", "now"], "unrecognized arguments: now; see 'llmq doctor --help'"),
+    (["doctor", "tiny", "now"], "unrecognized arguments: now; see 'llmq doctor --help'"),
 ]
 
 

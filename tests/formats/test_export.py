@@ -106,6 +106,8 @@ def test_what_does_not_fit_is_refused_or_rounded_anew_and_counted(tmp_path, caps
     before, after = weights(first), weights(tmp_path / "second")
     errors = [float((after[name] - before[name]).norm() / before[name].norm()) for name in before]
     assert result["max_relative_error"] == pytest.approx(max(errors))
+    assert all("whole zero points only" in reason for reason in result["requantized"].values())
+    assert result["types"]["I32"] == 3 * 14  # qweight, qzeros, g_idx
 
 
 def test_an_order_of_columns_is_given_up_only_when_that_is_allowed(tmp_path):

@@ -264,3 +264,24 @@ def test_folders_of_other_tools(config, v2, tmp_path, tokenizer):
         model.get_submodule(name).weight.copy_(weight)
     tokens = torch.randint(2, 2048, (2, 16))
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_modules_that_are_not_quantized_are_listed_by_where_they_begin():
+    quantized = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    config = format_named("gptq").write_config(dict.fromkeys(quantized, QuantSpec.parse("w4g32")))
+    names = [f"model.layers.{i}.mlp.gate" for i in range(2)]
+    names += ["lm_head", "mtp.fc", "mtp.layers.0.up_proj", "model.visual.blocks.0.qkv"]
+    dynamic = format_named("gptq").with_kept(config, names, quantized)["dynamic"]
+    patterns = [r"model\.layers\.\d+\.mlp\.gate$", r"mtp\.", r"model\.visual\."]
+    assert dynamic == {f"-:{pattern}": {} for pattern in patterns}
+
+
+def test_kept_layers_beside_quantized_ones_are_listed_one_by_one():
+    quantized = ["model.layers.0.up_proj", "model.layers.1.up_proj"]
+    config = {"dynamic": {}}
+    kept = ["model.layers.0.gate", "model.layers.2.up_proj"]
+    found = format_named("gptq").with_kept(config, kept, quantized)["dynamic"]
+    assert found.keys() == {r"-:model\.layers\.\d+\.gate$", r"-:model\.layers\.2\."}
+    in_wrapper = ["model.language_model.layers.0.up_proj"]
+    found = format_named("gptq").with_kept(config, ["model.language_model.layers.0.a"], in_wrapper)
+    assert list(found["dynamic"]) == [r"-:.*layers\.\d+\.a$"]

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -126,3 +127,13 @@ def test_the_bias_of_a_bitnet_layer_is_scaled_where_its_class_scales_it():
     assert torch.equal(BITNET.bias(bias, tensors, {}), bias)
     scaled = BITNET.bias(bias, tensors, {"linear_class": "autobitlinear"})
     torch.testing.assert_close(scaled, bias * tensors["weight_scale"])
+
+
+def test_who_names_no_format_hears_who_reads_act_order(tmp_path):
+    model = make_model()
+    llmq.quantize(model, Recipe.uniform("w4g32", method="gptq", order="act"), TOKENS)
+    with pytest.warns(LlmqWarning, match="act-order.*written as gptq, for llmq, .*GPTQModel"):
+        llmq.save(model, tmp_path / "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LlmqWarning)
+        llmq.save(model, tmp_path / "named", format="gptq")

@@ -8,7 +8,7 @@ from conftest import make_model
 
 import llmq
 from llmq.errors import LlmqError
-from llmq.formats.compressed import CompressedTensors
+from llmq.formats.compressed import CompressedTables
 from llmq.formats.registry import all_formats
 from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.inference.embedding import QuantEmbedding
@@ -58,8 +58,8 @@ def test_what_other_engines_do_not_look_up_is_refused_with_the_reason(tmp_path):
     assert settings_of(tmp_path / "out")["quant_method"] == "llmq"
     for fmt in all_formats():
         if not fmt.is_own:
-            assert fmt.refusal_of_table("embeddings", QuantSpec("int8", -1), (2048, 64))
-            assert fmt.refusal_of_table("embeddings and head", QuantSpec("int8", -1), (2048, 64))
+            assert fmt.tables.refusal("embeddings", QuantSpec("int8", -1), (2048, 64))
+            assert fmt.tables.refusal("embeddings and head", QuantSpec("int8", -1), (2048, 64))
     with pytest.raises(LlmqError, match=r"do not look up packed rows.*Use --format llmq"):
         llmq.save(model, tmp_path / "other", format="compressed-tensors")
 
@@ -67,7 +67,7 @@ def test_what_other_engines_do_not_look_up_is_refused_with_the_reason(tmp_path):
 @torch.no_grad()
 def test_embeddings_of_other_tools_are_read_by_the_name_of_their_class(tmp_path, monkeypatch):
     model = quantized(embeddings="w8")
-    monkeypatch.setattr(CompressedTensors, "refusal_of_table", lambda *args: None)
+    monkeypatch.setattr(CompressedTables, "refusal", lambda *args: None)
     llmq.save(model, tmp_path / "out", format="compressed-tensors")
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())

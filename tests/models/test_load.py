@@ -5,11 +5,12 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_model
+from conftest import FAMILY_CONFIGS, families, make_model
 from hub_data import COMMIT, StubHandler, served
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -273,16 +274,70 @@ def test_shapes_that_the_config_does_not_give_are_refused_before_anything_is_wri
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_stored_tensors_that_the_model_has_no_place_for_are_noted(model_folder, tmp_path):
-    folder = model_folder(num_hidden_layers=3)
-    edit_config(folder, num_hidden_layers=2)
+def test_stored_tensors_that_the_model_has_no_place_for_are_copied_and_noted(
+    model_folder, tmp_path
+):
+    folder = model_folder()
+    path = folder / "model.safetensors"
+    extra = {"model.layers.0.mlp.adapter.weight": torch.randn(8, 64).to(torch.float8_e4m3fn)}
+    save_file(load_file(path) | extra, path, metadata={"format": "pt"})
     recipe = Recipe.uniform("w4g32", method="rtn")
     job = prepare(str(folder), recipe)
-    assert job.notes["source tensors"].startswith("9 of 30 are not used by LlamaForCausalLM")
-    assert "first being model.layers.2.input_layernorm.weight" in job.notes["source tensors"]
-    assert len(quantize_folder(job, tmp_path / "out")["unused_source_tensors"]) == 9
-    with pytest.raises(LlmqError, match=r"--strict: .* 9 of 30 are not used"):
+    assert job.notes["source tensors"].startswith("1 of 22 are not used by LlamaForCausalLM")
+    assert "first being model.layers.0.mlp.adapter.weight" in job.notes["source tensors"]
+    report = quantize_folder(job, tmp_path / "out")
+    assert report["copied_source_tensors"] == list(extra)
+    assert report["unused_source_tensors"] == []
+    copied = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(same_bytes(copied[name], tensor) for name, tensor in extra.items())
+    with pytest.raises(LlmqError, match=r"--strict: .* 1 of 22 are not used"):
         prepare(str(folder), recipe, strict=True)
+
+
+def same_bytes(first, second):
+    return first.dtype == second.dtype and torch.equal(
+        first.view(torch.uint8), second.view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("model_type", families("qwen3_5_text"))
+def test_every_tensor_of_the_source_is_in_the_result(model_type, model_folder, tmp_path):
+    folder = model_folder(model_type)
+    quantize_folder(prepare(str(folder), Recipe.uniform("w8", method="rtn")), tmp_path / "out")
+    before, after = (ShardReader(path).names for path in (folder, tmp_path / "out"))
+    packed = {name.rpartition(".")[0] for name in after}
+    assert all(name in after or name.removesuffix(".weight") in packed for name in before)
+    assert {name.rpartition(".")[0] for name in before} == packed
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "llmq"])
+def test_layers_that_the_class_drops_are_copied_and_listed(format, model_folder, tmp_path):
+    """A layer behind the last, as GLM stores those of multi-token prediction, and Qwen's `mtp`."""
+    folder = model_folder(num_hidden_layers=3)
+    edit_config(folder, num_hidden_layers=2)
+    path = folder / "model.safetensors"
+    extra = {"mtp.fc.weight": torch.randn(64, 128), "mtp.norm.weight": torch.ones(64)}
+    save_file(load_file(path) | extra, path, metadata={"format": "pt"})
+    before = load_file(path)
+    job = prepare(str(folder), Recipe.uniform("w4g32", method="rtn"), format=format, strict=True)
+    assert "11 of 32 tensors are of layers" in job.notes["layers beside the model"]
+    report = quantize_folder(job, tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(report["copied_source_tensors"]) == 11
+    assert all(same_bytes(before[name], after[name]) for name in report["copied_source_tensors"])
+    packed = {name.rpartition(".")[0] for name in after}
+    assert all(name in after or name.removesuffix(".weight") in packed for name in before)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    if format == "gptq":
+        assert {r"-:mtp\.", r"-:model\.layers\.2\."} <= settings["dynamic"].keys()
+    elif format == "compressed-tensors":
+        assert {"mtp.fc", "model.layers.2.mlp.up_proj"} <= set(settings["ignore"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = llmq.load(tmp_path / "out", strict=True)
+    llmq.save(loaded, tmp_path / "saved", format=format)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(same_bytes(before[name], saved[name]) for name in report["copied_source_tensors"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import llmq
 from llmq.errors import LlmqError, LlmqWarning
@@ -220,14 +220,15 @@ def test_blocks_are_those_of_the_text_model(vision_layers):
 
 @torch.no_grad()
 def test_the_other_parts_of_a_wrapper_stay_as_they_are(tmp_path, tokenizer):
-    """Qwen3.5 is built as its text model alone; its folder holds a vision tower as well."""
+    """Qwen3.5, whose text model transformers would build alone; its folder holds a vision tower as
+    well, here one that is as deep."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     text = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     text |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
     text |= {"linear_value_head_dim": 16, "bos_token_id": 0, "eos_token_id": 0}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 4, "num_heads": 2}
     config = Qwen3_5Config(
         text_config={"model_type": "qwen3_5_text", **text},
         vision_config={**vision, "out_hidden_size": 64},
@@ -236,8 +237,12 @@ def test_the_other_parts_of_a_wrapper_stay_as_they_are(tmp_path, tokenizer):
     Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     job = prepare(str(tmp_path / "model"), RTN, strict=True)
-    assert "belong to other parts" in job.notes["source tensors"]
+    assert not job.notes.keys() & {"source tensors", "layers beside the model"}
+    (tmp_path / "model" / "preprocessor_config.json").write_text('{"size": 28}')
+    assert all(plan.layer.name.startswith("model.language_model.layers") for plan in job.plans)
+    job = prepare(str(tmp_path / "model"), RTN, strict=True)
     report = quantize_folder(job, tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
     assert report["unused_source_tensors"] == []
     before, after = (ShardReader(tmp_path / name) for name in ("model", "out"))
     others = [name for name in before.names if ".visual." in name]
@@ -247,6 +252,13 @@ def test_the_other_parts_of_a_wrapper_stay_as_they_are(tmp_path, tokenizer):
     full = llmq.load(tmp_path / "model", strict=True)(TOKENS).logits
     quantized = llmq.load(tmp_path / "out", strict=True)(TOKENS).logits
     assert (full - quantized).norm() < 0.05 * full.norm()
+    opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    assert type(opened) is Qwen3_5ForConditionalGeneration
+    assert torch.equal(opened(TOKENS).logits, quantized)
+    of_text = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(of_text(TOKENS).logits, quantized)
+    llmq.save(llmq.load(tmp_path / "out"), tmp_path / "again")
+    assert ShardReader(tmp_path / "again").names.keys() == after.names.keys()
 
 
 def test_a_tie_that_is_stored_in_part_is_refused(separate_head, monkeypatch):

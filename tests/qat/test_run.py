@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq.commands.cli import main
+from llmq.commands.engine_lines import engine_lines
 from llmq.commands.qat import budget_line
 from llmq.errors import LlmqWarning, VerificationError
 from llmq.evaluation.perplexity import evaluate
@@ -126,7 +127,11 @@ def test_from_a_folder_to_a_folder(scheme, options, fmt, arguments, tmp_path, ca
     assert main(at(arguments, out, "--scheme", scheme, "--json", *options)) == 0
     report = json.loads(capsys.readouterr().out)
     assert main(["inspect", str(out)]) == 0
-    assert f"shipped: {report['shipped']}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"shipped: {report['shipped']}" in shown
+    assert report["format"] == fmt
+    assert report["engines"][0]["reads"]
+    assert engine_lines(report["engines"]) in shown
     assert (
         {len(score["text_sha256"]) for score in report["held_out"].values()}
         == {len(score["tokenizer_sha256"]) for score in report["held_out"].values()}

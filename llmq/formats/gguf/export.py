@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmq.errors import LlmqError, LlmqWarning
+from llmq.errors import LlmqError
+from llmq.formats.changes import ExportReport, LayerChange
+from llmq.formats.engine_rules import Result
+from llmq.formats.engines import readings
 from llmq.formats.gguf.families import (
     ROPE_FACTORS,
     Family,
@@ -33,6 +34,7 @@ from llmq.formats.gguf.tensor_types import BY_NAME, DENSE, GgmlType
 from llmq.formats.gguf.vocabulary import tokenizer_fields
 from llmq.formats.gguf.writer import Entry, Value, write_gguf
 from llmq.formats.layers import StoredLayers
+from llmq.grid.spec import QuantSpec
 from llmq.models.source import Source
 from llmq.models.tokens import own_tokenizer
 
@@ -52,50 +54,6 @@ _REMEDY = "--allow-requantize stores the nearest values and says how far they ar
 NOT_BY_ALL = {"Q2_0": "gguf 0.19, transformers and llama.cpp of before 2026"}
 
 
-@dataclass
-class GgufReport:
-    """path, arch: of the file. types: how many tensors there are of each type. exact: how many
-    packed layers are stored exactly. rounded: those that are not, with the reason. max_error: the
-    largest difference of a weight, 0 where all are exact. notes: what else is to be known."""
-
-    path: str
-    arch: str
-    source: str = ""
-    n_bytes: int = 0
-    types: dict[str, int] = field(default_factory=dict)
-    exact: int = 0
-    rounded: dict[str, str] = field(default_factory=dict)
-    max_error: float = 0.0
-    notes: list[str] = field(default_factory=list)
-
-    format = "gguf"
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether every packed layer has the values that it had."""
-        return not self.rounded
-
-    @property
-    def n_layers(self) -> int:
-        """Packed layers."""
-        return self.exact + len(self.rounded)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "out": self.path,
-            "format": self.format,
-            "exact": self.is_exact,
-            "stored_bytes": self.n_bytes,
-            "n_layers": self.n_layers,
-            "n_requantized": len(self.rounded),
-            "max_error": self.max_error,
-            "requantized": self.rounded,
-            "types": self.types,
-            "notes": self.notes,
-        }
-
-
 @dataclass(frozen=True)
 class _Planned:
     """A tensor on its way into the file. name: of the parameter, or None for one that the config
@@ -105,8 +63,13 @@ class _Planned:
     entry: Entry
     fit: Fit | None = None
 
+    @property
+    def layer(self) -> str:
+        """Of a packed layer, as a module."""
+        return (self.name or "").removesuffix(".weight")
 
-def export_gguf(source: Source, out_path: Path, *, allow_requantize: bool = False) -> GgufReport:
+
+def export_gguf(source: Source, out_path: Path, *, allow_requantize: bool = False) -> ExportReport:
     """Write a model, packed in any format that llmq reads or in full precision, as a GGUF file.
 
     allow_requantize: store the nearest values where no type of blocks holds a weight exactly.
@@ -120,14 +83,24 @@ def export_gguf(source: Source, out_path: Path, *, allow_requantize: bool = Fals
     fields = _general(source, family) | model_fields(config, family)
     fields |= tokenizer_fields(own_tokenizer(source), int(config.vocab_size))
     plan = _plan(layers, config, family)
-    report = GgufReport(str(out_path), family.arch, source.name)
-    report.types = dict(Counter(each.entry.type.name for each in plan))
-    _judge(layers, plan, report, allow_requantize)
+    notes = _judged(layers, plan, allow_requantize)
     fields["general.file_type"] = _file_type(plan)
-    writer = _Contents(layers, config, family, report)
+    writer = _Contents(layers, config, family)
     entries = [each.entry for each in plan]
-    report.n_bytes = write_gguf(out_path, fields, entries, writer.of(plan))
-    return report
+    n_bytes = write_gguf(out_path, fields, entries, writer.of(plan))
+    return ExportReport(
+        source=source.name,
+        out=str(out_path),
+        source_format="" if layers.format is None else layers.format.name,
+        format="gguf",
+        source_bytes=source.weight_bytes,
+        stored_bytes=n_bytes,
+        layers=tuple(writer.changes),
+        types=dict(Counter(entry.type.name for entry in entries)),
+        engines=tuple(readings(Result("gguf", writer.specs))),
+        left_out=tuple(layers.unused),
+        notes=(f"the file is of llama.cpp's family {family.arch}", *notes),
+    )
 
 
 def _general(source: Source, family: Family) -> dict[str, Value]:
@@ -169,39 +142,40 @@ def _dense_type(layers: StoredLayers, name: str, shape: tuple[int, ...]) -> Ggml
     return BY_NAME[dtype if len(shape) > 1 and dtype in DENSE else "F32"]
 
 
-def _judge(
-    layers: StoredLayers, plan: list[_Planned], report: GgufReport, allow_requantize: bool
-) -> None:
-    """Fill a report with what is known before anything is written, and raise `LlmqError` for what
-    is not exact and not allowed."""
-    fits = {each.name: each.fit for each in plan if each.name and each.fit}
-    report.rounded = {name: each.reason for name, each in fits.items() if each.reason}
-    report.exact = len(fits) - len(report.rounded)
-    if report.rounded and not allow_requantize:
-        name, reason = next(iter(report.rounded.items()))
+def _judged(layers: StoredLayers, plan: list[_Planned], allow_requantize: bool) -> list[str]:
+    """What is to be known of a file that is not written yet. Raises `LlmqError` for what is not
+    exact and not allowed."""
+    fits = {each.layer: each.fit for each in plan if each.fit}
+    rounded = {name: each.reason for name, each in fits.items() if each.reason}
+    if rounded and not allow_requantize:
+        name, reason = next(iter(rounded.items()))
         raise LlmqError(
-            f"GGUF: {len(report.rounded)} of {len(fits)} packed layers cannot be stored exactly, "
+            f"GGUF: {len(rounded)} of {len(fits)} packed layers cannot be stored exactly, "
             f"the first being {name}: {reason}. {_REMEDY}"
         )
+    notes = []
     activations = layers.activations
     if not activations.is_none:
         text = f"the file cannot say that activations are quantized ({activations})"
         if not allow_requantize:
             raise LlmqError(f"GGUF: {text}. --allow-requantize stores the weights alone")
-        report.notes.append(f"{text}: the weights are stored alone")
+        notes.append(f"{text}: the weights are stored alone")
+    types = {each.entry.type.name for each in plan}
     for name, readers in NOT_BY_ALL.items():
-        if name in report.types:
-            report.notes.append(f"blocks of type {name} are not read by {readers}")
+        if name in types:
+            notes.append(f"blocks of type {name} are not read by {readers}")
+    return notes
 
 
 @dataclass
 class _Contents:
-    """Reads, packs and hands on, a tensor at a time."""
+    """Reads, packs and hands on, a tensor at a time. changes, specs: of packed layers."""
 
     layers: StoredLayers
     config: PretrainedConfig
     family: Family
-    report: GgufReport
+    changes: list[LayerChange] = field(default_factory=list)
+    specs: dict[str, QuantSpec] = field(default_factory=dict)
 
     def of(self, plan: list[_Planned]) -> Iterator[Tensor]:
         """The bytes (uint8) of each tensor of a plan."""
@@ -210,15 +184,27 @@ class _Contents:
                 parameters = llama3_parameters(self.config) or {}
                 yield rope_factors(parameters, head_dim_of(self.config)).view(torch.uint8)
             elif each.fit is not None:
-                yield self._ordered(each.name, self._packed(each.name, each.fit))
+                yield self._ordered(each.name, self._packed(each.layer, each.fit))
             else:
                 yield self._dense(each.name, each.entry.type)
 
     def _packed(self, name: str, chosen: Fit) -> Tensor:
-        content, error = encode(self.layers.layer(name.removesuffix(".weight")), chosen)
-        if not isfinite(error):
+        qtensor = self.layers.layer(name)
+        content, distance = encode(qtensor, chosen)
+        if not isfinite(distance.largest):
             raise LlmqError(f"GGUF: {name}: its scales are beyond what float16 holds")
-        self.report.max_error = max(self.report.max_error, error)
+        self.specs[name] = qtensor.spec
+        self.changes.append(
+            LayerChange(
+                name,
+                str(qtensor.spec),
+                chosen.type.name,
+                chosen.reason is None,
+                distance.relative,
+                distance.largest,
+                chosen.reason or "",
+            )
+        )
         return content
 
     def _dense(self, name: str, kind: GgmlType) -> Tensor:
@@ -235,9 +221,3 @@ class _Contents:
             name, self.config.num_attention_heads, kv_heads_of(self.config)
         )
         return rows if heads is None else permuted(rows, heads)
-
-
-def warn_of_notes(report: GgufReport) -> None:
-    """Tell what is to be known of a file as warnings."""
-    for note in report.notes:
-        warnings.warn(f"{report.path}: {note}", LlmqWarning, stacklevel=2)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.formats.changes import Distance
 from llmq.formats.gguf.blocks import (
     BLOCKS,
     Q2_0,
@@ -121,16 +122,15 @@ def _rounded(what: str, n_rounded: int, n: int) -> str:
     return f"{n_rounded} of {n} {what} are not float16 numbers"
 
 
-def encode(qtensor: QuantizedTensor, chosen: Fit) -> tuple[Tensor, float]:
-    """Bytes uint8 `[N, row bytes]` of a weight, and the largest error of a stored value."""
-    parts, errors = [], [0.0]
+def encode(qtensor: QuantizedTensor, chosen: Fit) -> tuple[Tensor, Distance]:
+    """Bytes uint8 `[N, row bytes]` of a weight, and how far off the stored values are."""
+    parts, distance = [], Distance()
     for part in _parts(qtensor):
         content = _encode_part(part, chosen)
         parts.append(content)
         if chosen.reason is not None:
-            stored = _stored_values(content, chosen.type, part.shape)
-            errors.append(float((stored - part.values()).abs().max()))
-    return torch.cat(parts), max(errors)
+            distance.add(part.values(), _stored_values(content, chosen.type, part.shape))
+    return torch.cat(parts), distance
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_a_model_in_full_precision_comes_back(small, tmp_path, model_type):
     folder, path = small(model_type), tmp_path / "model.gguf"
     report = exported(folder, path)
     assert report.types.keys() == {"F32"}
-    assert (report.exact, report.rounded, report.n_bytes) == (0, {}, path.stat().st_size)
+    assert (report.layers, report.stored_bytes) == ((), path.stat().st_size)
     before, after = llmq.load(folder), llmq.load(path)
     assert torch.equal(logits(before), logits(after))
     assert after.config.model_type == ("llama" if model_type == "mistral" else model_type)
@@ -82,7 +82,10 @@ def packed(folder, out, *options):
 def test_packed_layers_come_back_on_the_kernels(small, tmp_path, options, kind):
     folder, path = packed(small(), tmp_path / "packed", *options), tmp_path / "model.gguf"
     report = exported(folder, path)
-    assert report.exact == report.types[kind] == 14
+    assert report.is_exact
+    assert [layer.after for layer in report.layers] == [kind] * 14
+    assert report.types[kind] == 14
+    assert [each.engine for each in report.engines if each.reads] == ["llmq", "llama.cpp"]
     before, after = (quantized_modules(llmq.load(each)) for each in (folder, path))
     assert before.keys() == after.keys()
     for name, module in before.items():
@@ -147,8 +150,10 @@ def test_zero_points_are_refused_or_rounded_and_counted(small, tmp_path):
         exported(folder, path)
     assert not path.exists()
     report = exported(folder, path, allow_requantize=True)
-    assert (report.exact, len(report.rounded)) == (0, 14)
-    assert 0 < report.max_error < 1e-3
+    assert len(report.requantized) == len(report.layers) == 14
+    assert all("products -s z" in layer.reason for layer in report.layers)
+    assert all(0 < layer.max_error < 1e-3 for layer in report.layers)
+    assert all(0 < layer.error < 1e-3 for layer in report.layers)
     with pytest.warns(llmq.errors.LlmqWarning, match="14 packed tensors run as bfloat16"):
         llmq.load(path)
 

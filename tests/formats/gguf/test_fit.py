@@ -14,7 +14,8 @@ N, K = 6, 512
 def stored(qtensor):
     """The type, the values in the file, and the largest error."""
     chosen = fit(qtensor)
-    content, error = encode(qtensor, chosen)
+    content, distance = encode(qtensor, chosen)
+    error = distance.largest
     shape = qtensor.shape
     if chosen.type.name == "F32":
         return chosen, content.view(torch.float32).view(shape), error

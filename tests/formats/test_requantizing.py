@@ -18,6 +18,7 @@ from llmq.formats.requantizing import full_precision
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import weight_as_stored
 from llmq.models.source import Source
+from llmq.models.stored import StoredModel
 from llmq.recipe import Recipe
 
 SMALL = {"dtype": torch.bfloat16, "num_hidden_layers": 1}
@@ -87,8 +88,9 @@ def test_a_part_without_the_codes_is_named(tmp_path, tokenizer):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.qweight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    source = full_precision(Source.open(folder), True)
     with pytest.raises(LlmqError, match=r"mlp\.up_proj") as caught:
-        _ = full_precision(Source.open(folder), True).tensors
+        StoredModel.of(source)
     assert "\n" not in str(caught.value)
 
 

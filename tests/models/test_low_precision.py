@@ -235,6 +235,6 @@ def test_scales_that_do_not_fit_and_blocks_that_are_none(tmp_path):
         reader(tmp_path, stored | {"a.weight_scale_inv": torch.ones(3, 2)})
     with pytest.raises(LlmqError, match=r"weight_block_size \[0, 4\]: expected"):
         reader(tmp_path, stored, [0, 4])
-    damaged = reader(tmp_path, stored | {"a.weight_scale_inv": torch.full((), torch.nan)})
+    shards = reader(tmp_path, stored | {"a.weight_scale_inv": torch.full((), torch.nan)})
     with pytest.raises(LlmqError, match=r"tensor a\.weight, made of .* holds 64 NaN"):
-        damaged.read(["a.weight"])
+        shards.read(["a.weight"])

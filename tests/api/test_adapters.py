@@ -13,7 +13,9 @@ from torch import nn
 import llmq
 from llmq.errors import LlmqError
 from llmq.formats.registry import NAMES
+from llmq.grid.spec import ActSpec, QuantSpec
 from llmq.inference.module import quantized_modules
+from llmq.recipe import Recipe
 from llmq.storage.manifest import check_folder
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'llmq[peft]')")
@@ -197,6 +199,23 @@ def test_act_order_is_kept_by_a_merge(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in orders)
     merged, plain, expected = llmq.load(report["out"]), llmq.load(ACT_ORDER), logits(model)
     assert (logits(merged) - expected).norm() < (logits(plain) - expected).norm()
+
+
+def test_a_merge_keeps_the_layout_of_layers_and_of_a_head(tmp_path):
+    """With activations of 8 bits, 8-bit layers are stored as integers, and a head is packed."""
+    model, w8 = make_model(), QuantSpec("int8", -1)
+    activations = ActSpec("int8-token")
+    llmq.quantize(model, Recipe.uniform(w8, method="rtn", head=w8, activations=activations))
+    llmq.save(model, tmp_path / "base")
+    targets = ["down_proj", "lm_head"]
+    adapter, _ = trained(tmp_path / "base", tmp_path / "adapter", target_modules=targets)
+    report = llmq.merge_adapter(tmp_path / "base", adapter, out=tmp_path / "out")
+    assert {layer["name"] for layer in report["layers"]} == {*DOWN, "lm_head"}
+    assert report["kept"] > 0.9
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {"lm_head.weight_packed", f"{DOWN[0]}.weight"} <= stored.keys()
+    before, after = (llmq.load(tmp_path / name) for name in ("base", "out"))
+    assert not torch.equal(logits(before), logits(after))
 
 
 def test_what_cannot_be_merged_is_refused(base, tmp_path):

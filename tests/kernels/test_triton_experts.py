@@ -102,6 +102,7 @@ def test_a_module_of_experts(monkeypatch):
     assert relative_error(out, module(x, index, weights).double()) < 12 * 2.0**-11
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the run in the interpreter")
 def test_in_tritons_interpreter():
     pytest.importorskip("triton", reason="needs Triton (pip install '.[triton]')")

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmq.models.grouped import Grouped, grouped_weights, may_group
+from llmq_kernels.triton.grouped import tiles_of
+
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 GATE_UP = "gate_up_proj"
 # The layers that one fused parameter holds, by its name.
@@ -209,10 +212,12 @@ class UnfusedExperts(nn.Module):
 
     def inner(self, expert: Expert, x: Tensor) -> Tensor:
         """What an expert's last layer gets for its inputs `[..., K]`."""
-        up: Tensor = expert.layer(UP)(x)
-        if not self.layout.has_gate:
+        up = expert.layer(UP)(x)
+        return self._gated(expert.layer(GATE)(x) if self.layout.has_gate else None, up)
+
+    def _gated(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        if gate is None:
             return self._activated(up)
-        gate = expert.layer(GATE)(x)
         apply_gate = getattr(self._fused[0], "_apply_gate", None)
         if apply_gate is None:
             return self._activated(gate) * up
@@ -231,7 +236,9 @@ class UnfusedExperts(nn.Module):
         if index >= self.n_experts:
             return x
         expert = self.expert(index)
-        found: Tensor = expert.layer(DOWN)(self.inner(expert, x))
+        return self._normed(expert.layer(DOWN)(self.inner(expert, x)))
+
+    def _normed(self, found: Tensor) -> Tensor:
         norm = self._modules.get("post_expert_norm")
         return found if norm is None else norm(found)
 
@@ -241,6 +248,8 @@ class UnfusedExperts(nn.Module):
         if self.layout.is_scaled_before:
             return self._of_copies(hidden_states)
         index, weights = (*routing, *named.values())
+        if may_group(hidden_states) and (grouped := self._grouped(hidden_states)) is not None:
+            return self._in_one_launch(hidden_states, index, weights, grouped)
         dtype = torch.promote_types(hidden_states.dtype, weights.dtype)
         found = torch.zeros_like(hidden_states, dtype=dtype)
         if len(hidden_states) == 1:
@@ -254,6 +263,28 @@ class UnfusedExperts(nn.Module):
             weighted = self.outputs(number, hidden_states[tokens]) * weights[tokens, slots, None]
             found.index_add_(0, tokens, weighted.to(dtype))
         return found.to(hidden_states.dtype)
+
+    def _grouped(self, x: Tensor) -> Grouped | None:
+        names = (GATE, UP, DOWN) if self.layout.has_gate else (UP, DOWN)
+        experts = [self.expert(number) for number in range(self.n_experts)]
+        layers = {name: [expert.layer(name) for expert in experts] for name in names}
+        return grouped_weights(self, layers, x)
+
+    def _in_one_launch(self, x: Tensor, index: Tensor, weights: Tensor, grouped: Grouped) -> Tensor:
+        """The same with one launch per layer over all experts; nothing waits for the routing. The
+        outputs of a token are added in the order of its choices."""
+        n_slots = index.shape[1]
+        experts, order = index.reshape(-1).sort(stable=True)
+        tokens = order // n_slots
+        tiles = tiles_of(experts, tokens, self.n_experts)
+        gate = grouped[GATE].linear(x, tiles) if self.layout.has_gate else None
+        inner = self._gated(gate, grouped[UP].linear(x, tiles))
+        made = self._normed(grouped[DOWN].linear(inner, tiles.of_sorted()))
+        made = torch.where((experts < self.n_experts)[:, None], made, x[tokens])
+        weighted = made * weights.reshape(-1)[order, None]
+        found = torch.empty_like(weighted)
+        found[order] = weighted
+        return found.view(len(x), n_slots, -1).sum(dim=1).to(x.dtype)
 
     def _of_token(self, x: Tensor, chosen: list[int], weights: Tensor, found: Tensor) -> Tensor:
         """The same for one token, without sorting tokens: what decoding waits for. found: `[1, K]`

@@ -28,6 +28,9 @@ POINTERS = {
     "x_scale": "fp32",
     "workspace": "fp32",
     "scale": "fp16",
+    "distances": "i64",
+    "source": "i64",
+    "tiles": "i32",
 }
 MATRIX_INSTRUCTION = {
     "sm_80": "HMMA|IMMA",
@@ -56,7 +59,7 @@ def compiled(kernel, chip, constants, warps, stages, **pointers):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name not in ("M", "size", "split_tiles")
+        if kind != "constexpr" and name not in ("M", "n_experts", "size", "split_tiles")
     }
     target = (
         GPUTarget("hip", chip.arch, 64)
@@ -272,3 +275,34 @@ def test_small_kernels(arch, tmp_path):
     )
     del constants["HAS_BIAS"], constants["BLOCK_M"]
     check_resources(compiled(gemm.dequantize_kernel, chip, constants, 4, 3), chip, tmp_path)
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+@pytest.mark.parametrize(
+    ("code", "group", "zero", "m", "dtype"),
+    [
+        ("int4", 128, False, 16, "bf16"),
+        ("int4", 64, True, 64, "fp16"),
+        ("int3", 128, True, 32, "bf16"),
+        ("int8", 0, False, 16, "fp16"),
+    ],
+)
+def test_experts_in_one_launch(code, group, zero, m, dtype, arch, tmp_path):
+    from llmq_kernels.triton import experts
+    from llmq_kernels.triton.grouped import choice_of
+
+    chip, choice = CHIPS[arch], choice_of(group, m)
+    constants = float_constants(code, group, choice, chip, zero=zero)
+    constants |= {"EVEN_K": True, "SETTLE": chip.arch == "sm_90", "UPCAST": False}
+    binary = compiled(
+        experts.experts_kernel,
+        chip,
+        constants,
+        choice.warps,
+        choice.stages,
+        x=dtype,
+        out=dtype,
+        bias=dtype,
+    )
+    code_text = check_resources(binary, chip, tmp_path)
+    assert re.search(MATRIX_INSTRUCTION[arch], code_text)

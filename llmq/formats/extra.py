@@ -20,11 +20,13 @@ def matrices_among(shapes: Mapping[str, Sequence[int]]) -> list[str]:
     return [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
 
 
-def extra_tensors(model: PreTrainedModel, source_dir: Path) -> dict[str, Tensor]:
+def extra_tensors(
+    model: PreTrainedModel, source_dir: Path, shards: ShardReader | None = None
+) -> dict[str, Tensor]:
     """What the folder that a model was loaded from has of layers that its class does not load (see
-    `llmq.models.keep`), as it is."""
+    `llmq.models.keep`), as it is. shards: of that folder, where it is open."""
     try:
-        shards = ShardReader(source_dir)
+        shards = shards or ShardReader(source_dir)
     except LlmqError:  # of a folder that has gone, or has weights of another kind
         return {}
     names = [name for name in shards.names if is_extra_layer(name, model.config)]

@@ -369,7 +369,7 @@ def not_causal(folder):
 def mixture(folder):
     (folder / "config.json").write_text(
         json.dumps({"model_type": "mixtral", "num_local_experts": 8})
-    )
+    )  # beside the weights of a dense model
 
 
 BAD_INPUT = [
@@ -377,7 +377,7 @@ BAD_INPUT = [
     (truncate, [], "not a readable safetensors file"),
     (other_tokenizer, [], "beyond the model's vocabulary of 300"),
     (not_causal, [], "not a causal language model"),
-    (mixture, [], "mixture of experts"),
+    (mixture, [], "of the tensors that MixtralForCausalLM needs, the first being"),
     (shutil.rmtree, [], "no such folder"),
     (None, ["--rule", "*.dwon=w8"], "matches none"),
     (None, ["--rule", "nonsense"], "expected PATTERN=SPEC"),

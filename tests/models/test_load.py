@@ -210,8 +210,6 @@ def test_meta_model_holds_no_weights_and_real_rotary_tables():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
-        ({"model_type": "qwen3_moe", "num_experts": 4}, "mixture of experts"),
         ({"model_type": "t5"}, "not a causal language model"),
         ({"model_type": "lama"}, r"model type 'lama' is not a causal.*the nearest is llama"),
         ({"model_type": "mistal"}, "the nearest is mistral"),

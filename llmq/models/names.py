@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
@@ -119,8 +120,18 @@ def left_out(model: PreTrainedModel, unused: Iterable[str]) -> list[str]:
     not the buffers that models compute themselves, nor what transformers leaves out on purpose, nor
     whole layers beside those that make the next token (see `llmq.models.keep`)."""
     redundant = compat.redundant_names(model)
+    n_experts = max((each.n_experts for each in unfused_in(model).values()), default=None)
     return [
         name
         for name in unused
-        if not redundant.search(name) and not is_extra_layer(name, model.config)
+        if not redundant.search(name)
+        and not is_extra_layer(name, model.config)
+        and not _is_of_no_expert(name, n_experts)
     ]
+
+
+def _is_of_no_expert(name: str, n_experts: int | None) -> bool:
+    """Whether a tensor is stored for a number behind the last expert, which hands its inputs on
+    (LongCat). n_experts: of the model, None where it has none."""
+    number = re.search(r"\.experts\.(\d+)\.", name)
+    return number is not None and n_experts is not None and int(number[1]) >= n_experts

@@ -29,7 +29,7 @@ from llmq.models.arch import quantizable_layers
 from llmq.models.companions import Companions, copy_companions
 from llmq.models.identity import hub_id, without_places
 from llmq.models.older_keys import with_older_keys
-from llmq.models.source import meta_model
+from llmq.models.source import Source, meta_model
 from llmq.models.stored import state_ties
 from llmq.recipe import Layer, LayerPlan
 from llmq.storage import files
@@ -110,13 +110,15 @@ def save(
     format: str = "auto",
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    source: Source | None = None,
 ) -> Path:
     """Write a quantized model to a folder that `llmq.load` and other engines load. The
     folder appears complete and read back, or not at all. What belongs to the checkpoint comes along
     from the folder that the model was loaded from (see `llmq.models.companions`).
 
-    tokenizer: in place of that folder's. format: "auto" or one of `llmq.formats.registry.NAMES`.
-    Raises `LlmqError` when the model is not quantized, the format cannot hold it, or the output
+    tokenizer: in place of that folder's. source: that folder, where it is open. format: "auto" or
+    one of `llmq.formats.registry.NAMES`. Raises `LlmqError` when the model is not quantized, the
+    format cannot hold it, or the output
     exists."""
     check_type("model", model, PreTrainedModel, "a transformers model, as llmq.load gives it")
     check_type("out_dir", out_dir, (str, os.PathLike), "the folder to write")
@@ -125,7 +127,8 @@ def save(
     target = files.real_path(target)
     state_ties(model)
     source_dir = source_folder(model)
-    extra = {} if source_dir is None else extra_tensors(model, source_dir)
+    shards = None if source is None else source.shards
+    extra = {} if source_dir is None else extra_tensors(model, source_dir, shards)
     tensors, config = format_tensors(model, format, extra)
     if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise LlmqError(

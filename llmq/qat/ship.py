@@ -52,7 +52,7 @@ def ship(
     staging = work_dir / "out"
     files.remove(staging)
     model.config._name_or_path = str(job.model_dir)  # where its tokenizer and licence come from
-    save(_in_source_dtype(model, job.source), staging)
+    save(_in_source_dtype(model, job.source), staging, source=job.source)
     scores: dict[str, Perplexity] = {}
     by_class: HeldOutLosses | None = None
     if (

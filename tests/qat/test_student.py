@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, make_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmq.errors import LlmqError
@@ -102,6 +103,8 @@ def test_strict_refuses_what_would_be_left_out_or_differ(model_folder, calibrati
     settings = QATSettings(Scheme.parse("w4"), sequence_length=32, batch_size=2, max_steps=1)
     arguments = {"train": str(calibration_file), "rules": (Rule.parse("*=w4g32"),)}
     job = prepare_job(str(folder), settings, **arguments)
-    assert "are not used by LlamaForCausalLM" in job.notes["source tensors"]
+    assert "does not load" in job.notes["layers beside the model"]
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "old.weight": torch.ones(2)}, folder / "model.safetensors")
     with pytest.raises(LlmqError, match=r"--strict: .* are not used"):
         prepare_job(str(folder), settings, strict=True, **arguments)

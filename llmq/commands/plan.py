@@ -221,7 +221,7 @@ def _size_pairs(result: dict[str, Any]) -> dict[str, object]:
     kept = [part for part in result["parts"] if part["spec"] is None]
     if left < MENTIONED * planned or not kept:
         return {"weight files": size}
-    bits = 8 * kept[0]["source_bytes"] / kept[0]["weights"]
+    bits = 8 * kept[0]["planned_bytes"] / kept[0]["weights"]
     share = f"{left / 1e6:.1f} MB ({left / planned:.0%}) stay at {bits:.0f} bits"
     line = f"{share}, most of it {kept[0]['name']}"
     if option := _OPTIONS.get(kept[0]["name"]):

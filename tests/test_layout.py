@@ -130,7 +130,9 @@ def test_every_module_has_a_test():
 
 # Modules of device code: Triton's functions need it when they are defined, so nothing but a launch
 # may import these.
-DEVICE_CODE = {f"llmq_kernels.triton.{name}" for name in ("dequantize", "gemv", "gemm", "int8")}
+DEVICE_CODE = {
+    f"llmq_kernels.triton.{name}" for name in ("dequantize", "experts", "gemv", "gemm", "int8")
+}
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,7 @@ def save(
 
     tokenizer: in place of that folder's. source: that folder, where it is open. format: "auto" or
     one of `llmq.formats.registry.NAMES`. Raises `LlmqError` when the model is not quantized, the
-    format cannot hold it, or the output
-    exists."""
+    format cannot hold it, or the output exists."""
     check_type("model", model, PreTrainedModel, "a transformers model, as llmq.load gives it")
     check_type("out_dir", out_dir, (str, os.PathLike), "the folder to write")
     target = Path(out_dir)

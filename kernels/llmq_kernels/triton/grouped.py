@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llmq_kernels.core.dispatch import PreparedWeight
 from llmq_kernels.triton import backend, choices, layout
 from llmq_kernels.triton.choices import Choice
+
+if TYPE_CHECKING:
+    from llmq_kernels.core.dispatch import PreparedWeight
 
 _OF_EACH = ("packed", "scale_t", "zero_t")
 

@@ -31,6 +31,11 @@ def windows(n=16, length=32):
     return calibration_windows(text, n, length, 0, "text").tokens
 
 
+def only_experts():
+    """Rules by which what runs before the first experts stays as it is."""
+    return (llmq.Rule.parse("*.experts.*=w4g32"), llmq.Rule.parse("*=keep"))
+
+
 def rows_of(model, name, tokens):
     """The inputs of a layer when the model runs, over all tokens."""
     seen = []
@@ -67,8 +72,7 @@ def test_an_expert_is_measured_on_the_tokens_that_it_gets(kind, monkeypatch):
     model, reference, tokens = make_model(kind), make_model(kind), windows(32, 32)
     unfuse(reference)
     prefix = next(iter(unfused_in(reference)))
-    rule = llmq.Rule("*self_attn*", None)
-    rules = (rule, *Recipe.uniform("w4g32").rules)
+    rules = only_experts()
     recipe = Recipe(rules=rules, inputs="quantized", sweeps=0, search=False)
     found = measured(monkeypatch, model, recipe, tokens)
     for number in range(4):
@@ -86,8 +90,7 @@ def test_an_expert_with_few_tokens_is_measured_on_all(monkeypatch):
     """H' = (n H_own + K/2 H_all) / (n + K/2), and H_all alone below the least number."""
     tokens = windows(2, 32)
     plain = {"inputs": "quantized", "sweeps": 0, "search": False}
-    keep = llmq.Rule("*self_attn*", None)
-    rules = (keep, *Recipe.uniform("w4g32").rules)
+    rules = only_experts()
     reference = make_model("mixtral")
     unfuse(reference)
     prefix = next(iter(unfused_in(reference)))

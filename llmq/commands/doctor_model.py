@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from llmq.ptq.prospect import Prospect
 
 
-def examine(model: str, revision: str | None = None) -> tuple[dict[str, Any], str]:
+def examine(model: str) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text, for the default recipe. A folder with a config and
     no weights will do."""
     from llmq.models.config_only import ConfigOnly, open_to_plan
     from llmq.ptq.prospect import prospect
     from llmq.recipe import Recipe
 
-    source = open_to_plan(model, revision)
+    source = open_to_plan(model)
     found = prospect(source, Recipe())
     data = {
         "model": str(source.folder),

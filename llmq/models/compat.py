@@ -116,11 +116,13 @@ def quantization_methods() -> list[str]:
 @dataclass(frozen=True)
 class Renamed:
     """A stored tensor and the one of the model that it is, or that transformers makes of it (and of
-    others) while it loads. part: which of the tensors of a conversion it is, None without one."""
+    others) while it loads. part: which of the tensors of a conversion it is, None without one.
+    is_joined: the conversion writes them one below the other, and does nothing else."""
 
     stored: str
     name: str
     part: int | None
+    is_joined: bool = False
 
     @property
     def is_converted(self) -> bool:
@@ -140,39 +142,14 @@ def renamed(model: Any, stored: Iterable[str], also: Iterable[str] = ()) -> Iter
     renamings = [each for each in transforms if isinstance(each, renaming_class)]
     converters = [each for each in transforms if isinstance(each, converter_class)]
     parts = {
-        pattern: part for each in converters for part, pattern in enumerate(each.source_patterns)
+        pattern: (part, _joins_rows(each))
+        for each in converters
+        for part, pattern in enumerate(each.source_patterns)
     }
     state = {**dict.fromkeys(also, True), **model.state_dict()}
     for name in stored:
         new_name, pattern = rename(name, renamings, converters, model.base_model_prefix, state)
-        yield Renamed(name, new_name, None if pattern is None else parts[pattern])
-
-
-def joined_names(model: Any, stored: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Tensors of the model that transformers makes of several stored ones by writing one below the
-    other, and these in order."""
-    get_mapping, rename = (
-        __getattr__("get_model_conversion_mapping"),
-        __getattr__("rename_source_key"),
-    )
-    converter_class = __getattr__("WeightConverter")
-    converters = [each for each in get_mapping(model) if isinstance(each, converter_class)]
-    joining = {
-        pattern: place
-        for each in converters
-        if _joins_rows(each)
-        for place, pattern in enumerate(each.source_patterns)
-    }
-    if not joining:
-        return {}
-    renamings = [each for each in get_mapping(model) if not isinstance(each, converter_class)]
-    state = model.state_dict()
-    found: dict[str, dict[int, str]] = {}
-    for name in stored:
-        new_name, pattern = rename(name, renamings, converters, model.base_model_prefix, state)
-        if pattern in joining and new_name in state:
-            found.setdefault(new_name, {})[joining[pattern]] = name
-    return {name: tuple(parts[i] for i in sorted(parts)) for name, parts in found.items()}
+        yield Renamed(name, new_name, *((None,) if pattern is None else parts[pattern]))
 
 
 def _joins_rows(converter: Any) -> bool:

@@ -44,6 +44,12 @@ def may_hold_experts(shards: ShardReader) -> bool:
     return any(len(shape) == 3 for shape in shards.shapes.values())
 
 
+def number_of_expert(stored: str) -> int | None:
+    """The number of the expert that a stored tensor is of alone, None for any other tensor."""
+    found = _NUMBER.search(stored)
+    return None if found is None else int(found[1])
+
+
 def fused_names(experts: Mapping[str, UnfusedExperts]) -> Iterator[str]:
     """The parameters that the model's class has in place of these experts."""
     for name, module in experts.items():
@@ -55,13 +61,13 @@ def layer_of_expert(experts: Mapping[str, UnfusedExperts], renamed: compat.Renam
     """The parameter that a stored tensor of one expert is, which transformers would merge with
     those of others; None for any other tensor."""
     name, _, parameter = renamed.name.rpartition(".")
-    number = _NUMBER.search(renamed.stored)
+    number = number_of_expert(renamed.stored)
     if renamed.part is None or number is None or name not in experts:
         return None
     if parameter not in LAYERS_OF:
         return None
     layer = LAYERS_OF[parameter][renamed.part]
-    return f"{name}.{number[1]}.{layer}.weight"
+    return f"{name}.{number}.{layer}.weight"
 
 
 def expert_views(model: PreTrainedModel, shards: ShardReader) -> dict[str, ExpertView]:
@@ -71,7 +77,7 @@ def expert_views(model: PreTrainedModel, shards: ShardReader) -> dict[str, Exper
     views: dict[str, ExpertView] = {}
     fused = set(fused_names(experts))
     for each in compat.renamed(model, shards.names, fused):
-        if each.name in fused and _NUMBER.search(each.stored) is None:
+        if each.name in fused and number_of_expert(each.stored) is None:
             name, _, parameter = each.name.rpartition(".")
             views |= _views(experts[name], each, parameter, shards)
     return views

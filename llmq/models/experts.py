@@ -35,13 +35,15 @@ class Layout:
     is_transposed: `[E, K, N]` instead of `[E, N, K]`. has_gate: the first one is gate and up
     beside each other, else up alone. is_interleaved: their outputs alternate. has_bias: there are
     biases `[E, N]`, too. is_scaled_before: what enters the module is a copy of all tokens for each
-    expert, times its routing weight, which is zero for the tokens that others get."""
+    expert, times its routing weight, which is zero for the tokens that others get. hands_on:
+    numbers behind the last expert hand their inputs on; elsewhere they add nothing."""
 
     is_transposed: bool = False
     has_gate: bool = True
     is_interleaved: bool = False
     has_bias: bool = False
     is_scaled_before: bool = False
+    hands_on: bool = False
 
     @property
     def first(self) -> str:
@@ -72,7 +74,7 @@ class Layout:
 # Classes without flags.
 _LAYOUTS = {
     "Llama4TextExperts": Layout(is_transposed=True, is_scaled_before=True),
-    "LongcatFlashExperts": Layout(),  # those beyond the last hand on what they get
+    "LongcatFlashExperts": Layout(hands_on=True),
 }
 _FLAGS = ("is_transposed", "has_gate", "is_concatenated", "has_bias")
 
@@ -126,9 +128,14 @@ class Sorted:
         counts = torch.bincount(flat)
         return cls(flat.argsort(stable=True), [0, *counts.cumsum(0).tolist()])
 
+    @property
+    def n_numbers(self) -> int:
+        """Up to the largest that was chosen."""
+        return len(self.starts) - 1
+
     def expert(self, number: int) -> Tensor:
         """The places of one of them."""
-        if number + 1 >= len(self.starts):
+        if number >= self.n_numbers:
             return self.places[:0]
         return self.places[self.starts[number] : self.starts[number + 1]]
 
@@ -167,7 +174,7 @@ class Routed:
 
 class UnfusedExperts(nn.Module):
     """Experts `0`, `1`, ... as children. Every expert multiplies the tokens that are routed to it
-    and those without any do not run. Numbers beyond the last expert hand their inputs on."""
+    and those without any do not run."""
 
     def __init__(self, fused: nn.Module, layout: Layout) -> None:
         super().__init__()
@@ -232,9 +239,9 @@ class UnfusedExperts(nn.Module):
         return found
 
     def outputs(self, index: int, x: Tensor) -> Tensor:
-        """What an expert makes of its inputs `[..., K]`."""
+        """What an expert makes of its inputs `[..., K]`, and a number behind the last."""
         if index >= self.n_experts:
-            return x
+            return x if self.layout.hands_on else torch.zeros_like(x)
         expert = self.expert(index)
         return self._normed(expert.layer(DOWN)(self.inner(expert, x)))
 
@@ -254,9 +261,9 @@ class UnfusedExperts(nn.Module):
         found = torch.zeros_like(hidden_states, dtype=dtype)
         if len(hidden_states) == 1:
             return self._of_token(hidden_states, index[0].tolist(), weights, found)
-        order = torch.argsort(index.reshape(-1), stable=True)
-        counts = torch.bincount(index.reshape(-1), minlength=self.n_experts).tolist()
-        for number, places in enumerate(order.split(counts)):
+        choices = Sorted.of(index)
+        for number in range(choices.n_numbers):
+            places = choices.expert(number)
             if len(places) == 0:
                 continue
             tokens, slots = places // index.shape[1], places % index.shape[1]
@@ -280,7 +287,8 @@ class UnfusedExperts(nn.Module):
         gate = grouped[GATE].linear(x, tiles) if self.layout.has_gate else None
         inner = self._gated(gate, grouped[UP].linear(x, tiles))
         made = self._normed(grouped[DOWN].linear(inner, tiles.of_sorted()))
-        made = torch.where((experts < self.n_experts)[:, None], made, x[tokens])
+        others = x[tokens] if self.layout.hands_on else made.new_zeros(())
+        made = torch.where((experts < self.n_experts)[:, None], made, others)
         weighted = made * weights.reshape(-1)[order, None]
         found = torch.empty_like(weighted)
         found[order] = weighted

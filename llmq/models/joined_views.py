@@ -32,8 +32,14 @@ class JoinedView(View):
 
 def joined_views(model: PreTrainedModel, shards: ShardReader) -> dict[str, JoinedView]:
     """The views of a folder by the names that the model has for them."""
+    state = model.state_dict()
+    parts: dict[str, dict[int, str]] = {}
+    for each in compat.renamed(model, shards.names):
+        if each.is_joined and each.part is not None and each.name in state:
+            parts.setdefault(each.name, {})[each.part] = each.stored
     views = {}
-    for name, stored in compat.joined_names(model, shards.names).items():
+    for name, found in parts.items():
+        stored = tuple(found[part] for part in sorted(found))
         sizes = tuple(shards.shapes[part][0] for part in stored)
         shape = (sum(sizes), *shards.shapes[stored[0]][1:])
         views[name] = JoinedView(stored, shape, shards.dtypes[stored[0]], sizes)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.models import compat
-from llmq.models.expert_views import fused_names, layer_of_expert
+from llmq.models.expert_views import fused_names, layer_of_expert, number_of_expert
 from llmq.models.experts import unfused_in
 from llmq.models.keep import is_extra_layer
 from llmq.models.shards import ShardReader
@@ -133,5 +132,5 @@ def left_out(model: PreTrainedModel, unused: Iterable[str]) -> list[str]:
 def _is_of_no_expert(name: str, n_experts: int | None) -> bool:
     """Whether a tensor is stored for a number behind the last expert, which hands its inputs on
     (LongCat). n_experts: of the model, None where it has none."""
-    number = re.search(r"\.experts\.(\d+)\.", name)
-    return number is not None and n_experts is not None and int(number[1]) >= n_experts
+    number = number_of_expert(name)
+    return number is not None and n_experts is not None and number >= n_experts

@@ -45,6 +45,11 @@ class StoredModel:
         config, skeleton = _model_of(source.config, source.tensors)
         return cls(source, config, skeleton, match_names(skeleton, source.tensors.names))
 
+    @property
+    def others(self) -> list[str]:
+        """Stored tensors that the model has no place for, sorted."""
+        return sorted(set(self.source.tensors.names) - set(self.names.values()))
+
     def check(self) -> None:
         """Raise `LlmqError` for the first tensor of another shape than the config gives, or that
         holds no real numbers where the model does."""
@@ -67,7 +72,7 @@ class StoredModel:
                 "config.json says that it is tied to the embeddings, but one with other values is "
                 "stored: that one is kept, and the output says tie_word_embeddings false"
             )
-        others = sorted(set(shards.names) - set(self.names.values()))
+        others = self.others
         extra = [name for name in others if is_extra_layer(name, model.config)]
         unknown = left_out(model, others)
         if is_text_part(model, self.config):

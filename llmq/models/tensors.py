@@ -97,9 +97,11 @@ class ViewedTensors(ShardReader):
         """Copies of the named tensors, as `ShardReader.read` gives them."""
         wanted = list(names)
         tensors = self.shards.read(name for name in wanted if name not in self.views)
-        for name in wanted:
-            if name in self.views:
-                tensors[name] = self._made(name)
+        with ExitStack() as stack:
+            slices = self.shards.slices(stack)
+            for name in wanted:
+                if name in self.views:
+                    tensors[name] = self._made(name, slices)
         return tensors
 
     def slices(self, stack: ExitStack) -> Slices:
@@ -112,9 +114,9 @@ class ViewedTensors(ShardReader):
 
         return of
 
-    def _made(self, name: str) -> Tensor:
+    def _made(self, name: str, slices: Slices) -> Tensor:
         view, path = self.views[name], self.names[name]
-        with reading(path, "damaged", "download it again"), ExitStack() as stack:
-            tensor = view.read(self.shards.slices(stack))
+        with reading(path, "damaged", "download it again"):
+            tensor = view.read(slices)
         check_finite(f"{path}: tensor {name}, made of {', '.join(view.stored)},", tensor)
         return tensor

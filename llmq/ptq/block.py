@@ -217,7 +217,7 @@ class _Calibrated(_Rounded):
         self.setup.method.transform(self.module, self.setup.recipe)
         for stage in stages:
             self._solve_stage(stage)
-            if isinstance(stage, ExpertsStage):
+            if stage.coverage is not None:
                 self.coverage.append(stage.coverage.to_json(self.name))
         if self.setup.needs.tuning and self.results:
             self._tune()
@@ -238,13 +238,10 @@ class _Calibrated(_Rounded):
             module = copy.deepcopy(module).to(dtype)
         if not self.setup.needs.both_streams:
             return self.streams.advance(module, self.index, "full-precision")
-        record = []
+        record = [group.layers for stage in stages for group in stage.groups]
         with ExitStack() as stack:
             for stage in stages:
-                if isinstance(stage, ExpertsStage):
-                    stack.enter_context(stage.recording_exact(self.streams, module))
-                else:
-                    record += [group.layers for group in stage.groups]
+                stack.enter_context(stage.recording_exact(self.streams, module))
             return self.streams.advance(module, self.index, "full-precision", record)
 
     def _solve_stage(self, stage: Stage | ExpertsStage) -> None:

@@ -15,7 +15,7 @@ from llmq.ptq.methods import method_of
 from llmq.ptq.methods.base import Windows
 from llmq.ptq.parts import element_bytes, parts
 from llmq.ptq.streams import batch_size
-from llmq.recipe import LayerPlan
+from llmq.recipe import Layer, LayerPlan
 from llmq.storage.packing import MAX_SHARD_BYTES
 from llmq.text.documents import SELF, TokenSet
 
@@ -40,19 +40,20 @@ def disk_bytes(job: Job) -> int:
 
 def work_bytes(job: Job) -> int:
     """Bytes of the files beside the output while the job runs: both streams' inputs of two blocks,
-    what each layer reads (or, where that is less, gives) in the full-precision model, inputs and
-    outputs of solved parts, and the per-layer embeddings of models that have them."""
+    what each layer reads (or, where that is less, gives) in the full-precision model, what enters
+    experts in both streams, and the per-layer embeddings of models that have them."""
     if job.tokens is None:
         return 0
     hidden = job.model.config.get_text_config().hidden_size
     text_config = job.model.config.get_text_config()
     per_layer = getattr(text_config, "hidden_size_per_layer_input", None) or 0
-    first = _first_block(job)
+    experts = unfused_in(job.model)
+    dense = [layer for layer in _first_block(job) if _module_of(layer.name) not in experts]
     return job.tokens.n_tokens * (
         4 * per_layer * text_config.num_hidden_layers
         + 2 * 2 * 4 * hidden
-        + sum(2 * min(shape) for shape in first)
-        + 4 * (max(max(shape) for shape in first) + 2 * hidden)
+        + sum(2 * min(layer.shape) for layer in dense)
+        + ((4 + 2) * hidden if experts else 0)
     )
 
 
@@ -74,7 +75,7 @@ def peak_bytes(job: Job) -> int:
     method, windows = method_of(job.recipe), _windows(job.tokens)
     shapes = [plan.layer.shape for plan in job.plans if plan.spec]
     solve = max(method.solve_bytes(shape) for shape in shapes)
-    tuning = method.tuning_bytes(_first_block(job), windows)
+    tuning = method.tuning_bytes([layer.shape for layer in _first_block(job)], windows)
     widest = max(max(shape) for shape in shapes)
     length = windows.length
     batch = 4 * batch_size(job.plans, length) * length * widest * 4
@@ -103,12 +104,12 @@ def _windows(tokens: TokenSet) -> Windows:
     return Windows(*tokens.tokens.shape)
 
 
-def _first_block(job: Job) -> list[tuple[int, int]]:
-    """Shapes of the quantized layers of the first block that has any."""
+def _first_block(job: Job) -> list[Layer]:
+    """The quantized layers of the first block that has any."""
     planned = [plan.layer for plan in job.plans if plan.spec]
     prefix, _ = find_blocks(job.model)
     index = planned[0].name.removeprefix(prefix + ".").partition(".")[0]
-    return [layer.shape for layer in planned if layer.name.startswith(f"{prefix}.{index}.")]
+    return [layer for layer in planned if layer.name.startswith(f"{prefix}.{index}.")]
 
 
 def _attention_width(job: Job) -> int:
@@ -169,8 +170,12 @@ def expected_coverage(job: Job) -> dict[str, Any] | None:
 
 def _share(plan: LayerPlan, shares: dict[str, float]) -> float:
     """The share of all tokens that a layer multiplies."""
-    parent = plan.layer.name.rpartition(".")[0].rpartition(".")[0]
-    return shares.get(parent, 1.0)
+    return shares.get(_module_of(plan.layer.name), 1.0)
+
+
+def _module_of(layer: str) -> str:
+    """The module of experts that a layer lies in, if it is one of an expert's."""
+    return layer.rpartition(".")[0].rpartition(".")[0]
 
 
 def _writing(job: Job) -> float:

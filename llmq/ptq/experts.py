@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -120,14 +120,17 @@ class Coverage:
 
 class ExpertsStage:
     """The experts of one module. name: of it in its block. layers: those of experts that are
-    quantized. exact: what enters it in the full-precision model."""
+    quantized. exact: what enters it in the full-precision model. groups: none whose own rows are
+    kept, since those of experts come from there."""
+
+    groups: tuple[InputGroup, ...] = ()
 
     def __init__(self, name: str, layers: frozenset[str]) -> None:
         self.name, self.layers = name, layers
         self.exact = RoutedStream()
         self.coverage = Coverage(name)
 
-    def recording_exact(self, streams: Streams, block: nn.Module) -> Any:
+    def recording_exact(self, streams: Streams, block: nn.Module) -> AbstractContextManager[None]:
         """While the full-precision stream runs through the block: keep what enters."""
         module = block.get_submodule(self.name)
         return self.exact.recording(module, self.file(streams, "exact"))

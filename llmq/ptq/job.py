@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +50,8 @@ from llmq_kernels.core import restricted
 class Job:
     """Everything known before anything is computed. config, model: what the stored tensors are, on
     the meta device. tokens: None for methods without data. remarks: what is to be known of the
-    model or the format. outside: embeddings and head, where they are quantized."""
+    model or the format. outside: embeddings and head, where they are quantized. n_others: numbers
+    in stored tensors that the model has no place for, which are copied."""
 
     source: Source
     config: PretrainedConfig
@@ -60,6 +62,7 @@ class Job:
     tokens: documents.TokenSet | None
     remarks: dict[str, str]
     outside: tuple[LayerPlan, ...] = ()
+    n_others: int = 0
 
     @property
     def all_plans(self) -> list[LayerPlan]:
@@ -158,7 +161,8 @@ def prepare(
     if tokens is not None and not held_out:
         tokens = replace(tokens, held_out=())
     model_parts = source, stored.config, stored.skeleton
-    return Job(*model_parts, recipe, plans, fmt, tokens, remarks, tuple(outside))
+    n_others = sum(prod(source.tensors.shapes[name]) for name in stored.others)
+    return Job(*model_parts, recipe, plans, fmt, tokens, remarks, tuple(outside), n_others)
 
 
 def _unnamed_format(plans: list[LayerPlan], recipe: Recipe) -> LlmqError:

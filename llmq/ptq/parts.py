@@ -11,7 +11,6 @@ from torch import nn
 
 from llmq.models import compat
 from llmq.models.arch import tower_parameters
-from llmq.models.names import match_names
 from llmq.models.outside import EMBEDDINGS, HEAD, TIED
 from llmq.ptq.job import Job
 
@@ -71,7 +70,8 @@ def parts(job: Job) -> list[Part]:
 
 
 def _single_parts(job: Job) -> Iterator[Part]:
-    element, stored = element_bytes(job), job.source.weight_bytes / n_weights_of(job)
+    n_all = n_weights_of(job)
+    element, stored = job.source.decoded_bytes / n_all, job.source.weight_bytes / n_all
     plans = {f"{plan.layer.name}.weight": plan for plan in job.all_plans}
     names = _outside_names(job)
     for name, n_weights in _sizes(job):
@@ -93,10 +93,8 @@ def _sizes(job: Job) -> list[tuple[str, int]]:
         for name, parameter in job.model.named_parameters()
         if name not in ties
     ]
-    shards = job.source.tensors
-    others = set(shards.names).difference(match_names(job.model, shards.names).values())
-    if n_others := sum(prod(shards.shapes[name]) for name in others):
-        sizes.append((OTHERS, n_others))
+    if job.n_others:
+        sizes.append((OTHERS, job.n_others))
     return sizes
 
 

@@ -65,7 +65,6 @@ def prospect(source: Source, recipe: Recipe) -> Prospect:
         remarks = stored.remarks()
     except LlmqError as error:
         return Prospect(model_type, refusal=str(error))
-    others = set(source.tensors.names).difference(stored.names.values())
     text_type = stored.config.get_text_config().model_type
     return Prospect(
         model_type=model_type,
@@ -74,7 +73,7 @@ def prospect(source: Source, recipe: Recipe) -> Prospect:
         quantized=tuple(plan.layer.name for plan in plans if plan.spec is not None),
         kept=_kept(plans),
         towers=_towers(stored.skeleton),
-        extra=tuple(sorted(name for name in others if is_extra_layer(name, stored.config))),
+        extra=tuple(name for name in stored.others if is_extra_layer(name, stored.config)),
         share=_share(stored.skeleton, plans),
         formats={name: _holds(name, plans, recipe) for name in NAMES},
         remarks=remarks,

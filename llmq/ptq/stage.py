@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,9 +23,14 @@ from llmq.ptq.streams import Streams
 
 @dataclass(frozen=True)
 class Stage:
-    """Groups in running order."""
+    """Groups in running order. coverage: of experts, which have stages of their own."""
 
     groups: tuple[InputGroup, ...]
+    coverage: None = None
+
+    def recording_exact(self, streams: Streams, block: nn.Module) -> AbstractContextManager[None]:
+        """Nothing: the rows of groups are kept by the stream itself."""
+        return nullcontext()
 
     def measure(
         self, recording: Recording, streams: Streams, block: nn.Module, index: int

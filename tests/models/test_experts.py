@@ -1,6 +1,7 @@
 """Experts as layers: the same model, and the same weights out of every way of storing them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,3 +96,18 @@ def test_shares_of_tokens_are_those_of_the_config():
     model = meta_model(make_model("mixtral").config)
     assert choices_of(model.config) == 2
     assert set(token_shares(model).values()) == {0.5}
+
+
+@pytest.mark.parametrize("hands_on", [False, True])
+@pytest.mark.parametrize("n_tokens", [1, 6])
+def test_a_number_behind_the_last_expert_adds_nothing_or_what_came_in(n_tokens, hands_on):
+    """Routers that mask a choice name such a number; LongCat's hand the inputs on there."""
+    model = make_model("mixtral")
+    unfuse(model)
+    module = next(iter(unfused_in(model).values()))
+    module.layout = replace(module.layout, hands_on=hands_on)
+    x = torch.randn(n_tokens, 64, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([[2, module.n_experts]] * n_tokens)
+    weights = torch.tensor([[0.75, 0.5]] * n_tokens)
+    expected = 0.75 * module.outputs(2, x) + (0.5 * x if hands_on else 0)
+    torch.testing.assert_close(module(x, index, weights), expected)

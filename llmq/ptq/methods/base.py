@@ -146,7 +146,7 @@ def check_no_init(recipe: Recipe) -> None:
         )
 
 
-class Rounding:
+class Rounding(Method):
     """Rounds each weight on its own; the base of methods that need more."""
 
     def check(self, recipe: Recipe) -> None:
@@ -162,11 +162,6 @@ class Rounding:
 
     def transform(self, block: nn.Module, recipe: Recipe) -> None:
         pass
-
-    def solve(
-        self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
-    ) -> SolverResult:
-        raise NotImplementedError(f"{type(self).__name__} does not say how it rounds a layer")
 
     def solve_many(
         self,

@@ -72,18 +72,11 @@ class Native(Format):
             )
         if missing := {"packed", "scale"} - tensors.keys():
             raise LlmqError(f"{name}: tensor {min(missing)} is missing; the checkpoint is damaged")
-        try:
-            spec = self.stated_spec(name, config)
-        except KeyError as error:
-            raise LlmqError(
-                f"quantization_config: no usable spec for {name} ({error}); the checkpoint is "
-                "damaged"
-            ) from None
         return QuantizedTensor(
             tensors["packed"],
             tensors["scale"],
             tensors.get("zero"),
-            spec,
+            self.stated_spec(name, config),
             shape,
             tensors.get("g_idx"),
             tensors.get("input_range"),
@@ -91,7 +84,13 @@ class Native(Format):
 
     def stated_spec(self, name: str, config: Settings) -> QuantSpec:
         exceptions: Settings = config.get("exceptions") or {}
-        return QuantSpec.from_json(exceptions[name] if name in exceptions else config["spec"])
+        try:
+            return QuantSpec.from_json(exceptions[name] if name in exceptions else config["spec"])
+        except KeyError as error:
+            raise LlmqError(
+                f"quantization_config: no usable spec for {name} ({error}); the checkpoint is "
+                "damaged"
+            ) from None
 
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         default = most_common_spec(specs)

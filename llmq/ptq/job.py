@@ -160,9 +160,19 @@ def prepare(
             tokens = _to_be_written(stored.config, recipe)
     if tokens is not None and not held_out:
         tokens = replace(tokens, held_out=())
-    model_parts = source, stored.config, stored.skeleton
     n_others = sum(prod(source.tensors.shapes[name]) for name in stored.others)
-    return Job(*model_parts, recipe, plans, fmt, tokens, remarks, tuple(outside), n_others)
+    return Job(
+        source=source,
+        config=stored.config,
+        model=stored.skeleton,
+        recipe=recipe,
+        plans=plans,
+        fmt=fmt,
+        tokens=tokens,
+        remarks=remarks,
+        outside=tuple(outside),
+        n_others=n_others,
+    )
 
 
 def _unnamed_format(plans: list[LayerPlan], recipe: Recipe) -> LlmqError:

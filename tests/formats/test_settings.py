@@ -10,7 +10,7 @@ from conftest import make_model
 import llmq
 from llmq.errors import LlmqError
 from llmq.formats.gptq_settings import settings_of
-from llmq.formats.settings import quantization_settings
+from llmq.formats.settings import quantization_settings, stored_result
 from llmq.grid.spec import QuantSpec
 from llmq.recipe import Recipe, Rule
 
@@ -150,3 +150,11 @@ def test_an_unknown_format_is_refused_by_transformers_own_loading_too(tmp_path):
     for load in (llmq.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(LlmqError, match="format 'foo'"):
             load(tmp_path / "out")
+
+
+def test_settings_without_a_spec_are_refused_whoever_asks():
+    """Also where no weight is read: what engines make of a folder goes by the settings alone."""
+    shapes = {"model.layers.0.mlp.up_proj.packed": (8, 4), "model.layers.0.mlp.up_proj.scale": (8,)}
+    settings = {"quant_method": "llmq", "format": "llmq", "version": 1, "exceptions": {}}
+    with pytest.raises(LlmqError, match=r"no usable spec for model\.layers\.0\.mlp\.up_proj"):
+        stored_result(settings, shapes)

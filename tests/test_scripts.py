@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,16 @@ def test_every_tool_of_a_developer_is_pinned():
     optional = {"lm-eval", "gguf", "setuptools"}
     assert set(re.findall(r'"([\w-]+)>=', dev)) <= pinned
     assert set(required) - optional <= pinned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--intermediate 256", "--intermediate 64 --experts 4"])
+def test_memory_is_measured_block_by_block(options):
+    shape = "--depths 2 --width 128 --vocabulary 2048 --samples 2 --sequence-length 32"
+    command = [sys.executable, "scripts/measure_memory.py", *shape.split(), *options.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"(-?\d+) MB above \((-?\d+) after 1, (-?\d+) after 2\)", done.stdout)
+    assert found is not None, done.stdout
+    whole, first, second = map(int, found.groups())
+    assert first <= second <= whole + 1

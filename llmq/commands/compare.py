@@ -32,6 +32,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.evaluation.divergence import compare
+    from llmq.evaluation.position_classes import special_ids
     from llmq.formats.load import load
     from llmq.inference.head import quantize_head
     from llmq.models.arch import check_length
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     quantize_head(quant, args.head_bits)
     with rendering.progress("windows") as show, running(f"{args.base} or {args.quant}"):
         show(0, len(windows.tokens))
-        result = compare(base, quant, windows, show)
+        special = special_ids(sources[0].config, sources[0].tokenizer)
+        result = compare(base, quant, windows, show, special=special)
     sizes = {"base_bytes": sources[0].weight_bytes, "quant_bytes": sources[1].weight_bytes}
     dtypes = " and ".join(
         dict.fromkeys(str(model.dtype).removeprefix("torch.") for model in (base, quant))
@@ -101,6 +103,7 @@ def _text(summary: dict[str, Any]) -> str:
             "ratio": f"{summary['perplexity_ratio']:.5f} ({ratio})",
             "KL, mean": f"{summary['kl_mean']:.3e} nats ({kl})",
             "KL, p99 and max": f"{summary['kl_p99']:.3e} and {summary['kl_max']:.3e} nats",
+            "KL by position": rendering.render_classes(summary["kl_by_position"]),
             "top-1 agreement": f"{summary['top1_agreement']:.2%}",
             "target's probability": f"RMS change {summary['rms_probability_change']:.2%}",
             "weight files": f"{sizes} ({summary['quant_bytes'] / summary['base_bytes']:.0%})",

@@ -4,12 +4,13 @@ logits are stored.
 Perplexities of two models on the same text move together, so their ratio is known ten times better
 than either; the interval here is paired. The Kullback-Leibler divergence sees what perplexity
 averages away: its 99th percentile and maximum are the tokens where the quantized model would say
-something else."""
+something else. And it is told by class of position, since a mean does not see when the one token
+breaks that all others attend to (see `position_classes`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ from transformers import PreTrainedModel
 from llmq.errors import LlmqError
 from llmq.evaluation.bootstrap import mean_interval, reported_interval
 from llmq.evaluation.perplexity import MOST_LOGITS, not_finite, windows_per_batch
+from llmq.evaluation.position_classes import (
+    class_means,
+    classify,
+    is_special,
+    special_ids,
+    watching_lengths,
+)
 from llmq.text.documents import check_vocabulary
 from llmq.text.windows import Windows
 
@@ -63,11 +71,14 @@ def compare(
     quant: PreTrainedModel,
     windows: Windows,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    special: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """Perplexity ratio with a paired 95% interval, KL(base || quant) in nats, top-1 agreement and
     RMS change of the target's probability.
 
-    Raises `LlmqError` when the models have different vocabularies or their logits are not finite.
+    special: ids of special tokens, None for those that the base's config names. Raises `LlmqError`
+    when the models have different vocabularies or their logits are not finite.
     """
     sizes = [model.config.get_text_config().vocab_size for model in (base, quant)]
     if sizes[0] != sizes[1]:
@@ -77,13 +88,13 @@ def compare(
         )
     check_vocabulary(windows.tokens, sizes[0], "evaluation text")
     rows: dict[str, list[Tensor]] = {}
+    lengths: list[Tensor] = []
     done = 0
     length = windows.tokens.shape[1]
     for batch in windows.tokens.split(windows_per_batch(length, sizes[0], TOKENS_PER_BATCH)):
-        base_logits, quant_logits = (
-            model(input_ids=batch.to(model.device), use_cache=False).logits
-            for model in (base, quant)
-        )
+        with watching_lengths(base, lengths):
+            base_logits = base(input_ids=batch.to(base.device), use_cache=False).logits
+        quant_logits = quant(input_ids=batch.to(quant.device), use_cache=False).logits
         for base_row, quant_row, ids in zip(base_logits, quant_logits, batch, strict=True):
             found = window_statistics(base_row[:-1].cpu(), quant_row[:-1].cpu(), ids[1:])
             for name, values in found.items():
@@ -98,11 +109,15 @@ def compare(
             else ("base", base)
         )
         raise LlmqError(f"the {name} model's logits are {not_finite(model.dtype)}")
-    return summarize(table)
+    ids = special_ids(base.config) if special is None else special
+    ratios = torch.cat(lengths) if lengths else None
+    classes = classify(is_special(windows.tokens, ids), ratios, 1.0)
+    return summarize(table, classes[:, :-1])
 
 
-def summarize(table: dict[str, Tensor]) -> dict[str, Any]:
-    """The figures of `compare` from per-token statistics in float64, each `[n, T - 1]`."""
+def summarize(table: dict[str, Tensor], classes: Tensor) -> dict[str, Any]:
+    """The figures of `compare` from per-token statistics in float64, each `[n, T - 1]`, and the
+    class of the position that each was predicted at, int64 of the same shape."""
     log_ratio = (table["quant_nll"] - table["base_nll"]).mean(dim=1)
     kl = table["kl"]
     return {
@@ -117,6 +132,7 @@ def summarize(table: dict[str, Tensor]) -> dict[str, Any]:
         # kthvalue, not quantile: torch.quantile refuses more than 16M values.
         "kl_p99": float(kl.flatten().kthvalue(max(1, math.ceil(0.99 * kl.numel()))).values),
         "kl_max": float(kl.max()),
+        "kl_by_position": {name: each.to_json() for name, each in class_means(kl, classes).items()},
         "top1_agreement": float(table["agree"].mean()),
         "rms_probability_change": float(table["probability_change"].square().mean().sqrt()),
     }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmq.errors import LlmqError
 from llmq.models.arch import find_blocks
 
 CLASSES = ("first", "special", "outlier", "other")
@@ -71,16 +72,27 @@ def classify(special: Tensor, lengths: Tensor | None = None, median: float = 0.0
     return classes
 
 
+def relative_lengths(hidden: Tensor) -> Tensor:
+    """Lengths of hidden states `[..., B, T, D]` over their median, float32 `[B, T]`; of several at
+    a position (Gemma 3n) the largest."""
+    lengths = hidden.float().norm(dim=-1)
+    lengths = lengths.reshape(-1, *lengths.shape[-2:]).amax(dim=0)
+    return lengths / lengths.median().clamp_min(1e-30)
+
+
 @contextmanager
 def watching_lengths(model: PreTrainedModel, found: list[Tensor]) -> Iterator[None]:
-    """While a full-precision model runs: `found` gets, for each batch, the lengths of hidden states
-    `[B, T]` over the median of the block that they leave, the largest of all blocks."""
-    _, blocks = find_blocks(model)
+    """While a full-precision model runs: `found` gets, for each batch, the `relative_lengths` of
+    the hidden states that leave a block, the largest of all blocks; nothing for a model whose
+    blocks are not found."""
+    try:
+        _, blocks = find_blocks(model)
+    except LlmqError:
+        yield
+        return
 
     def watch(index: int, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        lengths = hidden.float().norm(dim=-1).cpu()
-        ratio = lengths / lengths.median().clamp_min(1e-30)
+        ratio = relative_lengths(output[0] if isinstance(output, tuple) else output).cpu()
         if index == 0:
             found.append(ratio)
         else:

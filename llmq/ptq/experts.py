@@ -14,7 +14,7 @@ basis in every expert."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,10 @@ from llmq.storage.hidden_states import ActivationFile
 WAVE_BYTES = 512_000_000  # of statistics that grow side by side
 FEW_ROWS = 32  # an expert with fewer is measured on all tokens of its layer alone
 GROWING = 4  # sums beside each other while a tree of them grows: see `LayerStats`
+
+
+Groups = dict[int, InputGroup | None]  # of the experts of a wave, by number
+Whole = Callable[[int, InputGroup], LayerStats]  # an expert's statistics over all tokens
 
 
 @dataclass
@@ -234,18 +238,19 @@ class _Measuring:
 
         return self._finished(groups, stats, whole)
 
-    def _empty(self, groups: dict[int, InputGroup | None]) -> dict[int, LayerStats]:
+    def _empty(self, groups: Groups) -> dict[int, LayerStats]:
         return {
             number: self.recording.empty(self.streams, self.block, group)
             for number, group in groups.items()
             if group is not None
         }
 
-    def _finished(self, groups: Any, stats: dict[int, LayerStats], whole: Any) -> Measured:
+    def _finished(self, groups: Groups, stats: dict[int, LayerStats], whole: Whole) -> Measured:
         """The statistics of each expert, with those over all tokens where it has few rows."""
         coverage, measured = self.stage.coverage, []
         for number, own in stats.items():
             found, group = own.finish(), groups[number]
+            assert group is not None
             n_rows, enough = found.n_tokens, found.k / 2
             if self.recording.all_experts:
                 found = whole(number, group)

@@ -7,7 +7,7 @@ from the stored blocks alone, so that a run which goes on measures the same."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.evaluation.divergence import summarize, token_statistics
+from llmq.evaluation.position_classes import classify, is_special, relative_lengths
 from llmq.messages import brief
 from llmq.models.readers import WeightReader
 from llmq.ptq.block_calls import BlockCalls, CallOf
@@ -38,16 +39,19 @@ def measure(
     texts: Sequence[HeldOutText],
     work_dir: Path,
     outside: WeightReader | None = None,
+    *,
+    special: Collection[int] = (),
 ) -> list[dict[str, Any]]:
     """What `llmq compare` says of each text, in float32: of weights alone, without what is done to
     activations. texts: windows of one length. outside: embeddings and head as they are stored,
-    where these are quantized. A measurement that fails costs no result: its reason stands in its
-    place."""
+    where these are quantized. special: ids of special tokens. A measurement that fails costs no
+    result: its reason stands in its place."""
     figures: list[dict[str, Any]] = []
     try:
         with tempfile.TemporaryDirectory(prefix="held-out-", dir=work_dir) as folder:
             stored = as_stored(blocks, outside)
-            figures = _figures(_Pair(blocks, stored, finished), texts, Path(folder))
+            pair = _Pair(blocks, stored, finished)
+            figures = _figures(pair, texts, Path(folder), special)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # of a model's own code, too
@@ -74,7 +78,9 @@ class _Pair:
     finished: FinishedBlocks
 
 
-def _figures(pair: _Pair, texts: Sequence[HeldOutText], folder: Path) -> list[dict[str, Any]]:
+def _figures(
+    pair: _Pair, texts: Sequence[HeldOutText], folder: Path, special: Collection[int]
+) -> list[dict[str, Any]]:
     """All windows together, so that every block is read once; the figures by text."""
     vocab_size = pair.exact.model.config.get_text_config().vocab_size
     for text in texts:
@@ -82,12 +88,15 @@ def _figures(pair: _Pair, texts: Sequence[HeldOutText], folder: Path) -> list[di
     tokens = torch.cat([text.tokens for text in texts])
     if not len(tokens):
         return [_TOO_LITTLE for _ in texts]
-    table = _HeldOut(pair, tokens, folder).statistics()
+    held_out = _HeldOut(pair, tokens, folder)
+    table = held_out.statistics()
+    classes = classify(is_special(tokens, special), held_out.lengths, 1.0)[:, :-1]
     figures, start = [], 0
     for text in texts:
         end = start + len(text.tokens)
         rows = {name: values[start:end] for name, values in table.items()}
-        figures.append(summarize(rows) if end > start else _TOO_LITTLE)
+        is_there = end > start
+        figures.append(summarize(rows, classes[start:end]) if is_there else _TOO_LITTLE)
         start = end
     return figures
 
@@ -96,12 +105,14 @@ _TOO_LITTLE = {"not_measured": "too little text is left beside what is calibrate
 
 
 class _HeldOut:
-    """Windows int64 `[n, T]` on their way."""
+    """Windows int64 `[n, T]` on their way. lengths: of their hidden states in the source, over the
+    median of each block, the largest of all blocks."""
 
     def __init__(self, pair: _Pair, tokens: Tensor, folder: Path) -> None:
         self.pair, self.folder = pair, folder
         self.tokens = tokens.to(pair.exact.device)
         self.n_returned = 0
+        self.lengths = torch.zeros(tokens.shape)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, Tensor]:
@@ -118,6 +129,7 @@ class _HeldOut:
         for index in range(len(blocks)):
             call_of = calls.of(index)
             _advance(blocks.load(index), exact, call_of)
+            self.lengths = torch.maximum(self.lengths, relative_lengths(exact).cpu())
             _advance(
                 blocks.rebuild(index, self.pair.finished.read_block(index)), quantized, call_of
             )

@@ -148,7 +148,9 @@ def _held_out(
     if job.outside:
         outside = OutsideReader(reader, lambda: sink.read_block(partial.outside).quantized)
     blocks = Blocks(job.model, reader, device)
-    return measure(blocks, sink, job.tokens.held_out, partial.work_dir, outside)
+    special = special_ids(job.config, job.source.tokenizer)
+    texts, folder = job.tokens.held_out, partial.work_dir
+    return measure(blocks, sink, texts, folder, outside, special=special)
 
 
 def _special_ids(job: Job) -> frozenset[int]:

@@ -7,6 +7,7 @@ from conftest import make_model
 
 import llmq
 from llmq.errors import LlmqError
+from llmq.evaluation.divergence import compare
 from llmq.recipe import Recipe
 from llmq.text.windows import Windows
 
@@ -64,3 +65,28 @@ def test_fewer_bits_diverge_more():
 def test_other_vocabularies_are_refused():
     with pytest.raises(LlmqError, match="2048 and 1024 tokens"):
         llmq.compare(make_model(), make_model(vocab_size=1024), WINDOWS)
+
+
+def test_the_divergence_is_told_by_position():
+    """All of it, and the first token of a window on its own."""
+    base, quant = make_model(), quantized("w3g32")
+    result = llmq.compare(base, quant, WINDOWS)
+    first = llmq.compare(base, quant, Windows(WINDOWS.tokens[:, :2], "none", "", ""))
+    by_position = result["kl_by_position"]
+    assert by_position["first"]["n_positions"] == 24
+    assert by_position["first"]["mean"] == pytest.approx(first["kl_mean"], rel=1e-4)
+    n = sum(each["n_positions"] for each in by_position.values())
+    assert n == 24 * 31
+    whole = sum(each["n_positions"] * each["mean"] for each in by_position.values()) / n
+    assert whole == pytest.approx(result["kl_mean"], rel=1e-9)
+
+
+def test_special_tokens_and_outliers_are_told_apart():
+    base = make_model()
+    with torch.no_grad():
+        base.model.embed_tokens.weight[7] *= 1000
+    windows = Windows(WINDOWS.tokens.clone(), "none", "", "")
+    windows.tokens[:, 5], windows.tokens[:, 9] = 0, 7
+    found = compare(base, quantized("w4g32"), windows, special={0})["kl_by_position"]
+    assert found["special"]["n_positions"] >= 24
+    assert found["outlier"]["n_positions"] >= 24

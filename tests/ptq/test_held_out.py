@@ -36,6 +36,9 @@ def test_it_is_what_compare_says_of_the_same_windows(
         expected = compare(base, quant, Windows(text.tokens, "none", "", ""))
         for name in ("kl_mean", "base_perplexity", "quant_perplexity", "top1_agreement"):
             assert told[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+        assert told["kl_by_position"].keys() == expected["kl_by_position"].keys()
+        told, expected = (each["kl_by_position"]["first"] for each in (told, expected))
+        assert told["mean"] == pytest.approx(expected["mean"], rel=1e-3, abs=1e-5)
 
 
 def test_the_result_is_the_same_without_and_the_screen_says_it(
@@ -79,7 +82,7 @@ def test_a_run_that_goes_on_measures_the_same(
     job = prepare(str(model_folder()), recipe(), calibration=str(calibration_file))
     whole = quantize_folder(job, tmp_path / "whole")["held_out"]
 
-    def killed(*arguments):
+    def killed(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ptq_run, "measure", killed)

@@ -108,8 +108,8 @@ class Run:
     seconds: list[float] = field(default_factory=list)
 
 
-def measure(program: str, *arguments: str) -> Run:
-    """Run a Python process and read its peaks."""
+def measure(program: str, *arguments: str, n_blocks: int | None = None) -> Run:
+    """Run a Python process and read its peaks. n_blocks: end it after so many."""
     run, log, started = Run(), list[str](), 0.0
     with subprocess.Popen(
         [sys.executable, "-c", program + _PEAK, *arguments],
@@ -126,6 +126,10 @@ def measure(program: str, *arguments: str) -> Run:
                     run.after[done] = peak_of(process.pid)
                     run.seconds.append(now - started)
                 started = now
+                if done == n_blocks:
+                    process.kill()
+                    run.peak = run.after[done]
+                    return run
             elif line.startswith("PEAK "):
                 run.peak = int(line.split()[1]) / 1024
     if process.returncode or not run.peak:
@@ -148,6 +152,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--blocks", type=int, help="end each run after so many (default: all)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument(
         "--quantize-options",
@@ -169,9 +174,8 @@ def main() -> None:
                 str(args.sequence_length),
                 *args.quantize_options,
             ]
-            run = measure(
-                _RUN, "quantize", str(Path(folder) / "model"), str(Path(folder) / "out"), *options
-            )
+            model, out = str(Path(folder) / "model"), str(Path(folder) / "out")
+            run = measure(_RUN, "quantize", model, out, *options, n_blocks=args.blocks)
             after = ", ".join(
                 f"{peak - baseline:.0f} after {n}"
                 for n, peak in run.after.items()

@@ -9,17 +9,19 @@ TITLE=PYTHON:KEY, the interpreter of the environment it is installed in and its 
 before is kept in WORK_DIR/results.json and not run again, so that an interrupted run continues and
 another engine can be added later.
 
-Cells: `equal`; `differs by X`, the largest difference of a log-probability; or `refused`, with the
-engine's words below the table."""
+Cells: `equal` or `differs`, with the largest difference of a log-probability; or `refused`, with
+the engine's words below the table. Formats that cannot hold a row have no line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,37 +164,55 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
         yield line
 
 
+def shorten(text: str) -> str:
+    return text if len(text) <= 190 else f"{text[:187].rstrip()}..."
+
+
+class Notes:
+    """Numbered reasons of refusals. Those that differ in numbers and paths alone are one."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}  # without numbers and paths -> the first such reason
+
+    def number(self, engine: str, reason: str, folder: str) -> int:
+        text = f"{engine}: {reason.replace(folder, 'FOLDER')}"
+        key = re.sub(r"\d+", "", text)[:80]
+        self.texts.setdefault(key, text)
+        return list(self.texts).index(key) + 1
+
+    def lines(self) -> list[str]:
+        """Items of a list, in lines of a hundred columns."""
+        items = (f"- ({n}) {text}" for n, text in enumerate(self.texts.values(), 1))
+        return [textwrap.fill(shorten(item), 100, subsequent_indent="  ") for item in items]
+
+
 def cell(result: dict[str, Any]) -> str:
-    if result["result"] == "differs":
-        return f"differs by {result['worst']:.2g}"
-    return str(result["result"])
+    """What stands in the table of a result that is no refusal: in brackets the largest difference
+    of a log-probability."""
+    return f"{result['result']} ({result['worst']:.2g})"
 
 
 def table(results: Results, engines: list[Engine], dtype: str) -> str:
     """Markdown, with the reasons of refusals below."""
     titles = [engine.title for engine in engines]
     lines = [f"| row | format | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
-    reasons: dict[str, list[str]] = {}
-    keys = [(row, format) for row in ROWS for format in FORMATS]
-    for row, format in keys:
-        made = results.known.get(key := f"{row} / {format}")
-        if made is None:
-            continue
-        if "folder" not in made:
-            if format != "auto":
-                continue
-            lines.append(f"| {row} | | {made['reason']} |" + " |" * (len(titles) - 1))
+    notes = Notes()
+    for row, format in ((row, format) for row in ROWS for format in FORMATS):
+        made = results.known.get(f"{row} / {format}")
+        if made is None or "folder" not in made:
             continue
         cells = []
         for engine in engines:
             result = made.get(f"{engine.title} {dtype}")
-            cells.append("" if result is None else cell(result))
-            if result is not None and result["result"] == "refused":
-                reasons.setdefault(f"{engine.title}: {result['reason']}", []).append(key)
+            if result is None:
+                cells.append("")
+            elif result["result"] == "refused":
+                number = notes.number(engine.title, result["reason"], made["folder"])
+                cells.append(f"refused ({number})")
+            else:
+                cells.append(cell(result))
         lines.append(f"| {row} | {made['format']} | {' | '.join(cells)} |")
-    lines.append("")
-    lines += [f"- {reason} ({'; '.join(keys)})" for reason, keys in reasons.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *notes.lines()])
 
 
 def main() -> None:
@@ -224,8 +244,8 @@ def main() -> None:
         ):
             by_folder[found["folder"]][name] = found
             results.write()
-            told = f"{Path(found['folder']).name}: {engine.title}: {cell(found)}"
-            print(told, file=sys.stderr, flush=True)
+            told = found["reason"] if found["result"] == "refused" else cell(found)
+            print(f"{Path(found['folder']).name}: {engine.title}: {told}", file=sys.stderr)
     print(table(results, args.engines, args.dtype))
 
 

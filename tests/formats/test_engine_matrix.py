@@ -64,23 +64,25 @@ def test_the_table_has_a_row_for_each_result_and_the_reasons_below(script, tmp_p
     engine = script.Engine.parse("an engine=/usr/bin/python:vllm")
     assert (engine.python, engine.key) == ("/usr/bin/python", "vllm")
     name = "an engine bfloat16"
-    results.keep("w8 / gptq", {"folder": "b", "format": "gptq", name: {"result": "equal"}})
-    refused = {"result": "refused", "reason": "ValueError: bits"}
-    results.keep("w2g64 / auto", {"folder": "c", "format": "x", name: refused})
+    equal = {"result": "equal", "worst": 0.0123}
+    results.keep("w8 / gptq", {"folder": "/b", "format": "gptq", name: equal})
+    for row, folder in (("w2g64", "/c"), ("w3g64-asym", "/d")):
+        reason = f"ValueError: {row[1]} bits in {folder}"
+        refused = {"result": "refused", "reason": reason}
+        results.keep(f"{row} / auto", {"folder": folder, "format": "x", name: refused})
     results.keep("w4g128 / auto", {"reason": "name the format"})
-    results.keep("w4g128 / awq", {"reason": "is left out"})
     differs = {"result": "differs", "worst": 0.25}
-    results.keep("w4g128 / gptq", {"folder": "a", "format": "gptq", name: differs})
+    results.keep("w4g128 / gptq", {"folder": "/a", "format": "gptq", name: differs})
     known = script.Results(tmp_path / "results.json")
     assert script.table(known, [engine], "bfloat16").splitlines() == [
         "| row | format | an engine |",
         "|---|---|---|",
-        "| w4g128 | | name the format |",
-        "| w4g128 | gptq | differs by 0.25 |",
-        "| w2g64 | x | refused |",
-        "| w8 | gptq | equal |",
+        "| w4g128 | gptq | differs (0.25) |",
+        "| w3g64-asym | x | refused (1) |",
+        "| w2g64 | x | refused (1) |",
+        "| w8 | gptq | equal (0.012) |",
         "",
-        "- an engine: ValueError: bits (w2g64 / auto)",
+        "- (1) an engine: ValueError: 3 bits in FOLDER",
     ]
 
 
@@ -95,7 +97,8 @@ def test_llmq_agrees_with_itself_and_nothing_is_run_twice(
     monkeypatch.setattr(sys, "argv", command)
     script.main()
     written = capsys.readouterr().out
-    assert "| w4 | compressed-tensors | equal |\n| w4 | awq | equal |" in written
+    assert "| w4 | compressed-tensors | equal (" in written
+    assert "| w4 | awq | equal (" in written
     known = json.loads((tmp_path / "work" / "results.json").read_text())
     assert known["w4 / awq"]["llmq bfloat16"]["worst"] > 0
     monkeypatch.setattr(script, "CHECK", tmp_path / "is not run")

@@ -50,15 +50,36 @@ class View(ABC):
         return self.read(slices)[index]
 
 
+class _Parts:
+    """Slices where what is stored may be a view itself. The last matrix that was made stays: gate
+    and up of an expert are cut out of one, and decoding it is what reading them costs."""
+
+    def __init__(self, views: Mapping[str, View], slices: Slices) -> None:
+        self.views, self.slices = views, slices
+        self._last: tuple[str, int] | None = None
+        self._matrix: Tensor | None = None
+
+    def __call__(self, name: str) -> Any:
+        return _SliceOfView(self, name) if name in self.views else self.slices(name)
+
+    def part(self, name: str, index: Any) -> Tensor:
+        if not isinstance(index, int):
+            return self.views[name].part(self.slices, index)
+        if self._matrix is None or self._last != (name, index):
+            self._matrix = self.views[name].part(self.slices, index)
+            self._last = (name, index)
+        return self._matrix
+
+
 @dataclass(frozen=True)
 class _SliceOfView:
-    """Takes the place of a slice of safetensors where what is stored is a view itself."""
+    """Takes the place of a slice of safetensors."""
 
-    view: View
-    slices: Slices
+    parts: _Parts
+    name: str
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.view.part(self.slices, index)
+        return self.parts.part(self.name, index)
 
 
 class ViewedTensors(ShardReader):
@@ -105,14 +126,7 @@ class ViewedTensors(ShardReader):
         return tensors
 
     def slices(self, stack: ExitStack) -> Slices:
-        inner = self.shards.slices(stack)
-
-        def of(name: str) -> Any:
-            if name in self.views:
-                return _SliceOfView(self.views[name], inner)
-            return inner(name)
-
-        return of
+        return _Parts(self.views, self.shards.slices(stack))
 
     def _made(self, name: str, slices: Slices) -> Tensor:
         view, path = self.views[name], self.names[name]

@@ -4,7 +4,7 @@ each layer.
 Most are stored that way. The others are *views*, made while they are read, a tensor at a time, of
 what is stored: the weight of one expert out of a parameter that holds them all, a matrix out of its
 codes and scales. Views may be made of views. Whoever is behind this (names, shapes, hashes, blocks)
-sees the tensors of the model only, and `stored_of` says what each was made of."""
+sees the tensors of the model only, and `as_stored` says how one is stored that stays as it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,10 @@ class View(ABC):
     @abstractmethod
     def read(self, slices: Slices) -> Tensor:
         """A copy in memory."""
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The names that `as_stored` gives."""
+        return (name,)
 
     def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What is stored of a tensor that stays as it is, by name. name: that of the view."""
@@ -97,12 +100,8 @@ class ViewedTensors(ShardReader):
             self.names[name] = shards.names[view.stored[0]]
             self.shapes[name], self.dtypes[name] = view.shape, view.dtype
 
-    def stored_of(self, name: str) -> tuple[str, ...]:
-        """The names of the stored tensors that one is made of."""
-        if name not in self.views:
-            return self.shards.stored_of(name)
-        found = (self.shards.stored_of(stored) for stored in self.views[name].stored)
-        return tuple(dict.fromkeys(chain.from_iterable(found)))
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        return self.views[name].parts_of(name) if name in self.views else (name,)
 
     def paths_of(self, names: Iterable[str]) -> set[Path]:
         """The files that hold what the named tensors are made of."""

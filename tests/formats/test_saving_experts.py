@@ -91,3 +91,14 @@ def test_save_pretrained_of_a_loaded_mixture_keeps_names_and_format(format, mode
         assert all(torch.equal(found[each], tensor) for each, tensor in expected.items())
         again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert torch.equal(logits(again), logits(loaded))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_a_mixture_is_exported_under_its_names(kind, model_folder, tmp_path):
+    llmq.quantize(model_folder(kind), tmp_path / "first", "w4g32", method="rtn")
+    expected = logits(llmq.load(tmp_path / "first"))
+    for format in ("gptq", "llmq", "compressed-tensors"):
+        llmq.export(tmp_path / "first", tmp_path / format, format)
+        assert names_of_first_expert(stored(tmp_path / format)) == OWN_NAMES[kind]
+        assert torch.equal(logits(llmq.load(tmp_path / format)), expected)
+    assert stored(tmp_path / "compressed-tensors").keys() == stored(tmp_path / "first").keys()

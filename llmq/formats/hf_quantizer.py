@@ -343,6 +343,8 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
     from llmq.formats.native import NATIVE
     from llmq.inference.embedding import quantized_tables
     from llmq.inference.module import quantized_modules
+    from llmq.models.compat import conversions, set_conversions, without_merges
+    from llmq.models.experts import LAYERS_OF
     from llmq.models.site import sites_in
 
     layers = quantized_modules(model)
@@ -364,6 +366,7 @@ def state_quantization(model: Any, quantizer: LlmqQuantizer | None = None) -> No
     config = LlmqConfig(**settings)
     if quantizer is None:
         quantizer = LlmqQuantizer(config, pre_quantized=True)
+        set_conversions(model, without_merges(conversions(model), LAYERS_OF))
         model.hf_quantizer = quantizer
         model.quantization_method = METHOD
     if len(activations) > 1:

@@ -18,20 +18,25 @@ from llmq.formats.settings import format_of, quantization_settings
 from llmq.grid.spec import ActSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import linear_shape, quantizable_layers
+from llmq.models.joined_views import joined_views
 from llmq.models.names import check_dtypes, check_shapes, match_names
 from llmq.models.outside import Table, tables_of
+from llmq.models.shards import ShardReader
 from llmq.models.source import Source, meta_model
 from llmq.models.stored import StoredModel
+from llmq.models.tensors import ViewedTensors
 from llmq.recipe import Layer
 
 
 @dataclass(frozen=True)
 class StoredLayers:
-    """source: where it lies. skeleton: the model on the meta device. names: of parameters -> those
-    they are stored under; for a packed layer, `NAME.weight` -> `STORED.weight`, which is not there.
-    packed: of packed layers, `NAME` -> the stored names of their parts by suffix."""
+    """source: where it lies. tensors: what is stored, as the model wants it where it is not packed.
+    skeleton: the model on the meta device. names: of parameters -> those they are stored under; for
+    a packed layer, `NAME.weight` -> `STORED.weight`, which is not there. packed: of packed layers,
+    `NAME` -> the stored names of their parts by suffix."""
 
     source: Source
+    tensors: ShardReader
     skeleton: PreTrainedModel
     names: dict[str, str]
     packed: dict[str, dict[str, str]]
@@ -45,8 +50,10 @@ class StoredLayers:
         if settings is None:
             model = StoredModel.of(source)
             model.check()
-            return cls(source, model.skeleton, model.names, {}, None, {})
-        fmt, skeleton, shards = format_of(settings), meta_model(source.config), source.shards
+            return cls(source, source.tensors, model.skeleton, model.names, {}, None, {})
+        fmt, skeleton = format_of(settings), meta_model(source.config)
+        # No other views: scales are those of packed layers here, experts have layers of their own.
+        shards = ViewedTensors(source.shards, joined_views(skeleton, source.shards))
         parts: dict[str, dict[str, str]] = {}
         others = []
         for name in shards.names:
@@ -65,7 +72,7 @@ class StoredLayers:
             for name, stored in names.items()
             if name not in dense
         }
-        return cls(source, skeleton, names, packed, fmt, settings)
+        return cls(source, shards, skeleton, names, packed, fmt, settings)
 
     @cached_property
     def activations(self) -> ActSpec:
@@ -196,7 +203,7 @@ class StoredLayers:
     def parameter(self, name: str) -> Tensor:
         """A parameter that is stored as it is."""
         stored = self.names[name]
-        tensor = self.source.shards.read([stored])[stored]
+        tensor = self.tensors.read([stored])[stored]
         layer, _, suffix = name.rpartition(".")
         if self.format is not None and suffix == "bias" and layer in self.packed:
             return self.format.bias(tensor, self._parts(layer), self.settings)

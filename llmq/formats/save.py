@@ -28,6 +28,7 @@ from llmq.inference.module import quantized_modules
 from llmq.models.arch import quantizable_layers
 from llmq.models.companions import Companions, copy_companions
 from llmq.models.identity import hub_id, without_places
+from llmq.models.names import original_names
 from llmq.models.older_keys import with_older_keys
 from llmq.models.source import Source, meta_model
 from llmq.models.stored import state_ties
@@ -129,6 +130,7 @@ def save(
     shards = None if source is None else source.shards
     extra = {} if source_dir is None else extra_tensors(model, source_dir, shards)
     tensors, config = format_tensors(model, format, extra)
+    tensors = under_original_names(model, tensors) | extra
     if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise LlmqError(
             f"{offloaded[0]} and {len(offloaded) - 1} other tensors of this model are offloaded; "
@@ -165,8 +167,8 @@ def format_tensors(
     model: PreTrainedModel, name: str, extra: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every tensor of a quantized model by its name, and its `quantization_config`. name: of a
-    format, or "auto". extra: tensors that are stored beside those of the model. Raises `LlmqError`
-    when the model is not quantized, has adapters, or the format cannot hold it."""
+    format, or "auto". extra: tensors that will be stored beside those of the model. Raises
+    `LlmqError` when the model is not quantized, has adapters, or the format cannot hold it."""
     quantized = {
         name: module.qtensor()
         for name, module in quantized_modules(model).items()
@@ -189,12 +191,31 @@ def format_tensors(
     for layer, qtensor in quantized.items():
         role = tables[layer][0] if layer in tables else ""
         tensors.update(layer_tensors(layer, qtensor, fmt.for_role(role)))
-    tensors |= extra or {}
     shapes = {name: tensor.shape for name, tensor in (extra or {}).items()}
     kept = [*kept_matrices(model), *matrices_among(shapes)]
     return tensors, checkpoint_config(
         fmt, plans, act_order=act_order, activations=act_spec, kept=kept
     )
+
+
+def under_original_names(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a model under the names that checkpoints have, which other engines know: what
+    is packed takes the place of `NAME.weight`. Values as they are."""
+    skeleton = meta_model(model.config, type(model))
+    own = skeleton.state_dict().keys()
+    parameter_of = {
+        name: name if name in own else f"{name.rpartition('.')[0]}.weight" for name in tensors
+    }
+    stored = original_names(model, skeleton, dict.fromkeys(parameter_of.values()))
+    found = {}
+    for name, tensor in tensors.items():
+        original = stored[parameter_of[name]]
+        if name not in own:
+            original = f"{original.removesuffix('.weight')}.{name.rpartition('.')[2]}"
+        found[original] = tensor
+    return found
 
 
 def _tell_of_order(fmt: Format, plans: list[LayerPlan], activations: ActSpec) -> None:

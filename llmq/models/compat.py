@@ -27,6 +27,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": ("transformers.models.auto.modeling_auto",),
+    "PrefixChange": ("transformers.core_model_loading",),
     "QuantizationConfigMixin": ("transformers.utils.quantization_config",),
     "WeightConverter": ("transformers.core_model_loading",),
     "WeightRenaming": ("transformers.core_model_loading",),
@@ -176,6 +177,38 @@ def without_merges(transforms: Sequence[Any], layers: Mapping[str, Sequence[str]
             if leaf != layer:
                 pattern = rf"(experts\.\d+)\.{leaf}\."
                 found.append(renaming_class(pattern, rf"\1.{layer}."))
+    return found
+
+
+def conversions(model: Any) -> list[Any]:
+    """What transformers did to the names of stored tensors when it loaded a model or, of one that
+    was made otherwise, does to those of the checkpoints of its family, as `save_pretrained` goes by
+    it."""
+    known: list[Any] | None = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        return known
+    prefix_class = __getattr__("PrefixChange")
+    found = __getattr__("get_model_conversion_mapping")(model, add_legacy=False)
+    return [each for each in found if not isinstance(each, prefix_class)]
+
+
+def set_conversions(model: Any, transforms: Sequence[Any]) -> None:
+    """Have `save_pretrained` undo these."""
+    model._weight_conversions = list(transforms)
+
+
+def undo_renamings(transforms: Sequence[Any], names: Iterable[str]) -> dict[str, str]:
+    """By names of a model: those that the checkpoint has, as far as it has the same tensors under
+    others."""
+    renaming_class = __getattr__("WeightRenaming")
+    renamings = [each for each in transforms if isinstance(each, renaming_class)]
+    backwards = [each.reverse_transform() for each in reversed(renamings)]
+    found = {}
+    for name in names:
+        stored = name
+        for each in backwards:
+            stored, _ = each.rename_source_key(stored)
+        found[name] = stored
     return found
 
 

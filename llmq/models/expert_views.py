@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,7 +37,8 @@ class ExpertView(View):
         part: Tensor = slices(self.stored[0])[self.expert]
         if part.dim() == 2:
             part = self.layout.matrix(part.T if self.is_flipped else part)
-        return self.layout.cut(part, self.layer).contiguous()
+        # A copy, also of what lies as it should: the rest of the matrix is not to stay with it.
+        return self.layout.cut(part, self.layer).clone(memory_format=torch.contiguous_format)
 
 
 def may_hold_experts(shards: ShardReader) -> bool:

@@ -25,6 +25,9 @@ class JoinedView(View):
     def read(self, slices: Slices) -> Tensor:
         return torch.cat([slices(name)[:] for name in self.stored])
 
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        return self.stored
+
     def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         parts = tensor.split(self.sizes)
         return {part: rows.clone() for part, rows in zip(self.stored, parts, strict=True)}

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from llmq.errors import LlmqError
 from llmq.models import compat
 from llmq.models.expert_views import fused_names, layer_of_expert, number_of_expert
-from llmq.models.experts import unfused_in
+from llmq.models.experts import LAYERS_OF, unfused_in
 from llmq.models.keep import is_extra_layer
 from llmq.models.shards import ShardReader
 
@@ -34,6 +34,18 @@ def stored_to_model_names(
                 "and quantize that"
             )
     return names
+
+
+def original_names(
+    model: PreTrainedModel, skeleton: PreTrainedModel, names: Iterable[str]
+) -> dict[str, str]:
+    """Model name -> the name in the checkpoint that the model was loaded from, or else in those of
+    its family. A name that loading would not find its way back from stays as it is. skeleton: the
+    model in full precision, on the meta device. names: of its tensors."""
+    transforms = compat.without_merges(compat.conversions(model), LAYERS_OF)
+    found = compat.undo_renamings(transforms, names)
+    back = stored_to_model_names(skeleton, found.values(), converted=True)
+    return {name: stored if back[stored] == name else name for name, stored in found.items()}
 
 
 def match_names(

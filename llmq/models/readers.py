@@ -94,7 +94,7 @@ class CheckpointReader:
         source."""
         found = {}
         for name, stored in self.names.items():
-            parts = self.shards.stored_of(stored) if stored not in tensors else (stored,)
+            parts = self.shards.parts_of(stored)
             if all(part in tensors for part in parts):
                 values = [tensors[part] for part in parts]
                 found[name] = values[0] if len(values) == 1 else torch.cat(values)

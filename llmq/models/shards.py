@@ -126,13 +126,13 @@ class ShardReader:
         """Bytes of a stored tensor; of a dtype that is not known here, as many as its elements."""
         return prod(self.shapes[name]) * _BYTES.get(self.dtypes[name].lstrip("BFIU"), 1)
 
-    def stored_of(self, name: str) -> tuple[str, ...]:
-        """The names of the stored tensors that one is made of: itself."""
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The names that `as_stored` gives."""
         return (name,)
 
     def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """A tensor under the names that its parts are stored by: its own, but for views of
-        several."""
+        """A tensor in full precision under the names that its parts are stored by: its own, but for
+        views of several."""
         return {name: tensor}
 
     def paths_of(self, names: Iterable[str]) -> set[Path]:

@@ -4,7 +4,7 @@ each layer.
 Most are stored that way. The others are *views*, made while they are read, a tensor at a time, of
 what is stored: the weight of one expert out of a parameter that holds them all, a matrix out of its
 codes and scales. Views may be made of views. Whoever is behind this (names, shapes, hashes, blocks)
-sees the tensors of the model only, and `stored_of` says what each was made of."""
+sees the tensors of the model only, and `as_stored` says how one is stored that stays as it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,10 @@ class View(ABC):
     def read(self, slices: Slices) -> Tensor:
         """A copy in memory."""
 
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The names that `as_stored` gives."""
+        return (name,)
+
     def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What is stored of a tensor that stays as it is, by name. name: that of the view."""
         return {name: tensor}
@@ -50,15 +53,36 @@ class View(ABC):
         return self.read(slices)[index]
 
 
+class _Parts:
+    """Slices where what is stored may be a view itself. The last matrix that was made stays: gate
+    and up of an expert are cut out of one, and decoding it is what reading them costs."""
+
+    def __init__(self, views: Mapping[str, View], slices: Slices) -> None:
+        self.views, self.slices = views, slices
+        self._last: tuple[str, int] | None = None
+        self._matrix: Tensor | None = None
+
+    def __call__(self, name: str) -> Any:
+        return _SliceOfView(self, name) if name in self.views else self.slices(name)
+
+    def part(self, name: str, index: Any) -> Tensor:
+        if not isinstance(index, int):
+            return self.views[name].part(self.slices, index)
+        if self._matrix is None or self._last != (name, index):
+            self._matrix = self.views[name].part(self.slices, index)
+            self._last = (name, index)
+        return self._matrix
+
+
 @dataclass(frozen=True)
 class _SliceOfView:
-    """Takes the place of a slice of safetensors where what is stored is a view itself."""
+    """Takes the place of a slice of safetensors."""
 
-    view: View
-    slices: Slices
+    parts: _Parts
+    name: str
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.view.part(self.slices, index)
+        return self.parts.part(self.name, index)
 
 
 class ViewedTensors(ShardReader):
@@ -76,12 +100,8 @@ class ViewedTensors(ShardReader):
             self.names[name] = shards.names[view.stored[0]]
             self.shapes[name], self.dtypes[name] = view.shape, view.dtype
 
-    def stored_of(self, name: str) -> tuple[str, ...]:
-        """The names of the stored tensors that one is made of."""
-        if name not in self.views:
-            return self.shards.stored_of(name)
-        found = (self.shards.stored_of(stored) for stored in self.views[name].stored)
-        return tuple(dict.fromkeys(chain.from_iterable(found)))
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        return self.views[name].parts_of(name) if name in self.views else (name,)
 
     def paths_of(self, names: Iterable[str]) -> set[Path]:
         """The files that hold what the named tensors are made of."""
@@ -105,14 +125,7 @@ class ViewedTensors(ShardReader):
         return tensors
 
     def slices(self, stack: ExitStack) -> Slices:
-        inner = self.shards.slices(stack)
-
-        def of(name: str) -> Any:
-            if name in self.views:
-                return _SliceOfView(self.views[name], inner)
-            return inner(name)
-
-        return of
+        return _Parts(self.views, self.shards.slices(stack))
 
     def _made(self, name: str, slices: Slices) -> Tensor:
         view, path = self.views[name], self.names[name]

@@ -67,6 +67,16 @@ def test_what_it_becomes_is_what_the_model_in_bfloat16_becomes(
     assert settings["format"] == "llmq"
 
 
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_what_it_becomes_may_be_of_the_same_format(format, tmp_path, tokenizer):
+    """Whose parts have the names of those that are read."""
+    folder = packed(tmp_path / "packed", tokenizer, format)
+    recipe = Recipe.uniform("w8", method="rtn")
+    llmq.quantize(folder, tmp_path / "out", recipe, format=format, allow_requantize=True)
+    found = quantized_modules(llmq.load(tmp_path / "out"))
+    assert {str(module.spec) for module in found.values()} == {"w8"}
+
+
 def test_on_the_command_line(tmp_path, tokenizer, capsys):
     folder = packed(tmp_path / "packed", tokenizer, "gptq")
     command = [str(folder), "--method", "rtn", "--rule", "*.down_proj=keep", "--bits", "3"]

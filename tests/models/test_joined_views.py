@@ -1,4 +1,5 @@
-"""What transformers makes one tensor of while it loads is stored in its parts again."""
+"""What transformers makes one tensor of while it loads is stored in its parts again, whoever writes
+it."""
 
 import pytest
 import torch
@@ -49,3 +50,48 @@ def test_parts_are_one_tensor_of_the_model_and_are_stored_as_they_were(folder, t
     tokens = torch.arange(1, 33)[None]
     full, quantized = (llmq.load(path)(tokens).logits for path in (folder, tmp_path / "out"))
     assert (full - quantized).norm() < 0.05 * full.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "format", ["gptq", pytest.param("compressed-tensors", marks=pytest.mark.slow)]
+)
+def test_a_quantized_folder_is_exported_with_its_parts(format, folder, tmp_path):
+    llmq.quantize(folder, tmp_path / "first", "w4g32", method="rtn")
+    llmq.export(tmp_path / "first", tmp_path / "second", format)
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
+    )
+    for part in PARTS:
+        name = f"model.layers.0.linear_attn.{part}.weight"
+        assert torch.equal(before[name], after[name])
+    tokens = torch.arange(1, 33)[None]
+    logits = [llmq.load(tmp_path / name)(tokens).logits for name in ("first", "second")]
+    assert torch.equal(*logits)
+
+
+def test_a_quantized_folder_is_quantized_again(folder, tmp_path):
+    llmq.quantize(folder, tmp_path / "first", "w8", method="rtn")
+    llmq.quantize(
+        tmp_path / "first", tmp_path / "second", "w4g32", method="rtn", allow_requantize=True
+    )
+    after = load_file(tmp_path / "second" / "model.safetensors")
+    assert all(f"model.layers.0.linear_attn.{part}.weight" in after for part in PARTS)
+
+
+def test_an_adapter_is_merged_beside_parts(folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+    llmq.quantize(folder, tmp_path / "first", "w8", method="rtn")
+    model = llmq.load(tmp_path / "first")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    llmq.merge_adapter(tmp_path / "first", tmp_path / "adapter", out=tmp_path / "second")
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".down_proj." in name for name in changed)

@@ -17,6 +17,8 @@ from llmq.commands.cli import main
 from llmq.errors import LlmqError
 from llmq.grid.small_floats import e2m1_values, e8m0_values
 from llmq.models.low_precision import decoded
+from llmq.models.mxfp4_views import Mxfp4View
+from llmq.models.scaled_views import ScaledView
 from llmq.models.shards import ShardReader
 from llmq.models.source import Source
 
@@ -238,3 +240,28 @@ def test_scales_that_do_not_fit_and_blocks_that_are_none(tmp_path):
     shards = reader(tmp_path, stored | {"a.weight_scale_inv": torch.full((), torch.nan)})
     with pytest.raises(LlmqError, match=r"tensor a\.weight, made of .* holds 64 NaN"):
         shards.read(["a.weight"])
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "FP8"])
+def test_gate_and_up_of_an_expert_are_decoded_once(kind, tmp_path, tokenizer, monkeypatch):
+    if kind == "MXFP4":
+        gpt_oss(tmp_path, tokenizer)
+    else:
+        make_model("qwen3_moe").save_pretrained(tmp_path, save_original_format=False)
+        tensors = load_file(tmp_path / "model.safetensors")
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        tensors[name], tensors[f"{name}_scale_inv"] = fp8(tensors[name], (32, 32))
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    view_class, calls = (Mxfp4View if kind == "MXFP4" else ScaledView), []
+    part = view_class.part
+    monkeypatch.setattr(
+        view_class, "part", lambda *args: calls.append(args[2]) or part(*args), raising=True
+    )
+    tensors = Source.open(tmp_path).tensors
+    prefix = "model.layers.0.mlp.experts"
+    names = [f"{prefix}.{i}.{layer}_proj.weight" for i in range(2) for layer in ("gate", "up")]
+    found = tensors.read(names)
+    assert calls == [0, 1]
+    for name, tensor in found.items():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, "no more of it than it is"
+        assert torch.equal(tensor, tensors.read([name])[name])

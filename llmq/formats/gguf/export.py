@@ -138,7 +138,7 @@ def _plan(layers: StoredLayers, config: PretrainedConfig, family: Family) -> lis
 
 def _dense_type(layers: StoredLayers, name: str, shape: tuple[int, ...]) -> GgmlType:
     """Of a tensor in full precision: matrices as they are stored, the rest in float32."""
-    dtype = layers.source.shards.dtypes[layers.names[name]]
+    dtype = layers.tensors.dtypes[layers.names[name]]
     return BY_NAME[dtype if len(shape) > 1 and dtype in DENSE else "F32"]
 
 

@@ -18,9 +18,27 @@ from llmq.models.compat import BaseModelOutputWithPast
 from llmq.qat.losses import Head, LossWeights, distillation_loss
 
 
+def base_of(model: PreTrainedModel) -> nn.Module:
+    """What gives the hidden states that enter the output head. Llama 4 calls its base by another
+    name than it has, and then transformers takes the model itself for it: the module that the
+    embeddings lie in is meant. Raises `LlmqError` where there is none but the model."""
+    if model.base_model is not model:
+        return model.base_model
+    embeddings = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is embeddings]
+    base = model.get_submodule(names[0].rpartition(".")[0]) if names else model
+    if base is model:
+        raise LlmqError(
+            f"{type(model).__name__}: has no base model of its own, which the loss in chunks "
+            "needs; llmq quantize works for it"
+        )
+    return base
+
+
 def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The hidden states `[B, T, D]` that enter the output head."""
-    return model.base_model(input_ids=input_ids, use_cache=False)[0]
+    hidden: Tensor = base_of(model)(input_ids=input_ids, use_cache=False)[0]
+    return hidden
 
 
 class _Given(BaseModelOutputWithPast):  # type: ignore[misc]  # of transformers, untyped
@@ -38,7 +56,7 @@ def head_of(model: PreTrainedModel) -> Head:
     own forward pass runs on a base model that only hands them over. Families differ in what lies
     there: soft caps, scales of the logits (Granite, Cohere) or of the hidden states."""
     # OPT calls the decoder inside its base model.
-    candidates = dict.fromkeys([model.base_model, model.get_decoder()])
+    candidates = dict.fromkeys([base_of(model), model.get_decoder()])
     bases = [base for base in candidates if base is not None and base is not model]
 
     def head(hidden: Tensor) -> Tensor:
@@ -62,10 +80,11 @@ def head_of(model: PreTrainedModel) -> Head:
 def check_student(model: PreTrainedModel) -> None:
     """Raise `LlmqError`, before anything is computed, for a model on the meta device whose forward
     pass cannot be taken apart into hidden states and head."""
-    if model.base_model is model or model.get_output_embeddings() is None:
+    base_of(model)
+    if model.get_output_embeddings() is None:
         raise LlmqError(
-            f"{type(model).__name__}: has no base model and output head of its own, which the loss "
-            "in chunks needs; llmq quantize works for it"
+            f"{type(model).__name__}: has no output head of its own, which the loss in chunks "
+            "needs; llmq quantize works for it"
         )
 
 

@@ -11,7 +11,7 @@ from llmq.models.source import meta_model
 from llmq.qat.job import prepare_job
 from llmq.qat.losses import LossWeights
 from llmq.qat.settings import QATSettings, Scheme
-from llmq.qat.student import Student, check_head, check_student, head_of, last_hidden
+from llmq.qat.student import Student, base_of, check_head, check_student, head_of, last_hidden
 from llmq.recipe import Rule
 
 TOKENS = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,13 @@ def test_the_loss_of_a_model_that_scales_its_logits_is_that_of_its_logits():
 def test_a_model_that_cannot_be_taken_apart_is_refused_before_anything_is_computed():
     model = make_model()
     model.base_model_prefix = "nothing"
-    with pytest.raises(LlmqError, match="no base model and output head of its own"):
+    assert base_of(model) is model.model  # by its embeddings
+    model.get_input_embeddings = lambda: None
+    with pytest.raises(LlmqError, match="no base model of its own"):
+        check_student(model)
+    model = make_model()
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(LlmqError, match="no output head of its own"):
         check_student(model)
 
 

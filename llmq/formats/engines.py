@@ -190,8 +190,9 @@ ENGINES = (
             "gptq": rules.anything,
             "gptq_v2": rules.anything,
             "awq": rules.awq_in_groups,
+            "bitnet": rules.anything,
         },
-        "it opens GPTQ and AWQ",
+        "it opens GPTQ, AWQ and BitNet",
         {"llmq": _RANDOM},
     ),
     Engine(

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from llmq.models.experts import DOWN, GATE, UP, Expert, Routed, Sorted, UnfusedExperts
 from llmq.ptq.capture import Stop
 from llmq.ptq.groups import InputGroup, Measured, Recording
-from llmq.ptq.stats import LayerStats
+from llmq.ptq.stats import LayerStats, sums_at_once
 from llmq.ptq.streams import Streams
 from llmq.storage.hidden_states import ActivationFile
 
 WAVE_BYTES = 512_000_000  # of statistics that grow side by side
+CHUNK_BYTES = 64_000_000  # of inputs, in float32
 FEW_ROWS = 32  # an expert with fewer is measured on all tokens of its layer alone
-GROWING = 4  # sums beside each other while a tree of them grows: see `LayerStats`
 
 
 Groups = dict[int, InputGroup | None]  # of the experts of a wave, by number
@@ -44,10 +44,12 @@ Whole = Callable[[int, InputGroup], LayerStats]  # an expert's statistics over a
 @dataclass
 class RoutedStream:
     """What enters a module of experts, for all tokens of a stream. index, choices: the routing by
-    batch. shape: of the inputs of one token `(S, K)`, known from the first batch on."""
+    chunk, which is as many batches as `CHUNK_BYTES` of inputs allow: the rows that an expert gets
+    of one batch are few, and adding them costs a pass over its statistics. shape: of the inputs of
+    one token `(S, K)`, known from the first batch on."""
 
     index: list[Tensor] = field(default_factory=list)
-    # Found once: there are two passes over all batches for every wave of experts.
+    # Found once: there are two passes over all chunks for every wave of experts.
     choices: list[Sorted] = field(default_factory=list)
     shape: tuple[int, int] = (0, 0)
 
@@ -56,7 +58,8 @@ class RoutedStream:
         self, module: nn.Module, file: RoutedFile, *, stop: bool = False
     ) -> Iterator[None]:
         """Keep what a module is called with. stop: end each call of the block there."""
-        self.index, self.choices, append = [], [], None
+        chosen: list[Tensor] = []
+        append = None
         with ExitStack() as stack:
 
             def keep(module: UnfusedExperts, args: Any, kwargs: Any) -> None:
@@ -66,18 +69,25 @@ class RoutedStream:
                     self.shape = (routed.x.shape[1], routed.x.shape[2])
                     append = stack.enter_context(file.rows(self.shape).appender(durable=False))
                 append(routed.x.reshape(-1, file.length, self.shape[0] * self.shape[1]))
-                chosen = routed.index.clamp(max=module.n_experts)
-                self.index.append(chosen.to("cpu", torch.int16))
-                self.choices.append(Sorted.of(chosen))
+                chosen.append(routed.index.clamp(max=module.n_experts))
                 if stop:
                     raise Stop
 
             stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
             yield
+        self._gather(chosen)
 
-    def batches(self, file: RoutedFile, streams: Streams) -> Iterator[Routed]:
-        """What was recorded, batch by batch, in float32."""
-        rows = file.rows(self.shape).batches(streams.batch_size)
+    def _gather(self, chosen: list[Tensor]) -> None:
+        """Routing by batch to routing by chunk."""
+        n_bytes = 4 * len(chosen[0]) * self.shape[0] * self.shape[1]
+        step = max(1, CHUNK_BYTES // n_bytes)
+        chunks = [torch.cat(chosen[i : i + step]) for i in range(0, len(chosen), step)]
+        self.choices = [Sorted.of(chunk) for chunk in chunks]
+        self.index = [chunk.to("cpu", torch.int16) for chunk in chunks]
+
+    def chunks(self, file: RoutedFile, streams: Streams) -> Iterator[Routed]:
+        """What was recorded, chunk by chunk, in float32."""
+        rows = file.rows(self.shape).batches(len(self.index[0]) // file.length)
         for x, index, choices in zip(rows, self.index, self.choices, strict=True):
             inputs = x.to(streams.device, torch.float32).view(-1, *self.shape)
             yield Routed(inputs, index.to(streams.device, torch.int64), choices)
@@ -149,7 +159,7 @@ class ExpertsStage:
         assert isinstance(module, UnfusedExperts)
         measuring = _Measuring(self, recording, streams, block, module)
         measuring.record(index)
-        for wave in self._waves(module, recording):
+        for wave in self._waves(module, recording, len(measuring.quantized.index)):
             originals = {number: copy.deepcopy(module.expert(number)) for number in wave}
             yield measuring.inputs(wave)
             yield measuring.inner(originals)
@@ -169,12 +179,14 @@ class ExpertsStage:
         path = streams.work_dir / f"routed-{what}-{self.name}.bin"
         return RoutedFile(path, streams.length, dtype)
 
-    def _waves(self, module: UnfusedExperts, recording: Recording) -> Iterator[list[int]]:
+    def _waves(
+        self, module: UnfusedExperts, recording: Recording, n_chunks: int
+    ) -> Iterator[list[int]]:
         """Experts with layers to solve, so many at a time as memory is meant for."""
         below = (name.removeprefix(self.name + ".") for name in self.layers)
         numbers = sorted({int(name.partition(".")[0]) for name in below})
         k = max(module.expert(numbers[0]).layer(part).in_features for part in (UP, DOWN))
-        each = GROWING * 4 * k * k * (2 if recording.both else 1)
+        each = sums_at_once(n_chunks) * 4 * k * k * (2 if recording.both else 1)
         step = max(1, WAVE_BYTES // each)
         for start in range(0, len(numbers), step):
             yield numbers[start : start + step]
@@ -240,10 +252,11 @@ class _Measuring:
 
     def _empty(self, groups: Groups) -> dict[int, LayerStats]:
         return {
-            number: self.recording.empty(self.streams, self.block, group)
-            for number, group in groups.items()
-            if group is not None
+            number: self._of_group(group) for number, group in groups.items() if group is not None
         }
+
+    def _of_group(self, group: InputGroup) -> LayerStats:
+        return self.recording.empty(self.streams, self.block, group, len(self.quantized.index))
 
     def _finished(self, groups: Groups, stats: dict[int, LayerStats], whole: Whole) -> Measured:
         """The statistics of each expert, with those over all tokens where it has few rows."""
@@ -264,7 +277,7 @@ class _Measuring:
         return measured
 
     def _whole_inputs(self, number: int, group: InputGroup) -> LayerStats:
-        empty = self.recording.empty(self.streams, self.block, group)
+        empty = self._of_group(group)
         if empty.projection is None and self.whole is not None:
             return copy.copy(self.whole)
         for x, y in self._pairs():
@@ -275,7 +288,7 @@ class _Measuring:
         return found
 
     def _whole_inner(self, number: int, group: InputGroup, original: Expert) -> LayerStats:
-        found = self.recording.empty(self.streams, self.block, group)
+        found = self._of_group(group)
         for x, y in self._pairs():
             inner = self.module.inner(self.module.expert(number), x.rows)
             exact = None
@@ -285,13 +298,13 @@ class _Measuring:
         return found.finish()
 
     def _pairs(self) -> Iterator[tuple[Routed, Routed | None]]:
-        """What enters in both streams, batch by batch."""
-        quantized = self.quantized.batches(self.stage.file(self.streams, "own"), self.streams)
+        """What enters in both streams, chunk by chunk."""
+        quantized = self.quantized.chunks(self.stage.file(self.streams, "own"), self.streams)
         if not self.recording.both:
             yield from ((x, None) for x in quantized)
             return
         file = self.stage.file(self.streams, "exact")
-        yield from zip(quantized, self.stage.exact.batches(file, self.streams), strict=True)
+        yield from zip(quantized, self.stage.exact.chunks(file, self.streams), strict=True)
 
 
 def _matches(tokens: Tensor, exact: Routed, number: int) -> tuple[Tensor, Tensor]:

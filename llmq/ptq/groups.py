@@ -34,9 +34,12 @@ class Recording:
     ranges: bool
     all_experts: bool = False
 
-    def empty(self, streams: Streams, block: nn.Module, group: InputGroup) -> LayerStats:
+    def empty(
+        self, streams: Streams, block: nn.Module, group: InputGroup, n_chunks: int | None = None
+    ) -> LayerStats:
         """Statistics without rows. What is to be added of the full-precision model are its inputs,
-        or the outputs of a single layer that narrows."""
+        or the outputs of a single layer that narrows. n_chunks: that will be added, None for a
+        batch each."""
         weight = linear_weight(block.get_submodule(group.first))
         return LayerStats(
             weight.shape[1],
@@ -44,7 +47,7 @@ class Recording:
             cross=self.both,
             projection=weight if self.both and narrows(block, group.layers) else None,
             ranges=RangeObserver() if self.ranges else None,
-            n_chunks=streams.n_batches,
+            n_chunks=n_chunks or streams.n_batches,
         )
 
 

@@ -45,6 +45,8 @@ from llmq.text.documentation import DOCUMENTATION
 from llmq.text.held_out import begun_with, held_out_texts, window_starts
 from llmq_kernels.core import restricted
 
+_NEAR = "within 1/256 of its value"  # what rounding to 8 digits is off by, at most
+
 
 @dataclass(frozen=True)
 class Job:
@@ -230,7 +232,14 @@ def _remarks_on_precision(
     if kept:
         remarks["kept weights"] = (
             f"{len(kept)} are stored in fewer bits, the first being {kept[0]} "
-            f"({kind_of(tensors, stored.names[kept[0]])}), and are written as bfloat16"
+            f"({kind_of(tensors, stored.names[kept[0]])}), and are written as bfloat16, each "
+            f"{_NEAR}"
+        )
+    if decoded := [name for name in stored.others if kind_of(tensors, name) is not None]:
+        remarks["copied weights"] = (
+            f"{len(decoded)} that {type(stored.skeleton).__name__} does not load are stored in "
+            f"fewer bits, the first being {decoded[0]} ({kind_of(tensors, decoded[0])}), and are "
+            f"written as bfloat16, each {_NEAR}"
         )
     return remarks
 

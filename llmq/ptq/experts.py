@@ -37,6 +37,21 @@ FEW_ROWS = 32  # an expert with fewer is measured on all tokens of its layer alo
 GROWING = 4  # sums beside each other while a tree of them grows: see `LayerStats`
 
 
+def widest_input(expert: Expert) -> int:
+    """The most columns that one of its layers has."""
+    return max(expert.layer(part).in_features for part in (UP, DOWN))
+
+
+def statistics_bytes(k: int, *, both: bool) -> int:
+    """What statistics of inputs `[.., K]` take while they grow, at most."""
+    return GROWING * 4 * k * k * (2 if both else 1)
+
+
+def wave_size(k: int, *, both: bool) -> int:
+    """How many experts are measured at a time. k: the most columns of a layer."""
+    return max(1, WAVE_BYTES // statistics_bytes(k, both=both))
+
+
 @dataclass
 class RoutedStream:
     """What enters a module of experts, for all tokens of a stream. index, choices: the routing by
@@ -169,9 +184,7 @@ class ExpertsStage:
         """Experts with layers to solve, so many at a time as memory is meant for."""
         below = (name.removeprefix(self.name + ".") for name in self.layers)
         numbers = sorted({int(name.partition(".")[0]) for name in below})
-        k = max(module.expert(numbers[0]).layer(part).in_features for part in (UP, DOWN))
-        each = GROWING * 4 * k * k * (2 if recording.both else 1)
-        step = max(1, WAVE_BYTES // each)
+        step = wave_size(widest_input(module.expert(numbers[0])), both=recording.both)
         for start in range(0, len(numbers), step):
             yield numbers[start : start + step]
 

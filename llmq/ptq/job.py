@@ -3,8 +3,8 @@ format and the text, and every check that can be made by then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -53,7 +53,8 @@ class Job:
     """Everything known before anything is computed. config, model: what the stored tensors are, on
     the meta device. tokens: None for methods without data. remarks: what is to be known of the
     model or the format. outside: embeddings and head, where they are quantized. n_others: numbers
-    in stored tensors that the model has no place for, which are copied."""
+    in stored tensors that the model has no place for, which are copied. stored: the names that
+    layers are stored under, where they are others than those of the model."""
 
     source: Source
     config: PretrainedConfig
@@ -65,6 +66,7 @@ class Job:
     remarks: dict[str, str]
     outside: tuple[LayerPlan, ...] = ()
     n_others: int = 0
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def all_plans(self) -> list[LayerPlan]:
@@ -80,7 +82,13 @@ class Job:
     def result(self) -> Result:
         """What is asked of other engines."""
         is_ordered = self.recipe.order == "act"
-        return result_of(self.fmt, self.all_plans, self.recipe.activations, act_order=is_ordered)
+        return result_of(
+            self.fmt,
+            self.all_plans,
+            self.recipe.activations,
+            act_order=is_ordered,
+            stored=self.stored,
+        )
 
     def precision(self, device: str) -> Precision:
         """What the parts of the run are computed in on a device."""
@@ -142,7 +150,8 @@ def prepare(
     fmt = choose_format(format, every, recipe.activations, act_order=is_ordered)
     if strict:
         _check_unchanged(every)
-    result = result_of(fmt, every, recipe.activations, act_order=is_ordered)
+    names = _other_names(stored)
+    result = result_of(fmt, every, recipe.activations, act_order=is_ordered, stored=names)
     remarks = {f"format {fmt.name}": told} if (told := refused_by(result)) else {}
     remarks |= stored.remarks(strict) | _remarks_on_precision(source, stored, every)
     tokens = None
@@ -174,7 +183,18 @@ def prepare(
         remarks=remarks,
         outside=tuple(outside),
         n_others=n_others,
+        stored=names,
     )
+
+
+def _other_names(stored: StoredModel) -> dict[str, str]:
+    """Names of layers -> those that they are stored under, where these are others."""
+    weights = {
+        name.removesuffix(".weight"): its.removesuffix(".weight")
+        for name, its in stored.names.items()
+        if name.endswith(".weight")
+    }
+    return {name: its for name, its in weights.items() if its != name}
 
 
 def _unnamed_format(plans: list[LayerPlan], recipe: Recipe) -> LlmqError:

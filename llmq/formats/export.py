@@ -177,6 +177,7 @@ def _result(layers: StoredLayers, conversion: Conversion) -> Result:
         conversion.plans,
         layers.activations,
         act_order=conversion.has_order,
+        stored={plan.layer.name: layers.stored_name(plan.layer.name) for plan in conversion.plans},
     )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llmq.errors import LlmqError
 from llmq.models.keep import is_extra_layer
 from llmq.models.shards import ShardReader
+from llmq.models.source import Source
 
 
 def matrices_among(shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -24,9 +25,10 @@ def extra_tensors(
     model: PreTrainedModel, source_dir: Path, shards: ShardReader | None = None
 ) -> dict[str, Tensor]:
     """What the folder that a model was loaded from has of layers that its class does not load (see
-    `llmq.models.keep`), as it is. shards: of that folder, where it is open."""
+    `llmq.models.keep`), in bfloat16 what is stored in few bits. shards: of that folder, where it is
+    open."""
     try:
-        shards = shards or ShardReader(source_dir)
+        shards = shards or Source(source_dir).decoded
     except LlmqError:  # of a folder that has gone, or has weights of another kind
         return {}
     names = [name for name in shards.names if is_extra_layer(name, model.config)]

@@ -4,6 +4,7 @@ Nothing of a format is imported before it is needed, so that the command line ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -100,13 +101,20 @@ def has_groups(plans: list[LayerPlan]) -> bool:
 
 
 def result_of(
-    fmt: Format, plans: list[LayerPlan], activations: ActSpec, *, act_order: bool = False
+    fmt: Format,
+    plans: list[LayerPlan],
+    activations: ActSpec,
+    *,
+    act_order: bool = False,
+    stored: Mapping[str, str] | None = None,
 ) -> Result:
-    """What engines are asked about, of a model that is written in a format."""
+    """What engines are asked about, of a model that is written in a format. stored: the names of
+    layers in the result, where they are others than those of the model."""
     from llmq.formats.engine_rules import Result
 
-    implied = fmt.activations or activations
-    return Result(fmt.name, _specs(plans), implied, act_order and has_groups(plans))
+    implied, names = fmt.activations or activations, stored or {}
+    specs = {names.get(name, name): spec for name, spec in _specs(plans).items()}
+    return Result(fmt.name, specs, implied, act_order and has_groups(plans))
 
 
 def _first_choice(plans: list[LayerPlan], activations: ActSpec, *, act_order: bool) -> Format:

@@ -127,7 +127,7 @@ def save(
     target = files.real_path(target)
     state_ties(model)
     source_dir = source_folder(model)
-    shards = None if source is None else source.shards
+    shards = None if source is None else source.decoded
     extra = {} if source_dir is None else extra_tensors(model, source_dir, shards)
     tensors, config = format_tensors(model, format, extra)
     tensors = under_original_names(model, tensors) | extra

@@ -32,7 +32,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "WeightConverter": ("transformers.core_model_loading",),
     "WeightRenaming": ("transformers.core_model_loading",),
     "get_available_reporting_integrations": ("transformers.integrations",),
+    "get_checkpoint_conversion_mapping": ("transformers.conversion_mapping",),
     "get_model_conversion_mapping": ("transformers.conversion_mapping",),
+    "register_checkpoint_conversion_mapping": ("transformers.conversion_mapping",),
     "register_quantization_config": ("transformers.quantizers",),
     "register_quantizer": ("transformers.quantizers",),
     "rename_source_key": ("transformers.core_model_loading",),
@@ -47,6 +49,9 @@ PACKAGES = {
     "compressed-tensors": "compressed_tensors",
     "gptq": "gptqmodel",
 }
+# Tensors that transformers saves under the name that they have in the model, and then takes for
+# others while it loads, since a rule for the original checkpoint's fits by accident. By model type.
+LOST = {"deepseek_v4": ("model.norm.weight",)}
 SDPA = "sdpa"  # what transformers calls torch's attention
 
 
@@ -177,6 +182,31 @@ def without_merges(transforms: Sequence[Any], layers: Mapping[str, Sequence[str]
             if leaf != layer:
                 pattern = rf"(experts\.\d+)\.{leaf}\."
                 found.append(renaming_class(pattern, rf"\1.{layer}."))
+    return found
+
+
+def find_lost_tensors(model_type: str) -> list[str]:
+    """Give transformers one more rule for each tensor in `LOST` that it would not find when it
+    loads a model of this type. Returns their names."""
+    if model_type not in LOST:
+        return []
+    get_rules, renaming_class = (
+        __getattr__("get_checkpoint_conversion_mapping"),
+        __getattr__("WeightRenaming"),
+    )
+    # Rules that are tried out remember it, so these are not the ones that will be used.
+    tried: list[Any] = get_rules(model_type) or []
+    renamings = [each for each in tried if isinstance(each, renaming_class)]
+    rules, found = get_rules(model_type), []
+    for name in LOST[model_type]:
+        taken = name
+        for each in renamings:
+            taken, _ = each.rename_source_key(taken)
+        if taken != name:
+            rules.append(renaming_class(f"^{re.escape(taken)}", name))
+            found.append(name)
+    if found:
+        __getattr__("register_checkpoint_conversion_mapping")(model_type, rules, overwrite=True)
     return found
 
 

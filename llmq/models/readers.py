@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -37,15 +37,20 @@ class CheckpointReader:
 
     def read_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         stored = {self.names[name]: name for name in names if name in self.names}
-        paths = self.shards.paths_of(stored)
+        return {stored[name]: tensor for name, tensor in self.read_stored(stored).items()}
+
+    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by their names in the source."""
+        names = list(names)
+        paths = self.shards.paths_of(names)
         try:
-            tensors = self.shards.read(stored)
+            tensors = self.shards.read(names)
         finally:  # a file that is another by now is the reason of whatever went wrong
             if self.source is not None:
                 self.source.check(paths)
         if self.source is not None:
             self._read |= {name: _hash(tensor) for name, tensor in tensors.items()}
-        return {stored[name]: tensor for name, tensor in tensors.items()}
+        return tensors
 
     def places(self, names: Sequence[str]) -> dict[str, StoredTensor]:
         """Where stored tensors lie, to be copied as they are."""

@@ -126,6 +126,10 @@ class ShardReader:
         """Bytes of a stored tensor; of a dtype that is not known here, as many as its elements."""
         return prod(self.shapes[name]) * _BYTES.get(self.dtypes[name].lstrip("BFIU"), 1)
 
+    def is_as_stored(self, name: str) -> bool:
+        """Whether a tensor lies in its file as it is read."""
+        return True
+
     def parts_of(self, name: str) -> tuple[str, ...]:
         """The names that `as_stored` gives."""
         return (name,)

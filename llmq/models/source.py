@@ -190,6 +190,7 @@ def _read_config(source: Source) -> PretrainedConfig:
         if not isinstance(text, PretrainedConfig):
             raise TypeError(f"the config of its text model is no object but {text!r}")
         check_supported(config)
+        compat.find_lost_tensors(config.model_type)
         source.config_changes = set_config_values(config)
         check_buffers(config, path)
         _refuse_adapter(source.folder)

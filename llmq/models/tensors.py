@@ -100,6 +100,9 @@ class ViewedTensors(ShardReader):
             self.names[name] = shards.names[view.stored[0]]
             self.shapes[name], self.dtypes[name] = view.shape, view.dtype
 
+    def is_as_stored(self, name: str) -> bool:
+        return name not in self.views and self.shards.is_as_stored(name)
+
     def parts_of(self, name: str) -> tuple[str, ...]:
         return self.views[name].parts_of(name) if name in self.views else (name,)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from llmq.models import compat
 from llmq.models.arch import find_blocks
-from llmq.models.experts import choices_of, token_shares, unfused_in
+from llmq.models.experts import DOWN, UP, choices_of, token_shares, unfused_in
 from llmq.models.site import sites_in
+from llmq.ptq.experts import GROWING, statistics_bytes, wave_size, widest_input
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.methods.base import Windows
@@ -59,10 +60,12 @@ def work_bytes(job: Job) -> int:
 
 def peak_bytes(job: Job) -> int:
     """Peak resident memory above the loaded libraries: the largest of recording what the blocks are
-    called with (embeddings in float32, beside what they were read as), a float32 block (and its
-    stored copy) with its largest solve, and writing embeddings and head."""
+    called with (embeddings in float32, beside what they were read as), the largest float32 block
+    (and its stored copy) with its largest solve, and writing embeddings and head."""
     _, blocks = find_blocks(job.model)
-    block = 6 * sum(prod(parameter.shape) for parameter in blocks[0].parameters())
+    block = 6 * max(
+        sum(prod(parameter.shape) for parameter in each.parameters()) for each in blocks
+    )
     outside = _outside(job)
     writing = 2 * element_bytes(job) * sum(outside.values())  # once more as bytes of the file
     if job.tokens is None:
@@ -81,7 +84,31 @@ def peak_bytes(job: Job) -> int:
     batch = 4 * batch_size(job.plans, length) * length * widest * 4
     # which writes its text as a whole, in what it is stored in or float32
     own_text = 2 * job.source.decoded_bytes if job.tokens.source == SELF else 0
+    solve = max(solve, _experts_bytes(job))
     return int(max(recording, block + max(solve, tuning) + batch, writing, own_text))
+
+
+def _experts_bytes(job: Job) -> int:
+    """Of the experts that are measured and solved at a time: copies of them as they were, and
+    statistics, while these grow or beside the layers that are solved side by side."""
+    modules = unfused_in(job.model)
+    quantized = {_module_of(plan.layer.name) for plan in job.plans if plan.spec}
+    found = [module for name, module in modules.items() if name in quantized]
+    if not found:
+        return 0
+    method = method_of(job.recipe)
+    both = method.needs(job.recipe).both_streams
+    expert = found[0].expert(0)
+    k = widest_input(expert)
+    n_experts = min(found[0].n_experts, wave_size(k, both=both))
+    growing = n_experts * statistics_bytes(k, both=both)
+    inner = expert.layer(DOWN).in_features
+    n_before = sum(site.shape[0] for site in sites_in(expert)) - expert.layer(DOWN).out_features
+    # What reads the inputs is solved as one layer.
+    shapes = [(n_before, expert.layer(UP).in_features), (expert.layer(DOWN).out_features, inner)]
+    together = max(method.together_bytes(shape, n_experts) for shape in shapes)
+    originals = n_experts * 4 * sum(prod(parameter.shape) for parameter in expert.parameters())
+    return originals + max(growing, growing // GROWING + together)
 
 
 def _outside(job: Job) -> dict[str, int]:

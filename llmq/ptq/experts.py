@@ -28,17 +28,33 @@ from torch import Tensor, nn
 from llmq.models.experts import DOWN, GATE, UP, Expert, Routed, Sorted, UnfusedExperts
 from llmq.ptq.capture import Stop
 from llmq.ptq.groups import InputGroup, Measured, Recording
-from llmq.ptq.stats import LayerStats, sums_at_once
+from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Streams
 from llmq.storage.hidden_states import ActivationFile
 
 WAVE_BYTES = 512_000_000  # of statistics that grow side by side
 CHUNK_BYTES = 64_000_000  # of inputs, in float32
+GROWING = 4  # sums beside each other while a tree of them grows: see `LayerStats`
 FEW_ROWS = 32  # an expert with fewer is measured on all tokens of its layer alone
 
 
 Groups = dict[int, InputGroup | None]  # of the experts of a wave, by number
 Whole = Callable[[int, InputGroup], LayerStats]  # an expert's statistics over all tokens
+
+
+def widest_input(expert: Expert) -> int:
+    """The most columns that one of its layers has."""
+    return max(expert.layer(part).in_features for part in (UP, DOWN))
+
+
+def statistics_bytes(k: int, *, both: bool) -> int:
+    """What statistics of inputs `[.., K]` take while they grow, at most."""
+    return GROWING * 4 * k * k * (2 if both else 1)
+
+
+def wave_size(k: int, *, both: bool) -> int:
+    """How many experts are measured at a time. k: the most columns of a layer."""
+    return max(1, WAVE_BYTES // statistics_bytes(k, both=both))
 
 
 @dataclass
@@ -159,7 +175,7 @@ class ExpertsStage:
         assert isinstance(module, UnfusedExperts)
         measuring = _Measuring(self, recording, streams, block, module)
         measuring.record(index)
-        for wave in self._waves(module, recording, len(measuring.quantized.index)):
+        for wave in self._waves(module, recording):
             originals = {number: copy.deepcopy(module.expert(number)) for number in wave}
             yield measuring.inputs(wave)
             yield measuring.inner(originals)
@@ -179,15 +195,11 @@ class ExpertsStage:
         path = streams.work_dir / f"routed-{what}-{self.name}.bin"
         return RoutedFile(path, streams.length, dtype)
 
-    def _waves(
-        self, module: UnfusedExperts, recording: Recording, n_chunks: int
-    ) -> Iterator[list[int]]:
+    def _waves(self, module: UnfusedExperts, recording: Recording) -> Iterator[list[int]]:
         """Experts with layers to solve, so many at a time as memory is meant for."""
         below = (name.removeprefix(self.name + ".") for name in self.layers)
         numbers = sorted({int(name.partition(".")[0]) for name in below})
-        k = max(module.expert(numbers[0]).layer(part).in_features for part in (UP, DOWN))
-        each = sums_at_once(n_chunks) * 4 * k * k * (2 if recording.both else 1)
-        step = max(1, WAVE_BYTES // each)
+        step = wave_size(widest_input(module.expert(numbers[0])), both=recording.both)
         for start in range(0, len(numbers), step):
             yield numbers[start : start + step]
 

@@ -3,8 +3,8 @@ format and the text, and every check that can be made by then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -45,13 +45,16 @@ from llmq.text.documentation import DOCUMENTATION
 from llmq.text.held_out import begun_with, held_out_texts, window_starts
 from llmq_kernels.core import restricted
 
+_NEAR = "within 1/256 of its value"  # what rounding to 8 digits is off by, at most
+
 
 @dataclass(frozen=True)
 class Job:
     """Everything known before anything is computed. config, model: what the stored tensors are, on
     the meta device. tokens: None for methods without data. remarks: what is to be known of the
     model or the format. outside: embeddings and head, where they are quantized. n_others: numbers
-    in stored tensors that the model has no place for, which are copied."""
+    in stored tensors that the model has no place for, which are copied. stored: the names that
+    layers are stored under, where they are others than those of the model."""
 
     source: Source
     config: PretrainedConfig
@@ -63,6 +66,7 @@ class Job:
     remarks: dict[str, str]
     outside: tuple[LayerPlan, ...] = ()
     n_others: int = 0
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def all_plans(self) -> list[LayerPlan]:
@@ -78,7 +82,13 @@ class Job:
     def result(self) -> Result:
         """What is asked of other engines."""
         is_ordered = self.recipe.order == "act"
-        return result_of(self.fmt, self.all_plans, self.recipe.activations, act_order=is_ordered)
+        return result_of(
+            self.fmt,
+            self.all_plans,
+            self.recipe.activations,
+            act_order=is_ordered,
+            stored=self.stored,
+        )
 
     def precision(self, device: str) -> Precision:
         """What the parts of the run are computed in on a device."""
@@ -140,7 +150,8 @@ def prepare(
     fmt = choose_format(format, every, recipe.activations, act_order=is_ordered)
     if strict:
         _check_unchanged(every)
-    result = result_of(fmt, every, recipe.activations, act_order=is_ordered)
+    names = _other_names(stored)
+    result = result_of(fmt, every, recipe.activations, act_order=is_ordered, stored=names)
     remarks = {f"format {fmt.name}": told} if (told := refused_by(result)) else {}
     remarks |= stored.remarks(strict) | _remarks_on_precision(source, stored, every)
     tokens = None
@@ -172,7 +183,18 @@ def prepare(
         remarks=remarks,
         outside=tuple(outside),
         n_others=n_others,
+        stored=names,
     )
+
+
+def _other_names(stored: StoredModel) -> dict[str, str]:
+    """Names of layers -> those that they are stored under, where these are others."""
+    weights = {
+        name.removesuffix(".weight"): its.removesuffix(".weight")
+        for name, its in stored.names.items()
+        if name.endswith(".weight")
+    }
+    return {name: its for name, its in weights.items() if its != name}
 
 
 def _unnamed_format(plans: list[LayerPlan], recipe: Recipe) -> LlmqError:
@@ -230,7 +252,14 @@ def _remarks_on_precision(
     if kept:
         remarks["kept weights"] = (
             f"{len(kept)} are stored in fewer bits, the first being {kept[0]} "
-            f"({kind_of(tensors, stored.names[kept[0]])}), and are written as bfloat16"
+            f"({kind_of(tensors, stored.names[kept[0]])}), and are written as bfloat16, each "
+            f"{_NEAR}"
+        )
+    if decoded := [name for name in stored.others if kind_of(tensors, name) is not None]:
+        remarks["copied weights"] = (
+            f"{len(decoded)} that {type(stored.skeleton).__name__} does not load are stored in "
+            f"fewer bits, the first being {decoded[0]} ({kind_of(tensors, decoded[0])}), and are "
+            f"written as bfloat16, each {_NEAR}"
         )
     return remarks
 

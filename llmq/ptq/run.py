@@ -26,6 +26,7 @@ from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.budget import disk_bytes
+from llmq.ptq.copied import places_of_others
 from llmq.ptq.engine import Task, quantize_blocks
 from llmq.ptq.held_out import measure
 from llmq.ptq.job import Job
@@ -236,8 +237,9 @@ def _write_outside(
         tensors |= reader.stored_names(layer_tensors(name, table, fmt))
     for _ in partial.written(partial.outside, tensors):
         pass
-    if others := reader.unused():
-        partial.add(partial.outside, reader.places(others))
+    if reader.unused():
+        with places_of_others(reader, partial.work_dir) as places:
+            partial.add(partial.outside, places)
     partial.finish_block(partial.outside, {"tables": reports}, reader.take_read())
 
 

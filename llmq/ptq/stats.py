@@ -60,12 +60,6 @@ class _Moments:
         self.n_tokens = n_total
 
 
-def sums_at_once(n_chunks: int) -> int:
-    """Sums beside each other while the tree of so many chunks grows: one for each height, and the
-    branch at hand."""
-    return min(N_BRANCHES, n_chunks).bit_length()
-
-
 class LayerStats:
     """`H = 2 / n * sum_t x_t x_t^T` in float32 over the rows of every chunk added (Frantar et al.,
     GPTQ, 2022, section 3).

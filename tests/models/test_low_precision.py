@@ -265,3 +265,46 @@ def test_gate_and_up_of_an_expert_are_decoded_once(kind, tmp_path, tokenizer, mo
     for name, tensor in found.items():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, "no more of it than it is"
         assert torch.equal(tensor, tensors.read([name])[name])
+
+
+def test_what_is_kept_of_fp8_is_within_half_a_step_of_bfloat16(tmp_path, tokenizer):
+    """A product of FP8 and a scale in float32 has more digits than bfloat16 holds."""
+    folder = tmp_path / "fp8"
+    make_model(dtype=torch.bfloat16, **SMALL).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stored = fp8_folder(folder, (32, 32))
+    recipe = ["*.down_proj=keep", "w4g32"]
+    report = llmq.quantize(folder, tmp_path / "out", recipe, method="rtn")
+    name = "model.layers.0.mlp.down_proj.weight"
+    found = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert found.dtype == torch.bfloat16
+    scale = spread(stored[f"{name}_scale_inv"], (32, 32), found.shape)
+    exact = stored[name].float() * scale
+    worst = ((found.float() - exact).abs() / exact.abs().clamp_min(1e-30)).max()
+    assert 1 / 512 < float(worst) <= 1 / 256
+    assert "within 1/256" in report["notes"]["kept weights"]
+
+
+def test_what_the_class_does_not_load_is_copied_with_its_values(tmp_path, tokenizer):
+    """Without a scale beside them, codes would be numbers like any others."""
+    folder = tmp_path / "fp8"
+    make_model(dtype=torch.bfloat16, **SMALL).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stored = fp8_folder(folder, (32, 32))
+    weight, scale = fp8(torch.randn(64, 96), (32, 32))
+    stored |= {"mtp.fc.weight": weight, "mtp.fc.weight_scale_inv": scale}
+    stored["mtp.norm.weight"] = torch.ones(64, dtype=torch.bfloat16)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    expected = (weight.float() * spread(scale, (32, 32), (64, 96))).bfloat16()
+    report = llmq.quantize(folder, tmp_path / "folder", "w4g32", method="rtn")
+    assert "mtp.fc.weight (FP8 with" in report["notes"]["copied weights"]
+    model = llmq.load(folder)
+    llmq.quantize(model, "w4g32", method="rtn")
+    llmq.save(model, tmp_path / "memory")
+    for name in ("folder", "memory"):
+        found = load_file(tmp_path / name / "model.safetensors")
+        copied = {each for each in found if each.startswith("mtp.")}
+        assert copied == {"mtp.fc.weight", "mtp.norm.weight"}
+        assert torch.equal(found["mtp.fc.weight"], expected)
+        settings = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert "mtp.fc" in settings["ignore"]

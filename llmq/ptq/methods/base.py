@@ -127,6 +127,9 @@ class Method(Protocol):
     def solve_bytes(self, shape: Shape) -> int:
         """Bytes that a solve of a layer `(N, K)` holds."""
 
+    def together_bytes(self, shape: Shape, n_layers: int) -> int:
+        """Bytes that `solve_many` holds for so many layers `(N, K)`, their statistics aside."""
+
     def tuning_bytes(self, layers: list[Shape], windows: Windows) -> int:
         """Bytes that `tune` holds beside the block."""
 
@@ -182,6 +185,9 @@ class Rounding(Method):
         stacked layers."""
         n, k = shape
         return 4 * k * k + 2 * 13 * n * k
+
+    def together_bytes(self, shape: Shape, n_layers: int) -> int:
+        return self.solve_bytes(shape)
 
     def tuning_bytes(self, layers: list[Shape], windows: Windows) -> int:
         return 0

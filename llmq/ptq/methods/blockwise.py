@@ -304,6 +304,9 @@ class Blockwise(Rounding):
     def solve_bytes(self, shape: Shape) -> int:
         return GPTQ.solve_bytes(shape)
 
+    def together_bytes(self, shape: Shape, n_layers: int) -> int:
+        return GPTQ.together_bytes(shape, n_layers)
+
     def tuning_bytes(self, layers: list[Shape], windows: Windows) -> int:
         """The full-precision weights and Hessians, and of each weight a master, its gradient, two
         moments, its value and the value's gradient; and the activations of a step, about twelve of

@@ -236,6 +236,11 @@ def _n_together(weight: Tensor, spec: QuantSpec, options: GPTQOptions) -> int:
     is_apart = spec.group_size == PER_TENSOR or options.order == "act"
     if is_apart or n % LANES or len(row_blocks(weight, spec)) > 1:
         return 1
+    return most_together(n, k)
+
+
+def most_together(n: int, k: int) -> int:
+    """How many layers `[N, K]` are, at most."""
     return max(1, min(ROWS_TOGETHER // n, BYTES_TOGETHER // (4 * k * k + 14 * n * k)))
 
 
@@ -331,6 +336,14 @@ class GPTQ(Rounding):
         """Hessian, its reordered copy, factor and inverse factor, and what rounding holds."""
         n, k = shape
         return 16 * k * k + 2 * 13 * n * k
+
+    def together_bytes(self, shape: Shape, n_layers: int) -> int:
+        """Of each layer the factor and what rounding holds, its target and result among it; of one
+        the reordered Hessian and the inverse factor. The results of all."""
+        n, k = shape
+        side_by_side = min(n_layers, most_together(n, k))
+        each, once = 4 * k * k + 2 * 13 * n * k, 8 * k * k
+        return side_by_side * each + once + n_layers * n * k
 
     def solve_flops(self, shape: Shape) -> float:
         """Factorization, column updates and error reports; the search of scales and the descent."""

@@ -21,6 +21,7 @@ from llmq.models.source import resolve
 N_TOKENS = 2112  # of the tokenizer and what is added to it
 MARKS = {
     "llava": {"image_token": "<image>"},
+    "llava_next": {"image_token": "<image>"},  # more tiles for larger pictures
     "gemma3": {"image_token": "<soft>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
     "qwen2_vl": {
         "image_token": "<|image_pad|>",
@@ -29,7 +30,7 @@ MARKS = {
         "vision_end_token": "<|vision_end|>",
     },
 }
-MARKS |= {"qwen3_vl": MARKS["qwen2_vl"]}
+MARKS |= {"qwen3_vl": MARKS["qwen2_vl"], "qwen3_5": MARKS["qwen2_vl"]}
 # Parts alone, as most templates of multimodal models have them.
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}"
@@ -43,15 +44,23 @@ _QWEN |= {"temporal_patch_size": 2}
 _BY_SIZE = {"do_resize": True, "size": {"height": 28, "width": 28}}
 _BY_PIXELS = {"size": {"shortest_edge": 784, "longest_edge": 3136}, "patch_size": 14}
 _BY_PIXELS |= {"merge_size": 2, "temporal_patch_size": 2}
+_TILES = [[28, 56], [56, 28], [56, 56]]
 IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
     "llava": {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": 28},
         "crop_size": {"height": 28, "width": 28},
     },
+    "llava_next": {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": 28},
+        "crop_size": {"height": 28, "width": 28},
+        "image_grid_pinpoints": _TILES,
+    },
     "gemma3": {"image_processor_type": "Gemma3ImageProcessor", **_BY_SIZE},
     "qwen2_vl": {"image_processor_type": "Qwen2VLImageProcessor", **_BY_PIXELS},
     "qwen3_vl": {"image_processor_type": "Qwen2VLImageProcessor", **_BY_PIXELS},
+    "qwen3_5": {"image_processor_type": "Qwen2VLImageProcessor", **_BY_PIXELS},
 }
 PROCESSORS: dict[str, dict[str, Any]] = {
     "llava": {
@@ -60,9 +69,16 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": "default",
     },
+    "llava_next": {
+        "processor_class": "LlavaNextProcessor",
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    },
     "gemma3": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
     "qwen2_vl": {"processor_class": "Qwen2VLProcessor"},
     "qwen3_vl": {"processor_class": "Qwen3VLProcessor"},
+    "qwen3_5": {"processor_class": "Qwen3VLProcessor"},
 }
 
 
@@ -91,13 +107,15 @@ def save_multimodal(folder: Path, kind: str, *, template: bool = True) -> Path:
 
 def config_of(kind: str, ids: dict[str, int]) -> Any:
     """The config of a small model whose marks have these tokens."""
-    if kind == "llava":
+    if kind in ("llava", "llava_next"):
+        more = {} if kind == "llava" else {"image_grid_pinpoints": _TILES}
         return AutoConfig.for_model(
-            "llava",
+            kind,
             text_config=make_model(vocab_size=N_TOKENS).config,
             vision_config=AutoConfig.for_model("clip_vision_model", **_CLIP),
             image_token_index=ids["image_token"],
             vision_feature_layer=-1,
+            **more,
         )
     if kind == "gemma3":
         return AutoConfig.for_model(
@@ -109,15 +127,18 @@ def config_of(kind: str, ids: dict[str, int]) -> Any:
             boi_token_index=ids["boi_token"],
             eoi_token_index=ids["eoi_token"],
         )
-    text = make_model("qwen2", vocab_size=N_TOKENS, layer_types=None, use_sliding_window=False)
-    settings = text.config.to_dict() | {"model_type": f"{kind}_text", "layer_types": None}
+    like = {"layer_types": None, "use_sliding_window": False} if kind != "qwen3_5" else {}
+    text = make_model("qwen3_5_text" if kind == "qwen3_5" else "qwen2", vocab_size=N_TOKENS, **like)
+    settings = text.config.to_dict() | {"model_type": f"{kind}_text", **like}
     settings |= {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}}
     settings["rope_parameters"]["rope_theta"] = 10000.0
     vision = {**_QWEN, "embed_dim": 32, "hidden_size": 64}
-    if kind == "qwen3_vl":
+    if kind != "qwen2_vl":
+        settings = {key: value for key, value in settings.items() if value is not None}
         vision = {**_QWEN, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
-        settings.pop("layer_types")
-        vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+        vision |= {"num_position_embeddings": 16}
+    if kind == "qwen3_vl":
+        vision |= {"deepstack_visual_indexes": [0, 1]}
     return AutoConfig.for_model(
         kind,
         text_config=settings,
@@ -138,7 +159,8 @@ def write_rows(folder: Path, n: int = 6, seed: int = 0) -> Path:
     rows: list[dict[str, Any]] = []
     for index in range(n):
         name = f"{index}.png"
-        picture(100 * seed + index, (40 + index, 30)).save(folder / name)
+        size = (40 + index, 30 + 50 * (index % 2))
+        picture(100 * seed + index, size).save(folder / name)
         rows.append({"prompt": f"What is number {index}?", "response": "Noise.", "images": [name]})
     rows.append({"prompt": "How long?", "response": "for i in range(80): go on\n" * 40})
     path = folder / "rows.jsonl"

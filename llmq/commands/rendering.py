@@ -197,12 +197,13 @@ def picture_lines(text: dict[str, Any]) -> dict[str, str]:
     found = text.get("pictures")
     if not found:
         return {}
+    mean = found["tokens_of_rows"] / found["windows"]
     line = (
-        f"{found['pictures']}, of {found['rows']} rows with {found['tokens_of_rows']} tokens, at "
-        f"the beginning of {found['windows']} windows"
+        f"{found['pictures']}: {found['windows']} windows begin with one of {found['rows']} rows "
+        f"of {mean:.0f} tokens, pictures included"
     )
     if found["rows"] < found["windows"]:
-        line += ", again with other text behind them"
+        line += ", and go on with other text where a row comes again"
     if reasons := [f"{count} {reason}" for reason, count in found["left_out"].items()]:
         line += (
             f"; rows left out: {', '.join(reasons)} (the longest has {found['longest_row']} tokens)"

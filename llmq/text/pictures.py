@@ -27,9 +27,7 @@ _REMEDY = f"give {', '.join(FORMATS)}, or leave the row out"
 def check_pillow(where: str) -> None:
     """Raise `LlmqError` where nothing opens pictures. where: what has some."""
     if find_spec("PIL") is None:
-        raise LlmqError(
-            f"{where}: has pictures, which take Pillow to open; pip install 'llmq[vision]'"
-        )
+        raise LlmqError(f"{where}: has pictures, which take Pillow to open: pip install pillow")
 
 
 @dataclass(frozen=True)

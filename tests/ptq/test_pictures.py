@@ -24,8 +24,12 @@ from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 
 KINDS = ["llava", "gemma3", "qwen2_vl"]
-SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava", "qwen2_vl")]
-LENGTH = 48
+MORE_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava_next", "qwen3_5")]
+SLOW_KINDS = [
+    pytest.param(kind, marks=pytest.mark.slow)
+    for kind in ("llava", "llava_next", "qwen2_vl", "qwen3_5")
+]
+LENGTH = 64
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,7 @@ def test_rows_that_are_too_long_are_left_out(folder_of, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE_KINDS])
 def test_what_enters_the_first_block_is_what_the_model_has(kind, folder_of, tmp_path):
     folder = folder_of(kind)
     job = job_of(folder, write_rows(tmp_path / "data", 3), samples=2)

@@ -10,7 +10,9 @@ from picture_models import picture
 
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.text import pictures
+from llmq.text.address import Address
 from llmq.text.documents import read_text
+from llmq.text.hub import open_rows
 from llmq.text.illustrated import IMAGE
 from llmq.text.rows import Documents
 
@@ -52,6 +54,18 @@ def test_pictures_are_the_same_wherever_they_lie(tmp_path):
     in_memory = Documents(with_pictures=True)
     in_memory.add([{"text": "a", "image": images[0]}], "rows")
     assert np.array_equal(in_memory.illustrated[0].pictures[0].open(), images[0])
+
+
+def test_pictures_of_the_hub_are_taken_as_they_are_stored(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    rows = datasets.Dataset.from_list([{"text": "a", "image": picture(3)}], features=features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    found = open_rows(Address("parquet"), "train", str(tmp_path / "rows.parquet"))
+    collected = Documents(with_pictures=True)
+    collected.add(found.rows, "someone/pictures")
+    (row,) = collected.illustrated
+    assert isinstance(row.pictures[0].content, bytes)
+    assert np.array_equal(row.pictures[0].open(), picture(3))
 
 
 def kinds(row):
@@ -116,5 +130,5 @@ def test_what_is_no_picture_is_refused(value, message, tmp_path, monkeypatch):
 
 def test_without_pillow_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    with pytest.raises(LlmqError, match=r"take Pillow to open; pip install 'llmq\[vision\]'"):
+    with pytest.raises(LlmqError, match=r"take Pillow to open: pip install pillow"):
         pictures.check_pillow("rows.jsonl")

@@ -32,6 +32,7 @@ OPTIONAL = {
     "lm-eval": "'.[eval]': its tasks on a loaded model",
     "gguf": "'.[gguf]': the comparison with llama.cpp",
     "matplotlib": "'.[plots]': plots",
+    "pillow": "'.[vision]': pictures beside calibration text",
 }
 
 

@@ -240,8 +240,9 @@ def _add_calibration_arguments(parser: Parser) -> None:
         type=source,
         metavar="SOURCE",
         help="ultrachat, c4, wikitext, code (from the Hub, kept), self (written by the model), "
-        f"python-docs, or {TEXT_HELP} (default: self, for more than 2.5 GB of weights python-docs, "
-        "for 'tiny' bundled)",
+        f"python-docs, or {TEXT_HELP}; a column 'images' beside the text goes through a multimodal "
+        "model's processor (default: self, for more than 2.5 GB of weights python-docs, for 'tiny' "
+        "bundled)",
     )
     parser.more.add_argument(
         "--no-held-out",

@@ -82,7 +82,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "unquantized_bytes": int(sum(part.planned_bytes for part in found if part.spec is None)),
         "calibration": None
         if job.tokens is None
-        else {"source": job.tokens.source, "windows": list(job.tokens.tokens.shape)},
+        else {
+            "source": job.tokens.source,
+            "windows": list(job.tokens.tokens.shape),
+            "pictures": job.tokens.read.get("pictures"),
+        },
         "experts": expected_coverage(job),
         "source_bytes": job.source.weight_bytes,
         "planned_bytes": stored,
@@ -178,6 +182,7 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
     if calibration := result["calibration"]:
         n, length = calibration["windows"]
         pairs["calibration"] = f"{n} windows of {length} tokens of {calibration['source']}"
+        pairs |= rendering.picture_lines(calibration)
     if experts := result["experts"]:
         pairs["experts"] = _expert_line(experts)
     pairs |= _size_pairs(result)

@@ -111,6 +111,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     }
     if report["calibration"] and (text := report["calibration"]["text"]):
         pairs["calibrated on"] = rendering.text_line(text)
+        pairs |= rendering.picture_lines(text)
     pairs |= rendering.companion_lines(report)
     pairs |= _errors(report)
     pairs |= rendering.expert_lines(report["experts"])

@@ -192,6 +192,25 @@ def text_line(text: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def picture_lines(text: dict[str, Any]) -> dict[str, str]:
+    """How many pictures stand before the text of calibration windows, for the text of a report."""
+    found = text.get("pictures")
+    if not found:
+        return {}
+    mean = found["tokens_of_rows"] / found["windows"]
+    line = (
+        f"{found['pictures']}: {found['windows']} windows begin with one of {found['rows']} rows "
+        f"of {mean:.0f} tokens, pictures included"
+    )
+    if found["rows"] < found["windows"]:
+        line += ", and go on with other text where a row comes again"
+    if reasons := [f"{count} {reason}" for reason, count in found["left_out"].items()]:
+        line += (
+            f"; rows left out: {', '.join(reasons)} (the longest has {found['longest_row']} tokens)"
+        )
+    return {"pictures": line}
+
+
 def companion_lines(report: dict[str, Any]) -> dict[str, str]:
     """What of the source is not in the output, for the text of a report."""
     lines = {}

@@ -321,6 +321,31 @@ def only_errors() -> Iterator[None]:
         _show_bars(has_bars)
 
 
+@contextmanager
+def without_videos() -> Iterator[None]:
+    """Have processors load that read videos, too, where torchvision is missing: of these models
+    transformers needs it for nothing else."""
+    if find_spec("torchvision") is not None:
+        yield
+        return
+    home: Any = import_module("transformers.models.auto.video_processing_auto")
+    classes = import_module("transformers.processing_utils").MODALITY_TO_BASE_CLASS_MAPPING
+    loader, expected = home.AutoVideoProcessor, classes["video_processor"]
+    home.AutoVideoProcessor, classes["video_processor"] = _NoVideos, "ImageProcessingMixin"
+    try:
+        yield
+    finally:
+        home.AutoVideoProcessor, classes["video_processor"] = loader, expected
+
+
+class _NoVideos:
+    """In the place of transformers' auto class: gives a processor that reads nothing."""
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> Any:
+        return import_module("transformers.image_processing_base").ImageProcessingMixin()
+
+
 def _show_bars(is_wanted: bool) -> None:
     """transformers' own bars only: its functions for this switch those of the Hub's downloads, too,
     and warn where an environment variable has decided about them."""

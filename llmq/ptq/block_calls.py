@@ -30,6 +30,7 @@ from torch.utils._pytree import (
 from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
+from llmq.ptq.batches import Batches
 from llmq.ptq.capture import BlockCall, BlockRecorder, cannot_run_alone
 from llmq.storage.hidden_states import ActivationFile
 
@@ -113,7 +114,7 @@ class BlockCalls:
     def record(
         cls,
         recorder: BlockRecorder,
-        batches: Sequence[Tensor],
+        batches: Batches,
         work_dir: Path,
         keep: Callable[[Tensor], object] = lambda hidden: None,
     ) -> BlockCalls:
@@ -121,15 +122,14 @@ class BlockCalls:
         the hidden states before block 0 of each. Raises `LlmqError` for arguments that cannot be
         told apart by sequence."""
         calls = cls(recorder.model, work_dir)
-        pair = torch.stack((batches[0][0], batches[-1][-1]))
-        _, alone = recorder.run(pair[:1])
-        _, together = recorder.run(pair)
+        _, alone = recorder.run(**batches.of([0]))
+        _, together = recorder.run(**batches.of([0, len(batches.tokens) - 1]))
         calls._define(alone, together)
         del alone, together
         with ExitStack() as stack:
             for batch in batches:
-                hidden, recorded = recorder.run(batch)
-                calls._add(recorded, len(batch), stack)
+                hidden, recorded = recorder.run(**batch)
+                calls._add(recorded, len(hidden), stack)
                 keep(hidden)
         return calls
 

@@ -8,7 +8,7 @@ of another model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,14 +30,15 @@ class _Done(Exception):
 def check_blocks(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
-    input_ids: Tensor,
+    inputs: Mapping[str, Tensor],
     materialize: Callable[[int], nn.Module],
     call_of: Callable[[int], BlockCall],
 ) -> None:
     """Raise `LlmqError` when a block on its own does not give what it gives in the model.
 
-    model: with real weights outside the blocks. input_ids: int64 `[1, T]`. materialize: a block
-    with its weights. call_of: the engine's call of a block for this sequence."""
+    model: with real weights outside the blocks. inputs: what it takes for one sequence, by name.
+    materialize: a block with its weights. call_of: the engine's call of a block for this
+    sequence."""
 
     def forward_of(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +56,7 @@ def check_blocks(
     for index, block in enumerate(blocks):
         block.forward = forward_of(index)  # type: ignore[method-assign]
     try:
-        model(input_ids=input_ids, use_cache=False)
+        model(**inputs, use_cache=False)
     except _Done:
         return
     except (LlmqError, MemoryError, torch.OutOfMemoryError):

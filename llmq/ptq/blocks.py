@@ -70,12 +70,15 @@ class Blocks:
         return self.materialize(index, tensors)
 
     @contextmanager
-    def with_weights_outside(self, *, with_head: bool = False) -> Iterator[None]:
+    def with_weights_outside(
+        self, *, with_head: bool = False, with_towers: bool = False
+    ) -> Iterator[None]:
         """Real float32 weights for everything that may run before block 0. The output head does
-        not, and may be the largest tensor of all; nor do the towers of a wrapper, which has nothing
-        but text here. with_head: for the head, too."""
+        not, and may be the largest tensor of all; nor do the towers of a wrapper where there is
+        nothing but text. with_head, with_towers: for these, too."""
         head = self.model.get_output_embeddings()
-        tied, towers = compat.ties(self.model), tower_parameters(self.model)
+        tied = compat.ties(self.model)
+        towers = set() if with_towers else tower_parameters(self.model)
         outside = [
             name
             for name, _ in self.model.named_parameters()
@@ -86,9 +89,11 @@ class Blocks:
         ]
         for name, tensor in self.reader.read_parameters(outside).items():
             set_module_tensor_to_device(self.model, name, self.device, value=tensor.float())
+        stored = self._stored_buffers() if with_towers else {}
         for name, buffer in self.model.named_buffers():
             if not name.startswith(self.prefix + "."):
-                set_module_tensor_to_device(self.model, name, self.device, value=buffer)
+                value = stored.get(name, buffer)
+                set_module_tensor_to_device(self.model, name, self.device, value=value)
         of_others = {name: tied[name] for name in tied if with_head and self._is_of(head, name)}
         for name, other in of_others.items():
             value = self.model.get_parameter(other)
@@ -96,6 +101,16 @@ class Blocks:
         yield
         for name in (*of_others, *outside):
             set_module_tensor_to_device(self.model, name, "meta")
+
+    def _stored_buffers(self) -> dict[str, Tensor]:
+        """Those of towers may be statistics that are no parameters, and nowhere else."""
+        parameters = {name for name, _ in self.model.named_parameters()}
+        names = [
+            name
+            for name in self.model.state_dict()
+            if name not in parameters and not name.startswith(self.prefix + ".")
+        ]
+        return self.reader.read_parameters(names)
 
     def _is_of(self, head: nn.Module | None, name: str) -> bool:
         return head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head

@@ -7,10 +7,10 @@ from math import prod
 from typing import Any
 
 from llmq.models import compat
-from llmq.models.arch import find_blocks
+from llmq.models.arch import find_blocks, tower_parameters
 from llmq.models.experts import DOWN, UP, choices_of, token_shares, unfused_in
 from llmq.models.site import sites_in
-from llmq.ptq.experts import GROWING, statistics_bytes, wave_size, widest_input
+from llmq.ptq.experts import CHUNK_BYTES, GROWING, statistics_bytes, wave_size, widest_input
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.methods.base import Windows
@@ -42,7 +42,8 @@ def disk_bytes(job: Job) -> int:
 def work_bytes(job: Job) -> int:
     """Bytes of the files beside the output while the job runs: both streams' inputs of two blocks,
     what each layer reads (or, where that is less, gives) in the full-precision model, what enters
-    experts in both streams, and the per-layer embeddings of models that have them."""
+    experts in both streams, the per-layer embeddings of models that have them, and the masks of
+    windows with pictures."""
     if job.tokens is None:
         return 0
     hidden = job.model.config.get_text_config().hidden_size
@@ -50,8 +51,11 @@ def work_bytes(job: Job) -> int:
     per_layer = getattr(text_config, "hidden_size_per_layer_input", None) or 0
     experts = unfused_in(job.model)
     dense = [layer for layer in _first_block(job) if _module_of(layer.name) not in experts]
+    # what windows with pictures may attend to, for each of two kinds of layers
+    masks = 2 * job.tokens.tokens.shape[1] if job.tokens.pictures else 0
     return job.tokens.n_tokens * (
-        4 * per_layer * text_config.num_hidden_layers
+        masks
+        + 4 * per_layer * text_config.num_hidden_layers
         + 2 * 2 * 4 * hidden
         + sum(2 * min(layer.shape) for layer in dense)
         + ((4 + 2) * hidden if experts else 0)
@@ -71,8 +75,12 @@ def peak_bytes(job: Job) -> int:
     if job.tokens is None:
         return int(max(block * 1.5, writing))
     head = job.model.get_output_embeddings()
+    # towers are there where windows have pictures
+    unread = set() if job.tokens.pictures else tower_parameters(job.model)
     n_before = sum(
-        n for name, n in outside.items() if job.model.get_submodule(_module(name)) is not head
+        n
+        for name, n in outside.items()
+        if job.model.get_submodule(_module(name)) is not head and name not in unread
     )
     recording = (4 + element_bytes(job)) * n_before
     method, windows = method_of(job.recipe), _windows(job.tokens)
@@ -108,7 +116,10 @@ def _experts_bytes(job: Job) -> int:
     shapes = [(n_before, expert.layer(UP).in_features), (expert.layer(DOWN).out_features, inner)]
     together = max(method.together_bytes(shape, n_experts) for shape in shapes)
     originals = n_experts * 4 * sum(prod(parameter.shape) for parameter in expert.parameters())
-    return originals + max(growing, growing // GROWING + together)
+    assert job.tokens is not None
+    # a chunk of both streams, and of it what an expert gets
+    rows = 3 * min(CHUNK_BYTES, 4 * expert.layer(UP).in_features * job.tokens.n_tokens)
+    return originals + rows + max(growing, growing // GROWING + together)
 
 
 def _outside(job: Job) -> dict[str, int]:

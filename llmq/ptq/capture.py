@@ -55,16 +55,18 @@ class BlockRecorder:
         self._hidden: list[Tensor] = []
 
     @torch.no_grad()
-    def run(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
-        """Hidden states `[B, T, D]` before block 0, and one call per block, for tokens `[B, T]`.
-        Raises `LlmqError` for a model whose blocks do not simply follow each other."""
-        hidden, calls, error = self._attempt(input_ids)
+    def run(self, input_ids: Tensor, **more: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        """Hidden states `[B, T, D]` before block 0, and one call per block, for tokens `[B, T]` and
+        what else the model takes beside them. Raises `CannotRunAloneError` for a model whose blocks
+        do not simply follow each other."""
+        inputs = {"input_ids": input_ids, **more}
+        hidden, calls, error = self._attempt(inputs)
         # Some models unpack what a block returns. Given a tensor, the next block then sees its
         # first sequence alone, or there is an error.
         for n_returned in (2, 3):
             if self.n_returned or len(calls) == len(self.blocks):
                 break
-            attempt = self._attempt(input_ids, n_returned)
+            attempt = self._attempt(inputs, n_returned)
             if len(attempt[1]) > len(calls):  # what comes furthest tells most
                 hidden, calls, error = attempt
             self.n_returned = n_returned if len(calls) == len(self.blocks) else 0
@@ -85,7 +87,7 @@ class BlockRecorder:
         raise cannot_run_alone(self.model, reason)
 
     def _attempt(
-        self, input_ids: Tensor, n_returned: int = 0
+        self, inputs: dict[str, Tensor], n_returned: int = 0
     ) -> tuple[Tensor | None, list[BlockCall], str]:
         """Hidden states before block 0, calls, and what ended the run early, if it was an error."""
         self._calls, self._hidden = [], []
@@ -99,7 +101,7 @@ class BlockRecorder:
         for block in patched:
             block.forward = record  # type: ignore[method-assign]
         try:
-            self.model(input_ids=input_ids, use_cache=False)
+            self.model(**inputs, use_cache=False)
         except Stop:
             pass
         except (MemoryError, torch.OutOfMemoryError):
@@ -122,12 +124,26 @@ class BlockRecorder:
         return (hidden, *[None] * (n_returned - 1)) if n_returned else hidden
 
 
-def cannot_run_alone(model: PreTrainedModel, reason: str) -> LlmqError:
+class CannotRunAloneError(LlmqError):
     """The refusal of an architecture whose blocks cannot be run one by one."""
-    return LlmqError(
-        f"{type(model).__name__}: {reason}, so its blocks cannot be run one by one; this "
-        "architecture is not supported with calibration text (--method rtn needs none)"
-    )
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"{name}: {reason}, so its blocks cannot be run one by one; this architecture is not "
+            "supported with calibration text (--method rtn needs none)"
+        )
+        self.name, self.reason = name, reason
+
+    def with_pictures(self) -> LlmqError:
+        """What it means where windows have pictures: of text alone nothing is said."""
+        return LlmqError(
+            f"{self.name}, with pictures: {self.reason}, so its blocks cannot be run one by one; "
+            "calibrate on the text alone: FILE#COLUMN"
+        )
+
+
+def cannot_run_alone(model: PreTrainedModel, reason: str) -> CannotRunAloneError:
+    return CannotRunAloneError(type(model).__name__, reason)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ takes no second one."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 from llmq.errors import LlmqError
 from llmq.evaluation.position_classes import is_special
 from llmq.models.readers import WeightReader
+from llmq.ptq.batches import Batches
 from llmq.ptq.block import Setup, quantize_block
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.block_check import check_blocks
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.capture import BlockRecorder
+from llmq.ptq.capture import BlockRecorder, CannotRunAloneError
 from llmq.ptq.memory import map_large_tensors
 from llmq.ptq.methods import method_of, needs_text
 from llmq.ptq.methods.base import Needs
@@ -40,6 +41,7 @@ from llmq.ptq.results import BlockReport, BlockResult, EarlierRun, Sink
 from llmq.ptq.streams import Stream, Streams, batch_size
 from llmq.ptq.verify import verify_block
 from llmq.recipe import LayerPlan, Recipe
+from llmq.text.picture_windows import PictureInputs
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Task:
     tokens: int64 `[n_sequences, T]`, or None for methods without text. precision: what the
     full-precision stream and block-wise tuning are computed in. special_ids: tokens whose positions
     tuning must not make worse, whatever it gains elsewhere. outside: embeddings and head as they
-    will be stored, where these are quantized."""
+    will be stored, where these are quantized. pictures: what the sequences hold beside tokens."""
 
     model: PreTrainedModel
     reader: WeightReader
@@ -59,6 +61,7 @@ class Task:
     precision: Precision
     special_ids: frozenset[int] = frozenset()
     outside: WeightReader | None = None
+    pictures: PictureInputs | None = None
 
 
 @torch.no_grad()
@@ -78,7 +81,8 @@ def quantize_blocks(
     map_large_tensors(setup.blocks.n_bytes)
     rebuild = Rebuild(setup, earlier)
     if setup.streams is not None and rebuild.start is not None:
-        _record_calls(setup.blocks, setup.streams, rebuild.start, task.outside)
+        with _explaining(setup.streams):
+            _record_calls(setup.blocks, setup.streams, rebuild.start, task.outside)
     for index in rebuild.blocks_to_run():
         on_block(_run_block(setup, sink, index))
 
@@ -123,6 +127,7 @@ def _streams(task: Task, needs: Needs, n_blocks: int, work_dir: Path) -> Streams
         batch_size(task.plans, task.tokens.shape[1]),
         work_dir,
         task.device,
+        task.pictures,
     )
 
 
@@ -132,12 +137,12 @@ def _record_calls(
     """Record each block's own arguments and, at the start of a run, write the inputs of block 0 and
     check that blocks run one by one are the model."""
     recorder = BlockRecorder(blocks.model, blocks.modules)
-    batches = streams.tokens.to(streams.device).split(streams.batch_size)
+    batches, with_towers = streams.model_inputs, streams.pictures is not None
     names = streams.names if first_block == 0 else []
     if outside is not None and "quantized" in names:
         _write_quantized_inputs(as_stored(blocks, outside), streams, batches)
         names = [name for name in names if name != "quantized"]
-    with blocks.with_weights_outside():
+    with blocks.with_weights_outside(with_towers=with_towers):
         with ExitStack() as stack:
             appenders = [
                 stack.enter_context(streams.inputs_of(0, stream).appender()) for stream in names
@@ -152,12 +157,27 @@ def _record_calls(
             _check_blocks(blocks, streams, streams.calls)
 
 
-def _write_quantized_inputs(blocks: Blocks, streams: Streams, batches: Sequence[Tensor]) -> None:
+@contextmanager
+def _explaining(streams: Streams) -> Iterator[None]:
+    """Some models add what they see to the hidden states between blocks, too (Qwen3-VL)."""
+    try:
+        yield
+    except CannotRunAloneError as error:
+        if streams.pictures is None:
+            raise
+        raise error.with_pictures() from error
+
+
+def _write_quantized_inputs(blocks: Blocks, streams: Streams, batches: Batches) -> None:
     """The inputs of block 0 behind embeddings that are quantized, too."""
     recorder = BlockRecorder(blocks.model, blocks.modules)
-    with blocks.with_weights_outside(), streams.inputs_of(0, "quantized").appender() as append:
+    with_towers = streams.pictures is not None
+    with (
+        blocks.with_weights_outside(with_towers=with_towers),
+        streams.inputs_of(0, "quantized").appender() as append,
+    ):
         for batch in batches:
-            append(recorder.run(batch)[0])
+            append(recorder.run(**batch)[0])
 
 
 def _check_blocks(blocks: Blocks, streams: Streams, calls: BlockCalls) -> None:
@@ -166,7 +186,7 @@ def _check_blocks(blocks: Blocks, streams: Streams, calls: BlockCalls) -> None:
     check_blocks(
         blocks.model,
         blocks.modules,
-        streams.tokens[last:].to(streams.device),
+        streams.model_inputs.of([last]),
         blocks.load,
         lambda index: calls.of(index)([last]),
     )

@@ -21,6 +21,7 @@ from llmq.evaluation.divergence import summarize, token_statistics
 from llmq.evaluation.position_classes import classify, is_special, relative_lengths
 from llmq.messages import brief
 from llmq.models.readers import WeightReader
+from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls, CallOf
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
@@ -121,7 +122,7 @@ class _HeldOut:
         recorder = BlockRecorder(blocks.model, blocks.modules)
         hidden: list[Tensor] = []
         with blocks.with_weights_outside():
-            batches = self.tokens.split(BATCH)
+            batches = Batches(self.tokens, BATCH, blocks.device)
             calls = BlockCalls.record(recorder, batches, self.folder, hidden.append)
         exact = torch.cat(hidden)
         self.n_returned = recorder.n_returned

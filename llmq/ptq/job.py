@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
@@ -25,9 +27,10 @@ from llmq.formats.registry import (
 from llmq.formats.requantizing import full_precision
 from llmq.formats.unheld import kept_where_unheld
 from llmq.inference.settings import read_settings
-from llmq.models.arch import check_length, quantizable_layers
+from llmq.models.arch import check_length, quantizable_layers, tower_parameters
 from llmq.models.identity import source_name
 from llmq.models.low_precision import kind_of
+from llmq.models.processors import load_processor
 from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
@@ -43,6 +46,8 @@ from llmq.recipe import LayerPlan, Recipe
 from llmq.text import documents
 from llmq.text.documentation import DOCUMENTATION
 from llmq.text.held_out import begun_with, held_out_texts, window_starts
+from llmq.text.picture_windows import RowReader, place_ids, with_pictures
+from llmq.text.pictures import check_pillow
 from llmq_kernels.core import restricted
 
 _NEAR = "within 1/256 of its value"  # what rounding to 8 digits is off by, at most
@@ -164,7 +169,7 @@ def prepare(
             remarks |= _remark_on_text(name)
         recipe = replace(recipe, calibration=source_name(name))
         if name != documents.SELF:
-            tokens = calibration_tokens(source, stored.config, recipe, name, held_out=held_out)
+            tokens = calibration_tokens(source, stored, recipe, name, held_out=held_out)
         elif check_scales:
             tokens = self_written(source, recipe, device, on_text)
         else:
@@ -275,12 +280,25 @@ def _check_unchanged(plans: list[LayerPlan]) -> None:
 
 
 def calibration_tokens(
-    source: Source, config: Any, recipe: Recipe, text: str, *, held_out: bool = True
+    source: Source, stored: StoredModel, recipe: Recipe, name: str, *, held_out: bool = True
 ) -> documents.TokenSet:
-    """The calibration windows of a recipe for a model, from a text. held_out: see `windows_of`."""
-    tokenizer = own_tokenizer(source)
+    """The calibration windows of a recipe for a model, from a text, and from pictures beside it
+    where the model takes any. held_out: see `windows_of`."""
+    tokenizer, config = own_tokenizer(source), stored.config
     check_windows(config, recipe)
-    return windows(tokenizer, config, recipe, text, held_out=held_out)
+    takes_pictures = bool(tower_parameters(stored.skeleton))
+    text = documents.read_text(name, "calibration", tokenizer, with_pictures=takes_pictures)
+    if not text.illustrated:
+        return windows_of(tokenizer, config, recipe, text, name, held_out=held_out)
+    column = text.read["columns"][0][0]
+    remedy = f"calibrate on the text alone: {name}#{column}"
+    check_pillow(name)
+    reader = RowReader(load_processor(source, remedy), type(stored.skeleton))
+    if (bos := first_token(tokenizer, config)) is not None:
+        reader = replace(reader, begin=tokenizer.convert_ids_to_tokens(bos))
+    places = place_ids(config, reader.processor)
+    of_text = windows_of(tokenizer, config, recipe, text, name, held_out=held_out, places=places)
+    return with_pictures(of_text, text.illustrated, reader, config, recipe.seed)
 
 
 def check_windows(config: Any, recipe: Recipe) -> None:
@@ -310,10 +328,16 @@ def windows_of(
     source: str,
     *,
     held_out: bool = True,
+    places: Tensor | None = None,
 ) -> documents.TokenSet:
     """`windows` of a text that was read already. source: what messages call it. held_out: also cut
-    windows to measure the result on, for which text of another kind is read."""
+    windows to measure the result on, for which text of another kind is read. places: tokens that
+    stand for pictures, where windows will begin with these: text has none of them, and is repeated
+    where it is shorter than a window."""
     row = documents.tokenize(text.documents, tokenizer)
+    if places is not None:
+        row = row[~torch.isin(row, places)]
+        row = row.repeat(-(-recipe.sequence_length // max(1, len(row))))
     documents.check_vocabulary(row, config.get_text_config().vocab_size, source)
     bos = first_token(tokenizer, config)
     found = documents.calibration_windows(

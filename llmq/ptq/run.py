@@ -112,6 +112,7 @@ def quantize_folder(
             job.precision(device),
             _special_ids(job),
             outside,
+            None if job.tokens is None else job.tokens.pictures,
         )
         running(job.source.folder)(quantize_blocks)(
             task,

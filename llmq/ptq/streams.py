@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from llmq.models.arch import linear_weight
+from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.capture import BlockCall, run_and_record
 from llmq.recipe import LayerPlan
 from llmq.storage.hidden_states import ActivationFile
+from llmq.text.picture_windows import PictureInputs
 
 Stream = Literal["quantized", "full-precision"]
 
@@ -38,8 +40,8 @@ def batch_size(plans: list[LayerPlan], length: int) -> int:
 class Streams:
     """names: the streams that are needed. dtypes: what each is kept in. last: the last block by
     stream whose inputs are needed. tokens: int64 `[n_sequences, T]`. width: of hidden states.
-    batch_size: sequences that run through a block at a time. calls: the other arguments of every
-    block, once they are recorded."""
+    batch_size: sequences that run through a block at a time. pictures: what the sequences hold
+    beside tokens. calls: the other arguments of every block, once they are recorded."""
 
     names: list[Stream]
     dtypes: dict[Stream, torch.dtype]
@@ -49,11 +51,17 @@ class Streams:
     batch_size: int
     work_dir: Path
     device: str
+    pictures: PictureInputs | None = None
     calls: BlockCalls | None = None
 
     @property
     def length(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def model_inputs(self) -> Batches:
+        """What the model takes for all sequences."""
+        return Batches(self.tokens, self.batch_size, self.device, self.pictures)
 
     @property
     def n_batches(self) -> int:

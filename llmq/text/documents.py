@@ -17,7 +17,7 @@ import hashlib
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,8 +33,12 @@ from llmq.text.files import READERS, TEXT_SUFFIXES, add_file, kind_of
 from llmq.text.folders import add_folder
 from llmq.text.held_out import HeldOutText, window_starts
 from llmq.text.hub import add_hub
+from llmq.text.illustrated import IllustratedRow
 from llmq.text.presets import PRESETS, add_preset
 from llmq.text.rows import Documents
+
+if TYPE_CHECKING:
+    from llmq.text.picture_windows import PictureInputs
 
 SELF = "self"  # written by the model; see llmq.ptq.self_written
 _TOKENIZER_REMEDY = "put the model's own tokenizer files into its folder"
@@ -43,10 +47,11 @@ _TOKENIZER_REMEDY = "put the model's own tokenizer files into its folder"
 @dataclass(frozen=True)
 class Text:
     """documents: joined by blank lines they are the text. read: what was read of which rows and
-    how, JSON-able."""
+    how, JSON-able. illustrated: rows with pictures, where these were asked for."""
 
     documents: list[str]
     read: dict[str, Any]
+    illustrated: tuple[IllustratedRow, ...] = ()
 
 
 def load_documents(source: str, purpose: Purpose, revision: str | None = None) -> list[str]:
@@ -61,13 +66,19 @@ def _at_revision(source: str, revision: str) -> str:
 
 
 def read_text(
-    source: str, purpose: Purpose, tokenizer: PreTrainedTokenizerBase | None = None
+    source: str,
+    purpose: Purpose,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    with_pictures: bool = False,
 ) -> Text:
     """The text of a source, empty rows included: joined by blank lines they are the text that
     published perplexities are measured on (a third of WikiText-2's rows are empty).
 
     purpose: which part of the bundled text, and which split where there are several. tokenizer:
-    through whose chat template chats go. Raises `LlmqError` for what cannot be found or read."""
+    through whose chat template chats go. with_pictures: rows that have any are kept as such, too;
+    without, a warning says how many are left aside. Raises `LlmqError` for what cannot be found or
+    read."""
     if source == BUNDLED:
         documents = standard_library_documents(purpose)
         return Text(documents, {"source": BUNDLED, "rows": len(documents)})
@@ -82,11 +93,24 @@ def read_text(
     if source in PRESETS:
         return _read_preset(source, purpose, tokenizer)
     address = Address.parse(source)
-    collected = Documents(tokenizer, address.column)
+    collected = Documents(tokenizer, address.column, with_pictures)
     chosen = _collect(collected, address, purpose, source)
     if not any(document.strip() for document in collected.found):
         raise LlmqError(f"{source}: holds no text ({collected.summary()})")
-    return Text(collected.found, {"source": _name(address), **collected.to_json(), **chosen})
+    if collected.n_pictures and not with_pictures:
+        warnings.warn(
+            f"{source}: {collected.n_pictures} pictures are left aside, and the text beside them "
+            "is read alone",
+            LlmqWarning,
+            stacklevel=3,
+        )
+    if with_pictures and collected.n_pictures and not collected.illustrated:
+        raise LlmqError(
+            f"{source}: no row has as many places for pictures (<image>, or parts of type image) "
+            f"as pictures; leave the places out, or read the text alone: {source}#COLUMN"
+        )
+    read = {"source": _name(address), **collected.to_json(), **chosen}
+    return Text(collected.found, read, tuple(collected.illustrated))
 
 
 def _read_preset(name: str, purpose: Purpose, tokenizer: PreTrainedTokenizerBase | None) -> Text:
@@ -146,13 +170,14 @@ class TokenSet:
     """Token windows int64 `[n, length]`, where they came from and a hash that two equal sets
     share. tokenizer_sha256: of the vocabulary that they are tokens of, where it is known. read:
     what was read of the source (see `Text`). held_out: windows that are not calibrated on, to
-    measure on."""
+    measure on. pictures: what the windows hold beside tokens."""
 
     tokens: Tensor
     source: str
     tokenizer_sha256: str | None = None
     read: dict[str, Any] = field(default_factory=dict)
     held_out: tuple[HeldOutText, ...] = ()
+    pictures: PictureInputs | None = None
 
     @classmethod
     def unread(cls, source: str, n_sequences: int, length: int) -> TokenSet:
@@ -161,7 +186,10 @@ class TokenSet:
 
     @property
     def sha256(self) -> str:
-        return token_hash(self.tokens)
+        tokens = token_hash(self.tokens)
+        if self.pictures is None:
+            return tokens
+        return hashlib.sha256(f"{tokens} {self.pictures.sha256}".encode()).hexdigest()
 
     @property
     def n_tokens(self) -> int:

@@ -35,7 +35,7 @@ def add_file(documents: Documents, path: Path) -> None:
         documents.add_text(_whole(path))
         return
     with reading(path, f"not readable as {kind_of(path)}", _REMEDY):
-        documents.add(read(path, documents.column), str(path))
+        documents.add(read(path, documents.column), str(path), path.parent)
 
 
 def _whole(path: Path) -> str:
@@ -101,7 +101,7 @@ def _parquet(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
         if layout is None:
             yield dict.fromkeys(names)
             return
-        for batch in file.iter_batches(columns=list(layout.columns)):
+        for batch in file.iter_batches(columns=layout.read):
             yield from batch.to_pylist()
 
 

@@ -136,7 +136,14 @@ def _add_saved(
         elif address.split is not None:
             raise LlmqError(f"{folder}: holds one data set without splits; leave out the split")
         layout = layout_of(data.column_names, documents.column)
-        if layout is not None:  # nothing else of the rows is decoded, such as pictures
-            data = data.select_columns(list(layout.columns))
-        documents.add(data, str(folder))
+        if layout is not None:  # nothing else of the rows is read
+            data = data.select_columns(layout.read)
+        rows = data if layout is None or layout.pictures is None else _undecoded(data)
+        documents.add(rows, str(folder), folder)
     return {"config": None, "split": split, "files": 1}
+
+
+def _undecoded(data: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a data set with pictures as they are stored."""
+    for table in data.with_format("arrow").iter(batch_size=64):
+        yield from table.to_pylist()

@@ -14,6 +14,7 @@ from llmq.errors import LlmqError, LlmqWarning
 from llmq.messages import brief
 from llmq.text.address import Address, Purpose, choose_split
 from llmq.text.folders import quiet, which_config
+from llmq.text.illustrated import COLUMNS
 from llmq.text.rows import Documents
 
 MAX_DOCUMENTS = 20_000
@@ -50,6 +51,9 @@ def open_rows(
         )
         split = split or "train"
         rows = builder.as_streaming_dataset(split=split)
+        features = getattr(rows, "features", None) or ()
+        if any(name in features for name in COLUMNS):
+            rows = rows.decode(False)  # pictures as they are stored
     revision = getattr(builder, "hash", None)
     is_commit = isinstance(revision, str) and len(revision) == 40
     return HubRows(rows, split, revision if is_commit else None)

@@ -12,6 +12,7 @@ from llmq.inference.module import quantized_modules
 from llmq.models.arch import find_blocks
 from llmq.ptq import block as block_module
 from llmq.ptq import engine
+from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.capture import BlockRecorder
 from llmq.recipe import Recipe
@@ -87,7 +88,7 @@ def test_calls_of_any_sequences_reproduce_the_model(name, tmp_path):
     _, blocks = find_blocks(model)
     inputs = []
     calls = BlockCalls.record(
-        BlockRecorder(model, blocks), TOKENS.split(2), tmp_path, inputs.append
+        BlockRecorder(model, blocks), Batches(TOKENS, 2), tmp_path, inputs.append
     )
     hidden = torch.cat(inputs)
     for chosen in ([0, 1], [2, 3], [4], [4, 0, 2]):
@@ -104,7 +105,7 @@ def test_calls_of_any_sequences_reproduce_the_model(name, tmp_path):
 def test_what_is_the_same_for_all_sequences_is_kept_once(tmp_path):
     model = make_model("llama")
     _, blocks = find_blocks(model)
-    calls = BlockCalls.record(BlockRecorder(model, blocks), TOKENS.split(2), tmp_path)
+    calls = BlockCalls.record(BlockRecorder(model, blocks), Batches(TOKENS, 2), tmp_path)
     first, second = calls.of(0)([0, 1]), calls.of(1)([3, 4])
     assert len(calls._slots) < 8, "cos, sin and positions, for both blocks"
     assert all(
@@ -212,4 +213,4 @@ def test_arguments_that_change_from_batch_to_batch_are_refused(monkeypatch, tmp_
     monkeypatch.setattr(model.model, "forward", forward)
     _, blocks = find_blocks(model)
     with pytest.raises(LlmqError, match=r"kwargs\['step'\], which changes from batch to batch"):
-        BlockCalls.record(BlockRecorder(model, blocks), TOKENS.split(2), tmp_path)
+        BlockCalls.record(BlockRecorder(model, blocks), Batches(TOKENS, 2), tmp_path)

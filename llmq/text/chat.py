@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
 from llmq.storage.boundary import reading
+from llmq.text.illustrated import parts_of
 
 Message = dict[str, str]
 _PROBE = "4711PROBE1147"  # an answer that no template writes by itself
@@ -93,3 +94,40 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     ends = [token for token in added if token.strip() and behind.startswith(token)]
     return added[max(ends, key=len)] if ends else None
+
+
+def document_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]]) -> str:
+    """A whole conversation by the chat template, answers included. Templates of some multimodal
+    models take parts alone; of strings they say nothing, or raise. Raises whatever the template
+    does."""
+    refused: Exception | None = None
+    text = ""
+    try:
+        text = _applied(tokenizer, turns)
+    except Exception as error:  # whatever a template and its filters do
+        refused = error
+    if _shows(text, turns):
+        return text
+    try:
+        of_parts = _applied(
+            tokenizer, [{**turn, "content": parts_of(turn["content"])} for turn in turns]
+        )
+    except Exception:
+        of_parts = ""
+    if _shows(of_parts, turns) and "{'type'" not in of_parts:  # or it writes out a list
+        return of_parts
+    if refused is not None:
+        raise refused
+    return text
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]]) -> str:
+    text = tokenizer.apply_chat_template(list(turns), tokenize=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _shows(text: str, turns: Sequence[dict[str, Any]]) -> bool:
+    """Whether a text has something of what turns say."""
+    contents = [turn["content"].strip() for turn in turns]
+    return any(content and content in text for content in contents)

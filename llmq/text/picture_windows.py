@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -168,67 +168,87 @@ def with_pictures(
     """Windows of text whose beginnings are replaced by rows with their pictures, in a seeded order,
     rows again where they are fewer than windows. Rows that are longer than a window, or that the
     chat template refuses, are left out. Raises `LlmqError` where all are."""
-    n, length = windows.tokens.shape
+    n = len(windows.tokens)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    heads: list[_Head] = []
-    too_long: list[int] = []
-    refused: list[RefusedError] = []
-    for index in order:
-        if len(heads) == n:
-            break
-        try:
-            head = _head(reader, rows[index])
-        except RefusedError as error:
-            refused.append(error)
-            continue
-        if len(head.ids) > length:
-            too_long.append(len(head.ids))
-        else:
-            heads.append(head)
-    if not heads and not too_long:
-        raise refused[0]
-    if not heads:
-        raise LlmqError(
-            f"{windows.source}: all {len(too_long)} rows with pictures are longer than a window of "
-            f"{length} tokens; the shortest needs --sequence-length {min(too_long)}, all of them "
-            f"{max(too_long)}"
-        )
+    found = _fitting(windows, [rows[index] for index in order], reader)
+    heads = found.heads
     chosen = [heads[index % len(heads)] for index in range(n)]
     tokens = windows.tokens.clone()
-    names = sorted(heads[0].per_token)
-    per_token = {name: torch.zeros_like(tokens) for name in names}
+    per_token = {name: torch.zeros_like(tokens) for name in sorted(heads[0].per_token)}
     places = place_ids(config, reader.processor)
     for index, head in enumerate(chosen):
         end = len(head.ids)
-        is_place = torch.isin(head.ids, places)
-        check_vocabulary(head.ids[~is_place], config.get_text_config().vocab_size, windows.source)
+        of_text = head.ids[~torch.isin(head.ids, places)]
+        check_vocabulary(of_text, config.get_text_config().vocab_size, windows.source)
         tokens[index, :end] = head.ids
-        for name in names:
-            per_token[name][index, :end] = head.per_token[name]
-    digest = hashlib.sha256("\n".join(head.sha256 for head in chosen).encode())
+        for name, values in per_token.items():
+            values[index, :end] = head.per_token[name]
     inputs = PictureInputs(
         reader,
         tuple(head.row for head in chosen),
         per_token,
         {head.row.where: _digests(head.row) for head in heads},
-        digest.hexdigest(),
+        hashlib.sha256("\n".join(head.sha256 for head in chosen).encode()).hexdigest(),
     )
-    read = dict(windows.read)
+    read = _told(dict(windows.read), found, chosen, reader)
+    return replace(windows, tokens=tokens, pictures=inputs, read=read)
+
+
+@dataclass
+class _Fitting:
+    """Rows that windows can begin with, at most one for each, and those that were left out: their
+    lengths, and what the chat template said."""
+
+    heads: list[_Head] = field(default_factory=list)
+    too_long: list[int] = field(default_factory=list)
+    refused: list[RefusedError] = field(default_factory=list)
+
+
+def _fitting(windows: TokenSet, rows: Sequence[IllustratedRow], reader: RowReader) -> _Fitting:
+    n, length = windows.tokens.shape
+    found = _Fitting()
+    for row in rows:
+        if len(found.heads) == n:
+            break
+        try:
+            head = _head(reader, row)
+        except RefusedError as error:
+            found.refused.append(error)
+            continue
+        if len(head.ids) > length:
+            found.too_long.append(len(head.ids))
+        else:
+            found.heads.append(head)
+    if found.heads:
+        return found
+    if not found.too_long:
+        raise found.refused[0]
+    raise LlmqError(
+        f"{windows.source}: all {len(found.too_long)} rows with pictures are longer than a window "
+        f"of {length} tokens; the shortest needs --sequence-length {min(found.too_long)}, all of "
+        f"them {max(found.too_long)}"
+    )
+
+
+def _told(
+    read: dict[str, Any], found: _Fitting, chosen: Sequence[_Head], reader: RowReader
+) -> dict[str, Any]:
+    """What was read, with what a report says of pictures."""
     left_out = {
-        "longer than a window": len(too_long),
-        "refused by the chat template": len(refused),
+        "longer than a window": len(found.too_long),
+        "refused by the chat template": len(found.refused),
         **read.pop(LEFT_OUT, {}),
     }
     told = {
-        "windows": n,
+        "windows": len(chosen),
         "pictures": sum(len(head.row.pictures) for head in chosen),
-        "rows": len(heads),
+        "rows": len(found.heads),
         "left_out": {reason: count for reason, count in left_out.items() if count},
-        "longest_row": max([*too_long, *(len(head.ids) for head in heads)]),
+        "longest_row": max([*found.too_long, *(len(head.ids) for head in found.heads)]),
         "tokens_of_rows": sum(len(head.ids) for head in chosen),
         "processor": type(reader.processor).__name__,
     }
-    return replace(windows, tokens=tokens, pictures=inputs, read={**read, "pictures": told})
+    return {**read, "pictures": told}
 
 
 def _head(reader: RowReader, row: IllustratedRow) -> _Head:

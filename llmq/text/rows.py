@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
 from llmq.messages import brief
-from llmq.text.chat import has_template
-from llmq.text.illustrated import COLUMNS, MARK, IllustratedRow, illustrated_row, parts_of
+from llmq.text.chat import document_text, has_template
+from llmq.text.illustrated import COLUMNS, MARK, IllustratedRow, illustrated_row
 from llmq.text.pictures import count_pictures, pictures_of
 
 TEXT = ("text", "content")
@@ -214,12 +214,12 @@ class Documents:
         if self.tokenizer is None or not has_template(self.tokenizer):
             return "\n\n".join(turn["content"] for turn in turns if turn["content"].strip())
         try:
-            return _rendered(self.tokenizer, turns)
+            return document_text(self.tokenizer, turns)
         except Exception as error:  # whatever a template and its filters do
             refused = error
         if turns[0]["role"] == "system" and len(turns) > 1:
             try:  # some families have no system role; their own advice is to begin the question so
-                return _rendered(self.tokenizer, _without_system(turns))
+                return document_text(self.tokenizer, _without_system(turns))
             except Exception as error:
                 refused = error
         self.skipped["refused by the chat template"] += 1
@@ -247,42 +247,6 @@ class Documents:
             **({} if not self.n_pictures else {"pictures_in_rows": self.n_pictures}),
             **({} if not self.not_illustrated else {LEFT_OUT: dict(self.not_illustrated)}),
         }
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> str:
-    """By the chat template. Those of some multimodal models take parts alone; of strings they say
-    nothing, or raise."""
-    refused: Exception | None = None
-    text = ""
-    try:
-        text = _applied(tokenizer, turns)
-    except Exception as error:  # whatever a template and its filters do
-        refused = error
-    if _shows(text, turns):
-        return text
-    try:
-        of_parts = _applied(
-            tokenizer, [{**turn, "content": parts_of(turn["content"])} for turn in turns]
-        )
-    except Exception:
-        of_parts = ""
-    if _shows(of_parts, turns) and "{'type'" not in of_parts:  # or it writes out a list
-        return of_parts
-    if refused is not None:
-        raise refused
-    return text
-
-
-def _applied(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> str:
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert isinstance(text, str)
-    return text
-
-
-def _shows(text: str, turns: Turns) -> bool:
-    """Whether a text has something of what turns say."""
-    contents = [turn["content"].strip() for turn in turns]
-    return any(content and content in text for content in contents)
 
 
 def _without_system(turns: Turns) -> Turns:

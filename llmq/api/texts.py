@@ -130,6 +130,11 @@ def windows_for(
     if calibration is None:
         return None
     if isinstance(calibration, TokenSet):
+        if calibration.pictures is not None:
+            raise LlmqError(
+                "calibration: windows with pictures are for folders, llmq.quantize(FOLDER, OUT, "
+                "...); give texts or token ids for a model in memory"
+            )
         return calibration.tokens
     if isinstance(calibration, str):  # the name of a file for a folder, so better not a text here
         raise refused("calibration", calibration, "a list of texts, such as [text], or token ids")

@@ -8,6 +8,7 @@ from conftest import make_model
 import llmq
 from llmq.errors import LlmqError
 from llmq.models.source import Source
+from llmq.text.documents import TokenSet
 
 TEXTS = [f"line {i}: value = {i * i % 97}" for i in range(60)]
 IDS = torch.randint(2, 2048, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -78,3 +79,10 @@ def test_tokenizers_of_models(model_folder, tokenizer):
     other = make_model(vocab_size=64)
     with pytest.raises(LlmqError, match="does not belong to this model"):
         llmq.evaluation_windows(other, "text", tokenizer=tokenizer)
+
+
+def test_windows_with_pictures_are_no_text_for_a_model_in_memory():
+    """Only their tokens would be used."""
+    windows = TokenSet(torch.ones(2, 8, dtype=torch.int64), "rows", pictures=object())
+    with pytest.raises(LlmqError, match="windows with pictures are for folders"):
+        llmq.quantize(make_model(), "w4g32", windows)

@@ -233,7 +233,7 @@ def _add_grid_arguments(parser: Parser) -> None:
         help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: "
         "-1)",
     )
-    parser.add_argument(
+    parser.more.add_argument(
         "--bpw",
         type=real(),
         metavar="BITS",

@@ -10,6 +10,7 @@ of what predicts better are in the README of `llmq/ptq`."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -97,7 +98,13 @@ def _costs(block: BlockGradients, candidates: Candidates, recipe: Recipe) -> dic
         weight = torch.cat([weights[name] for name in names])
         error = errors_of(weight, stats, spec, recipe)
         for name, own in zip(names, error.split([len(weights[n]) for n in names]), strict=True):
-            costs[name][spec] = _cost(own, inputs, block.gradients[name])
+            cost = _cost(own, inputs, block.gradients[name])
+            if not math.isfinite(cost):
+                raise LlmqError(
+                    f"block {block.index}, {name}: NaN or infinity among its inputs or gradients, "
+                    "so what bits are worth cannot be told; give it a spec with --rule"
+                )
+            costs[name][spec] = cost
     return {name: [costs[name][spec] for spec in candidates[name]] for name in group}
 
 

@@ -21,6 +21,8 @@ from llmq.grid.spec import QuantSpec
 from llmq.models.source import Source
 from llmq.ptq import in_memory
 from llmq.ptq.job import prepare
+from llmq.ptq.mixed import Budget
+from llmq.ptq.mixed_run import choose, measured_costs, quantize_mixed
 from llmq.ptq.results import BlockReport
 from llmq.ptq.run import quantize_folder
 from llmq.recipe import OUTSIDE, Recipe, outside_spec
@@ -48,6 +50,8 @@ def quantize(
     strict: bool = ...,
     overwrite: bool = ...,
     allow_requantize: bool = ...,
+    bpw: float | None = ...,
+    max_bytes: int | None = ...,
     on_block: Callable[[BlockReport], None] = ...,
 ) -> Report: ...
 
@@ -90,6 +94,8 @@ def quantize(model: Any, *arguments: Any, **options: Any) -> Any:
     method, embeddings, head, samples, sequence_length, seed: go before the recipe's.
     tokenizer: of a model in memory, in place of that of the folder it was loaded from.
     format, device, revision, strict, overwrite, allow_requantize: as on the command line.
+    bpw, max_bytes: bits per quantized weight on average, or bytes of the weight files: each layer
+        gets its bits by what these are worth, with the group size of the recipe; rules stay.
     on_block: told of every block when it is done.
 
     A folder: an interrupted run continues when it is called again. In memory: every layer stays on
@@ -131,6 +137,8 @@ def _quantize_folder(
     strict: bool = False,
     overwrite: bool = False,
     allow_requantize: bool = False,
+    bpw: float | None = None,
+    max_bytes: int | None = None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
     **options: Any,
 ) -> Report:
@@ -144,7 +152,14 @@ def _quantize_folder(
     if calibration is not None:
         given["calibration"] = _calibration(source, calibration, chosen)
     job = prepare(source, chosen, **given)
-    report = quantize_folder(job, Path(out), device=place, overwrite=overwrite, on_block=on_block)
+    how: dict[str, Any] = {"device": place, "overwrite": overwrite, "on_block": on_block}
+    if bpw is None and max_bytes is None:
+        report = quantize_folder(job, Path(out), **how)
+    else:
+        given.pop("calibration", None)
+        budget = Budget.of(bpw, max_bytes)
+        mixed = choose(job, measured_costs(job, place), budget, **given)
+        report = quantize_mixed(mixed, Path(out), **how)
     if strict and report["fallbacks"]:
         raise VerificationError(
             f"strict: {out} was written, but {len(report['fallbacks'])} layers fell back to plain "

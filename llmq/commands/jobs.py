@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from llmq.grid.spec import QuantSpec
     from llmq.models.source import Source
     from llmq.ptq.job import Job
+    from llmq.ptq.mixed import Budget, Costs
+    from llmq.ptq.mixed_run import MixedJob
     from llmq.recipe import Recipe, Rule
     from llmq.text.documents import TokenSet
 
@@ -163,6 +165,39 @@ def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
     if not is_plan:
         _check_memory(job, "--max-ram", args.max_ram)
     return job
+
+
+def budget_of(args: argparse.Namespace) -> Budget | None:
+    """What `--bpw` or `--max-bytes` allow. Raises `LlmqError` for options that say it twice."""
+    from llmq.errors import LlmqError
+    from llmq.ptq.mixed import Budget
+
+    if args.bpw is None and args.max_bytes is None:
+        return None
+    given = {"--bpw": args.bpw, "--max-bytes": args.max_bytes, "--bits": args.bits}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise LlmqError(f"{' and '.join(names)}: each says how many bits there are; give one")
+    return Budget(args.bpw, args.max_bytes)
+
+
+def mixed_job(
+    args: argparse.Namespace, job: Job, budget: Budget, costs: Costs, *, is_plan: bool = False
+) -> MixedJob:
+    """The jobs of a budget, with the options of the one that was asked for."""
+    from llmq.ptq.mixed_run import choose
+
+    return choose(
+        job,
+        costs,
+        budget,
+        format=args.format,
+        strict=args.strict,
+        check_scales=not is_plan,
+        device=args.device,
+        held_out=not args.no_held_out,
+        allow_requantize=args.allow_requantize,
+    )
 
 
 def _tokens_to_plan(source: Source, recipe: Recipe) -> TokenSet | None:

@@ -62,6 +62,21 @@ def real(low: float = 0.0, high: float = math.inf) -> Callable[[str], float]:
     return read
 
 
+def byte_size(text: str) -> int:
+    """Bytes, with a unit: 60MB, 3.5GB."""
+    number, factor = text.strip().upper().removesuffix("B"), 1.0
+    for unit, its in (("K", 1e3), ("M", 1e6), ("G", 1e9)):
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit), its
+    try:
+        n_bytes = float(number) * factor
+    except ValueError:
+        n_bytes = math.nan
+    if not 1 <= n_bytes < LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a size such as 60MB or 3.5GB, got {text!r}")
+    return int(n_bytes)
+
+
 def source(text: str) -> str:
     """Where text comes from: any string but an empty one, which would mean the working
     directory."""
@@ -217,6 +232,19 @@ def _add_grid_arguments(parser: Parser) -> None:
         metavar="G",
         help="columns per scale; -1: one scale per row, 0: one per tensor (default: 128; 8 bits: "
         "-1)",
+    )
+    parser.more.add_argument(
+        "--bpw",
+        type=real(),
+        metavar="BITS",
+        help="bits per quantized weight on average, such as 3.25: layers get 2 to 8 bits each, by "
+        "what these are worth to the model, and the best single width stays if it loses less",
+    )
+    parser.more.add_argument(
+        "--max-bytes",
+        type=byte_size,
+        metavar="SIZE",
+        help="the same for weight files of at most this size, such as 60MB",
     )
     parser.more.add_argument(
         "--asymmetric", action="store_true", help="store a zero point per group"

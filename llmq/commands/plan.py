@@ -12,6 +12,7 @@ from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
     from llmq.ptq.job import Job
+    from llmq.ptq.mixed import Budget
 
 HELP = (
     "Show what would be quantized and what not, the size, peak memory and time. Nothing is run. "
@@ -56,9 +57,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     plan_qat.check(args)
     if args.qat:
         return plan_qat.run(args)
+    budget = jobs.budget_of(args)
     job = jobs.prepare_job(args, is_plan=True)
     device = timed_device(args.device)
     rate = jobs.measured_rate(device)
+    mixed: dict[str, Any] | None = None
+    if budget is not None:
+        job, mixed = _mixed(args, job, budget, rate)
     found = parts(job)
     stored = stored_bytes(job)
     result = {
@@ -99,7 +104,26 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "quick": _quick(job, rate),
         "recipe": job.recipe.to_json(),
     }
+    if mixed is not None:
+        result["mixed"] = mixed
     return result, _text(result)
+
+
+def _mixed(
+    args: argparse.Namespace, job: Job, budget: Budget, rate: float
+) -> tuple[Job, dict[str, Any]]:
+    """The job of the bits that a budget allows, and how these were chosen. Where it was not
+    measured what they are worth, the job as it is, and how long that takes."""
+    from llmq.models.config_only import ConfigOnly
+    from llmq.ptq import mixed_run
+
+    is_bare = isinstance(job.source, ConfigOnly)
+    costs = None if is_bare else mixed_run.kept_costs(job, args.device)
+    if costs is None:
+        seconds = round(mixed_run.flops(job) / rate, 1)
+        return job, {"asked": str(budget), "mixed": None, "planned_seconds": seconds}
+    found = jobs.mixed_job(args, job, budget, costs, is_plan=True)
+    return found.chosen, found.about
 
 
 def _quick(job: Job, rate: float) -> dict[str, Any] | None:
@@ -185,6 +209,7 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
         pairs |= rendering.picture_lines(calibration)
     if experts := result["experts"]:
         pairs["experts"] = _expert_line(experts)
+    pairs |= _mixed_pairs(result.get("mixed"))
     pairs |= _size_pairs(result)
     pairs |= _memory_pairs(result)
     disk, work = result["planned_disk_bytes"], result["planned_work_bytes"]
@@ -205,6 +230,17 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
             f"{quick['planned_disk_bytes'] / 1e9:.2f} GB of disk"
         )
     return pairs
+
+
+def _mixed_pairs(mixed: dict[str, Any] | None) -> dict[str, object]:
+    if mixed is None or mixed["mixed"] is not None:
+        return rendering.mixed_lines(mixed)
+    line = (
+        "not chosen yet: 'llmq quantize' measures what bits are worth first, in about "
+        f"{rough_duration(mixed['planned_seconds'])}, and runs twice where one width takes about "
+        "as much; sizes here are those of the spec that stands for all"
+    )
+    return {"mixed bits": line}
 
 
 def _expert_line(experts: dict[str, Any]) -> str:

@@ -13,6 +13,9 @@ from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
+    from llmq.ptq.job import Job
+    from llmq.ptq.mixed import Budget
+    from llmq.ptq.mixed_run import MixedJob
     from llmq.ptq.results import BlockReport
 
 HELP = (
@@ -24,6 +27,7 @@ EXAMPLES = (
     "llmq quantize tiny tiny-w4                        # 4 bits, groups of 128",
     "llmq quantize tiny tiny-w3 --bits 3 --group-size 64 --asymmetric",
     "llmq quantize tiny tiny-mix --rule '*.down_proj=w8' --rule '*.layers.0.*=keep'",
+    "llmq quantize tiny tiny-3.25 --bpw 3.25           # bits where they count",
     "llmq quantize tiny tiny-w8a8 --recipe w8a8        # see llmq/recipes/README.md",
     "llmq quantize Qwen/Qwen3-0.6B qwen3-w4 --calibration my-text.jsonl",
 )
@@ -40,13 +44,16 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.errors import VerificationError
+    from llmq.ptq.mixed_run import quantize_mixed
     from llmq.ptq.run import quantize_folder
     from llmq.storage.workspace import check_output
 
     check_output(Path(args.out), args.overwrite)
     options.check_device(args.device)
+    budget = jobs.budget_of(args)
     job = jobs.prepare_job(args)
-    rendering.print_notes(job.notes)
+    mixed = None if budget is None else _mixed(args, job, budget)
+    rendering.print_notes((job if mixed is None else mixed.chosen).notes)
     with rendering.progress("blocks") as show:
         done = total = 0
 
@@ -60,14 +67,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             done += 1
             show(done, total, _remark(report))
 
-        report = quantize_folder(
-            job,
-            Path(args.out),
-            device=args.device,
-            overwrite=args.overwrite,
-            on_start=on_start,
-            on_block=on_block,
-        )
+        how: dict[str, Any] = {
+            "device": args.device,
+            "overwrite": args.overwrite,
+            "on_start": on_start,
+            "on_block": on_block,
+        }
+        if mixed is None:
+            report = quantize_folder(job, Path(args.out), **how)
+        else:
+            report = quantize_mixed(mixed, Path(args.out), **how)
     if args.strict and report["fallbacks"]:
         raise VerificationError(
             f"--strict: {args.out} was written, but {len(report['fallbacks'])} layers fell back to "
@@ -79,6 +88,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             f"experts, the first being {idle[0]}; use more or other calibration text"
         )
     return {"out": args.out, **report}, _summary(args.out, report)
+
+
+def _mixed(args: argparse.Namespace, job: Job, budget: Budget) -> MixedJob:
+    """What the layers of a job get within a budget."""
+    from llmq.ptq.mixed_run import measured_costs
+
+    with rendering.progress("what bits are worth") as show:
+        costs = measured_costs(job, args.device, show)
+    return jobs.mixed_job(args, job, budget, costs)
 
 
 def _remark(report: BlockReport) -> str:
@@ -116,6 +134,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     pairs |= _errors(report)
     pairs |= rendering.expert_lines(report["experts"])
     pairs |= _held_out(report)
+    pairs |= rendering.mixed_lines(report.get("mixed"))
     pairs |= _tuning(report)
     pairs |= _deviations(report)
     return f"{rendering.render_pairs(pairs)}\n{engine_lines(report['engines'])}"

@@ -250,3 +250,25 @@ def outside_lines(tables: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         f"{table['weight_error']:.1e} of the weights"
         for table in tables
     }
+
+
+def mixed_lines(mixed: dict[str, Any] | None) -> dict[str, object]:
+    """Which bits were chosen for a budget, and what one width for all loses in their place."""
+    if mixed is None:
+        return {}
+    lines: dict[str, object] = {"mixed bits": _choice_line(mixed["mixed"])}
+    if mixed["uniform"] is None:
+        lines["one width"] = "none takes about as much, so there is nothing to compare with"
+        return lines
+    lines["one width"] = _choice_line(mixed["uniform"])
+    if "held_out_kl" in mixed["uniform"]:
+        lines["kept"] = f"{mixed['kept']}, which loses less on held-out text"
+    return lines
+
+
+def _choice_line(choice: dict[str, Any]) -> str:
+    layers = ", ".join(f"{n} x {spec}" for spec, n in choice["layers_by_spec"].items())
+    line = f"{choice['bits_per_quantized_weight']:.2f} bits: {layers}; KL about "
+    line += f"{choice['estimated_kl']:.2e}"
+    measured = [f"{kl:.2e}" for kl in choice.get("held_out_kl", ()) if kl is not None]
+    return f"{line}, measured {' and '.join(measured)}" if measured else line

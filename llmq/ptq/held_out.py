@@ -164,7 +164,7 @@ class _HeldOut:
 
     def _logits(self, blocks: Blocks, tokens: Tensor, hidden: Tensor) -> Tensor:
         """`[n, V]` of `n` hidden states behind the last block: all after it is by position."""
-        with _passing_on(blocks.modules, hidden[None], self.n_returned):
+        with passing_on(blocks.modules, hidden[None], self.n_returned):
             logits: Tensor = blocks.model(input_ids=tokens[None], use_cache=False).logits
         return logits[0]
 
@@ -177,7 +177,7 @@ def _advance(block: nn.Module, states: Tensor, call_of: CallOf) -> None:
 
 
 @contextmanager
-def _passing_on(modules: nn.ModuleList, hidden: Tensor, n_returned: int) -> Iterator[None]:
+def passing_on(modules: nn.ModuleList, hidden: Tensor, n_returned: int) -> Iterator[None]:
     """The model with blocks that give these hidden states. n_returned: see `BlockRecorder`."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ MAX_FALLBACK_SHARE = 0.05
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _identity(job: Job, device: str) -> dict[str, Any]:
+def identity(job: Job, device: str) -> dict[str, Any]:
     """What decides the bytes of the result: an interrupted run with the same identity is
     continued."""
     return {
@@ -68,25 +68,43 @@ def _identity(job: Job, device: str) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One of several results of which one is kept. variant: tells their work folders apart.
+    is_trial: what it loses is measured, and the result waits. started: when the whole began, where
+    that was earlier (`time.monotonic`). about: further keys of the report."""
+
+    variant: str = ""
+    is_trial: bool = False
+    started: float | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def place(self, out_dir: Path) -> Path:
+        """What the work folder is named after."""
+        out_dir = files.real_path(out_dir)
+        return out_dir.with_name(out_dir.name + self.variant)
+
+
 def quantize_folder(
     job: Job,
     out_dir: Path,
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    attempt: Attempt = Attempt(),
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Run a job into a folder and return its report. Continues an interrupted run of the same job.
-    Peak memory is one block.
+    Peak memory is one block. Of a trial, the report has what was lost alone ("held_out").
 
     on_start: told how many blocks are finished already, of how many. Raises `LlmqError` for bad
     input (nothing is left behind), `VerificationError` when the result fails its checks."""
     check_output(out_dir, overwrite)
-    started = time.monotonic()
+    started = time.monotonic() if attempt.started is None else attempt.started
     prefix, blocks = find_blocks(job.model)
     reader = CheckpointReader(job.model, job.source.tensors, job.source.files)
-    partial = PartialCheckpoint(out_dir, _identity(job, device), len(blocks))
+    partial = PartialCheckpoint(attempt.place(out_dir), identity(job, device), len(blocks))
     with kept_for_later(partial, lambda: all(map(reader.is_still, partial.sources()))):
         sink = FolderSink(partial, reader, job.fmt, job.all_plans, job.recipe)
         if not all(map(reader.is_still, partial.sources())):
@@ -124,9 +142,15 @@ def quantize_folder(
         resumed_at = min(first_block, *damaged) if damaged else first_block
         if job.outside:  # it may have been forgotten with a block that was done again
             _write_outside(job, partial, reader, prefix)
-        held_out = _held_out(job, sink, partial, device)
+        measured = {"held_out": _held_out(job, sink, partial, device)}
+        if attempt.is_trial:
+            partial.keep_only_blocks()
+            partial.close()
+            return measured
+        partial.out_dir = files.real_path(out_dir)
+        measured |= attempt.about
         report = _finish(
-            job, partial, reader, prefix, resumed_at, time.monotonic() - started, device, held_out
+            job, partial, reader, prefix, resumed_at, time.monotonic() - started, device, measured
         )
     n_fallbacks, n_layers = len(report["fallbacks"]), len(report["layers"])
     if n_fallbacks > MAX_FALLBACK_SHARE * n_layers:
@@ -170,9 +194,9 @@ def _finish(
     resumed_at: int,
     seconds: float,
     device: str,
-    held_out: list[dict[str, Any]],
+    measured: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write everything that is not a block, then publish."""
+    """Write everything that is not a block, then publish. measured: further keys of the report."""
     partial.keep_only_blocks()
     _write_outside(job, partial, reader, prefix)
     copied = {name: reader.shards.shapes[name] for name in reader.unused()}
@@ -195,7 +219,7 @@ def _finish(
     )
     report |= outside_of_blocks(job, partial.report_of(partial.outside))
     report["redone_blocks"] = partial.redone
-    report["held_out"] = held_out
+    report |= measured
     report |= {**companions.to_json(), FINGERPRINT: _tokenizer_hash(job)}
     files.write_json(target / "report.json", report)
     (target / "README.md").write_text(model_card(report))

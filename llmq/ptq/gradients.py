@@ -1,0 +1,222 @@
+"""One backward pass of the full-precision model, block by block: what enters each linear layer, and
+the gradient of the log-likelihood by what leaves it.
+
+Forward, the inputs of every block are kept in a folder. At the top, a token is drawn at every
+position from the model's own distribution, which makes the squares of these gradients an estimate
+of the Fisher matrix, and so of the second derivatives of the Kullback-Leibler divergence from the
+model (labels of the text would give the "empirical" one, which is not that). Then blocks follow
+from the last to the first. Peak memory is one block, or the head, and a batch of sequences; on disk
+lie the inputs of all blocks, and what belongs to the layers of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError
+from llmq.models.site import sites_in
+from llmq.ptq.block_calls import BlockCalls
+from llmq.ptq.blocks import Blocks
+from llmq.ptq.capture import BlockCall, BlockRecorder, first_line, shared_inputs
+from llmq.ptq.held_out import BATCH, HEAD_VALUES, passing_on
+from llmq.storage.hidden_states import ActivationFile
+
+
+@dataclass(frozen=True)
+class BlockGradients:
+    """A block in full precision with what its layers met. groups: names of layers in the block that
+    read the same tensor. inputs: of a group by its first layer, `[n, T, K]`. gradients: of the sum
+    of log-likelihoods by the outputs of each layer, `[n, T, N]`."""
+
+    index: int
+    module: nn.Module
+    groups: list[list[str]]
+    inputs: dict[str, ActivationFile]
+    gradients: dict[str, ActivationFile]
+
+
+class Backward:
+    """tokens: int64 `[n, T]`. folder: for the files of the pass, which its owner removes. seed: of
+    the tokens that are drawn."""
+
+    def __init__(self, blocks: Blocks, tokens: Tensor, folder: Path, seed: int) -> None:
+        self.blocks, self.folder, self.seed = blocks, folder, seed
+        self.tokens = tokens.to(blocks.device)
+        self.width: int = blocks.model.config.get_text_config().hidden_size
+        self.recorder = BlockRecorder(blocks.model, blocks.modules)
+        self.calls: BlockCalls | None = None
+
+    @torch.no_grad()
+    def forward(self) -> Iterator[int]:
+        """Keep the inputs of every block; yields the number of each that is done."""
+        with ExitStack() as stack:
+            keep = stack.enter_context(self._inputs_of(0).appender(durable=False))
+            stack.enter_context(self.blocks.with_weights_outside())
+            batches = self.tokens.split(BATCH)
+            self.calls = BlockCalls.record(self.recorder, batches, self.folder, keep)
+        for index in range(len(self.blocks)):
+            module = self.blocks.load(index)
+            with self._inputs_of(index + 1).appender(durable=False) as append:
+                for call, hidden in self._batches(index):
+                    append(call.run(module, hidden))
+            yield index
+
+    def backward(self, layers: dict[str, list[str]]) -> Iterator[BlockGradients]:
+        """The blocks from the last to the first, each until the next is asked for. layers: which of
+        them count, in the block, by the name of the block."""
+        self._write_top()
+        for index in reversed(range(len(self.blocks))):
+            module = self.blocks.load(index).requires_grad_(False)
+            yield self._block(index, module, layers.get(self.blocks.name(index), []))
+            self._inputs_of(index + 1).path.unlink()
+
+    def _inputs_of(self, index: int) -> ActivationFile:
+        return self._file(f"inputs-{index:05d}", self.width)
+
+    def _gradients_of(self, index: int) -> ActivationFile:
+        """By the inputs of a block; two files take turns."""
+        return self._file(f"gradients-{index % 2}", self.width)
+
+    def _file(self, name: str, width: int) -> ActivationFile:
+        return ActivationFile(self.folder / f"{name}.bin", self.tokens.shape[1], width)
+
+    def _batches(self, index: int) -> Iterator[tuple[BlockCall, Tensor]]:
+        assert self.calls is not None
+        call_of, start = self.calls.of(index), 0
+        for hidden in self._inputs_of(index).batches(BATCH):
+            yield call_of(range(start, start + len(hidden))), hidden.to(self.blocks.device)
+            start += len(hidden)
+
+    def _write_top(self) -> None:
+        """The gradients by what leaves the last block, by the model's own norm and head."""
+        last = len(self.blocks)
+        generator = torch.Generator().manual_seed(self.seed)
+        with (
+            self._gradients_of(last).appender(durable=False) as append,
+            self.blocks.with_weights_outside(with_head=True),
+        ):
+            hidden = self._inputs_of(last).batches(1)
+            for tokens, states in zip(self.tokens, hidden, strict=True):
+                append(self._top(tokens, states[0].to(self.blocks.device), generator)[None])
+
+    def _top(self, tokens: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """`[T, D]` for the hidden states of a sequence, some positions at a time."""
+        model = self.blocks.model
+        step = max(1, HEAD_VALUES // model.config.get_text_config().vocab_size)
+        parts = []
+        for some, states in zip(tokens.split(step), hidden.split(step), strict=True):
+            states = states.clone().requires_grad_()
+            with torch.enable_grad():
+                with passing_on(self.blocks.modules, states[None], self.recorder.n_returned):
+                    logits: Tensor = model(input_ids=some[None], use_cache=False).logits[0]
+                likely = torch.log_softmax(logits.float(), dim=-1)
+                drawn = torch.multinomial(likely.detach().exp().cpu(), 1, generator=generator)
+                total = likely.gather(1, drawn.to(likely.device)).sum()
+                parts += torch.autograd.grad(total, states)
+        return torch.cat(parts)
+
+    def _block(self, index: int, module: nn.Module, names: list[str]) -> BlockGradients:
+        """Run a block forward and back, and write what its layers meet."""
+        sites = {site.name: site for site in sites_in(module) if site.name in names}
+        groups = self._groups(index, module, names)
+        inputs = {
+            group[0]: self._file(f"x-{group[0]}", sites[group[0]].shape[1]) for group in groups
+        }
+        gradients = {name: self._file(f"g-{name}", sites[name].shape[0]) for name in names}
+        after = self._gradients_of(index + 1).batches(BATCH)
+        with ExitStack() as stack:
+            append = stack.enter_context(self._gradients_of(index).appender(durable=False))
+            keep_x, keep_g = (
+                {
+                    name: stack.enter_context(file.appender(durable=False))
+                    for name, file in files.items()
+                }
+                for files in (inputs, gradients)
+            )
+            for (call, hidden), gradient in zip(self._batches(index), after, strict=True):
+                met = _Met({name: module.get_submodule(name) for name in names})
+                append(met.run(module, call, hidden, gradient.to(hidden.device)))
+                shape = hidden.shape[:2]
+                for name, keep in keep_x.items():
+                    keep(_by_token(met.inputs[name], shape, self._name(index, name)))
+                for name, keep in keep_g.items():
+                    keep(_by_token(met.gradients[name], shape, self._name(index, name)))
+        return BlockGradients(index, module, groups, inputs, gradients)
+
+    @torch.no_grad()
+    def _groups(self, index: int, module: nn.Module, names: list[str]) -> list[list[str]]:
+        if not names:
+            return []
+        call, hidden = next(self._batches(index))
+        layers = {name: module.get_submodule(name) for name in names}
+        groups = shared_inputs(module, layers, call, hidden)
+        if idle := set(names).difference(*groups):
+            raise LlmqError(
+                f"{self._name(index, min(idle))}: this layer did not run on the calibration text, "
+                "so what its bits are worth cannot be told; give it a spec with --rule"
+            )
+        return groups
+
+    def _name(self, index: int, layer: str) -> str:
+        return f"{self.blocks.name(index)}.{layer}"
+
+
+class _Met:
+    """What layers meet in one run of their block."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        self.layers = layers
+        self.inputs: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+
+    def run(self, module: nn.Module, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient by the inputs of the block, of that by its outputs."""
+        start = hidden.requires_grad_()
+        try:
+            with torch.enable_grad(), self._watching():
+                output = call.run(module, start.clone())  # a leaf may not be changed in place
+                (found,) = torch.autograd.grad(output, start, gradient)
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            RuntimeError
+        ) as error:  # such as a model that changes in place what the way back needs
+            raise LlmqError(
+                f"{type(module).__name__}: no gradients come back through it ({first_line(error)}),"
+                " so what bits are worth cannot be told; give layers their specs with --rule"
+            ) from error
+        return found
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                handle = layer.register_forward_hook(
+                    lambda _, args, kwargs, output, name=name: self._note(
+                        name, (*args, *kwargs.values())[0], output
+                    ),
+                    with_kwargs=True,
+                )
+                stack.callback(handle.remove)
+            yield
+
+    def _note(self, name: str, x: Any, output: Tensor) -> None:
+        self.inputs[name] = x.detach()
+        output.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
+
+
+def _by_token(rows: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """Rows of a layer as `[B, T, ...]`."""
+    n, length = shape
+    if rows.numel() != n * length * rows.shape[-1]:
+        raise LlmqError(
+            f"{name}: it has {rows.numel() // rows.shape[-1]} rows for {n * length} tokens, so "
+            "what its bits are worth cannot be told by token; give it a spec with --rule"
+        )
+    return rows.reshape(n, length, -1)

@@ -1,0 +1,163 @@
+"""Bits where they count: within the budget, alike where engines fuse layers, checked against one
+width, and the same again from what was kept."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+import llmq
+from llmq.commands.cli import main
+from llmq.errors import LlmqError
+from llmq.models.site import fused_names
+from llmq.ptq import mixed_run
+from llmq.ptq.job import prepare
+from llmq.ptq.mixed import Budget, Problem, stored_size
+from llmq.ptq.run import quantize_folder
+from llmq.recipe import Recipe, Rule
+
+
+@pytest.fixture
+def job(model_folder, calibration_file):
+    recipe = Recipe.uniform("w4g32", samples=4, sequence_length=32)
+    return prepare(str(model_folder()), recipe, calibration=str(calibration_file))
+
+
+def some_costs(problem):
+    """Fewer bits cost more, and later layers more than earlier ones."""
+    return {
+        name: {str(spec): (1 + i) * 4.0**-spec.bits + spec.symmetric * 1e-3 for spec in specs}
+        for i, (name, specs) in enumerate(problem.candidates.items())
+    }
+
+
+def test_sizes_are_those_of_the_report(job, tmp_path):
+    report = quantize_folder(job, tmp_path / "out")
+    expected = {layer["name"]: layer["n_bytes"] for layer in report["layers"]}
+    assert {p.layer.name: stored_size(p.spec, p.layer.shape) for p in job.plans} == expected
+
+
+def test_fused_layers_get_one_spec_and_rules_stay(job):
+    rules = (Rule("*.0.*.o_proj", llmq.QuantSpec("int8", 32)), *job.recipe.rules)
+    plans = Recipe(rules=rules).plan(plan.layer for plan in job.plans)
+    problem = Problem.of(replace(job, plans=plans, recipe=replace(job.recipe, rules=rules)))
+    for bits in (2.9, 3.3, 4.1, 9):
+        choice = problem.choose(some_costs(problem), Budget(bits))
+        assert choice.bits <= bits
+        by_group = {}
+        for name, spec in choice.specs.items():
+            by_group.setdefault(fused_names(name), set()).add(spec)
+        assert all(len(specs) == 1 for specs in by_group.values())
+        planned = choice.recipe(job.recipe).rules
+        assert "model.layers.0.self_attn.o_proj" not in choice.specs
+        assert planned[-1] == job.recipe.rules[-1]
+
+
+def test_a_budget_that_is_too_small_is_refused_with_the_least(job):
+    problem = Problem.of(job)
+    with pytest.raises(LlmqError, match=r"--bpw 2: .* takes 2\.5000 bits"):
+        problem.choose(some_costs(problem), Budget(2.0))
+    assert problem.choose(some_costs(problem), Budget(2.5)).bits == 2.5
+    with pytest.raises(LlmqError, match=r"--max-bytes 1000: .* give --max-bytes \d+"):
+        problem.choose(some_costs(problem), Budget(n_bytes=1000))
+
+
+def test_one_width_is_compared_where_it_takes_about_as_much(job):
+    problem = Problem.of(job)
+    costs = some_costs(problem)
+    near = problem.uniform(costs, Budget(4.6))
+    assert {str(spec) for spec in near.specs.values()} == {"w4g32"}
+    assert problem.uniform(costs, Budget(7.9)) is None
+
+
+def options_of(model, calibration_file):
+    found = [model, "--calibration", str(calibration_file), "--samples", "4"]
+    return [*found, "--sequence-length", "32", "--group-size", "32"]
+
+
+def test_the_command_keeps_the_better_one_and_its_recipe_runs_again(
+    model_folder, calibration_file, tmp_path, capsys
+):
+    model, *options = options_of(str(model_folder()), calibration_file)
+    assert main(["plan", model, *options, "--bpw", "4.6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mixed"]["mixed"] is None
+    out = tmp_path / "out"
+    assert main(["quantize", model, str(out), *options, "--bpw", "4.6"]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    told = report["mixed"]
+    assert "mixed bits" in shown
+    assert report["bits_per_quantized_weight"] <= 4.6
+    assert report["bits_per_quantized_weight"] == told[told["kept"]]["bits_per_quantized_weight"]
+    measured = {name: told[name]["held_out_kl"] for name in ("mixed", "uniform")}
+    kept = [text["kl_mean"] for text in report["held_out"]]
+    assert kept == pytest.approx(measured[told["kept"]])
+    gain = mixed_run._gain(measured["mixed"], measured["uniform"])
+    assert told["kept"] == ("mixed" if gain >= 0 else "uniform")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+    assert main(["plan", model, *options, "--bpw", "4.6", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["mixed"]["mixed"]
+    assert planned["layers_by_spec"] == told["mixed"]["layers_by_spec"]
+    again = tmp_path / "again"
+    recipe = ["--recipe", str(out / "report.json"), "--calibration", str(calibration_file)]
+    assert main(["quantize", model, str(again), *recipe]) == 0
+    shards = [sorted(folder.glob("*.safetensors")) for folder in (out, again)]
+    for first, second in zip(*shards, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("better", ["mixed", "uniform"])
+def test_what_loses_less_is_kept_also_by_a_run_that_goes_on(job, tmp_path, monkeypatch, better):
+    problem = Problem.of(job)
+    mixed = mixed_run.choose(job, some_costs(problem), Budget(4.6))
+    gain = 1.0 if better == "mixed" else -1.0
+    monkeypatch.setattr(mixed_run, "_gain", lambda *figures: gain)
+    original, n_calls = mixed_run.quantize_folder, []
+
+    def killed_at_the_second(*arguments, **options):
+        n_calls.append(options["attempt"].variant)
+        if len(n_calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(mixed_run, "quantize_folder", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        mixed_run.quantize_mixed(mixed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = mixed_run.quantize_mixed(mixed, tmp_path / "out")
+    assert n_calls == [".uniform", "", "", ".uniform" if better == "uniform" else ""]
+    assert report["mixed"]["kept"] == better
+    assert {path.name for path in tmp_path.iterdir() if "out" in path.name} == {"out"}
+    specs = {layer["name"]: layer["spec"] for layer in report["layers"]}
+    kept = mixed.chosen if better == "mixed" else mixed.uniform
+    assert specs == {plan.layer.name: str(plan.spec) for plan in kept.plans}
+
+
+def test_python_takes_a_size(model_folder, calibration_file, tmp_path):
+    texts = [calibration_file.read_text()]
+    sizes = {"samples": 4, "sequence_length": 32, "method": "gptq"}
+    limit = 1_110_000  # embeddings and head take 1,048,576
+    report = llmq.quantize(
+        str(model_folder()), tmp_path / "out", "w4g32", texts, max_bytes=limit, **sizes
+    )
+    stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.97 * limit < stored <= limit
+    assert report["mixed"]["asked"] == f"--max-bytes {limit}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bpw", "3", "--bits", "4"], "each says how many bits"),
+        (["--bpw", "3", "--method", "rtn"], "reads none; use --method gptq"),
+        (["--max-bytes", "many"], "expected a size such as 60MB"),
+        (["--bpw", "4", "--format", "awq"], "nothing to choose|holds no mixed bits"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    options, message, model_folder, calibration_file, tmp_path, capsys
+):
+    model, *others = options_of(str(model_folder()), calibration_file)
+    assert main(["quantize", model, str(tmp_path / "out"), *others, *options]) == 2
+    assert re.search(message, capsys.readouterr().err)

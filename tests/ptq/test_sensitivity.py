@@ -1,0 +1,130 @@
+"""Gradients that are computed block by block are those of the whole model, and what they say of a
+spec is what happens to the model."""
+
+import pytest
+import torch
+from conftest import families
+
+from llmq.errors import LlmqError
+from llmq.formats.load import load
+from llmq.grid.spec import QuantSpec
+from llmq.grid.tensor import QuantizedTensor
+from llmq.models.arch import linear_weight, quantizable_layers
+from llmq.models.readers import CheckpointReader
+from llmq.models.source import Source
+from llmq.models.stored import StoredModel
+from llmq.ptq.blocks import Blocks
+from llmq.ptq.gradients import Backward
+from llmq.ptq.sensitivity import _by_block, measure
+from llmq.recipe import Recipe
+from llmq.text.documents import read_text, tokenize
+
+TOKENS = torch.randint(2, 2048, (5, 24), generator=torch.Generator().manual_seed(3))
+SPEC = QuantSpec("int2", 32, symmetric=False)
+
+
+def blocks_of(model):
+    source = Source.open(str(model))
+    skeleton = StoredModel.of(source).skeleton
+    return Blocks(skeleton, CheckpointReader(skeleton, source.tensors), "cpu")
+
+
+def layers_of(blocks):
+    return [layer.name for layer in quantizable_layers(blocks.model)]
+
+
+def gradients_of_the_whole(model, layers):
+    """By the outputs of each layer, for the tokens that the blocks draw, sequence by sequence."""
+    outputs = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: outputs.__setitem__(name, output)
+        )
+        for name in layers
+    ]
+    generator = torch.Generator().manual_seed(7)
+    found = {name: [] for name in layers}
+    for row in TOKENS:
+        likely = torch.log_softmax(model(row[None]).logits[0], -1)
+        drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
+        total = likely.gather(1, drawn).sum()
+        gradients = torch.autograd.grad(total, [outputs[name] for name in layers])
+        for name, gradient in zip(layers, gradients, strict=True):
+            found[name].append(gradient.reshape(len(row), -1))
+    for handle in handles:
+        handle.remove()
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("family", families("llama", "gemma3_text"))
+def test_gradients_are_those_of_the_whole_model(family, model_folder, tmp_path):
+    folder = model_folder(family)
+    blocks = blocks_of(folder)
+    layers = layers_of(blocks)
+    if family == "rwkv":
+        pytest.skip("its whole changes in place what the way back needs, a block alone does not")
+    expected = gradients_of_the_whole(load(folder, dtype="float32"), layers)
+    backward = Backward(blocks, TOKENS, tmp_path, 7)
+    assert list(backward.forward()) == [0, 1]
+    candidates = {name: [SPEC] for name in layers}
+    seen = set()
+    for block in backward.backward(_by_block(blocks, candidates)):
+        for name, file in block.gradients.items():
+            full_name = f"{blocks.name(block.index)}.{name}"
+            gradient = torch.cat(list(file.batches(2)))
+            scale = expected[full_name].abs().max()
+            torch.testing.assert_close(
+                gradient / scale, expected[full_name] / scale, atol=2e-5, rtol=0
+            )
+            seen.add(full_name)
+    assert seen == set(layers)
+
+
+def test_it_predicts_what_a_layer_costs(tmp_path):
+    """On the bundled model: two bits in one layer at a time, measured on the same windows."""
+    blocks = blocks_of("tiny")
+    layers = layers_of(blocks)[::3]
+    recipe = Recipe.uniform(SPEC, method="rtn")
+    source = Source.open("tiny")
+    documents = read_text("bundled", "calibration", source.tokenizer).documents
+    windows = tokenize(documents, source.tokenizer)[: 8 * 64].view(8, 64)
+    told = []
+    costs = measure(
+        blocks,
+        windows,
+        {name: [SPEC] for name in layers},
+        recipe,
+        tmp_path,
+        lambda *done: told.append(done),
+    )
+    assert told[-1] == (2 * len(blocks), 2 * len(blocks))
+    assert not list(tmp_path.iterdir())
+    model = load("tiny", dtype="float32")
+    estimated, measured = [], []
+    with torch.no_grad():
+        base = torch.log_softmax(model(windows).logits, -1)
+        for name in layers:
+            weight = linear_weight(model.get_submodule(name))
+            original = weight.clone()
+            weight.copy_(QuantizedTensor.quantize(original, SPEC).dequantize())
+            own = torch.log_softmax(model(windows).logits, -1)
+            weight.copy_(original)
+            measured.append(float((base.exp() * (base - own)).sum(-1).mean()))
+            estimated.append(costs[name][0])
+    ranks = torch.tensor([estimated, measured]).argsort(1).argsort(1).double()
+    assert torch.corrcoef(ranks)[0, 1] > 0.8
+    assert 1 / 3 < sum(estimated) / sum(measured) < 3
+
+
+def test_blocks_without_a_way_back_are_refused(model_folder, tmp_path, monkeypatch):
+    blocks = blocks_of(model_folder())
+    spec = {name: [SPEC] for name in layers_of(blocks)}
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x: x.exp().relu_().exp_().log_())
+    with pytest.raises(LlmqError, match=r"no gradients come back.*--rule"):
+        measure(blocks, TOKENS, spec, Recipe.uniform(SPEC, method="rtn"), tmp_path)
+
+
+def test_experts_are_refused(model_folder, tmp_path):
+    blocks = blocks_of(model_folder("qwen3_moe"))
+    with pytest.raises(LlmqError, match=r"experts.*--rule"):
+        measure(blocks, TOKENS, {}, Recipe(), tmp_path)

@@ -12,7 +12,7 @@ here, before and after, and every fault is an error."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -155,6 +155,8 @@ class LlmqQuantizer(HfQuantizer):
     unsavable: str | None = None
     # stored tensors of packed layers that decide nothing
     left_out: tuple[str, ...] = ()
+    # of the parameters as the model was built, by name
+    built_dtypes: Mapping[str, torch.dtype] = {}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -174,6 +176,7 @@ class LlmqQuantizer(HfQuantizer):
             )
         fmt = self.stored_format = format_of(self.quantization_config.settings())
         unfuse(model)
+        self.built_dtypes = {name: each.dtype for name, each in model.named_parameters()}
         headers = _headers([Path(path) for path in checkpoint_files])
         layers: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
         for name, (dtype, stored_shape) in headers.items():
@@ -271,6 +274,7 @@ class LlmqQuantizer(HfQuantizer):
                 len(left_out),
                 self.left_out[0],
             )
+        _cast_as_built(model, self.built_dtypes)
         state_quantization(model, self)
         return model
 
@@ -324,6 +328,22 @@ class LlmqQuantizer(HfQuantizer):
         """Adapters on quantized layers can be trained: the gradient goes through the quantized
         product. The layers themselves cannot, which `is_qat_trainable` says."""
         return True
+
+
+def _cast_as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """transformers leaves what it renames in a quantized checkpoint in the dtype that is stored
+    (5.17): routers, towers. They get the model's, but for what it keeps in float32, and biases of
+    packed layers, which stay as they are stored."""
+    from llmq.inference.module import QuantLinear
+    from llmq.models.compat import is_kept_in_float32
+
+    packed = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    for name, parameter in model.named_parameters():
+        dtype = dtypes.get(name, parameter.dtype)
+        if parameter.is_meta or parameter.dtype == dtype or name.rpartition(".")[0] in packed:
+            continue
+        if not is_kept_in_float32(model, name):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _dense_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:

@@ -321,6 +321,12 @@ def only_errors() -> Iterator[None]:
         _show_bars(has_bars)
 
 
+def is_kept_in_float32(model: Any, name: str) -> bool:
+    """Whether transformers loads a parameter in float32 whatever dtype is asked for."""
+    patterns = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
+
+
 @contextmanager
 def without_videos() -> Iterator[None]:
     """Have processors load that read videos, too, where torchvision is missing: of these models

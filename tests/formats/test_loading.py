@@ -250,3 +250,21 @@ def test_a_damaged_index_cannot_leave_the_folder(quantized, tmp_path):
     )
     with pytest.raises(LlmqError, match="plain names"):
         llmq.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_neox"])
+def test_everything_but_packed_layers_gets_the_dtype_that_is_asked_for(
+    kind, model_folder, tmp_path
+):
+    """Also what transformers renames while it loads: routers, heads."""
+    folder = model_folder(kind, dtype=torch.bfloat16)
+    llmq.quantize(folder, tmp_path / "out", "w4g32", method="rtn")
+    model = llmq.load(tmp_path / "out", dtype="float32")
+    packed = quantized_modules(model)
+    others = {
+        name: parameter.dtype
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in packed
+    }
+    assert len(others) > 5
+    assert set(others.values()) == {torch.float32}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.models.site import sites_in
+from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockCall, BlockRecorder, first_line, shared_inputs
@@ -58,7 +59,7 @@ class Backward:
         with ExitStack() as stack:
             keep = stack.enter_context(self._inputs_of(0).appender(durable=False))
             stack.enter_context(self.blocks.with_weights_outside())
-            batches = self.tokens.split(BATCH)
+            batches = Batches(self.tokens, BATCH, self.blocks.device)
             self.calls = BlockCalls.record(self.recorder, batches, self.folder, keep)
         for index in range(len(self.blocks)):
             module = self.blocks.load(index)

@@ -122,8 +122,8 @@ def test_times_as_people_say_them():
 
 
 def test_experts_that_are_measured_side_by_side_take_memory(planned, tmp_path, monkeypatch):
-    """Statistics of a wave of experts, and the copies and solves of all of them. 2.19 GB resident
-    were measured of these blocks, libraries included, where 1.77 GB above these are planned."""
+    """Statistics of a wave of experts, and the copies and solves of all of them. 1.82 GB above the
+    libraries were measured of two of these blocks, with chunks of 4 MB instead of 64."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16",
         "hidden_size": 2048, "moe_intermediate_size": 512, "intermediate_size": 5632,
@@ -138,6 +138,6 @@ def test_experts_that_are_measured_side_by_side_take_memory(planned, tmp_path, m
         return planned(tmp_path, *options)["planned_peak_bytes"]
 
     in_waves = peak()
-    assert 1.6e9 < in_waves < 1.9e9
+    assert 1.8e9 < in_waves < 2.1e9
     monkeypatch.setattr(experts, "WAVE_BYTES", 4 * experts.WAVE_BYTES)
     assert peak() > in_waves + 2 * experts.WAVE_BYTES / 4

@@ -252,7 +252,7 @@ def test_a_damaged_index_cannot_leave_the_folder(quantized, tmp_path):
         llmq.load(folder)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_everything_but_packed_layers_gets_the_dtype_that_is_asked_for(
     kind, model_folder, tmp_path
 ):

@@ -134,6 +134,7 @@ def test_what_loses_less_is_kept_also_by_a_run_that_goes_on(job, tmp_path, monke
     assert specs == {plan.layer.name: str(plan.spec) for plan in kept.plans}
 
 
+@pytest.mark.slow
 def test_python_takes_a_size(model_folder, calibration_file, tmp_path):
     texts = [calibration_file.read_text()]
     sizes = {"samples": 4, "sequence_length": 32, "method": "gptq"}

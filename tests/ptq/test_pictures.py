@@ -151,6 +151,7 @@ def test_a_model_calibrated_with_pictures(kind, folder_of, tmp_path):
     assert llmq.load(tmp_path / "out", strict=True) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3", *SLOW_KINDS])
 def test_an_interrupted_run_goes_on_with_the_same_bytes(kind, folder_of, tmp_path):
     rows, folder = write_rows(tmp_path / "data", 2), folder_of(kind)

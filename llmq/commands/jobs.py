@@ -146,12 +146,7 @@ def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
             source,
             recipe,
             calibration=_tokens_to_plan(source, recipe),
-            format=args.format,
-            strict=args.strict,
-            check_scales=not is_plan,
-            device=args.device,
-            held_out=not args.no_held_out,
-            allow_requantize=args.allow_requantize,
+            **_as_asked(args, is_plan),
             **told,
         )
     if args.max_gpu_memory is not None and args.device == "cpu":
@@ -187,17 +182,19 @@ def mixed_job(
     """The jobs of a budget, with the options of the one that was asked for."""
     from llmq.ptq.mixed_run import choose
 
-    return choose(
-        job,
-        costs,
-        budget,
-        format=args.format,
-        strict=args.strict,
-        check_scales=not is_plan,
-        device=args.device,
-        held_out=not args.no_held_out,
-        allow_requantize=args.allow_requantize,
-    )
+    return choose(job, costs, budget, **_as_asked(args, is_plan))
+
+
+def _as_asked(args: argparse.Namespace, is_plan: bool) -> dict[str, Any]:
+    """What `prepare` takes of the options."""
+    return {
+        "format": args.format,
+        "strict": args.strict,
+        "check_scales": not is_plan,
+        "device": args.device,
+        "held_out": not args.no_held_out,
+        "allow_requantize": args.allow_requantize,
+    }
 
 
 def _tokens_to_plan(source: Source, recipe: Recipe) -> TokenSet | None:

@@ -156,6 +156,15 @@ class BlockCalls:
 
         return call
 
+    def batches(
+        self, index: int, inputs: ActivationFile, size: int, device: str
+    ) -> Iterator[tuple[BlockCall, Tensor]]:
+        """The calls of block `index` and its inputs on a device, `size` sequences at a time."""
+        call_of, start = self.of(index, inputs.dtype), 0
+        for hidden in inputs.batches(size):
+            yield call_of(range(start, start + len(hidden))), hidden.to(device)
+            start += len(hidden)
+
     def forget(self, index: int) -> None:
         """Remove the files that no block after `index` takes."""
         later: set[int] = set()

@@ -24,8 +24,14 @@ from llmq.models.site import sites_in
 from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.capture import BlockCall, BlockRecorder, first_line, shared_inputs
-from llmq.ptq.held_out import BATCH, HEAD_VALUES, passing_on
+from llmq.ptq.capture import (
+    BlockCall,
+    BlockRecorder,
+    first_line,
+    passing_on,
+    shared_inputs,
+)
+from llmq.ptq.held_out import BATCH, HEAD_VALUES
 from llmq.storage.hidden_states import ActivationFile
 
 
@@ -89,10 +95,7 @@ class Backward:
 
     def _batches(self, index: int) -> Iterator[tuple[BlockCall, Tensor]]:
         assert self.calls is not None
-        call_of, start = self.calls.of(index), 0
-        for hidden in self._inputs_of(index).batches(BATCH):
-            yield call_of(range(start, start + len(hidden))), hidden.to(self.blocks.device)
-            start += len(hidden)
+        return self.calls.batches(index, self._inputs_of(index), BATCH, self.blocks.device)
 
     def _write_top(self) -> None:
         """The gradients by what leaves the last block, by the model's own norm and head."""

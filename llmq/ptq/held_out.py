@@ -7,8 +7,8 @@ from the stored blocks alone, so that a run which goes on measures the same."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from llmq.models.readers import WeightReader
 from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls, CallOf
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.capture import BlockRecorder
+from llmq.ptq.capture import BlockRecorder, passing_on
 from llmq.ptq.outside import as_stored
 from llmq.ptq.results import FinishedBlocks
 from llmq.text.documents import check_vocabulary, token_hash
@@ -174,20 +174,3 @@ def _advance(block: nn.Module, states: Tensor, call_of: CallOf) -> None:
     for start in range(0, len(states), BATCH):
         part = states[start : start + BATCH]
         part.copy_(call_of(range(start, start + len(part))).run(block, part))
-
-
-@contextmanager
-def passing_on(modules: nn.ModuleList, hidden: Tensor, n_returned: int) -> Iterator[None]:
-    """The model with blocks that give these hidden states. n_returned: see `BlockRecorder`."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (hidden, *[None] * (n_returned - 1)) if n_returned else hidden
-
-    patched = list(modules)
-    for block in patched:
-        block.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block in patched:
-            del block.forward

@@ -76,11 +76,7 @@ class Streams:
         """The calls of block `index` and their hidden states, in order."""
         assert self.calls is not None
         inputs = self.inputs_of(index, stream)
-        call_of, start = self.calls.of(index, inputs.dtype), 0
-        for hidden in inputs.batches(self.batch_size):
-            sequences = range(start, start + len(hidden))
-            yield call_of(sequences), hidden.to(self.device)
-            start += len(hidden)
+        return self.calls.batches(index, inputs, self.batch_size, self.device)
 
     def exact_rows(self, block: nn.Module, group: Sequence[str]) -> ActivationFile:
         """The file of a group's inputs in the full-precision model, or of its only layer's outputs

@@ -1,5 +1,5 @@
-"""Readers of configs from before transformers 5 find the base of positions, and transformers reads
-the same config as without those keys."""
+"""Readers of configs from before transformers 5 find the base of positions and the number of
+experts, and transformers reads the same config as without those keys."""
 
 import json
 
@@ -65,6 +65,34 @@ def test_transformers_reads_the_same_config(family, positions):
     expected, found = (each.to_dict() for each in read)
     assert found.keys() - expected.keys() <= {"rope_theta", "partial_rotary_factor"}  # gpt_neox
     assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "deepseek_v3", "ernie4_5_moe", "gpt_oss", "hunyuan_v1_moe", "olmoe"]
+)
+def test_the_number_of_experts_is_said_by_every_name(family):
+    config = AutoConfig.for_model(family)
+    written = json.loads(json.dumps(with_older_keys({"text_config": config.to_dict()})))
+    written = written["text_config"]
+    for name, stored in type(config).attribute_map.items():
+        if "experts" in stored:
+            assert written[name] == written[stored] == getattr(config, stored)
+    assert AutoConfig.for_model(**written).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("kind", [None, 3, "nothing of transformers", "llama"])
+def test_a_config_of_no_known_mixture_stays(kind):
+    config = {"model_type": kind, "num_local_experts": 8}
+    assert with_older_keys(config) == config
+
+
+def test_a_quantized_mixture_has_the_key_of_its_original(tmp_path):
+    model = make_model("qwen3_moe")
+    llmq.quantize(model, Recipe.uniform("w4g32", method="rtn"))
+    llmq.save(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["num_experts"] == written["num_local_experts"] == model.config.num_experts
+    assert llmq.load(tmp_path / "out").config.num_experts == model.config.num_experts
 
 
 def test_a_quantized_folder_has_them(tmp_path):

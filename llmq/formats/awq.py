@@ -10,11 +10,14 @@ stored; and the config has one group size for all layers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import OWN_METHOD, Format, Settings, Specs
+from llmq.formats.engine_names import alike_experts
 from llmq.formats.gptq_settings import AUTO_ROUND, AUTO_ROUND_AWQ, KEPT_BITS, check_auto_round
 from llmq.formats.setting_types import is_whole, wrong
 from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
@@ -90,14 +93,21 @@ class Awq(Format):
 
     def write_config(self, specs: Specs, *, act_order: bool = False) -> Settings:
         quantized = [spec for spec in specs.values() if spec is not None]
+        kept = [name for name, spec in specs.items() if spec is None]
+        modules = [name for name, spec in alike_experts(specs).items() if spec is None]
         return {
             "quant_method": self.quant_method,
             "version": _VERSION,
             "bits": BITS,
             "group_size": quantized[0].group_size if quantized else PER_ROW,
             "zero_point": True,
-            "modules_to_not_convert": [name for name, spec in specs.items() if spec is None],
+            "modules_to_not_convert": [*kept, *modules],
         }
+
+    def with_names(self, config: Settings, stored: Mapping[str, str]) -> Settings:
+        kept = config["modules_to_not_convert"]
+        others = [stored[name] for name in kept if name in stored]
+        return {**config, "modules_to_not_convert": list(dict.fromkeys([*kept, *others]))}
 
     def detects(self, settings: Settings) -> bool:
         if settings.get("quant_method") == AUTO_ROUND:

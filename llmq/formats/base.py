@@ -150,6 +150,11 @@ class Format(ABC):
         layers."""
         return config
 
+    def with_names(self, config: Settings, stored: Mapping[str, str]) -> Settings:
+        """The `quantization_config` with what it says of layers said by further names, too. stored:
+        of layers and of modules of experts, as `engine_names.with_modules` gives them."""
+        return config
+
     def dense(
         self, name: str, tensors: dict[str, Tensor], config: Settings, shape: tuple[int, int]
     ) -> Tensor | None:

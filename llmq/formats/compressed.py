@@ -174,6 +174,9 @@ class CompressedTensors(Format):
     ) -> Settings:
         return stated.with_ignored(config, names)
 
+    def with_names(self, config: Settings, stored: Mapping[str, str]) -> Settings:
+        return stated.with_names(config, stored)
+
     def read_config(self, settings: Settings) -> Settings:
         own = {"quant_method": OWN_METHOD, "format": self.name, "layout": settings.get("format")}
         return self.check_read({**settings, **own})

@@ -8,7 +8,7 @@ class "Linear" for all that are left; the most specific decides, and `ignore` ta
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,6 +177,19 @@ def _layout_of_all(groups: Settings) -> str:
 def with_ignored(config: Settings, names: Collection[str]) -> Settings:
     """The settings with more modules that are not quantized."""
     return {**config, "ignore": list(dict.fromkeys([*config["ignore"], *names]))}
+
+
+def with_names(config: Settings, stored: Mapping[str, str]) -> Settings:
+    """The settings with the names that layers are stored under beside those of the model."""
+    groups = {
+        key: {**group, "targets": _with_others(group["targets"], stored)}
+        for key, group in config["config_groups"].items()
+    }
+    return {**config, "config_groups": groups, "ignore": _with_others(config["ignore"], stored)}
+
+
+def _with_others(names: list[str], stored: Mapping[str, str]) -> list[str]:
+    return list(dict.fromkeys([*names, *(stored[name] for name in names if name in stored)]))
 
 
 def layout_of(spec: QuantSpec, activations: ActSpec) -> str:

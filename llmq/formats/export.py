@@ -167,6 +167,7 @@ def _config(layers: StoredLayers, conversion: Conversion) -> dict[str, Any]:
         act_order=conversion.has_order,
         activations=layers.activations,
         kept=layers.kept_matrices,
+        stored=layers.other_names,
     )
 
 

@@ -11,7 +11,7 @@ written as version 2. When reading version 1, decoded zero points are shifted, n
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Settings, Specs
+from llmq.formats.engine_names import alike_experts
 from llmq.formats.engine_rules import fused_disagreement
 from llmq.formats.gptq_settings import (
     AUTO_ROUND,
@@ -29,6 +30,7 @@ from llmq.formats.gptq_settings import (
     VERSION_1,
     VERSION_2,
     auto_round_version,
+    expression_of,
     read_auto_round,
     read_gptq,
     settings_of,
@@ -165,6 +167,16 @@ class Gptq(Format):
         others = [name for name in names if f"-:{_expression(name)}$" not in stated]
         return {**config, "dynamic": {**stated, **_kept_patterns(others, quantized)}}
 
+    def with_names(self, config: Settings, stored: Mapping[str, str]) -> Settings:
+        others = {f"{_expression(name)}$": f"{_expression(stored[name])}$" for name in stored}
+        dynamic: dict[str, dict[str, Any]] = {}
+        for pattern, overrides in config["dynamic"].items():
+            dynamic[pattern] = overrides
+            sign, expression = pattern[:2], expression_of(pattern)
+            if expression in others:
+                dynamic[f"{sign}{others[expression]}"] = overrides
+        return {**config, "dynamic": dynamic}
+
     def companions(self, config: Settings) -> dict[str, Settings]:
         return {"quantize_config.json": config}
 
@@ -175,8 +187,9 @@ GPTQ_V2 = Gptq(VERSION_2, shift=0)
 
 def _dynamic(specs: Specs, default: QuantSpec) -> dict[str, dict[str, Any]]:
     """What layers are quantized otherwise than most, or kept: by their names, and by that of the
-    layer that vLLM and SGLang make of several, which is the one they look up."""
-    named = dict(specs)
+    layer or the module of experts that vLLM and SGLang make of several, which is what they look
+    up."""
+    named = {**specs, **alike_experts(specs)}
     for name, spec in specs.items():
         joint = joint_name(name)
         members = {specs[each] for each in fused_names(name) if each in specs}

@@ -177,6 +177,16 @@ class StoredLayers:
         """What the tensors of a packed layer are stored under."""
         return self.names[f"{name}.weight"].removesuffix(".weight")
 
+    @property
+    def other_names(self) -> dict[str, str]:
+        """Modules -> what they are stored under, where that is another name."""
+        stored = {
+            name.removesuffix(".weight"): its.removesuffix(".weight")
+            for name, its in self.names.items()
+            if name.endswith(".weight")
+        }
+        return {name: its for name, its in stored.items() if name != its}
+
     def bytes_of(self, name: str) -> int:
         """Stored bytes of a packed layer."""
         return sum(map(self.source.shards.bytes_of, self.packed[name].values()))

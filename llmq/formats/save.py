@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats.base import Format
+from llmq.formats.engine_names import with_modules
 from llmq.formats.engines import readings
 from llmq.formats.extra import extra_tensors, matrices_among
 from llmq.formats.registry import AUTO, choose_format, detect, has_groups, result_of
@@ -44,10 +45,13 @@ def checkpoint_config(
     act_order: bool,
     activations: ActSpec,
     kept: Collection[str] = (),
+    stored: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` for the linear layers of a model in a format. act_order: columns
     were rounded in true act-order, which shows in layers of more than one group. kept: modules with
-    a matrix that are no such layers, as `kept_matrices` gives them."""
+    a matrix that are no such layers, as `kept_matrices` gives them. stored: modules -> what they
+    are stored under, where that is another name."""
+    stored = stored or {}
     specs = {plan.layer.name: plan.spec for plan in plans if not plan.role}
     tables = {
         plan.layer.name: (plan.role, plan.spec)
@@ -58,10 +62,16 @@ def checkpoint_config(
     config = fmt.tables.stated(config, tables) if tables else config
     is_kept = [name for name in kept if specs.get(name) is None and name not in tables]
     quantized = [name for name, spec in specs.items() if spec is not None]
-    config = fmt.with_kept(config, is_kept, quantized)
+    config = fmt.with_kept(config, _both(is_kept, stored), _both(quantized, stored))
+    config = fmt.with_names(config, with_modules(stored))
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
+
+
+def _both(names: list[str], stored: Mapping[str, str]) -> list[str]:
+    """Names of modules, and behind them those that some are stored under."""
+    return [*names, *(stored[name] for name in names if name in stored)]
 
 
 def kept_matrices(model: nn.Module) -> list[str]:
@@ -194,8 +204,26 @@ def format_tensors(
     shapes = {name: tensor.shape for name, tensor in (extra or {}).items()}
     kept = [*kept_matrices(model), *matrices_among(shapes)]
     return tensors, checkpoint_config(
-        fmt, plans, act_order=act_order, activations=act_spec, kept=kept
+        fmt,
+        plans,
+        act_order=act_order,
+        activations=act_spec,
+        kept=kept,
+        stored=stored_modules(model, [*(plan.layer.name for plan in plans), *kept]),
     )
+
+
+def stored_modules(model: PreTrainedModel, names: Collection[str]) -> dict[str, str]:
+    """Modules with a matrix -> what checkpoints call them, where that is another name."""
+    skeleton = meta_model(model.config, type(model))
+    weights = [f"{name}.weight" for name in names]
+    own = skeleton.state_dict().keys()
+    found = original_names(model, skeleton, [name for name in weights if name in own])
+    return {
+        name.removesuffix(".weight"): its.removesuffix(".weight")
+        for name, its in found.items()
+        if name != its
+    }
 
 
 def under_original_names(

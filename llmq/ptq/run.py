@@ -232,6 +232,7 @@ def _finish(
             act_order=job.recipe.order == "act",
             activations=job.recipe.activations,
             kept=[*kept_matrices(job.model), *matrices_among(copied)],
+            stored=job.stored,
         ),
         name=hub_id(job.source.folder),
         companions=companions,

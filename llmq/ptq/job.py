@@ -30,7 +30,7 @@ from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers, tower_parameters
 from llmq.models.identity import source_name
 from llmq.models.low_precision import kind_of
-from llmq.models.processors import load_processor
+from llmq.models.processors import load_processor, refusal_of_pictures
 from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
@@ -290,6 +290,8 @@ def calibration_tokens(
     text = documents.read_text(name, "calibration", tokenizer, with_pictures=takes_pictures)
     if not text.illustrated:
         return windows_of(tokenizer, config, recipe, text, name, held_out=held_out)
+    if reason := refusal_of_pictures(stored.skeleton):
+        raise LlmqError(reason)
     column = text.read["columns"][0][0]
     remedy = f"calibrate on the text alone: {name}#{column}"
     check_pillow(name)

@@ -11,6 +11,7 @@ from llmq.errors import LlmqError
 from llmq.formats.registry import NAMES, choose_format
 from llmq.models.arch import FAMILIES, quantizable_layers, tower_parameters
 from llmq.models.keep import is_extra_layer
+from llmq.models.processors import refusal_of_pictures
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
 from llmq.recipe import LayerPlan, Recipe
@@ -63,6 +64,8 @@ def prospect(source: Source, recipe: Recipe) -> Prospect:
         plans = recipe.plan(quantizable_layers(stored.skeleton))
         stored.check()
         remarks = stored.remarks()
+        if reason := refusal_of_pictures(stored.skeleton):
+            remarks["pictures"] = reason
     except LlmqError as error:
         return Prospect(model_type, refusal=str(error))
     text_type = stored.config.get_text_config().model_type

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llmq
+from llmq.commands.cli import main
 from llmq.errors import LlmqError, LlmqWarning
 from llmq.models import compat
 from llmq.models.arch import find_blocks, tower_parameters
@@ -195,12 +196,23 @@ def test_every_method_takes_pictures(kind, settings, folder_of, tmp_path):
     assert not report["layers_with_large_error"]
 
 
-def test_blocks_that_see_pictures_on_their_way_are_refused(folder_of, tmp_path):
+def test_blocks_that_see_pictures_on_their_way_are_refused(folder_of, tmp_path, capsys):
+    """By plan and quantize before anything runs, and by doctor, in the same words."""
     rows, folder = write_rows(tmp_path / "data", 2), folder_of("qwen3_vl")
-    job = job_of(folder, rows)
+    with pytest.raises(LlmqError, match=r"deepstack_visual_indexes.*; calibrate on the text alone"):
+        job_of(folder, rows)
+    assert main(["plan", str(folder), "--calibration", str(rows)]) == 2
+    told = capsys.readouterr().err
+    assert main(["doctor", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"]["pictures"] in told
+    quantize_folder(job_of(folder, without_pictures(rows)), tmp_path / "alone")
+
+
+def test_such_blocks_are_noticed_without_a_config_that_says_so(folder_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmq.ptq.job.refusal_of_pictures", lambda model: None)
+    job = job_of(folder_of("qwen3_vl"), write_rows(tmp_path / "data", 2))
     with pytest.raises(LlmqError, match=r"with pictures: block 1 .*; calibrate on the text alone"):
         quantize_folder(job, tmp_path / "out")
-    quantize_folder(job_of(folder, without_pictures(rows)), tmp_path / "alone")
 
 
 def test_a_folder_without_a_processor(tmp_path):

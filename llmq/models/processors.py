@@ -77,10 +77,10 @@ def refusal_of_pictures(model: PreTrainedModel) -> str | None:
     )
 
 
-def _deepstack(config: dict[str, Any]) -> str | None:
+def _deepstack(config: dict[Any, Any]) -> str | None:
     """The key of a config, or of that of a part, that says so."""
     for key, value in config.items():
-        if key.startswith("deepstack") and value:
+        if isinstance(key, str) and key.startswith("deepstack") and value:
             return key
         if isinstance(value, dict) and (found := _deepstack(value)):
             return found

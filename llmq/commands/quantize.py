@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     check_output(Path(args.out), args.overwrite)
     options.check_device(args.device)
     budget = jobs.budget_of(args)
-    job = jobs.prepare_job(args)
+    job = jobs.prepare_job(args, for_budget=budget is not None)
     mixed = None if budget is None else _mixed(args, job, budget)
     rendering.print_notes((job if mixed is None else mixed.chosen).notes)
     with rendering.progress("blocks") as show:

@@ -16,21 +16,22 @@ from typing import Any
 from llmq.arguments import check_type
 from llmq.errors import LlmqError
 from llmq.grid.spec import PER_TENSOR, QuantSpec
+from llmq.models.experts import unfused_in
 from llmq.models.site import fused_names
 from llmq.ptq.allocation import Item, allocate, least_bytes
 from llmq.ptq.job import Job
 from llmq.ptq.parts import parts
+from llmq.ptq.sensitivity import Cost
 from llmq.recipe import LayerPlan, Recipe, Rule
 from llmq_kernels.core.packing import packed_width
 
 BITS = (2, 3, 4, 5, 6, 8)
 WITH_ZERO_POINTS = (2, 3)  # where they are worth their bytes, also when nobody asks for them
-EVERY = "*"  # the pattern of the rule whose layers take part
 ABOUT_EQUAL = 0.9  # of the budget: a uniform result that is smaller says little
 HEADER_BYTES = 160  # in the header of a weight file, per tensor, with a name of usual length
 
-Costs = Mapping[str, Mapping[str, float]]
-"""What specs cost a layer, by its name and the text of the spec."""
+Costs = Mapping[str, Mapping[str, Cost]]
+"""What candidates cost a layer, by its name and the text of the candidate."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,12 @@ class Problem:
     @classmethod
     def of(cls, job: Job) -> Problem:
         """Raises `LlmqError` where nothing can be chosen."""
+        _refuse_experts(job)
         candidates, fixed, weights = {}, 0, 0
         for plan in job.plans:
             if plan.spec is None:
                 continue
-            if _takes_part(plan, job.recipe):
+            if job.recipe.takes_part(plan):
                 candidates[plan.layer.name] = candidates_of(plan, job)
             else:
                 fixed += stored_size(plan.spec, plan.layer.shape)
@@ -196,10 +198,10 @@ class Problem:
         return self.choice({name: self.specs_of(g)[i] for g, i in pairs for name in g}, costs)
 
     def choice(self, specs: dict[str, QuantSpec], costs: Costs) -> Choice:
-        """A choice that is given."""
-        in_order = {name: specs[name] for name in self.candidates}
+        """A choice among the candidates that is given."""
+        in_order = {name: fitted(specs[name], costs[name]) for name in self.candidates}
         n_bytes = sum(stored_size(spec, self.shapes[name]) for name, spec in in_order.items())
-        cost = sum(costs[name][str(spec)] for name, spec in in_order.items())
+        cost = sum(costs[name][str(spec)].nats for name, spec in in_order.items())
         return Choice(in_order, self.fixed_bytes + n_bytes, self.n_weights, cost)
 
     def uniform(self, costs: Costs, budget: Budget) -> Choice | None:
@@ -223,9 +225,12 @@ class Problem:
     def _item(self, group: Sequence[str], costs: Costs) -> Item:
         specs = self.specs_of(group)
         return Item(
-            tuple(sum(costs[name][str(spec)] for name in group) for spec in specs),
-            tuple(sum(stored_size(spec, self.shapes[n]) for n in group) for spec in specs),
+            tuple(sum(costs[name][str(spec)].nats for name in group) for spec in specs),
+            tuple(sum(self._size(name, spec, costs) for name in group) for spec in specs),
         )
+
+    def _size(self, name: str, spec: QuantSpec, costs: Costs) -> int:
+        return stored_size(fitted(spec, costs[name]), self.shapes[name])
 
     def _too_small(self, budget: Budget, missing: int, least: int) -> LlmqError:
         if budget.n_bytes is not None:
@@ -237,7 +242,17 @@ class Problem:
         return LlmqError(f"{budget}: the smallest choice for every layer takes {bits:.4f} bits")
 
 
-def _takes_part(plan: LayerPlan, recipe: Recipe) -> bool:
-    """Whether the rule that decides a layer is the one about all of them."""
-    deciding = next(rule for rule in recipe.rules if rule.matches(plan.layer.name))
-    return deciding.pattern == EVERY
+def fitted(spec: QuantSpec, costs: Mapping[str, Cost]) -> QuantSpec:
+    """A candidate with the scale dtype that holds the scales of a layer. costs: of the layer."""
+    return replace(spec, scale_dtype=costs[str(spec)].scale_dtype)  # type: ignore[arg-type]
+
+
+def _refuse_experts(job: Job) -> None:
+    """Raise `LlmqError` for layers of experts whose bits would have to be chosen."""
+    for module in unfused_in(job.model):
+        inside = [plan for plan in job.plans if plan.layer.name.startswith(f"{module}.")]
+        if any(job.recipe.takes_part(plan) for plan in inside):
+            raise LlmqError(
+                f"{module}: what bits are worth is not measured in experts, each of which sees "
+                f"other tokens; give them a spec: --rule '*.{module.rpartition('.')[2]}.*=w4g128'"
+            )

@@ -6,14 +6,17 @@ adds to its weight, it is the mean over tokens of the sum over outputs c of (g_t
 the second-order term of the divergence, with the Fisher matrix estimated from one drawn token per
 position and what tokens and outputs have in common left out. E is the error of the method itself,
 on the inputs at hand and without its sweeps: GPTQ gains more in some layers than in others. Figures
-of what predicts better are in the README of `llmq/ptq`."""
+of what predicts better are in the README of `llmq/ptq`.
+
+Weights are at hand here, so this is also where each candidate gets the scale dtype that holds its
+scales: what is chosen needs no look at the weights any more."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,10 +25,10 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.models.arch import linear_weight
-from llmq.models.experts import unfused_in
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.gradients import Backward, BlockGradients
 from llmq.ptq.methods import method_of
+from llmq.ptq.scales import fitting_spec
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.threads import total as sum_of
 from llmq.recipe import Recipe
@@ -38,6 +41,14 @@ Candidates = Mapping[str, Sequence[QuantSpec]]
 """The specs that a layer may get, by its name in the model."""
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Of a candidate. nats: per token. scale_dtype: what it takes to hold the layer's scales."""
+
+    nats: float
+    scale_dtype: str = "float16"
+
+
 def measure(
     blocks: Blocks,
     tokens: Tensor,
@@ -45,18 +56,13 @@ def measure(
     recipe: Recipe,
     work_dir: Path,
     on_block: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+) -> dict[str, list[Cost]]:
     """The cost of each candidate by name of layer. tokens: int64 `[n, T]`, of which some windows
     are taken. work_dir: where files may lie meanwhile. on_block: told how many passes through a
-    block are done, of how many. Raises `LlmqError` for mixtures of experts."""
-    if modules := unfused_in(blocks.model):
-        raise LlmqError(
-            f"{min(modules)}: what bits are worth is not measured in mixtures of experts, each of "
-            "which sees other tokens; give layers their specs with --rule"
-        )
+    block are done, of how many."""
     tokens = tokens[:MAX_SEQUENCES, :MAX_LENGTH]
     layers = _by_block(blocks, candidates)
-    costs: dict[str, list[float]] = {}
+    costs: dict[str, list[Cost]] = {}
     with tempfile.TemporaryDirectory(prefix="sensitivity-", dir=work_dir) as folder:
         backward = Backward(blocks, tokens, Path(folder), recipe.seed)
         done, total = 0, 2 * len(blocks)
@@ -85,16 +91,17 @@ def _by_block(blocks: Blocks, candidates: Candidates) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def _costs(block: BlockGradients, candidates: Candidates, recipe: Recipe) -> dict[str, list[float]]:
+def _costs(block: BlockGradients, candidates: Candidates, recipe: Recipe) -> dict[str, list[Cost]]:
     """Of layers that read the same inputs, which are solved together where they have a spec in
     common."""
     group = list(candidates)
     inputs = block.inputs[group[0]]
     weights = {name: linear_weight(block.module.get_submodule(name)) for name in group}
     stats = _statistics(inputs, weights[group[0]].device)
-    costs: dict[str, dict[QuantSpec, float]] = {name: {} for name in group}
-    for spec in dict.fromkeys(spec for name in group for spec in candidates[name]):
-        names = [name for name in group if spec in candidates[name]]
+    fitting = {name: _fitting(weights[name], candidates[name]) for name in group}
+    costs: dict[str, dict[QuantSpec, Cost]] = {name: {} for name in group}
+    for spec in dict.fromkeys(spec for specs in fitting.values() for spec in specs):
+        names = [name for name in group if spec in fitting[name]]
         weight = torch.cat([weights[name] for name in names])
         error = errors_of(weight, stats, spec, recipe)
         for name, own in zip(names, error.split([len(weights[n]) for n in names]), strict=True):
@@ -104,8 +111,12 @@ def _costs(block: BlockGradients, candidates: Candidates, recipe: Recipe) -> dic
                     f"block {block.index}, {name}: NaN or infinity among its inputs or gradients, "
                     "so what bits are worth cannot be told; give it a spec with --rule"
                 )
-            costs[name][spec] = cost
-    return {name: [costs[name][spec] for spec in candidates[name]] for name in group}
+            costs[name][spec] = Cost(cost, spec.scale_dtype)
+    return {name: [costs[name][spec] for spec in fitting[name]] for name in group}
+
+
+def _fitting(weight: Tensor, specs: Sequence[QuantSpec]) -> list[QuantSpec]:
+    return [fitting_spec(weight, spec) for spec in specs]
 
 
 def errors_of(weight: Tensor, stats: LayerStats, spec: QuantSpec, recipe: Recipe) -> Tensor:

@@ -15,6 +15,7 @@ from llmq.ptq import mixed_run
 from llmq.ptq.job import prepare
 from llmq.ptq.mixed import Budget, Problem, stored_size
 from llmq.ptq.run import quantize_folder
+from llmq.ptq.sensitivity import Cost
 from llmq.recipe import Recipe, Rule
 
 
@@ -24,10 +25,14 @@ def job(model_folder, calibration_file):
     return prepare(str(model_folder()), recipe, calibration=str(calibration_file))
 
 
+def some_cost(place, spec):
+    return Cost((1 + place) * 4.0**-spec.bits + spec.symmetric * 1e-3)
+
+
 def some_costs(problem):
     """Fewer bits cost more, and later layers more than earlier ones."""
     return {
-        name: {str(spec): (1 + i) * 4.0**-spec.bits + spec.symmetric * 1e-3 for spec in specs}
+        name: {str(spec): some_cost(i, spec) for spec in specs}
         for i, (name, specs) in enumerate(problem.candidates.items())
     }
 

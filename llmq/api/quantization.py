@@ -20,8 +20,8 @@ from llmq.formats.placement import device_of
 from llmq.grid.spec import QuantSpec
 from llmq.models.source import Source
 from llmq.ptq import in_memory
+from llmq.ptq.choice import Budget
 from llmq.ptq.job import prepare
-from llmq.ptq.mixed import Budget
 from llmq.ptq.mixed_run import choose, measured_costs, quantize_mixed
 from llmq.ptq.results import BlockReport
 from llmq.ptq.run import quantize_folder
@@ -158,7 +158,9 @@ def _quantize_folder(
         report = quantize_folder(job, Path(out), **how)
     else:
         budget = Budget.of(bpw, max_bytes)
-        mixed = choose(job, measured_costs(job, place), budget, format=format, strict=strict)
+        mixed = choose(
+            job, measured_costs(job, budget, place), budget, format=format, strict=strict
+        )
         report = quantize_mixed(mixed, Path(out), **how)
     if strict and report["fallbacks"]:
         raise VerificationError(

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from llmq.grid.spec import QuantSpec
     from llmq.models.source import Source
+    from llmq.ptq.choice import Budget
     from llmq.ptq.job import Job
-    from llmq.ptq.mixed import Budget, Costs
+    from llmq.ptq.mixed import Costs
     from llmq.ptq.mixed_run import MixedJob
     from llmq.recipe import Recipe, Rule
     from llmq.text.documents import TokenSet
@@ -173,7 +174,7 @@ def prepare_job(
 def budget_of(args: argparse.Namespace) -> Budget | None:
     """What `--bpw` or `--max-bytes` allow. Raises `LlmqError` for options that say it twice."""
     from llmq.errors import LlmqError
-    from llmq.ptq.mixed import Budget
+    from llmq.ptq.choice import Budget
 
     if args.bpw is None and args.max_bytes is None:
         return None

@@ -10,8 +10,8 @@ from llmq.commands import jobs, rendering
 from llmq.commands.pace import rough_duration
 
 if TYPE_CHECKING:
+    from llmq.ptq.choice import Budget
     from llmq.ptq.job import Job
-    from llmq.ptq.mixed import Budget
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def planned(args: argparse.Namespace, job: Job, budget: Budget | None, rate: flo
     if budget is None:
         return Planned(job, None, 1, disk_bytes(job), flops(job))
     is_bare = isinstance(job.source, ConfigOnly)
-    costs = None if is_bare else mixed_run.kept_costs(job, args.device)
+    costs = None if is_bare else mixed_run.kept_costs(job, budget, args.device)
     if costs is not None:
         found = jobs.mixed_job(args, job, budget, costs)
         n_results = len(found.trials) or 1
@@ -45,7 +45,7 @@ def planned(args: argparse.Namespace, job: Job, budget: Budget | None, rate: flo
     about = {
         "asked": str(budget),
         "mixed": None,
-        "planned_seconds": round(mixed_run.flops(job) / rate, 1),
+        "planned_seconds": round(mixed_run.flops(job, budget) / rate, 1),
     }
     if job.tokens is None or not job.tokens.held_out:
         return Planned(job, about, 1, disk_bytes(job), flops(job))

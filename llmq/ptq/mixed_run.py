@@ -23,12 +23,15 @@ from llmq.ptq import sensitivity
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.budget import SOLVE_FACTOR, TEXT_FACTOR, disk_bytes, stored_bytes, work_bytes
 from llmq.ptq.budget import flops as budget_flops
+from llmq.ptq.choice import Budget, Choice
+from llmq.ptq.costs import Cost
 from llmq.ptq.job import Job, check_unchanged
 from llmq.ptq.methods import method_of
-from llmq.ptq.mixed import Budget, Choice, Costs, Problem
+from llmq.ptq.mixed import Costs, Problem
+from llmq.ptq.mixed_tables import table_plans
 from llmq.ptq.results import BlockReport
 from llmq.ptq.run import Attempt, identity, quantize_folder
-from llmq.ptq.sensitivity import Cost
+from llmq.ptq.table_costs import HEAD_TOKENS
 from llmq.recipe import LayerPlan
 from llmq.storage import files, seals
 from llmq.storage.boundary import running
@@ -73,10 +76,10 @@ class MixedJob:
         return sum(map(budget_flops, self.trials.values() or [self.chosen]))
 
 
-def kept_costs(job: Job, device: str) -> Costs | None:
+def kept_costs(job: Job, budget: Budget, device: str) -> Costs | None:
     """Those that were measured before, of the same model, text, recipe and candidates."""
     try:
-        kept = seals.read_sealed(_place(Problem.of(job), device))
+        kept = seals.read_sealed(_place(Problem.of(job, budget), device))
     except files.DamagedError:
         return None
     return {
@@ -85,12 +88,15 @@ def kept_costs(job: Job, device: str) -> Costs | None:
 
 
 def measured_costs(
-    job: Job, device: str, on_block: Callable[[int, int], None] = lambda done, total: None
+    job: Job,
+    budget: Budget,
+    device: str,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> Costs:
     """What every candidate costs every layer: kept, or measured now. on_block: see
     `sensitivity.measure`. Raises `LlmqError` without calibration text."""
-    problem = Problem.of(job)
-    if (known := kept_costs(job, device)) is not None:
+    problem = Problem.of(job, budget)
+    if (known := kept_costs(job, budget, device)) is not None:
         return known
     if job.tokens is None:
         raise LlmqError(
@@ -108,9 +114,11 @@ def measured_costs(
             job.recipe,
             Path(folder),
             on_block,
+            tables=problem.tables,
         )
+    specs = problem.all_candidates
     costs = {
-        name: {str(s): cost for s, cost in zip(problem.candidates[name], own, strict=True)}
+        name: {str(spec): cost for spec, cost in zip(specs[name], own, strict=True)}
         for name, own in found.items()
     }
     kept = {
@@ -131,24 +139,27 @@ def _place(problem: Problem, device: str) -> Path:
     if job.tokens is not None:  # what the model writes is decided by the rest
         text = SELF if job.tokens.source == SELF else job.tokens.sha256
     decides |= {"recipe": recipe, "format": "", "calibration text": text}
-    specs = {name: list(map(str, own)) for name, own in problem.candidates.items()}
+    specs = {name: list(map(str, own)) for name, own in problem.all_candidates.items()}
     most = [sensitivity.MAX_SEQUENCES, sensitivity.MAX_LENGTH]
     decides["measured"] = {"specs": specs, "of windows": most, "gives": "nats, scale dtype"}
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "sensitivity" / f"{key[:32]}.json"
 
 
-def flops(job: Job) -> float:
+def flops(job: Job, budget: Budget) -> float:
     """Floating-point operations of measuring the costs, weighed as `budget.flops` does."""
-    problem = Problem.of(job)
+    problem = Problem.of(job, budget)
     n_tokens = 0 if job.tokens is None else job.tokens.tokens[:, : sensitivity.MAX_LENGTH].numel()
     n_tokens = min(n_tokens, sensitivity.MAX_SEQUENCES * sensitivity.MAX_LENGTH)
     passes = solves = 0.0
     method = method_of(job.recipe)
     for name, specs in problem.candidates.items():
         shape = problem.shapes[name]
-        passes += 2 * n_tokens * prod(shape) * (PASSES + len(specs))
-        solves += len(specs) * method.solve_flops(shape)
+        token_share, share = problem.measured_shares(name)
+        passes += 2 * n_tokens * token_share * prod(shape) * (PASSES + share * len(specs))
+        solves += share * len(specs) * method.solve_flops(shape)
+    for table, specs in problem.tables.items():
+        passes += 2 * 2 * min(n_tokens, HEAD_TOKENS) * prod(table.shape) * len(specs)
     return TEXT_FACTOR * passes + SOLVE_FACTOR * solves
 
 
@@ -157,9 +168,9 @@ def choose(
 ) -> MixedJob:
     """The jobs of a budget. job: prepared for one. format, strict: as `prepare` takes them. Raises
     `LlmqError` for a budget that is too small."""
-    problem = Problem.of(job)
+    problem = Problem.of(job, budget)
     choice, uniform = problem.choose(costs, budget), problem.uniform(costs, budget)
-    if uniform is not None and uniform.specs == choice.specs:
+    if uniform is not None and uniform.decides == choice.decides:
         uniform = None
     about = {
         "asked": str(budget),
@@ -176,12 +187,13 @@ def choose(
 def _job_of(choice: Choice, job: Job, format: str, strict: bool) -> Job:
     """The job with other specs: no weight is read for it."""
     plans = [_with_spec(plan, choice.specs.get(plan.layer.name, plan.spec)) for plan in job.plans]
-    recipe, every = choice.recipe(job.recipe), [*plans, *job.outside]
+    outside = (*job.outside, *table_plans(choice.tables))
+    recipe, every = choice.recipe(job.recipe), [*plans, *outside]
     is_ordered = recipe.order == "act"
     fmt = choose_format(format, every, recipe.activations, act_order=is_ordered)
     if strict:
         check_unchanged(every)
-    return replace(job, recipe=recipe, plans=plans, fmt=fmt)
+    return replace(job, recipe=recipe, plans=plans, outside=outside, fmt=fmt)
 
 
 def _with_spec(plan: LayerPlan, spec: QuantSpec | None) -> LayerPlan:

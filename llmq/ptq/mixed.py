@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from llmq.errors import LlmqError
-from llmq.grid.spec import QuantSpec
+from llmq.grid.spec import PER_ROW, QuantSpec
 from llmq.models.experts import UnfusedExperts, token_shares, unfused_in
 from llmq.models.outside import Table
 from llmq.models.site import fused_names
@@ -29,6 +29,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 WITH_ZERO_POINTS = (2, 3)  # where they are worth their bytes, also when nobody asks for them
 ABOUT_EQUAL = 0.9  # of the budget: a uniform result that is smaller says little
 HEADER_BYTES = 160  # in the header of a weight file, per tensor, with a name of usual length
+_HINT = ", or --format llmq, which holds embeddings and head in few bits"
 
 Costs = Mapping[str, Mapping[str, Cost]]
 """What candidates cost a layer, by its name and the text of the candidate."""
@@ -68,7 +69,7 @@ class Problem:
         tables: dict[Table, list[QuantSpec]] = {}
         if budget.n_bytes is not None:
             sizes = [plan.spec.group_size for plan in taking_part if plan.spec is not None]
-            tables = table_candidates(job, max(sizes))
+            tables = table_candidates(job, max(sizes, default=PER_ROW))
         problem = cls(job, candidates, fixed, tables)
         problem._check()
         return problem
@@ -237,9 +238,10 @@ class Problem:
 
     def _too_small(self, budget: Budget, missing: int, least: int) -> LlmqError:
         if budget.n_bytes is not None:
+            hint = "" if self.tables or self.job.fmt.is_own else _HINT
             return LlmqError(
                 f"{budget}: the smallest choice takes {missing} bytes more; give --max-bytes "
-                f"{budget.n_bytes + missing} or more, or --embeddings w8, if they are not quantized"
+                f"{budget.n_bytes + missing} or more{hint}"
             )
         bits = 8 * (least + self.fixed_bytes) / self.n_weights
         return LlmqError(f"{budget}: the smallest choice for every layer takes {bits:.4f} bits")

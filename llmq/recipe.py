@@ -18,6 +18,7 @@ from llmq.grid.scheme import parse_treatment
 from llmq.grid.spec import ActSpec, QuantSpec
 
 KEEP = "keep"
+EVERY = "*"  # the pattern of a rule about all layers
 OUTSIDE = ("embeddings", "head")  # fields of a recipe, for what is in no block
 MAX_RULES = 10_000
 MAX_TOKENS = 1 << 40
@@ -238,6 +239,12 @@ class Recipe:
             if all(layer.kept for layer in matched):
                 of_kept.add(rule)
         return [self._plan_layer(layer, of_kept) for layer in layers]
+
+    def takes_part(self, plan: LayerPlan) -> bool:
+        """Whether a layer is quantized by a rule about all layers (`*`), whose bits a budget
+        chooses."""
+        deciding = next((rule for rule in self.rules if rule.matches(plan.layer.name)), None)
+        return plan.spec is not None and deciding is not None and deciding.pattern == EVERY
 
     def _plan_layer(self, layer: Layer, of_kept: Collection[Rule]) -> LayerPlan:
         rule = next((rule for rule in self.rules if rule.matches(layer.name)), None)

@@ -20,8 +20,8 @@ from llmq.formats.placement import device_of
 from llmq.grid.spec import QuantSpec
 from llmq.models.source import Source
 from llmq.ptq import in_memory
+from llmq.ptq.choice import Budget
 from llmq.ptq.job import prepare
-from llmq.ptq.mixed import Budget
 from llmq.ptq.mixed_run import choose, measured_costs, quantize_mixed
 from llmq.ptq.results import BlockReport
 from llmq.ptq.run import quantize_folder
@@ -151,14 +151,16 @@ def _quantize_folder(
     given["allow_requantize"] = allow_requantize
     if calibration is not None:
         given["calibration"] = _calibration(source, calibration, chosen)
-    job = prepare(source, chosen, **given)
+    is_mixed = bpw is not None or max_bytes is not None
+    job = prepare(source, chosen, for_budget=is_mixed, **given)
     how: dict[str, Any] = {"device": place, "overwrite": overwrite, "on_block": on_block}
-    if bpw is None and max_bytes is None:
+    if not is_mixed:
         report = quantize_folder(job, Path(out), **how)
     else:
-        given.pop("calibration", None)
         budget = Budget.of(bpw, max_bytes)
-        mixed = choose(job, measured_costs(job, place), budget, **given)
+        mixed = choose(
+            job, measured_costs(job, budget, place), budget, format=format, strict=strict
+        )
         report = quantize_mixed(mixed, Path(out), **how)
     if strict and report["fallbacks"]:
         raise VerificationError(

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from llmq.grid.spec import QuantSpec
     from llmq.models.source import Source
+    from llmq.ptq.choice import Budget
     from llmq.ptq.job import Job
-    from llmq.ptq.mixed import Budget, Costs
+    from llmq.ptq.mixed import Costs
     from llmq.ptq.mixed_run import MixedJob
     from llmq.recipe import Recipe, Rule
     from llmq.text.documents import TokenSet
@@ -121,11 +122,13 @@ def _with_options(rule: Rule, args: argparse.Namespace) -> Rule:
     return replace(rule, spec=replace(rule.spec, **_given(given)))
 
 
-def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
+def prepare_job(
+    args: argparse.Namespace, *, is_plan: bool = False, for_budget: bool = False
+) -> Job:
     """The checked job of the options. is_plan: nothing will be run, so a config will do for a
     model, scales are not looked for in the weights, and what is more than `--max-ram` is no error.
-    Raises `LlmqError` otherwise when the planned memory is above `--max-ram`, and in any case when
-    it is above `--max-gpu-memory`."""
+    for_budget: see `prepare`. Raises `LlmqError` otherwise when the planned memory is above
+    `--max-ram`, and in any case when it is above `--max-gpu-memory`."""
     from llmq.errors import LlmqError
     from llmq.models.config_only import open_to_plan
     from llmq.models.source import Source
@@ -146,7 +149,13 @@ def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
             source,
             recipe,
             calibration=_tokens_to_plan(source, recipe),
-            **_as_asked(args, is_plan),
+            format=args.format,
+            strict=args.strict,
+            check_scales=not is_plan,
+            for_budget=for_budget,
+            device=args.device,
+            held_out=not args.no_held_out,
+            allow_requantize=args.allow_requantize,
             **told,
         )
     if args.max_gpu_memory is not None and args.device == "cpu":
@@ -165,7 +174,7 @@ def prepare_job(args: argparse.Namespace, *, is_plan: bool = False) -> Job:
 def budget_of(args: argparse.Namespace) -> Budget | None:
     """What `--bpw` or `--max-bytes` allow. Raises `LlmqError` for options that say it twice."""
     from llmq.errors import LlmqError
-    from llmq.ptq.mixed import Budget
+    from llmq.ptq.choice import Budget
 
     if args.bpw is None and args.max_bytes is None:
         return None
@@ -176,25 +185,11 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
     return Budget(args.bpw, args.max_bytes)
 
 
-def mixed_job(
-    args: argparse.Namespace, job: Job, budget: Budget, costs: Costs, *, is_plan: bool = False
-) -> MixedJob:
+def mixed_job(args: argparse.Namespace, job: Job, budget: Budget, costs: Costs) -> MixedJob:
     """The jobs of a budget, with the options of the one that was asked for."""
     from llmq.ptq.mixed_run import choose
 
-    return choose(job, costs, budget, **_as_asked(args, is_plan))
-
-
-def _as_asked(args: argparse.Namespace, is_plan: bool) -> dict[str, Any]:
-    """What `prepare` takes of the options."""
-    return {
-        "format": args.format,
-        "strict": args.strict,
-        "check_scales": not is_plan,
-        "device": args.device,
-        "held_out": not args.no_held_out,
-        "allow_requantize": args.allow_requantize,
-    }
+    return choose(job, costs, budget, format=args.format, strict=args.strict)
 
 
 def _tokens_to_plan(source: Source, recipe: Recipe) -> TokenSet | None:

@@ -244,7 +244,8 @@ def _add_grid_arguments(parser: Parser) -> None:
         "--max-bytes",
         type=byte_size,
         metavar="SIZE",
-        help="the same for weight files of at most this size, such as 60MB",
+        help="the same for weight files of at most this size, such as 60MB, with embeddings and "
+        "head where the format holds them in few bits (--format llmq)",
     )
     parser.more.add_argument(
         "--asymmetric", action="store_true", help="store a zero point per group"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import jobs, options, plan_qat, rendering
+from llmq.commands import jobs, options, plan_mixed, plan_qat, rendering
 from llmq.commands.machine import LIBRARY_BYTES, memory_bytes, timed_device
 from llmq.commands.pace import rough_duration
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
     from llmq.ptq.job import Job
-    from llmq.ptq.mixed import Budget
 
 HELP = (
     "Show what would be quantized and what not, the size, peak memory and time. Nothing is run. "
@@ -45,9 +44,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
     from llmq.models.config_only import ConfigOnly
     from llmq.ptq.budget import (
-        disk_bytes,
         expected_coverage,
-        flops,
         peak_bytes,
         stored_bytes,
         work_bytes,
@@ -58,12 +55,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.qat:
         return plan_qat.run(args)
     budget = jobs.budget_of(args)
-    job = jobs.prepare_job(args, is_plan=True)
+    job = jobs.prepare_job(args, is_plan=True, for_budget=budget is not None)
     device = timed_device(args.device)
     rate = jobs.measured_rate(device)
-    mixed: dict[str, Any] | None = None
-    if budget is not None:
-        job, mixed = _mixed(args, job, budget, rate)
+    planned = plan_mixed.planned(args, job, budget, rate)
+    job = planned.job
     found = parts(job)
     stored = stored_bytes(job)
     result = {
@@ -96,34 +92,17 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "source_bytes": job.source.weight_bytes,
         "planned_bytes": stored,
         "planned_work_bytes": work_bytes(job),
-        "planned_disk_bytes": disk_bytes(job),
+        "planned_disk_bytes": planned.disk_bytes,
         "planned_peak_bytes": peak_bytes(job),
         "memory": _memory(args, job),
-        "planned_seconds": round(flops(job) / rate, 1),
-        "estimate": {"flops": flops(job), "flops_per_second": rate, "device": device},
+        "planned_seconds": round(planned.flops / rate, 1),
+        "estimate": {"flops": planned.flops, "flops_per_second": rate, "device": device},
         "quick": _quick(job, rate),
         "recipe": job.recipe.to_json(),
     }
-    if mixed is not None:
-        result["mixed"] = mixed
+    if planned.about is not None:
+        result["mixed"] = planned.about | {"n_results": planned.n_results}
     return result, _text(result)
-
-
-def _mixed(
-    args: argparse.Namespace, job: Job, budget: Budget, rate: float
-) -> tuple[Job, dict[str, Any]]:
-    """The job of the bits that a budget allows, and how these were chosen. Where it was not
-    measured what they are worth, the job as it is, and how long that takes."""
-    from llmq.models.config_only import ConfigOnly
-    from llmq.ptq import mixed_run
-
-    is_bare = isinstance(job.source, ConfigOnly)
-    costs = None if is_bare else mixed_run.kept_costs(job, args.device)
-    if costs is None:
-        seconds = round(mixed_run.flops(job) / rate, 1)
-        return job, {"asked": str(budget), "mixed": None, "planned_seconds": seconds}
-    found = jobs.mixed_job(args, job, budget, costs, is_plan=True)
-    return found.chosen, found.about
 
 
 def _quick(job: Job, rate: float) -> dict[str, Any] | None:
@@ -209,16 +188,18 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
         pairs |= rendering.picture_lines(calibration)
     if experts := result["experts"]:
         pairs["experts"] = _expert_line(experts)
-    pairs |= _mixed_pairs(result.get("mixed"))
+    mixed = result.get("mixed")
+    pairs |= plan_mixed.pairs(mixed)
+    remark = plan_mixed.results_remark(1 if mixed is None else mixed["n_results"])
     pairs |= _size_pairs(result)
     pairs |= _memory_pairs(result)
     disk, work = result["planned_disk_bytes"], result["planned_work_bytes"]
     pairs["disk"] = (
-        f"about {disk / 1e9:.2f} GB while it runs, {work / 1e9:.2f} GB of it to resume from"
+        f"about {disk / 1e9:.2f} GB while it runs, {work / 1e9:.2f} GB of it to resume from{remark}"
     )
     estimate = result["estimate"]
     where = "this machine's CPU" if estimate["device"] == "cpu" else estimate["device"]
-    pairs["time"] = f"about {rough_duration(result['planned_seconds'])} on {where}"
+    pairs["time"] = f"about {rough_duration(result['planned_seconds'])} on {where}{remark}"
     pairs["estimated from"] = (
         f"{estimate['flops']:.1e} operations at {estimate['flops_per_second'] / 1e9:.0f} GFLOP/s, "
         "half the rate of a product just now"
@@ -230,17 +211,6 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
             f"{quick['planned_disk_bytes'] / 1e9:.2f} GB of disk"
         )
     return pairs
-
-
-def _mixed_pairs(mixed: dict[str, Any] | None) -> dict[str, object]:
-    if mixed is None or mixed["mixed"] is not None:
-        return rendering.mixed_lines(mixed)
-    line = (
-        "not chosen yet: 'llmq quantize' measures what bits are worth first, in about "
-        f"{rough_duration(mixed['planned_seconds'])}, and runs twice where one width takes about "
-        "as much; sizes here are those of the spec that stands for all"
-    )
-    return {"mixed bits": line}
 
 
 def _expert_line(experts: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
+    from llmq.ptq.choice import Budget
     from llmq.ptq.job import Job
-    from llmq.ptq.mixed import Budget
     from llmq.ptq.mixed_run import MixedJob
     from llmq.ptq.results import BlockReport
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     check_output(Path(args.out), args.overwrite)
     options.check_device(args.device)
     budget = jobs.budget_of(args)
-    job = jobs.prepare_job(args)
+    job = jobs.prepare_job(args, for_budget=budget is not None)
     mixed = None if budget is None else _mixed(args, job, budget)
     rendering.print_notes((job if mixed is None else mixed.chosen).notes)
     with rendering.progress("blocks") as show:
@@ -95,7 +95,7 @@ def _mixed(args: argparse.Namespace, job: Job, budget: Budget) -> MixedJob:
     from llmq.ptq.mixed_run import measured_costs
 
     with rendering.progress("what bits are worth") as show:
-        costs = measured_costs(job, args.device, show)
+        costs = measured_costs(job, budget, args.device, show)
     return jobs.mixed_job(args, job, budget, costs)
 
 

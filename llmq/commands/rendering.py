@@ -267,8 +267,9 @@ def mixed_lines(mixed: dict[str, Any] | None) -> dict[str, object]:
 
 
 def _choice_line(choice: dict[str, Any]) -> str:
-    layers = ", ".join(f"{n} x {spec}" for spec, n in choice["layers_by_spec"].items())
-    line = f"{choice['bits_per_quantized_weight']:.2f} bits: {layers}; KL about "
+    parts = [f"{n} x {spec}" for spec, n in choice["layers_by_spec"].items()]
+    parts += [f"{role} {spec}" for role, spec in choice["outside"].items()]
+    line = f"{choice['bits_per_quantized_weight']:.2f} bits: {', '.join(parts)}; KL about "
     line += f"{choice['estimated_kl']:.2e}"
     measured = [f"{kl:.2e}" for kl in choice.get("held_out_kl", ()) if kl is not None]
     return f"{line}, measured {' and '.join(measured)}" if measured else line

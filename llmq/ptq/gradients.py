@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
+from llmq.models.experts import unfused_in
 from llmq.models.site import sites_in
 from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls
@@ -31,6 +32,7 @@ from llmq.ptq.capture import (
     passing_on,
     shared_inputs,
 )
+from llmq.ptq.expert_costs import expert_groups
 from llmq.ptq.held_out import BATCH, HEAD_VALUES
 from llmq.storage.hidden_states import ActivationFile
 
@@ -39,13 +41,15 @@ from llmq.storage.hidden_states import ActivationFile
 class BlockGradients:
     """A block in full precision with what its layers met. groups: names of layers in the block that
     read the same tensor. inputs: of a group by its first layer, `[n, T, K]`. gradients: of the sum
-    of log-likelihoods by the outputs of each layer, `[n, T, N]`."""
+    of log-likelihoods by the outputs of each layer, `[n, T, N]`. Both are `[rows, 1, ...]` for
+    experts. rows: how many each expert gets, int64 `[E]`, by the name of their module."""
 
     index: int
     module: nn.Module
     groups: list[list[str]]
     inputs: dict[str, ActivationFile]
     gradients: dict[str, ActivationFile]
+    rows: dict[str, Tensor]
 
 
 class Backward:
@@ -58,18 +62,22 @@ class Backward:
         self.width: int = blocks.model.config.get_text_config().hidden_size
         self.recorder = BlockRecorder(blocks.model, blocks.modules)
         self.calls: BlockCalls | None = None
+        # of the experts of each block, as `BlockGradients` has them
+        self.rows: list[dict[str, Tensor]] = []
 
     @torch.no_grad()
     def forward(self) -> Iterator[int]:
         """Keep the inputs of every block; yields the number of each that is done."""
         with ExitStack() as stack:
-            keep = stack.enter_context(self._inputs_of(0).appender(durable=False))
+            keep = stack.enter_context(self.inputs_of(0).appender(durable=False))
             stack.enter_context(self.blocks.with_weights_outside())
             batches = Batches(self.tokens, BATCH, self.blocks.device)
             self.calls = BlockCalls.record(self.recorder, batches, self.folder, keep)
         for index in range(len(self.blocks)):
             module = self.blocks.load(index)
-            with self._inputs_of(index + 1).appender(durable=False) as append:
+            with ExitStack() as stack:
+                append = stack.enter_context(self.inputs_of(index + 1).appender(durable=False))
+                self.rows.append(stack.enter_context(_counting_rows(module)))
                 for call, hidden in self._batches(index):
                     append(call.run(module, hidden))
             yield index
@@ -81,31 +89,39 @@ class Backward:
         for index in reversed(range(len(self.blocks))):
             module = self.blocks.load(index).requires_grad_(False)
             yield self._block(index, module, layers.get(self.blocks.name(index), []))
-            self._inputs_of(index + 1).path.unlink()
+            self.inputs_of(index + 1).path.unlink()
 
-    def _inputs_of(self, index: int) -> ActivationFile:
+    def inputs_of(self, index: int) -> ActivationFile:
+        """Of a block, or what leaves the last one, `[n, T, D]`, until the way back has passed
+        it."""
         return self._file(f"inputs-{index:05d}", self.width)
 
-    def _gradients_of(self, index: int) -> ActivationFile:
-        """By the inputs of a block; two files take turns."""
+    def gradients_of(self, index: int) -> ActivationFile:
+        """By the inputs of the block that came last on the way back, `[n, T, D]`, and until the
+        next one is done by those of the block behind it: two files take turns."""
         return self._file(f"gradients-{index % 2}", self.width)
 
     def _file(self, name: str, width: int) -> ActivationFile:
         return ActivationFile(self.folder / f"{name}.bin", self.tokens.shape[1], width)
 
+    def _rows_of(self, name: str, width: int, is_ragged: bool) -> ActivationFile:
+        """What layers meet, by token, or row by row where each has others."""
+        file = self._file(name, width)
+        return replace(file, length=1) if is_ragged else file
+
     def _batches(self, index: int) -> Iterator[tuple[BlockCall, Tensor]]:
         assert self.calls is not None
-        return self.calls.batches(index, self._inputs_of(index), BATCH, self.blocks.device)
+        return self.calls.batches(index, self.inputs_of(index), BATCH, self.blocks.device)
 
     def _write_top(self) -> None:
         """The gradients by what leaves the last block, by the model's own norm and head."""
         last = len(self.blocks)
         generator = torch.Generator().manual_seed(self.seed)
         with (
-            self._gradients_of(last).appender(durable=False) as append,
+            self.gradients_of(last).appender(durable=False) as append,
             self.blocks.with_weights_outside(with_head=True),
         ):
-            hidden = self._inputs_of(last).batches(1)
+            hidden = self.inputs_of(last).batches(1)
             for tokens, states in zip(self.tokens, hidden, strict=True):
                 append(self._top(tokens, states[0].to(self.blocks.device), generator)[None])
 
@@ -128,14 +144,21 @@ class Backward:
     def _block(self, index: int, module: nn.Module, names: list[str]) -> BlockGradients:
         """Run a block forward and back, and write what its layers meet."""
         sites = {site.name: site for site in sites_in(module) if site.name in names}
-        groups = self._groups(index, module, names)
+        rows = self.rows[index]
+        of_experts = expert_groups(names, rows)
+        ragged = {name for group in of_experts for name in group}
+        dense = [name for name in names if name not in ragged]
+        groups = [*self._groups(index, module, dense), *of_experts]
         inputs = {
-            group[0]: self._file(f"x-{group[0]}", sites[group[0]].shape[1]) for group in groups
+            group[0]: self._rows_of(f"x-{group[0]}", sites[group[0]].shape[1], group[0] in ragged)
+            for group in groups
         }
-        gradients = {name: self._file(f"g-{name}", sites[name].shape[0]) for name in names}
-        after = self._gradients_of(index + 1).batches(BATCH)
+        gradients = {
+            name: self._rows_of(f"g-{name}", sites[name].shape[0], name in ragged) for name in names
+        }
+        after = self.gradients_of(index + 1).batches(BATCH)
         with ExitStack() as stack:
-            append = stack.enter_context(self._gradients_of(index).appender(durable=False))
+            append = stack.enter_context(self.gradients_of(index).appender(durable=False))
             keep_x, keep_g = (
                 {
                     name: stack.enter_context(file.appender(durable=False))
@@ -146,12 +169,14 @@ class Backward:
             for (call, hidden), gradient in zip(self._batches(index), after, strict=True):
                 met = _Met({name: module.get_submodule(name) for name in names})
                 append(met.run(module, call, hidden, gradient.to(hidden.device)))
-                shape = hidden.shape[:2]
-                for name, keep in keep_x.items():
-                    keep(_by_token(met.inputs[name], shape, self._name(index, name)))
-                for name, keep in keep_g.items():
-                    keep(_by_token(met.gradients[name], shape, self._name(index, name)))
-        return BlockGradients(index, module, groups, inputs, gradients)
+                for keeping, found in ((keep_x, met.inputs), (keep_g, met.gradients)):
+                    for name, keep in keeping.items():
+                        if name not in ragged:
+                            where = self._name(index, name)
+                            keep(_by_token(found[name], hidden.shape[:2], where))
+                        elif name in found:  # some of its tokens are in the batch
+                            keep(found[name].flatten(0, -2)[:, None])
+        return BlockGradients(index, module, groups, inputs, gradients, rows)
 
     @torch.no_grad()
     def _groups(self, index: int, module: nn.Module, names: list[str]) -> list[list[str]]:
@@ -169,6 +194,23 @@ class Backward:
 
     def _name(self, index: int, layer: str) -> str:
         return f"{self.blocks.name(index)}.{layer}"
+
+
+@contextmanager
+def _counting_rows(block: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """How many rows the experts of a block get, while it runs."""
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, module in unfused_in(block).items():
+            found[name] = torch.zeros(module.n_experts, dtype=torch.int64)
+
+            def count(module: Any, args: Any, kwargs: Any, own: Tensor = found[name]) -> None:
+                index = module.routed(*args, **kwargs).index.clamp(max=module.n_experts)
+                counts = torch.bincount(index.flatten().cpu(), minlength=module.n_experts + 1)
+                own += counts[: module.n_experts]
+
+            stack.callback(module.register_forward_pre_hook(count, with_kwargs=True).remove)
+        yield found
 
 
 class _Met:

@@ -57,7 +57,7 @@ _NEAR = "within 1/256 of its value"  # what rounding to 8 digits is off by, at m
 class Job:
     """Everything known before anything is computed. config, model: what the stored tensors are, on
     the meta device. tokens: None for methods without data. remarks: what is to be known of the
-    model or the format. outside: embeddings and head, where they are quantized. n_others: numbers
+    model or the text. outside: embeddings and head, where they are quantized. n_others: numbers
     in stored tensors that the model has no place for, which are copied. stored: the names that
     layers are stored under, where they are others than those of the model."""
 
@@ -81,7 +81,10 @@ class Job:
     @property
     def notes(self) -> dict[str, str]:
         """Layers that differ from what was asked, and the remarks."""
-        return {plan.layer.name: plan.note for plan in self.all_plans if plan.note} | self.remarks
+        notes = {plan.layer.name: plan.note for plan in self.all_plans if plan.note}
+        if told := refused_by(self.result):
+            notes[f"format {self.fmt.name}"] = told
+        return notes | self.remarks
 
     @property
     def result(self) -> Result:
@@ -109,6 +112,7 @@ def prepare(
     revision: str | None = None,
     strict: bool = False,
     check_scales: bool = True,
+    for_budget: bool = False,
     device: str = "cpu",
     on_text: Callable[[int, int], None] = lambda done, total: None,
     held_out: bool = True,
@@ -121,9 +125,10 @@ def prepare(
     or else that of `sizing.default_text`. check_scales: read
     the weights of all layers once, to give each a scale dtype that holds its scales; without, what
     is planned is float16 as it was asked for, and text of the model's own is not written but has
-    its shape alone. device: where it is written. on_text: told how many windows of it are, of how
-    many. held_out: measure the result on text that is not calibrated on. allow_requantize: take a
-    folder of packed codes for the model that they stand for.
+    its shape alone. for_budget: layers whose bits a budget chooses get their specs later, and with
+    these their scale dtypes. device: where text is written. on_text: told how many windows of it
+    are, of how many. held_out: measure the result on text that is not calibrated on.
+    allow_requantize: take a folder of packed codes for the model that they stand for.
     """
     restricted.adapt()
     method_of(recipe)  # or it is refused before anything is read
@@ -149,16 +154,15 @@ def prepare(
     choose_format(format, [*plans, *outside], recipe.activations, act_order=is_ordered)
     if check_scales:
         reader = CheckpointReader(stored.skeleton, source.tensors)
-        plans, _ = fitting_plans(plans, weight_reader(stored.skeleton, reader))
-        outside = fitting_outside(outside, weight_reader(stored.skeleton, reader))
+        weight_of = weight_reader(stored.skeleton, reader)
+        later = {plan.layer.name for plan in plans if for_budget and recipe.takes_part(plan)}
+        plans, _ = fitting_plans(plans, weight_of, later)
+        outside = fitting_outside(outside, weight_of)
     every = [*plans, *outside]
     fmt = choose_format(format, every, recipe.activations, act_order=is_ordered)
     if strict:
-        _check_unchanged(every)
-    names = _other_names(stored)
-    result = result_of(fmt, every, recipe.activations, act_order=is_ordered, stored=names)
-    remarks = {f"format {fmt.name}": told} if (told := refused_by(result)) else {}
-    remarks |= stored.remarks(strict) | _remarks_on_precision(source, stored, every)
+        check_unchanged(every)
+    remarks = stored.remarks(strict) | _remarks_on_precision(source, stored, every)
     tokens = None
     if isinstance(calibration, documents.TokenSet):
         tokens = calibration if needs_text(recipe) else None
@@ -188,7 +192,7 @@ def prepare(
         remarks=remarks,
         outside=tuple(outside),
         n_others=n_others,
-        stored=names,
+        stored=_other_names(stored),
     )
 
 
@@ -269,7 +273,7 @@ def _remarks_on_precision(
     return remarks
 
 
-def _check_unchanged(plans: list[LayerPlan]) -> None:
+def check_unchanged(plans: list[LayerPlan]) -> None:
     """Under --strict: every layer becomes what was asked."""
     notes = [f"{plan.layer.name}: {plan.note}" for plan in plans if plan.differs]
     if notes:

@@ -79,7 +79,7 @@ def fitting_outside(
     fitting = []
     for plan in plans:
         assert plan.spec is not None
-        spec = _fitting_spec(weight_of(plan.layer.name), plan.spec)
+        spec = fitting_table_spec(weight_of(plan.layer.name), plan.spec)
         if spec != plan.spec:
             note = f"scales in {spec.scale_dtype}: {plan.spec.scale_dtype} does not hold them"
             plan = replace(plan, spec=spec, note=f"{plan.note}; {note}" if plan.note else note)
@@ -87,7 +87,8 @@ def fitting_outside(
     return fitting
 
 
-def _fitting_spec(weight: Tensor, spec: QuantSpec) -> QuantSpec:
+def fitting_table_spec(weight: Tensor, spec: QuantSpec) -> QuantSpec:
+    """The spec with the first scale dtype that holds the scales of a table `[vocabulary, D]`."""
     for name in DTYPES[DTYPES.index(spec.scale_dtype) :]:
         spec = replace(spec, scale_dtype=name)  # type: ignore[arg-type]
         parts = [lost_energy(rows.float(), spec) for rows in some_rows(weight)]

@@ -71,12 +71,16 @@ def identity(job: Job, device: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Attempt:
     """One of several results of which one is kept. variant: tells their work folders apart.
-    is_trial: what it loses is measured, and the result waits. started: when the whole began, where
-    that was earlier (`time.monotonic`). about: further keys of the report."""
+    is_trial: what it loses is measured, and the result waits. later_bytes: what results take that
+    are made while it waits. started: when the whole began, where that was earlier
+    (`time.monotonic`). resumed_at: the first block that was not there when the whole began, where
+    it was a trial by now. about: further keys of the report."""
 
     variant: str = ""
     is_trial: bool = False
+    later_bytes: int = 0
     started: float | None = None
+    resumed_at: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
     def place(self, out_dir: Path) -> Path:
@@ -96,7 +100,8 @@ def quantize_folder(
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Run a job into a folder and return its report. Continues an interrupted run of the same job.
-    Peak memory is one block. Of a trial, the report has what was lost alone ("held_out").
+    Peak memory is one block. Of a trial, the report has what was lost ("held_out") and where it
+    began ("resumed_at_block").
 
     on_start: told how many blocks are finished already, of how many. Raises `LlmqError` for bad
     input (nothing is left behind), `VerificationError` when the result fails its checks."""
@@ -114,7 +119,7 @@ def quantize_folder(
             )
         first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
-            files.check_space(partial.work_dir, disk_bytes(job))
+            files.check_space(partial.work_dir, disk_bytes(job) + attempt.later_bytes)
         on_start(first_block - len(damaged), len(blocks))
         outside = None
         if job.outside:  # first, for the blocks are measured behind the embeddings that are stored
@@ -142,11 +147,13 @@ def quantize_folder(
         resumed_at = min(first_block, *damaged) if damaged else first_block
         if job.outside:  # it may have been forgotten with a block that was done again
             _write_outside(job, partial, reader, prefix)
-        measured = {"held_out": _held_out(job, sink, partial, device)}
+        measured: dict[str, Any] = {"held_out": _held_out(job, sink, partial, device)}
         if attempt.is_trial:
             partial.keep_only_blocks()
             partial.close()
-            return measured
+            return {**measured, "resumed_at_block": resumed_at}
+        if attempt.resumed_at is not None:
+            resumed_at = attempt.resumed_at
         partial.out_dir = files.real_path(out_dir)
         measured |= attempt.about
         report = _finish(

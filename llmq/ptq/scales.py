@@ -7,7 +7,7 @@ is lost; otherwise the next dtype that holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -73,14 +73,16 @@ def fitting_spec(weight: Tensor, spec: QuantSpec) -> QuantSpec:
 
 
 def fitting_plans(
-    plans: list[LayerPlan], weight_of: Callable[[str], Tensor]
+    plans: list[LayerPlan],
+    weight_of: Callable[[str], Tensor],
+    later: Collection[str] = (),
 ) -> tuple[list[LayerPlan], list[str]]:
     """Plans whose specs hold the scales of their layers, each with a note where it differs from
     what was asked, and the names of these layers. weight_of: a layer's weight `[N, K]` by name, one
-    at a time."""
+    at a time. later: layers that are not looked at."""
     fitting, changed = [], []
     for plan in plans:
-        if plan.spec is not None:
+        if plan.spec is not None and plan.layer.name not in later:
             weight = weight_of(plan.layer.name).float()
             spec = fitting_spec(weight, plan.spec)
             if spec != plan.spec:

@@ -6,14 +6,17 @@ adds to its weight, it is the mean over tokens of the sum over outputs c of (g_t
 the second-order term of the divergence, with the Fisher matrix estimated from one drawn token per
 position and what tokens and outputs have in common left out. E is the error of the method itself,
 on the inputs at hand and without its sweeps: GPTQ gains more in some layers than in others. Figures
-of what predicts better are in the README of `llmq/ptq`."""
+of what predicts better are in the README of `llmq/ptq`.
+
+Weights are at hand here, so this is also where each candidate gets the scale dtype that holds its
+scales: what is chosen needs no look at the weights any more."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,11 +25,15 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.models.arch import linear_weight
-from llmq.models.experts import unfused_in
+from llmq.models.outside import Table
 from llmq.ptq.blocks import Blocks
+from llmq.ptq.costs import Cost
+from llmq.ptq.expert_costs import costs_of_others, layers_to_measure, pool_of
 from llmq.ptq.gradients import Backward, BlockGradients
 from llmq.ptq.methods import method_of
+from llmq.ptq.scales import fitting_spec
 from llmq.ptq.stats import LayerStats
+from llmq.ptq.table_costs import TableCosts
 from llmq.ptq.threads import total as sum_of
 from llmq.recipe import Recipe
 from llmq.storage.hidden_states import ActivationFile
@@ -45,33 +52,36 @@ def measure(
     recipe: Recipe,
     work_dir: Path,
     on_block: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+    *,
+    tables: Mapping[Table, Sequence[QuantSpec]] | None = None,
+) -> dict[str, list[Cost]]:
     """The cost of each candidate by name of layer. tokens: int64 `[n, T]`, of which some windows
     are taken. work_dir: where files may lie meanwhile. on_block: told how many passes through a
-    block are done, of how many. Raises `LlmqError` for mixtures of experts."""
-    if modules := unfused_in(blocks.model):
-        raise LlmqError(
-            f"{min(modules)}: what bits are worth is not measured in mixtures of experts, each of "
-            "which sees other tokens; give layers their specs with --rule"
-        )
+    block are done, of how many. tables: candidates of embeddings and head."""
     tokens = tokens[:MAX_SEQUENCES, :MAX_LENGTH]
     layers = _by_block(blocks, candidates)
-    costs: dict[str, list[float]] = {}
+    costs: dict[str, list[Cost]] = {}
     with tempfile.TemporaryDirectory(prefix="sensitivity-", dir=work_dir) as folder:
         backward = Backward(blocks, tokens, Path(folder), recipe.seed)
         done, total = 0, 2 * len(blocks)
         for _ in backward.forward():
             done += 1
             on_block(done, total)
-        for block in backward.backward(layers):
+        of_tables = TableCosts(backward, tables or {})
+        of_tables.add_heads()
+        measured = {
+            name: layers_to_measure(own, rows)
+            for (name, own), rows in zip(layers.items(), backward.rows, strict=True)
+        }
+        for block in backward.backward(measured):
             name = blocks.name(block.index)
-            for group in block.groups:
-                own = {layer: candidates[f"{name}.{layer}"] for layer in group}
-                found = _costs(block, own, recipe)
-                costs |= {f"{name}.{layer}": values for layer, values in found.items()}
+            own = {layer: candidates[f"{name}.{layer}"] for layer in layers[name]}
+            found = _BlockCosts(block, own, recipe, tokens.numel()).found()
+            costs |= {f"{name}.{layer}": values for layer, values in found.items()}
             done += 1
             on_block(done, total)
-    return costs
+        of_tables.add_embeddings()
+    return costs | of_tables.costs
 
 
 def _by_block(blocks: Blocks, candidates: Candidates) -> dict[str, list[str]]:
@@ -84,28 +94,63 @@ def _by_block(blocks: Blocks, candidates: Candidates) -> dict[str, list[str]]:
     return layers
 
 
-@torch.no_grad()
-def _costs(block: BlockGradients, candidates: Candidates, recipe: Recipe) -> dict[str, list[float]]:
-    """Of layers that read the same inputs, which are solved together where they have a spec in
-    common."""
-    group = list(candidates)
-    inputs = block.inputs[group[0]]
-    weights = {name: linear_weight(block.module.get_submodule(name)) for name in group}
-    stats = _statistics(inputs, weights[group[0]].device)
-    costs: dict[str, dict[QuantSpec, float]] = {name: {} for name in group}
-    for spec in dict.fromkeys(spec for name in group for spec in candidates[name]):
-        names = [name for name in group if spec in candidates[name]]
-        weight = torch.cat([weights[name] for name in names])
-        error = errors_of(weight, stats, spec, recipe)
-        for name, own in zip(names, error.split([len(weights[n]) for n in names]), strict=True):
-            cost = _cost(own, inputs, block.gradients[name])
-            if not math.isfinite(cost):
-                raise LlmqError(
-                    f"block {block.index}, {name}: NaN or infinity among its inputs or gradients, "
-                    "so what bits are worth cannot be told; give it a spec with --rule"
-                )
-            costs[name][spec] = cost
-    return {name: [costs[name][spec] for spec in candidates[name]] for name in group}
+@dataclass
+class _BlockCosts:
+    """candidates: of all layers of the block. n_tokens: of the text. pools: statistics that layers
+    of experts have in common."""
+
+    block: BlockGradients
+    candidates: Candidates
+    recipe: Recipe
+    n_tokens: int
+    pools: dict[str, LayerStats] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def found(self) -> dict[str, list[Cost]]:
+        """By name in the block."""
+        costs: dict[str, list[Cost]] = {}
+        for group in self.block.groups:
+            costs |= self._of_group(group)
+        block = self.block
+        return costs | costs_of_others(block.module, block.rows, self.candidates, costs)
+
+    def _of_group(self, group: list[str]) -> dict[str, list[Cost]]:
+        """Of layers that read the same inputs, which are solved together where they have a spec in
+        common."""
+        block, stats = self.block, self._statistics(group[0])
+        weights = {name: linear_weight(block.module.get_submodule(name)) for name in group}
+        fitting = {name: _fitting(weights[name], self.candidates[name]) for name in group}
+        costs: dict[str, dict[QuantSpec, Cost]] = {name: {} for name in group}
+        for spec in dict.fromkeys(spec for specs in fitting.values() for spec in specs):
+            names = [name for name in group if spec in fitting[name]]
+            weight = torch.cat([weights[name] for name in names])
+            error = errors_of(weight, stats, spec, self.recipe)
+            for name, own in zip(names, error.split([len(weights[n]) for n in names]), strict=True):
+                lost = _lost(own, block.inputs[group[0]], block.gradients[name])
+                if not math.isfinite(lost):
+                    raise LlmqError(
+                        f"block {block.index}, {name}: NaN or infinity among its inputs or "
+                        "gradients, so what bits are worth cannot be told; give it a spec with "
+                        "--rule"
+                    )
+                costs[name][spec] = Cost(lost / self.n_tokens, spec.scale_dtype)
+        return {name: [costs[name][spec] for spec in fitting[name]] for name in group}
+
+    def _statistics(self, layer: str) -> LayerStats:
+        """Of what a layer, the first of its group, reads."""
+        rows, inputs = self.block.rows, self.block.inputs
+        device = linear_weight(self.block.module.get_submodule(layer)).device
+        pool = pool_of(layer, rows)
+        if pool == layer:
+            return _statistics([inputs[layer]], device)
+        if pool not in self.pools:
+            own = [file for name, file in inputs.items() if pool_of(name, rows) == pool]
+            self.pools[pool] = _statistics(own, device)
+        return self.pools[pool]
+
+
+def _fitting(weight: Tensor, specs: Sequence[QuantSpec]) -> list[QuantSpec]:
+    return [fitting_spec(weight, spec) for spec in specs]
 
 
 def errors_of(weight: Tensor, stats: LayerStats, spec: QuantSpec, recipe: Recipe) -> Tensor:
@@ -115,26 +160,25 @@ def errors_of(weight: Tensor, stats: LayerStats, spec: QuantSpec, recipe: Recipe
     return result.tensor.dequantize().sub_(weight)
 
 
-def _statistics(inputs: ActivationFile, device: torch.device) -> LayerStats:
-    n_chunks = -(-inputs.n_sequences // BATCH)
-    stats = LayerStats(inputs.width, device, n_chunks=n_chunks)
-    for x in inputs.batches(BATCH):
-        stats.add(x.to(device))
+def _statistics(inputs: Sequence[ActivationFile], device: torch.device) -> LayerStats:
+    n_chunks = sum(-(-file.n_sequences // _batch(file)) for file in inputs)
+    stats = LayerStats(inputs[0].width, device, n_chunks=n_chunks)
+    for file in inputs:
+        for x in file.batches(_batch(file)):
+            stats.add(x.to(device))
     return stats.finish()
 
 
-def _cost(error: Tensor, inputs: ActivationFile, gradients: ActivationFile) -> float:
-    """Mean over tokens of the sum of (g * E x)^2 / 2. error: E `[N, K]`."""
-    total, n_tokens = 0.0, 0
-    for x, g in _rows(inputs, gradients, error.device):
-        total += sum_of((x @ error.T).mul_(g).square_()) / 2
-        n_tokens += len(x)
-    return total / n_tokens
+def _batch(file: ActivationFile) -> int:
+    """Windows at a time, or as many rows."""
+    return BATCH if file.length > 1 else BATCH * MAX_LENGTH
 
 
-def _rows(
-    inputs: ActivationFile, gradients: ActivationFile, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs `[n, K]` and gradients `[n, N]` of tokens."""
-    for x, g in zip(inputs.batches(BATCH), gradients.batches(BATCH), strict=True):
-        yield x.to(device).flatten(0, 1), g.to(device).flatten(0, 1)
+def _lost(error: Tensor, inputs: ActivationFile, gradients: ActivationFile) -> float:
+    """The sum over tokens and outputs of (g * E x)^2 / 2. error: E `[N, K]`."""
+    batches = inputs.batches(_batch(inputs)), gradients.batches(_batch(gradients))
+    total = 0.0
+    for x, g in zip(*batches, strict=True):
+        made = x.to(error.device).flatten(0, 1) @ error.T
+        total += sum_of(made.mul_(g.to(error.device).flatten(0, 1)).square_()) / 2
+    return total

@@ -10,11 +10,14 @@ from llmq.formats.load import load
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import linear_weight, quantizable_layers
+from llmq.models.outside import tables_of
 from llmq.models.readers import CheckpointReader
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
+from llmq.ptq import expert_costs
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.gradients import Backward
+from llmq.ptq.outside import quantize_table
 from llmq.ptq.sensitivity import _by_block, measure
 from llmq.recipe import Recipe
 from llmq.text.documents import read_text, tokenize
@@ -110,7 +113,7 @@ def test_it_predicts_what_a_layer_costs(tmp_path):
             own = torch.log_softmax(model(windows).logits, -1)
             weight.copy_(original)
             measured.append(float((base.exp() * (base - own)).sum(-1).mean()))
-            estimated.append(costs[name][0])
+            estimated.append(costs[name][0].nats)
     ranks = torch.tensor([estimated, measured]).argsort(1).argsort(1).double()
     assert torch.corrcoef(ranks)[0, 1] > 0.8
     assert 1 / 3 < sum(estimated) / sum(measured) < 3
@@ -124,7 +127,57 @@ def test_blocks_without_a_way_back_are_refused(model_folder, tmp_path, monkeypat
         measure(blocks, TOKENS, spec, Recipe.uniform(SPEC, method="rtn"), tmp_path)
 
 
-def test_experts_are_refused(model_folder, tmp_path):
+def divergence(base, quant):
+    base, quant = torch.log_softmax(base, -1), torch.log_softmax(quant, -1)
+    return float((base.exp() * (base - quant)).sum(-1).mean())
+
+
+def test_embeddings_and_head_cost_what_they_lose(model_folder, tmp_path):
+    folder = model_folder()
+    blocks = blocks_of(folder)
+    tables = {table: [SPEC] for table in tables_of(blocks.model)}
+    costs = measure(blocks, TOKENS, {}, Recipe(method="rtn"), tmp_path, tables=tables)
+    model = load(folder, dtype="float32")
+    with torch.no_grad():
+        base = model(TOKENS).logits
+        for table in tables:
+            weight = model.get_submodule(table.name).weight
+            original = weight.clone()
+            weight.copy_(quantize_table(original, SPEC).dequantize())
+            lost = divergence(base, model(TOKENS).logits)
+            weight.copy_(original)
+            (cost,) = costs[table.name]
+            about = 1e-3 if table.role == "head" else 2.0
+            assert lost / (1 + about) < cost.nats < lost * (1 + about), table.role
+
+
+def test_some_experts_stand_for_all(model_folder, tmp_path, monkeypatch):
     blocks = blocks_of(model_folder("qwen3_moe"))
-    with pytest.raises(LlmqError, match=r"experts.*--rule"):
-        measure(blocks, TOKENS, {}, Recipe(), tmp_path)
+    layers = layers_of(blocks)
+    specs = [SPEC, QuantSpec("int4", 32)]
+    found = {}
+    for n_experts in (2, 8):
+        monkeypatch.setattr(expert_costs, "MEASURED", n_experts)
+        costs = measure(blocks, TOKENS, dict.fromkeys(layers, specs), Recipe(), tmp_path)
+        assert costs.keys() == set(layers)
+        experts = [own for name, own in costs.items() if ".experts." in name]
+        found[n_experts] = [sum(own[i].nats for own in experts) for i in range(len(specs))]
+    assert found[8][0] > 3 * found[8][1] > 0
+    assert found[2] == pytest.approx(found[8], rel=0.5)
+
+
+def test_scales_that_float16_does_not_hold_are_found(model_folder, tmp_path, monkeypatch):
+    blocks = blocks_of(model_folder())
+    read = blocks.reader.read_parameters
+
+    def smaller(names):
+        return {
+            name: tensor * 1e-6 if "down_proj" in name else tensor
+            for name, tensor in read(names).items()
+        }
+
+    monkeypatch.setattr(blocks.reader, "read_parameters", smaller)
+    candidates = {name: [SPEC] for name in layers_of(blocks)}
+    costs = measure(blocks, TOKENS, candidates, Recipe(method="rtn"), tmp_path)
+    others = {name for name, (cost,) in costs.items() if cost.scale_dtype != "float16"}
+    assert others == {name for name in candidates if "down_proj" in name}

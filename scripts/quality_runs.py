@@ -27,7 +27,9 @@ from llmq.text.documents import load_documents
 from llmq.text.windows import Windows, cut_windows
 
 QUANTIZE = Path(__file__).resolve().with_name("quantize_with.py")
-MEASURE = 1  # raised when figures change their meaning, so that lines of before are not taken
+# Raised when figures change their meaning, or when other tools are called in another way, so that
+# lines of before are not taken.
+MEASURE = 1
 METHODS = ("rtn", "hqq", "gptq", "blockwise")
 WITHOUT_TEXT = ("rtn", "hqq")
 LLMQ_PACKAGES = ("torch", "transformers")  # its own version is that of the code
@@ -83,6 +85,10 @@ class Tool:
         if name not in (*METHODS, *PEER_PACKAGES):
             known = ", ".join((*METHODS, *PEER_PACKAGES))
             raise argparse.ArgumentTypeError(f"{name}: expected one of {known}")
+        if label and name in PEER_PACKAGES:
+            raise argparse.ArgumentTypeError(
+                f"{text}: expected a label behind methods of llmq only"
+            )
         if options in RECIPES.get(name, {}):
             return cls(name, label, RECIPES[name][options])
         try:
@@ -147,6 +153,11 @@ def hash_of_files(paths: Iterable[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def hash_of_json(data: Any) -> str:
+    """sha256 of data that JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def hash_of_model(folder: Path) -> str:
@@ -277,8 +288,7 @@ def layers_of(folder: Path) -> dict[str, Any]:
     return {"layers": {"n": len(ratios), "worse_than_rounding": worse, "largest": max(ratios)}}
 
 
-def emptied(folder: Path) -> Path:
-    """A folder without anything in it."""
+def emptied(folder: Path) -> None:
+    """Make a folder without anything in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    return folder

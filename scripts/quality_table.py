@@ -52,6 +52,7 @@ from quality_runs import (
     Tool,
     emptied,
     hash_of_code,
+    hash_of_json,
     hash_of_model,
     measure,
     run_measured,
@@ -99,9 +100,10 @@ class Benchmark:
         known = [line for line in self._lines() if line["key"] == key and "error" not in line]
         if known:
             return known[-1]
+        run_dir = self.work_dir / f"{tool.name}-{spec}-{seed}-{hash_of_json(key)[:8]}"
         about = {"key": key, "model": model_name(self.folder), **self._conditions()}
         try:
-            result = {**about, **self._run(tool, spec, seed)}
+            result = {**about, **self._run(tool, spec, seed, run_dir)}
         except RunError as error:
             self._write({**about, "error": str(error)})
             raise
@@ -134,10 +136,11 @@ class Benchmark:
             "versions": self._versions(tool),
         }
 
-    def _run(self, tool: Tool, spec: str, seed: int) -> dict[str, Any]:
+    def _run(self, tool: Tool, spec: str, seed: int, run_dir: Path) -> dict[str, Any]:
+        """In a folder of its own, which stays after a failure."""
         if tool.folder:
             return {"took": {}, **measure(self.folder, Path(tool.folder), self.texts)}
-        run_dir = emptied(self.work_dir / f"{tool.name}-{spec}-{seed}")
+        emptied(run_dir)
         command = [
             *[self._python(tool), str(QUANTIZE), tool.name if tool.is_peer else "llmq"],
             *[str(self.folder), str(run_dir / "written"), "--spec", spec, "--seed", str(seed)],

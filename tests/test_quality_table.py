@@ -43,7 +43,7 @@ def test_a_tool_is_a_name_a_label_and_options(script):
     assert parse("autoround:best").options == {"iters": 1000}
     assert parse("gptq").needs_seeds
     assert not parse("rtn").needs_seeds
-    for wrong in ("awq", "gptq:best", "gptq:{", ""):
+    for wrong in ("awq", "gptq:best", "gptq:{", "autoround@old", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="expected"):
             parse(wrong)
 

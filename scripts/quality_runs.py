@@ -23,6 +23,8 @@ import llmq
 from llmq.evaluation.divergence import compare_tokens, summarize
 from llmq.inference.module import quantized_modules
 from llmq.models.source import load_config, load_tokenizer
+from llmq.ptq.methods import METHODS, needs_text
+from llmq.recipe import Recipe
 from llmq.text.documents import load_documents
 from llmq.text.windows import Windows, cut_windows
 
@@ -30,8 +32,6 @@ QUANTIZE = Path(__file__).resolve().with_name("quantize_with.py")
 # Raised when figures change their meaning, or when other tools are called in another way, so that
 # lines of before are not taken.
 MEASURE = 1
-METHODS = ("rtn", "hqq", "gptq", "blockwise")
-WITHOUT_TEXT = ("rtn", "hqq")
 LLMQ_PACKAGES = ("torch", "transformers")  # its own version is that of the code
 PEER_PACKAGES = {
     "llm-compressor": ("llmcompressor", "compressed-tensors", "torch", "transformers"),
@@ -112,7 +112,10 @@ class Tool:
 
     @property
     def needs_seeds(self) -> bool:
-        return self.name not in WITHOUT_TEXT and not self.folder
+        """Whether the calibration text decides anything."""
+        if self.folder:
+            return False
+        return self.is_peer or needs_text(Recipe.uniform("w4", method=self.name))
 
     def __str__(self) -> str:
         label = f"@{self.label}" if self.label else ""

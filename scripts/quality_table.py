@@ -44,7 +44,6 @@ from quality_figures import Row, remarks, table
 from quality_runs import (
     LLMQ_PACKAGES,
     MEASURE,
-    METHODS,
     PEER_PACKAGES,
     QUANTIZE,
     RunError,
@@ -62,6 +61,7 @@ from quality_runs import (
 from llmq.models.identity import model_name, source_name
 from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.ptq.job import windows
+from llmq.ptq.methods import METHODS
 from llmq.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -114,7 +114,8 @@ def test_commands_of_the_quickstart(tmp_path):
         "eval_perplexity.py tiny --max-characters 20000",
         "generate.py tiny --max-new-tokens 4",
         "benchmark_cpu.py --n 256 --k 256 --copies 1 --repeats 1 --rows 1 40",
-        "quality_table.py tiny --seeds 1 --samples 8 --specs w4g128 --max-windows 8 --methods gptq",
+        "quality_table.py tiny results --text code=bundled:8 --window-length 256 --samples 8 "
+        "--spec w4g128 --tool rtn --tool gptq",
         "qat_finetune.py tiny example --train {readme} --steps 2 --batch-size 2 --sequence-length "
         "32",
         "qat_table.py tiny --train {readme} --steps 2 --batch-size 2 --sequence-length 32 "

@@ -65,7 +65,6 @@ def window_statistics(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-@torch.no_grad()
 def compare(
     base: PreTrainedModel,
     quant: PreTrainedModel,
@@ -75,7 +74,21 @@ def compare(
     special: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """Perplexity ratio with a paired 95% interval, KL(base || quant) in nats, top-1 agreement and
-    RMS change of the target's probability.
+    RMS change of the target's probability. Takes and raises what `compare_tokens` does."""
+    return summarize(*compare_tokens(base, quant, windows, on_batch, special=special))
+
+
+@torch.no_grad()
+def compare_tokens(
+    base: PreTrainedModel,
+    quant: PreTrainedModel,
+    windows: Windows,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    special: Collection[int] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`token_statistics` of all windows, float64 `[n, T - 1]` each, and the class of the position
+    that each token was predicted at, int64 of the same shape.
 
     special: ids of special tokens, None for those that the base's config names. Raises `LlmqError`
     when the models have different vocabularies or their logits are not finite.
@@ -112,12 +125,11 @@ def compare(
     ids = special_ids(base.config) if special is None else special
     ratios = torch.cat(lengths) if lengths else None
     classes = classify(is_special(windows.tokens, ids), ratios, 1.0)
-    return summarize(table, classes[:, :-1])
+    return table, classes[:, :-1]
 
 
 def summarize(table: dict[str, Tensor], classes: Tensor) -> dict[str, Any]:
-    """The figures of `compare` from per-token statistics in float64, each `[n, T - 1]`, and the
-    class of the position that each was predicted at, int64 of the same shape."""
+    """The figures of `compare` from what `compare_tokens` finds."""
     log_ratio = (table["quant_nll"] - table["base_nll"]).mean(dim=1)
     kl = table["kl"]
     return {

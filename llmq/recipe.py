@@ -115,7 +115,7 @@ class Recipe:
     method: its name in `llmq.ptq.methods`, which says what goes with it.
     init: what method "blockwise" starts from.
     order: the column order of GPTQ (see `llmq.ptq.methods.gptq`).
-    damping: share of the mean diagonal that is added to the Hessian.
+    damping: share of the median diagonal that is added to the Hessian.
     search: choose scales by Hessian-weighted error, not by range.
     sweeps: passes of coordinate descent after GPTQ (see `llmq.ptq.methods.refine`).
     inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the
@@ -137,7 +137,7 @@ class Recipe:
     method: str = "gptq"
     init: Literal["rtn", "gptq"] = "gptq"
     order: Literal["group", "static", "none", "act"] = "group"
-    damping: float = 0.01
+    damping: float = 0.1
     search: bool = True
     sweeps: int = 2
     inputs: Literal["quantized", "full-precision", "both"] = "both"
@@ -176,8 +176,8 @@ class Recipe:
             )
         if not 0 < self.damping <= 1:
             raise LlmqError(
-                f"damping {self.damping}: expected a share of the mean diagonal, above 0 and at "
-                "most 1 (0.01 is usual)"
+                f"damping {self.damping}: expected a share of the median diagonal, above 0 and at "
+                "most 1 (0.1 is usual)"
             )
         if not 0 < self.learning_rate <= 1:
             raise LlmqError(

@@ -311,7 +311,7 @@ def _add_gptq_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--damping",
         type=real(),
-        help="share of the mean Hessian diagonal that is added to it (default: 0.01)",
+        help="share of the median Hessian diagonal that is added to it (default: 0.1)",
     )
     parser.more.add_argument(
         "--no-search",

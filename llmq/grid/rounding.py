@@ -82,7 +82,7 @@ def choose_scale(
 
     importance: float `[K]`, the weight of each column's squared error, usually diag(H); or `[N, K]`
     where rows belong to several layers. Without it the range of the group decides; with it the best
-    of 31 shrink factors does (and, at 2 bits with zero points, of the neighbouring zero points).
+    of 31 shrink factors does, and, up to 4 bits, of the neighbouring zero points.
     Returns scale float32 `[N or 1, G]`, already rounded to its stored dtype, and zero (integers in
     float32) or None."""
     full, zero = range_scale(weight, spec)
@@ -96,7 +96,7 @@ def choose_scale(
         else grouped(torch.atleast_2d(importance), spec)
     )
     levels = spec.levels
-    shifts = (0, -1, 1) if zero is not None and spec.bits == 2 else (0,)
+    shifts = (0, -1, 1) if zero is not None and spec.bits <= 4 else (0,)
     best_zero = zero
     best_error = torch.full_like(full, torch.inf)
     for shift in shifts:

@@ -37,7 +37,7 @@ def stack_errors(parts: Sequence[RowErrors]) -> RowErrors:
 
 @dataclass(frozen=True)
 class SolverResult:
-    """tensor: the quantized weight. damping: the share of the mean diagonal that the Hessian
+    """tensor: the quantized weight. damping: the share of the median diagonal that the Hessian
     needed. n_dead: columns whose input was always zero. fallback: None, or why plain rounding was
     used instead. is_rounding: plain rounding replaced the result, since it was better. errors: how
     far from what the solver aimed at, or None if it aimed at nothing but the weight."""

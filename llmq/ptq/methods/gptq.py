@@ -43,16 +43,16 @@ BYTES_TOGETHER = 128 << 20
 
 @dataclass(frozen=True)
 class GPTQOptions:
-    """order: see the module's text. damping: added to diag(H), as a share of its mean; times 10
-    until the factorization succeeds, at most the whole mean. search: choose scales by
-    diag(H)-weighted error instead of by range. sweeps: passes of coordinate descent over codes and
+    """order: see the module's text. damping: added to diag(H), as a share of its median; times 10
+    until the factorization succeeds, until it is the whole mean. search: choose scales and zero
+    points by the error that is left of each rounding, instead of by range. sweeps: passes of coordinate descent over codes and
     scales afterwards (`llmq.ptq.methods.refine`). alpha: the share of the correction for what the
     layers before this one lost, where the statistics carry it (GPTAQ, Li et al., 2025; there folded
     into the column loop, here a change of the target beforehand, which is the same least squares
     problem and leaves loop and descent as they are)."""
 
     order: Order = "group"
-    damping: float = 0.01
+    damping: float = 0.1
     search: bool = True
     sweeps: int = 2
     alpha: float = 0.0
@@ -79,14 +79,31 @@ def factor_of_reversed(reversed_hessian: Tensor) -> Tensor | None:
 def _damped_factor(
     hessian: Tensor, order: Tensor, dead: Tensor, damping: float
 ) -> tuple[Tensor | None, float]:
-    """The factor of the reordered, damped Hessian, and the damping (share of the mean diagonal) at
-    which it succeeded. Dead columns get the mean as their diagonal."""
-    share = min(damping, 1.0)
+    """The factor of the reordered, damped Hessian, and the damping (share of the median diagonal)
+    at which it succeeded. Dead columns get the mean as their diagonal."""
+    diagonal = hessian.diagonal()
+    most = max(1.0, float(diagonal.mean() / typical_curvature(diagonal)))
+    share = min(damping, most)
     while (
         factor := factor_of_reversed(_damped_reversed(hessian, order, dead, share))
-    ) is None and share < 1:
-        share = min(10 * share, 1.0)
+    ) is None and share < most:
+        share = min(10 * share, most)
     return factor, share
+
+
+def typical_curvature(diagonal: Tensor) -> Tensor:
+    """The median of diag(H) over columns that are not dead. The mean would be that of a few: where
+    attention rests on one token, that token alone can be 99.9% of it."""
+    alive = diagonal[diagonal != 0]
+    return alive.median() if len(alive) else diagonal.new_ones(())
+
+
+def errors_left(factor: Tensor, order: Tensor) -> Tensor:
+    """What a squared rounding error of each column costs once the columns behind it have repaired
+    what they can: `1 / U_ii^2`, float32 `[K]`. factor: U in rounding order."""
+    left = torch.empty_like(factor.diagonal())
+    left[order] = factor.diagonal().square().reciprocal()
+    return left
 
 
 def _damped_reversed(hessian: Tensor, order: Tensor, dead: Tensor, share: float) -> Tensor:
@@ -118,7 +135,7 @@ def column_order(importance: Tensor, group_size: int, order: Order) -> Tensor:
 class _Layer:
     """A layer before its columns are rounded. weight: float32 `[N, K]`, zero in dead columns.
     order: int64 `[K]`. importance: of columns, where scales are searched for. factor: U of the
-    reordered Hessian, damped by that share of its mean diagonal, or None. dead: bool `[K]`."""
+    reordered Hessian, damped by that share of its median diagonal, or None. dead: bool `[K]`."""
 
     weight: Tensor
     stats: LayerStats
@@ -182,7 +199,9 @@ def _prepared(weight: Tensor, stats: LayerStats, spec: QuantSpec, options: GPTQO
         weight = weight.masked_fill(dead, 0)
     order = column_order(diagonal, spec.columns_per_group(weight.shape[1]), options.order)
     factor, damping = _damped_factor(stats.hessian, order, dead, options.damping)
-    importance = diagonal if options.search else None
+    importance = None
+    if options.search:
+        importance = diagonal if factor is None else errors_left(factor, order)
     return _Layer(weight, stats, spec, options, order, importance, factor, damping, dead)
 
 
@@ -302,9 +321,9 @@ def _shift(pull: Tensor, order: Tensor, factor: Tensor) -> Tensor:
 
 
 def _ridge(hessian: Tensor, dead: Tensor, share: float) -> Tensor:
-    """What is added to the diagonal: a share of its mean, and the whole mean in dead columns."""
-    mean = hessian.diagonal().mean()
-    return share * mean + dead * mean.clamp_min(1e-6)
+    """What is added to the diagonal: a share of its median, and the whole mean in dead columns."""
+    diagonal = hessian.diagonal()
+    return share * typical_curvature(diagonal) + dead * diagonal.mean().clamp_min(1e-6)
 
 
 class GPTQ(Rounding):

@@ -8,7 +8,13 @@ import torch
 
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
-from llmq.ptq.methods.gptq import GPTQOptions, column_order, factor_of_reversed, gptq
+from llmq.ptq.methods.gptq import (
+    GPTQOptions,
+    column_order,
+    errors_left,
+    factor_of_reversed,
+    gptq,
+)
 from llmq.ptq.stats import LayerStats, output_error
 
 SPECS = [
@@ -133,9 +139,9 @@ def test_damping_rises_before_it_falls_back():
     direction = torch.randn(k)
     stats = LayerStats(k)
     stats.hessian = torch.outer(direction, direction) - 0.05 * float(
-        direction.square().mean()
+        direction.square().median()
     ) * torch.eye(k)
-    raised = gptq(torch.randn(4, k), stats, QuantSpec("int4", 32))
+    raised = gptq(torch.randn(4, k), stats, QuantSpec("int4", 32), GPTQOptions(damping=0.01))
     assert raised.fallback is None
     assert raised.damping == pytest.approx(0.1)
     patient = gptq(torch.randn(4, k), stats, QuantSpec("int4", 32), GPTQOptions(damping=1e-5))
@@ -150,6 +156,34 @@ def test_damping_rises_before_it_falls_back():
     assert torch.equal(
         fallen.tensor.packed, QuantizedTensor.quantize(weight, QuantSpec("int4", 32)).packed
     )
+
+
+def test_a_column_that_is_most_of_the_trace_changes_nothing_for_other_groups(stats):
+    """As where attention rests on one token. Damping by the mean would answer to it alone."""
+    layer, weight = stats(64), torch.randn(16, 64)
+    layer.hessian[:32, 32:] = layer.hessian[32:, :32] = 0
+    found = {}
+    for curvature in (100.0, 1e5):
+        layer.hessian[0, 0] = curvature * float(layer.hessian.diagonal()[1:].max())
+        options = GPTQOptions(order="none")
+        found[curvature] = gptq(weight, layer, QuantSpec("int4", 32), options).tensor
+    assert torch.equal(found[100.0].codes()[:, 32:], found[1e5].codes()[:, 32:])
+    assert torch.equal(found[100.0].scale[:, 1], found[1e5].scale[:, 1])
+
+
+def test_the_error_left_of_a_rounding_is_that_of_the_best_repair(stats):
+    """With the columns behind free, the curvature of a column is the Schur complement."""
+    hessian, order = stats(24).hessian, torch.randperm(24)
+    factor = factor_of_reversed(hessian[order][:, order].flip(0, 1))
+    left = errors_left(factor, order)
+    for position in (0, 11, 23):
+        free = order[position + 1 :]
+        column = order[position]
+        ties = hessian[column, free]
+        repaired = ties @ torch.linalg.solve(hessian[free][:, free], ties) if len(free) else 0
+        assert float(left[column]) == pytest.approx(
+            float(hessian[column, column] - repaired), rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("projected", [False, True])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from math import prod
 
 from llmq.errors import LlmqError
@@ -26,6 +27,7 @@ from llmq.ptq.parts import parts
 from llmq.recipe import LayerPlan
 
 BITS = (2, 3, 4, 5, 6, 8)
+WITH_ROWS = (3, 4)  # where scales for groups are a tenth of the bits, and not always worth it
 WITH_ZERO_POINTS = (2, 3)  # where they are worth their bytes, also when nobody asks for them
 ABOUT_EQUAL = 0.9  # of the budget: a uniform result that is smaller says little
 HEADER_BYTES = 160  # in the header of a weight file, per tensor, with a name of usual length
@@ -36,14 +38,17 @@ Costs = Mapping[str, Mapping[str, Cost]]
 
 
 def candidates_of(plan: LayerPlan, job: Job) -> list[QuantSpec]:
-    """Specs of other widths with the group size that is planned, those that the format holds."""
+    """Specs of other widths with the group size that is planned, and of some with one scale per
+    row, those that the format holds."""
     spec = plan.spec
     assert spec is not None
     found = []
     for bits in BITS:
         ways = [spec.symmetric] if bits not in WITH_ZERO_POINTS else [True, False]
-        for is_symmetric in ways:
-            candidate = replace(spec, code=f"int{bits}", symmetric=is_symmetric)
+        has_rows = bits in WITH_ROWS and spec.group_size > 0 and not job.fmt.one_group_size
+        sizes = [spec.group_size, PER_ROW] if has_rows else [spec.group_size]
+        for is_symmetric, size in product(ways, sizes):
+            candidate = replace(spec, code=f"int{bits}", symmetric=is_symmetric, group_size=size)
             if job.fmt.refusal_of(plan.role, candidate, plan.layer.shape) is None:
                 found.append(candidate)
     return found
@@ -252,6 +257,6 @@ def fitted(spec: QuantSpec, costs: Mapping[str, Cost]) -> QuantSpec:
     return replace(spec, scale_dtype=costs[str(spec)].scale_dtype)  # type: ignore[arg-type]
 
 
-def _kind(spec: QuantSpec) -> tuple[int, bool]:
+def _kind(spec: QuantSpec) -> tuple[int, bool, bool]:
     """What layers that get bits together have in common; group sizes are as their columns allow."""
-    return spec.bits, spec.symmetric
+    return spec.bits, spec.symmetric, spec.group_size == PER_ROW

@@ -10,13 +10,14 @@ import pytest
 import llmq
 from llmq.commands.cli import main
 from llmq.errors import LlmqError
+from llmq.formats.registry import format_named
 from llmq.models.site import fused_names
 from llmq.ptq import mixed_run
 from llmq.ptq.budget import disk_bytes, flops, stored_bytes, work_bytes
 from llmq.ptq.choice import Budget, stored_size
 from llmq.ptq.costs import Cost
 from llmq.ptq.job import prepare
-from llmq.ptq.mixed import Problem
+from llmq.ptq.mixed import Problem, candidates_of
 from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe, Rule
 
@@ -70,6 +71,18 @@ def test_a_budget_that_is_too_small_is_refused_with_the_least(job):
     assert problem.choose(some_costs(problem), Budget(2.5)).bits == 2.5
     with pytest.raises(LlmqError, match=r"--max-bytes 1000: .* give --max-bytes \d+"):
         problem.choose(some_costs(problem), Budget(n_bytes=1000))
+
+
+def test_scales_per_row_are_candidates_where_a_format_takes_several_group_sizes(job):
+    name = "model.layers.0.mlp.down_proj"
+    found = [str(spec) for spec in Problem.of(job, Budget(3)).candidates[name]]
+    assert found == [
+        *("w2g32", "w2g32-asym", "w3g32", "w3", "w3g32-asym", "w3-asym", "w4g32", "w4"),
+        *("w5g32", "w6g32", "w8g32"),
+    ]
+    one_size = replace(job, fmt=format_named("gptq"))
+    (plan,) = [plan for plan in job.plans if plan.layer.name == name]
+    assert all(spec.group_size == 32 for spec in candidates_of(plan, one_size))
 
 
 def test_one_width_is_compared_where_it_takes_about_as_much(job):

@@ -293,8 +293,8 @@ def _needed_g_idx(g_idx: Tensor | None, spec: QuantSpec, k: int) -> Tensor | Non
 
 
 def _group_size(name: str, asked: int, k: int, n_groups: int) -> int:
-    if n_groups == 1:
-        return PER_ROW
+    if n_groups == 1:  # of one group or of one scale per row, whichever the config says
+        return asked if asked >= k else PER_ROW
     if asked < 2 or -(-k // asked) != n_groups:
         raise LlmqError(
             f"{name}: group size {asked} of the config does not give the {n_groups} groups of the "

@@ -332,8 +332,8 @@ class LlmqQuantizer(HfQuantizer):
 
 def _cast_as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
     """transformers leaves what it renames in a quantized checkpoint in the dtype that is stored
-    (5.17): routers, towers. They get the model's, but for what it keeps in float32, and biases of
-    packed layers, which stay as they are stored."""
+    (5.17): routers, towers. They get the model's; what it keeps in float32 is not cast down, and
+    biases of packed layers stay as they are stored."""
     from llmq.inference.module import QuantLinear
     from llmq.models.compat import is_kept_in_float32
 
@@ -342,7 +342,7 @@ def _cast_as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
         dtype = dtypes.get(name, parameter.dtype)
         if parameter.is_meta or parameter.dtype == dtype or name.rpartition(".")[0] in packed:
             continue
-        if not is_kept_in_float32(model, name):
+        if dtype == torch.float32 or not is_kept_in_float32(model, name):
             parameter.data = parameter.data.to(dtype)
 
 

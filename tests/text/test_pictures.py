@@ -1,6 +1,7 @@
 """Pictures of rows: where they may lie, where they stand in the text, and what is refused."""
 
 import json
+from random import Random
 
 import datasets
 import numpy as np
@@ -126,6 +127,52 @@ def test_what_is_no_picture_is_refused(value, message, tmp_path, monkeypatch):
     rows = write(tmp_path / "rows.jsonl", {"text": "a", "image": value})
     with pytest.raises(LlmqError, match=message):
         illustrated(rows)[0].pictures[0].open()
+
+
+ODD_PICTURES: list[object] = [
+    *("a.png", "empty.png", "half.png", "empty.gif", "folder", "", "a\0b.png", "a" * 5000),
+    *("data:image/png;base64,!!!", None, 0, 1.5, True, float("nan"), [], {}, [{}], [None]),
+    *([["a.png"]], ["a.png", None], {"path": 3}, {"bytes": [1, 2]}, {"bytes": None, "path": None}),
+]
+ODD_CONTENTS: list[object] = [
+    *("x", "<image>", "<image> <image>", "", None, 3, [], [3], {"a": 1}, [IMAGE]),
+    *([{"type": ["image"]}], [{"type": "text", "text": None}], [{"type": "image_url"}]),
+]
+
+
+def odd_row(random):
+    row = {random.choice(["images", "image"]): random.choice(ODD_PICTURES)}
+    if random.random() < 0.5:
+        return {**row, "text": random.choice(ODD_CONTENTS)}
+    roles = ["user", "assistant", "", None, 5]
+    turns = [
+        {"role": random.choice(roles), "content": random.choice(ODD_CONTENTS)}
+        for _ in range(random.choice([0, 1, 2]))
+    ]
+    return {**row, "messages": turns if random.random() < 0.9 else random.choice(ODD_CONTENTS)}
+
+
+@pytest.mark.filterwarnings("ignore::llmq.errors.LlmqWarning")
+@pytest.mark.parametrize("n_files", [200, pytest.param(5000, marks=pytest.mark.slow)])
+def test_odd_rows_are_read_or_refused_in_one_line(n_files, tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "empty.gif").write_bytes(b"GIF89a" + bytes(7))  # of 0 x 0 pixels
+    (tmp_path / "folder").mkdir()
+    n_read, refused, random = 0, list[str](), Random(0)
+    for _ in range(n_files):
+        source = write(tmp_path / "rows.jsonl", odd_row(random))
+        try:
+            for row in illustrated(source):
+                for each in row.pictures:
+                    each.open()
+                    n_read += 1
+        except LlmqError as error:
+            refused.append(str(error))
+    assert n_read
+    assert refused
+    assert [message for message in refused if "\n" in message] == []
 
 
 def test_without_pillow_it_is_said_what_to_install(monkeypatch):

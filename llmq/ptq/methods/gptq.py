@@ -45,11 +45,11 @@ BYTES_TOGETHER = 128 << 20
 class GPTQOptions:
     """order: see the module's text. damping: added to diag(H), as a share of its median; times 10
     until the factorization succeeds, until it is the whole mean. search: choose scales and zero
-    points by the error that is left of each rounding, instead of by range. sweeps: passes of coordinate descent over codes and
-    scales afterwards (`llmq.ptq.methods.refine`). alpha: the share of the correction for what the
-    layers before this one lost, where the statistics carry it (GPTAQ, Li et al., 2025; there folded
-    into the column loop, here a change of the target beforehand, which is the same least squares
-    problem and leaves loop and descent as they are)."""
+    points by the error that is left of each rounding, instead of by range. sweeps: passes of
+    coordinate descent over codes and scales afterwards (`llmq.ptq.methods.refine`). alpha: the
+    share of the correction for what the layers before this one lost, where the statistics carry it
+    (GPTAQ, Li et al., 2025; there folded into the column loop, here a change of the target
+    beforehand, which is the same least squares problem and leaves loop and descent as they are)."""
 
     order: Order = "group"
     damping: float = 0.1

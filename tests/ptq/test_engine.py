@@ -486,7 +486,7 @@ def test_fallbacks_are_counted_and_too_many_fail(
     assert error.value.exit_code == 1
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["fallbacks"]) == 14
-    assert all(layer["damping"] == 1.0 for layer in report["layers"])
+    assert all(layer["damping"] >= 1.0 for layer in report["layers"])  # at last the whole mean
 
 
 def test_tied_and_sharded_models_lose_nothing(model_folder, calibration_file, tmp_path):

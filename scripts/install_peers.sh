@@ -7,7 +7,7 @@
 #   python scripts/quality_table.py MODEL WORK_DIR --peers DIR --tool autoround
 #
 # On Linux the package index has torch with gigabytes of GPU libraries. The builds for CPUs come
-# with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# with PIP_EXTRA_INDEX_URL set to the index that PyTorch's installation page names for them.
 set -euo pipefail
 PYTHON=${PYTHON:-python3}
 # As quality_table.py calls it, then what it is made of: versions that were measured together.

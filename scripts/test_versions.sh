@@ -7,7 +7,7 @@
 #   PYTEST_ARGUMENTS="-k gptq" bash scripts/test_versions.sh
 #
 # On Linux the package index has torch with gigabytes of GPU libraries. The builds for CPUs come
-# with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# with PIP_EXTRA_INDEX_URL set to the index that PyTorch's installation page names for them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import OWN_METHOD, Format, Settings, Specs
-from llmq.formats.engine_names import alike_experts
+from llmq.formats.engine_names import alike_experts, both
 from llmq.formats.gptq_settings import AUTO_ROUND, AUTO_ROUND_AWQ, KEPT_BITS, check_auto_round
 from llmq.formats.setting_types import is_whole, wrong
 from llmq.grid.spec import PER_ROW, PER_TENSOR, QuantSpec
@@ -105,9 +105,10 @@ class Awq(Format):
         }
 
     def with_names(self, config: Settings, stored: Mapping[str, str]) -> Settings:
-        kept = config["modules_to_not_convert"]
-        others = [stored[name] for name in kept if name in stored]
-        return {**config, "modules_to_not_convert": list(dict.fromkeys([*kept, *others]))}
+        return {
+            **config,
+            "modules_to_not_convert": both(config["modules_to_not_convert"], stored),
+        }
 
     def detects(self, settings: Settings) -> bool:
         if settings.get("quant_method") == AUTO_ROUND:

@@ -15,6 +15,7 @@ from typing import Any
 from llmq import patterns
 from llmq.errors import LlmqError
 from llmq.formats.base import Settings, Specs
+from llmq.formats.engine_names import both
 from llmq.formats.setting_types import MAX_PATTERNS, is_whole, wrong
 from llmq.grid.spec import PER_ROW, PER_TENSOR, ActSpec, QuantSpec
 
@@ -182,14 +183,10 @@ def with_ignored(config: Settings, names: Collection[str]) -> Settings:
 def with_names(config: Settings, stored: Mapping[str, str]) -> Settings:
     """The settings with the names that layers are stored under beside those of the model."""
     groups = {
-        key: {**group, "targets": _with_others(group["targets"], stored)}
+        key: {**group, "targets": both(group["targets"], stored)}
         for key, group in config["config_groups"].items()
     }
-    return {**config, "config_groups": groups, "ignore": _with_others(config["ignore"], stored)}
-
-
-def _with_others(names: list[str], stored: Mapping[str, str]) -> list[str]:
-    return list(dict.fromkeys([*names, *(stored[name] for name in names if name in stored)]))
+    return {**config, "config_groups": groups, "ignore": both(config["ignore"], stored)}
 
 
 def layout_of(spec: QuantSpec, activations: ActSpec) -> str:

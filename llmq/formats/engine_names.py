@@ -8,7 +8,7 @@ AWQ say, and by those of its first expert in what compressed-tensors says."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from llmq.formats.base import Specs
 from llmq.grid.spec import QuantSpec
@@ -29,6 +29,12 @@ def alike_experts(specs: Specs) -> dict[str, QuantSpec | None]:
         if module := module_of_experts(name):
             found.setdefault(module, set()).add(spec)
     return {module: specs.pop() for module, specs in found.items() if len(specs) == 1}
+
+
+def both(names: Iterable[str], stored: Mapping[str, str]) -> list[str]:
+    """Names, and behind them those that some are stored under, each once."""
+    names = list(names)
+    return list(dict.fromkeys([*names, *(stored[name] for name in names if name in stored)]))
 
 
 def with_modules(stored: Mapping[str, str]) -> dict[str, str]:

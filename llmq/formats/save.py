@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats.base import Format
-from llmq.formats.engine_names import with_modules
+from llmq.formats.engine_names import both, with_modules
 from llmq.formats.engines import readings
 from llmq.formats.extra import extra_tensors, matrices_among
 from llmq.formats.registry import AUTO, choose_format, detect, has_groups, result_of
@@ -62,16 +62,11 @@ def checkpoint_config(
     config = fmt.tables.stated(config, tables) if tables else config
     is_kept = [name for name in kept if specs.get(name) is None and name not in tables]
     quantized = [name for name, spec in specs.items() if spec is not None]
-    config = fmt.with_kept(config, _both(is_kept, stored), _both(quantized, stored))
+    config = fmt.with_kept(config, both(is_kept, stored), both(quantized, stored))
     config = fmt.with_names(config, with_modules(stored))
     if fmt.activations is None and not activations.is_none:
         config["activations"] = activations.to_json()
     return config
-
-
-def _both(names: list[str], stored: Mapping[str, str]) -> list[str]:
-    """Names of modules, and behind them those that some are stored under."""
-    return [*names, *(stored[name] for name in names if name in stored)]
 
 
 def kept_matrices(model: nn.Module) -> list[str]:

@@ -80,7 +80,7 @@ def choose_scale(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point per group of a float32 weight `[N, K]`.
 
-    importance: float `[K]`, the weight of each column's squared error, usually diag(H); or `[N, K]`
+    importance: float `[K]`, the weight of each column's squared error, such as diag(H); or `[N, K]`
     where rows belong to several layers. Without it the range of the group decides; with it the best
     of 31 shrink factors does, and, up to 4 bits, of the neighbouring zero points.
     Returns scale float32 `[N or 1, G]`, already rounded to its stored dtype, and zero (integers in

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmq.grid.spec import QuantSpec
 from llmq.models.arch import linear_weight
-from llmq.models.experts import DOWN, unfused_in
+from llmq.models.experts import DOWN
 from llmq.ptq.costs import Cost
 from llmq.ptq.scales import fitting_spec
 
@@ -72,7 +72,7 @@ def costs_of_others(
     found = {}
     per_row = _per_row(rows, measured)
     for name, specs in candidates.items():
-        expert = expert_of(name, unfused_in(block))
+        expert = expert_of(name, rows)
         if expert is None or name in measured:
             continue
         module, number, part = expert

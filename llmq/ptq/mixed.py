@@ -119,6 +119,10 @@ class Problem:
         return unfused_in(self.job.model)
 
     @cached_property
+    def token_shares(self) -> dict[str, float]:
+        return token_shares(self.job.model)
+
+    @cached_property
     def groups(self) -> list[list[str]]:
         """Layers that get bits together: those that engines fuse, and all experts of a module."""
         groups: dict[tuple[str, ...], list[str]] = {}
@@ -142,7 +146,7 @@ class Problem:
         expert = expert_of(layer, self.experts)
         if expert is None:
             return 1.0, 1.0
-        share = token_shares(self.job.model).get(expert[0], 1.0)
+        share = self.token_shares[expert[0]]
         return share, min(1.0, MEASURED / self.experts[expert[0]].n_experts)
 
     def allowed_bytes(self, budget: Budget) -> int:

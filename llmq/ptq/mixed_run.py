@@ -17,7 +17,6 @@ from typing import Any
 
 from llmq.errors import LlmqError, VerificationError
 from llmq.formats.registry import choose_format
-from llmq.grid.spec import QuantSpec
 from llmq.models.readers import CheckpointReader
 from llmq.ptq import sensitivity
 from llmq.ptq.blocks import Blocks
@@ -31,8 +30,8 @@ from llmq.ptq.mixed import Costs, Problem
 from llmq.ptq.mixed_tables import table_plans
 from llmq.ptq.results import BlockReport
 from llmq.ptq.run import Attempt, identity, quantize_folder
+from llmq.ptq.scales import with_scale_dtype
 from llmq.ptq.table_costs import HEAD_TOKENS
-from llmq.recipe import LayerPlan
 from llmq.storage import files, seals
 from llmq.storage.boundary import running
 from llmq.storage.workspace import STATE, check_output, remove_leftover, work_dir_of
@@ -78,8 +77,12 @@ class MixedJob:
 
 def kept_costs(job: Job, budget: Budget, device: str) -> Costs | None:
     """Those that were measured before, of the same model, text, recipe and candidates."""
+    return _kept(_place(Problem.of(job, budget), device))
+
+
+def _kept(path: Path) -> Costs | None:
     try:
-        kept = seals.read_sealed(_place(Problem.of(job, budget), device))
+        kept = seals.read_sealed(path)
     except files.DamagedError:
         return None
     return {
@@ -96,7 +99,8 @@ def measured_costs(
     """What every candidate costs every layer: kept, or measured now. on_block: see
     `sensitivity.measure`. Raises `LlmqError` without calibration text."""
     problem = Problem.of(job, budget)
-    if (known := kept_costs(job, budget, device)) is not None:
+    path = _place(problem, device)
+    if (known := _kept(path)) is not None:
         return known
     if job.tokens is None:
         raise LlmqError(
@@ -104,7 +108,6 @@ def measured_costs(
             "reads none; use --method gptq"
         )
     blocks = Blocks(job.model, CheckpointReader(job.model, job.source.tensors), device)
-    path = _place(problem, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         found = running(job.source.folder)(sensitivity.measure)(
@@ -186,7 +189,11 @@ def choose(
 
 def _job_of(choice: Choice, job: Job, format: str, strict: bool) -> Job:
     """The job with other specs: no weight is read for it."""
-    plans = [_with_spec(plan, choice.specs.get(plan.layer.name, plan.spec)) for plan in job.plans]
+    specs = choice.specs
+    plans = [
+        with_scale_dtype(plan, specs[plan.layer.name]) if plan.layer.name in specs else plan
+        for plan in job.plans
+    ]
     outside = (*job.outside, *table_plans(choice.tables))
     recipe, every = choice.recipe(job.recipe), [*plans, *outside]
     is_ordered = recipe.order == "act"
@@ -194,13 +201,6 @@ def _job_of(choice: Choice, job: Job, format: str, strict: bool) -> Job:
     if strict:
         check_unchanged(every)
     return replace(job, recipe=recipe, plans=plans, outside=outside, fmt=fmt)
-
-
-def _with_spec(plan: LayerPlan, spec: QuantSpec | None) -> LayerPlan:
-    if spec is not None and plan.spec is not None and spec.scale_dtype != plan.spec.scale_dtype:
-        note = f"scales in {spec.scale_dtype}: {plan.spec.scale_dtype} does not hold them"
-        plan = replace(plan, note=f"{plan.note}; {note}" if plan.note else note)
-    return replace(plan, spec=spec)
 
 
 def quantize_mixed(

@@ -15,6 +15,7 @@ from llmq.grid.spec import PER_ROW, QuantSpec
 from llmq.models.outside import HEAD, Table, tables_of
 from llmq.ptq.job import Job
 from llmq.ptq.parts import element_bytes
+from llmq.ptq.scales import with_scale_dtype
 from llmq.recipe import Layer, LayerPlan, Recipe
 
 BITS = (3, 4, 5, 6)  # in groups, as layers; 8 bits have a scale per row
@@ -59,7 +60,7 @@ def table_plans(tables: Mapping[Table, QuantSpec]) -> list[LayerPlan]:
     """As `plan_outside` and `fitting_outside` make them."""
     plans = []
     for table, spec in tables.items():
-        is_usual = spec.scale_dtype == QuantSpec.scale_dtype
-        note = "" if is_usual else f"scales in {spec.scale_dtype}: float16 does not hold them"
-        plans.append(LayerPlan(Layer(table.name, table.shape), spec, note, role=table.role))
+        asked = replace(spec, scale_dtype=QuantSpec.scale_dtype)
+        plan = LayerPlan(Layer(table.name, table.shape), asked, role=table.role)
+        plans.append(with_scale_dtype(plan, spec))
     return plans

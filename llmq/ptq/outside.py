@@ -22,7 +22,7 @@ from llmq.grid.tensor import QuantizedTensor, quantize_by_rows, some_rows
 from llmq.models.outside import HEAD, TIED, Table, tables_of
 from llmq.models.readers import WeightReader
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.scales import DTYPES, lost_energy, most_lost
+from llmq.ptq.scales import DTYPES, lost_energy, most_lost, with_scale_dtype
 from llmq.recipe import Layer, LayerPlan, Recipe
 
 
@@ -80,10 +80,7 @@ def fitting_outside(
     for plan in plans:
         assert plan.spec is not None
         spec = fitting_table_spec(weight_of(plan.layer.name), plan.spec)
-        if spec != plan.spec:
-            note = f"scales in {spec.scale_dtype}: {plan.spec.scale_dtype} does not hold them"
-            plan = replace(plan, spec=spec, note=f"{plan.note}; {note}" if plan.note else note)
-        fitting.append(plan)
+        fitting.append(with_scale_dtype(plan, spec))
     return fitting
 
 

@@ -87,10 +87,17 @@ def fitting_plans(
             spec = fitting_spec(weight, plan.spec)
             if spec != plan.spec:
                 changed.append(plan.layer.name)
-                note = (
-                    f"scales in {spec.scale_dtype}: {plan.spec.scale_dtype} does not hold those "
-                    f"of weights of up to {float(weight.abs().max()):.2g}"
-                )
-                plan = replace(plan, spec=spec, note=f"{plan.note}; {note}" if plan.note else note)
+                whose = f"those of weights of up to {float(weight.abs().max()):.2g}"
+                plan = with_scale_dtype(plan, spec, whose)
         fitting.append(plan)
     return fitting, changed
+
+
+def with_scale_dtype(plan: LayerPlan, spec: QuantSpec, whose: str = "them") -> LayerPlan:
+    """A plan with another spec, which is noted where its scale dtype is another one. whose: scales
+    that the planned dtype does not hold."""
+    planned = plan.spec
+    if planned is None or spec.scale_dtype == planned.scale_dtype:
+        return replace(plan, spec=spec)
+    note = f"scales in {spec.scale_dtype}: {planned.scale_dtype} does not hold {whose}"
+    return replace(plan, spec=spec, note=f"{plan.note}; {note}" if plan.note else note)

@@ -18,6 +18,7 @@ statistics and spec in, codes out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def _damped_factor(
     """The factor of the reordered, damped Hessian, and the damping (share of the median diagonal)
     at which it succeeded. Dead columns get the mean as their diagonal."""
     diagonal = hessian.diagonal()
-    most = max(1.0, float(diagonal.mean() / typical_curvature(diagonal)))
+    mean = float(diagonal.mean() / typical_curvature(diagonal))
+    most = max(1.0, mean) if math.isfinite(mean) else 1.0
     share = min(damping, most)
     while (
         factor := factor_of_reversed(_damped_reversed(hessian, order, dead, share))
@@ -94,8 +96,7 @@ def _damped_factor(
 def typical_curvature(diagonal: Tensor) -> Tensor:
     """The median of diag(H) over columns that are not dead. The mean would be that of a few: where
     attention rests on one token, that token alone can be 99.9% of it."""
-    alive = diagonal[diagonal != 0]
-    return alive.median() if len(alive) else diagonal.new_ones(())
+    return torch.where(diagonal == 0, torch.nan, diagonal).nanmedian().nan_to_num(1.0)
 
 
 def errors_left(factor: Tensor, order: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ EVERY = "*"  # the pattern of a rule about all layers
 OUTSIDE = ("embeddings", "head")  # fields of a recipe, for what is in no block
 MAX_RULES = 10_000
 MAX_TOKENS = 1 << 40
+MAX_STEPS = 1_000_000
 _RULE_FORMS = "expected 'PATTERN=SPEC', or a pair of a pattern and a spec"
 
 
@@ -127,6 +128,8 @@ class Recipe:
     iterations, learning_rate: steps per block of block-wise tuning, and their size as a share of
         the distance between two codes.
     tune_zero_points: it trains these, too.
+    scale_steps: steps in which the scales of all blocks are trained together when these are done
+        (see `llmq.ptq.scale_tuning`); 0 for none.
     autocast: blocks run in bfloat16 meanwhile (None: see `llmq.ptq.precision`).
     activations: their treatment at inference.
     activation_range: how static ranges are chosen (see `llmq.activations.ranges`).
@@ -150,6 +153,7 @@ class Recipe:
     iterations: int = 150
     learning_rate: float = 0.02
     tune_zero_points: bool = False
+    scale_steps: int = 0
     autocast: bool | None = None
     activations: ActSpec = field(default_factory=ActSpec)
     activation_range: Literal["minmax", "percentile", "mse"] = "mse"
@@ -162,6 +166,11 @@ class Recipe:
         self._check_windows()
         if self.sweeps < 0:
             raise LlmqError(f"sweeps {self.sweeps}: expected 0 (plain GPTQ) or more")
+        if not 0 <= self.scale_steps <= MAX_STEPS:
+            raise LlmqError(
+                f"scale steps {self.scale_steps}: expected 0 (the scales stay as they are solved) "
+                f"to {MAX_STEPS}"
+            )
         if self.iterations < 1:
             raise LlmqError(
                 f"iterations {self.iterations}: expected 1 or more steps per block; use --method "

@@ -34,6 +34,7 @@ _FIELDS = (
     "seed",
     "iterations",
     "learning_rate",
+    "scale_steps",
     "autocast",
     "all_experts",
 )

@@ -345,6 +345,13 @@ def _add_blockwise_arguments(parser: Parser) -> None:
         help="size of these steps, as a share of the distance between two codes (default: 0.02)",
     )
     parser.more.add_argument(
+        "--scale-steps",
+        type=whole(0),
+        metavar="N",
+        help="steps in which the scales of all blocks are trained together when these are done "
+        "(default: 0)",
+    )
+    parser.more.add_argument(
         "--init",
         choices=("rtn", "gptq"),
         help="what --method blockwise starts from (default: gptq)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 from pathlib import Path
 from statistics import mean
@@ -54,24 +55,28 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     job = jobs.prepare_job(args, for_budget=budget is not None)
     mixed = None if budget is None else _mixed(args, job, budget)
     rendering.print_notes((job if mixed is None else mixed.chosen).notes)
-    with rendering.progress("blocks") as show:
+    with contextlib.closing(rendering.Bars()) as bars:
         done = total = 0
 
         def on_start(finished: int, n_blocks: int) -> None:
             nonlocal done, total
             done, total = finished, n_blocks
-            show(done, total, f"resuming after block {done - 1}" if done else "")
+            bars.show("blocks", done, total, f"resuming after block {done - 1}" if done else "")
 
         def on_block(report: BlockReport) -> None:
             nonlocal done
             done += 1
-            show(done, total, _remark(report))
+            bars.show("blocks", done, total, _remark(report))
+
+        def on_step(step: int, n_steps: int) -> None:
+            bars.show("scales", step, n_steps)
 
         how: dict[str, Any] = {
             "device": args.device,
             "overwrite": args.overwrite,
             "on_start": on_start,
             "on_block": on_block,
+            "on_step": on_step,
         }
         if mixed is None:
             report = quantize_folder(job, Path(args.out), **how)
@@ -136,6 +141,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     pairs |= _held_out(report)
     pairs |= rendering.mixed_lines(report.get("mixed"))
     pairs |= _tuning(report)
+    pairs |= _scale_tuning(report["scale_tuning"])
     pairs |= _deviations(report)
     return f"{rendering.render_pairs(pairs)}\n{engine_lines(report['engines'])}"
 
@@ -187,6 +193,19 @@ def _tuning(report: dict[str, Any]) -> dict[str, object]:
             f"{', '.join(classes)}"
         )
     return pairs
+
+
+def _scale_tuning(found: dict[str, Any] | None) -> dict[str, object]:
+    """What became of the scales of all blocks together."""
+    if found is None:
+        return {}
+    kept = "" if found["kept"] else "; not kept"
+    if found["worse_in"]:
+        kept += f", since positions of some kind became worse: {', '.join(found['worse_in'])}"
+    return {
+        "scales, all blocks": f"KL {found['kl_start']:.2e} -> {found['kl']:.2e} on "
+        f"{found['checked_sequences']} calibration sequences that were not trained on{kept}"
+    }
 
 
 def _deviations(report: dict[str, Any]) -> dict[str, object]:

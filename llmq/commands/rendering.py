@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 
@@ -40,6 +40,25 @@ def progress(title: str) -> Iterator[Show]:
         print(line.rstrip(), file=sys.stderr, flush=True)
 
     yield print_line
+
+
+class Bars:
+    """Several `progress` after each other: a terminal has place for one. To be closed."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._title = ""
+        self._show: Show | None = None
+
+    def show(self, title: str, done: int, total: int, remark: str = "") -> None:
+        """Move the bar of that title; another title ends it."""
+        if self._show is None or title != self._title:
+            self._stack.close()
+            self._title, self._show = title, self._stack.enter_context(progress(title))
+        self._show(done, total, remark)
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 def terminal_width() -> int | None:

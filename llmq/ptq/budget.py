@@ -14,6 +14,7 @@ from llmq.ptq.experts import CHUNK_BYTES, GROWING, statistics_bytes, wave_size, 
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.methods.base import Windows
+from llmq.ptq.methods.blockwise import sequences_per_step
 from llmq.ptq.parts import element_bytes, parts
 from llmq.ptq.streams import batch_size
 from llmq.recipe import Layer, LayerPlan
@@ -93,7 +94,24 @@ def peak_bytes(job: Job) -> int:
     # which writes its text as a whole, in what it is stored in or float32
     own_text = 2 * job.source.decoded_bytes if job.tokens.source == SELF else 0
     solve = max(solve, _experts_bytes(job))
-    return int(max(recording, block + max(solve, tuning) + batch, writing, own_text))
+    scales = _scale_tuning_bytes(job, block) if job.recipe.scale_steps else 0
+    return int(max(recording, block + max(solve, tuning) + batch, writing, own_text, scales))
+
+
+def _scale_tuning_bytes(job: Job, block: int) -> int:
+    """Of training the scales of all blocks: the packed blocks, a master with its gradient and
+    moments for each scale, the inputs of all blocks for the sequences of a step, what lies outside
+    of the blocks in float32, and one block with its gradients and activations."""
+    assert job.tokens is not None
+    windows, text_config = _windows(job.tokens), job.model.config.get_text_config()
+    n_tokens = sequences_per_step(windows.n_sequences, windows.length) * windows.length
+    specs = [(plan.layer.shape, plan.spec) for plan in job.plans if plan.spec]
+    packed = sum(n * k * spec.bits_per_weight(n, k) / 8 for (n, k), spec in specs)
+    masters = 16 * sum(n * spec.n_groups(k) for (n, k), spec in specs)
+    states = 4 * n_tokens * text_config.hidden_size * (text_config.num_hidden_layers + 1)
+    widest = max(max(shape) for shape, _ in specs)
+    running = 2 * block + 12 * 4 * n_tokens * widest
+    return int(packed + masters + states + 4 * sum(_outside(job).values()) + running)
 
 
 def _experts_bytes(job: Job) -> int:
@@ -177,11 +195,26 @@ def flops(job: Job) -> float:
     layers = [plan.layer.shape for plan in job.plans]
     solves = sum(method.solve_flops(plan.layer.shape) for plan in job.plans if plan.spec)
     tuning = method.tuning_flops(layers, _windows(job.tokens), job.recipe)
+    tuning += _scale_tuning_flops(job, weights)
     # windows that are held out run through the source and through the result
     n_held_out = sum(text.tokens.numel() for text in job.tokens.held_out)
     measured = 2 * 2 * n_held_out * weights
     passes = TEXT_FACTOR * (forward + hessians + measured)
     return float(passes + SOLVE_FACTOR * solves + WRITE_FACTOR * _writing(job)) + tuning + tables
+
+
+def _scale_tuning_flops(job: Job, weights: float) -> float:
+    """Of training the scales of all blocks: each step runs twice forward and back, by inputs and
+    by weights; the heads of both models run beside."""
+    assert job.tokens is not None
+    windows, recipe = _windows(job.tokens), job.recipe
+    if not recipe.scale_steps:
+        return 0.0
+    n_tokens = sequences_per_step(windows.n_sequences, windows.length) * windows.length
+    head = job.model.get_output_embeddings()
+    n_head = 0 if head is None else head.weight.numel()
+    once = 2.0 * windows.n_sequences * windows.length * weights
+    return once + 2.0 * recipe.scale_steps * n_tokens * (4 * weights + 3 * n_head)
 
 
 def expected_coverage(job: Job) -> dict[str, Any] | None:

@@ -64,6 +64,12 @@ def quantize(
     tokens: calibration windows int64 `[n, length]` (see `llmq.text.documents.calibration_windows`);
     not needed for method "rtn". Raises `LlmqError` for bad input."""
     method_of(recipe)  # or it is refused before anything changes
+    if recipe.scale_steps:
+        raise LlmqError(
+            f"{recipe.scale_steps} scale steps: scales are trained against the full-precision "
+            "model, which a model in memory is no more once its blocks are quantized; quantize its "
+            "folder: llmq.quantize(folder, out, ...)"
+        )
     if quantized_modules(model):
         raise LlmqError(
             f"this {type(model).__name__} is quantized already; start from the full-precision model"

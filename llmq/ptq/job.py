@@ -180,6 +180,8 @@ def prepare(
             tokens = _to_be_written(stored.config, recipe)
     if tokens is not None and not held_out:
         tokens = replace(tokens, held_out=())
+    if recipe.scale_steps:
+        check_trainable(recipe, tokens)
     n_others = sum(prod(source.tensors.shapes[name]) for name in stored.others)
     return Job(
         source=source,
@@ -305,6 +307,21 @@ def calibration_tokens(
     places = place_ids(config, reader.processor)
     of_text = windows_of(tokenizer, config, recipe, text, name, held_out=held_out, places=places)
     return with_pictures(of_text, text.illustrated, reader, config, recipe.seed)
+
+
+def check_trainable(recipe: Recipe, tokens: documents.TokenSet | None) -> None:
+    """Whether the scales of all blocks can be trained on these windows."""
+    steps = f"{recipe.scale_steps} scale steps (--scale-steps)"
+    if tokens is None:
+        raise LlmqError(
+            f"{steps}: scales are trained on calibration text, and method {recipe.method} reads "
+            "none; use --method gptq, or leave the steps out"
+        )
+    if tokens.pictures:
+        raise LlmqError(
+            f"{steps}: scales are trained on text alone, and the calibration file has pictures, "
+            "too; calibrate on its text alone (FILE#COLUMN), or leave the steps out"
+        )
 
 
 def check_windows(config: Any, recipe: Recipe) -> None:

@@ -211,6 +211,7 @@ def quantize_mixed(
     overwrite: bool = False,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """As `quantize_folder`, of the choice and of the uniform result, one after the other; the one
     that loses less on held-out text stays. An interrupted run goes on with either. on_start: told
@@ -218,7 +219,8 @@ def quantize_mixed(
     check_output(out_dir, overwrite)
     started = time.monotonic()
     about, kept = {**mixed.about, "kept": MIXED}, MIXED
-    run = _Run(out_dir, {"device": device, "overwrite": overwrite, "on_block": on_block}, on_start)
+    how = {"device": device, "overwrite": overwrite, "on_block": on_block, "on_step": on_step}
+    run = _Run(out_dir, how, on_start)
     if trials := mixed.trials:
         run.measure(trials)
         for name in trials:

@@ -34,6 +34,7 @@ from llmq.ptq.methods import method_of
 from llmq.ptq.outside import OutsideReader, quantize_table, report_table
 from llmq.ptq.report import build_report, model_card, outside_of_blocks
 from llmq.ptq.results import BlockReport, EarlierRun
+from llmq.ptq.scale_run import ScaleRun
 from llmq.ptq.sink import FolderSink
 from llmq.storage import files
 from llmq.storage.attempt import kept_for_later
@@ -98,12 +99,14 @@ def quantize_folder(
     attempt: Attempt = Attempt(),
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Run a job into a folder and return its report. Continues an interrupted run of the same job.
     Peak memory is one block. Of a trial, the report has what was lost ("held_out") and where it
     began ("resumed_at_block").
 
-    on_start: told how many blocks are finished already, of how many. Raises `LlmqError` for bad
+    on_start: told how many blocks are finished already, of how many. on_step: of training the
+    scales of all blocks. Raises `LlmqError` for bad
     input (nothing is left behind), `VerificationError` when the result fails its checks."""
     check_output(out_dir, overwrite)
     started = time.monotonic() if attempt.started is None else attempt.started
@@ -147,7 +150,10 @@ def quantize_folder(
         resumed_at = min(first_block, *damaged) if damaged else first_block
         if job.outside:  # it may have been forgotten with a block that was done again
             _write_outside(job, partial, reader, prefix)
-        measured: dict[str, Any] = {"held_out": _held_out(job, sink, partial, device)}
+        measured: dict[str, Any] = {"scale_tuning": None}
+        if job.recipe.scale_steps:
+            measured["scale_tuning"] = ScaleRun(job, sink, partial, device).run(on_step)
+        measured["held_out"] = _held_out(job, sink, partial, device)
         if attempt.is_trial:
             partial.keep_only_blocks()
             partial.close()

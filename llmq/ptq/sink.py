@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -11,6 +13,7 @@ from llmq.grid.spec import ActSpec
 from llmq.inference.module import swap
 from llmq.models.readers import CheckpointReader
 from llmq.ptq.results import BlockReport, BlockResult, StoredBlock
+from llmq.ptq.verify import check_same
 from llmq.recipe import LayerPlan, Recipe
 from llmq.storage.partial_checkpoint import PartialCheckpoint
 
@@ -32,24 +35,34 @@ class FolderSink:
         )
 
     def store(self, result: BlockResult) -> StoredBlock:
+        return self._write(result.report.index, StoredBlock(result.quantized, result.kept))
+
+    def _write(self, index: int, block: StoredBlock) -> StoredBlock:
         packed = {
             name: layer_tensors(name, qtensor, self.fmt)
-            for name, qtensor in result.quantized.items()
+            for name, qtensor in block.quantized.items()
         }
-        tensors = dict(result.kept)
+        tensors = dict(block.kept)
         for parts in packed.values():
             tensors.update(parts)
-        written = self.partial.write_block(result.report.index, self.reader.stored_names(tensors))
+        written = self.partial.write_block(index, self.reader.stored_names(tensors))
         read_back = {}
         for name, parts in packed.items():
             stored = {
                 full.rpartition(".")[2]: written[next(iter(self.reader.stored_names({full: part})))]
                 for full, part in parts.items()
             }
-            read_back[name] = self.fmt.read(name, stored, self.config, result.quantized[name].shape)
+            read_back[name] = self.fmt.read(name, stored, self.config, block.quantized[name].shape)
             read_back[name].validate(name)
         there = self.reader.from_stored(written)
-        return StoredBlock(read_back, {name: there[name] for name in result.kept})
+        return StoredBlock(read_back, {name: there[name] for name in block.kept})
+
+    def replace_block(self, index: int, block: StoredBlock, about: dict[str, Any]) -> None:
+        """Store another version of a finished block. about: joins its report. Raises
+        `VerificationError` when it reads back otherwise."""
+        read_back = self._write(index, block)
+        check_same(self.partial.block_path(index).name, block, read_back)
+        self.partial.finish_again(index, about)
 
     def read_block(self, index: int) -> StoredBlock:
         """What is stored of a finished block, from its file alone."""

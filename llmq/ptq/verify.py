@@ -23,22 +23,8 @@ def verify_block(
     """The same values in every tensor, and the same outputs on the first batch from a block made of
     what was stored alone. Raises `VerificationError`."""
     name = blocks.name(index)
-    _check_names(name, "quantized layers", read_back.quantized.keys(), solved.quantized.keys())
-    _check_names(name, "kept tensors", read_back.kept.keys(), solved.kept.keys())
-    for key, tensor in read_back.kept.items():
-        written = solved.kept[key]
-        if tensor.dtype != written.dtype or not torch.equal(tensor, written):
-            raise VerificationError(
-                f"{key}: the tensor read back differs from the one written; the disk or the "
-                "memory is faulty"
-            )
-    for layer, stored in read_back.quantized.items():
-        values = stored.to(blocks.device).dequantize()
-        if not torch.equal(values, solved.quantized[layer].to(blocks.device).dequantize()):
-            raise VerificationError(
-                f"{layer}: the weight read back differs from the weight written; the disk or "
-                "the memory is faulty"
-            )
+    written = StoredBlock(solved.quantized, solved.kept)
+    check_same(name, written, read_back, device=blocks.device)
     if solved.first_output is None or streams is None:
         return
     block = blocks.rebuild(index, read_back)
@@ -48,6 +34,28 @@ def verify_block(
             f"{name}: a block made of what was stored does not reproduce the outputs recorded "
             "when it was quantized"
         )
+
+
+def check_same(
+    name: str, written: StoredBlock, read_back: StoredBlock, *, device: str = "cpu"
+) -> None:
+    """The same values in every tensor. Raises `VerificationError`."""
+    _check_names(name, "quantized layers", read_back.quantized.keys(), written.quantized.keys())
+    _check_names(name, "kept tensors", read_back.kept.keys(), written.kept.keys())
+    for key, tensor in read_back.kept.items():
+        own = written.kept[key]
+        if tensor.dtype != own.dtype or not torch.equal(tensor, own):
+            raise VerificationError(
+                f"{key}: the tensor read back differs from the one written; the disk or the "
+                "memory is faulty"
+            )
+    for layer, stored in read_back.quantized.items():
+        values = stored.to(device).dequantize()
+        if not torch.equal(values, written.quantized[layer].to(device).dequantize()):
+            raise VerificationError(
+                f"{layer}: the weight read back differs from the weight written; the disk or "
+                "the memory is faulty"
+            )
 
 
 def _check_names(name: str, kind: str, there: Set[str], written: Set[str]) -> None:

@@ -213,6 +213,12 @@ class PartialCheckpoint(Workspace):
         files.sync_folder(self.blocks_dir)
         self._finished.add(index)
 
+    def finish_again(self, index: int, about: dict[str, Any]) -> None:
+        """The same for another version of a block that was finished, made of the same source.
+        about: joins its report."""
+        record = self._record(index)
+        self.finish_block(index, {**(record["report"] or {}), **about}, record["source"])
+
     def sources(self) -> list[dict[str, Any]]:
         """What the finished blocks were made of."""
         records = [self._record(index) for index in sorted(self._finished)]

@@ -57,6 +57,18 @@ RUNS = {
         *WEAK,
         *TUNING,
     ],
+    "quantize, scales of all blocks": [
+        "quantize",
+        "MODEL",
+        "OUT",
+        "--samples",
+        "16",
+        *TEXT,
+        *SHAPE,
+        *WEAK,
+        "--scale-steps",
+        "3",
+    ],
     "qat": ["qat", "MODEL", "OUT", "--train", "TEXT", *PLAIN, *SHAPE, *TRAINING, *RATE],
     "qat, generated text": [
         "qat",

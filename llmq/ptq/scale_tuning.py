@@ -56,7 +56,7 @@ class ScaleOptions:
     seed: of the order of the sequences. special: ids of special tokens."""
 
     steps: int
-    learning_rate: float = 0.01
+    learning_rate: float = 0.002
     autocast: bool = False
     seed: int = 0
     special: frozenset[int] = frozenset()

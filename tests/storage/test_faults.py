@@ -38,7 +38,14 @@ def test_some_points_of_every_command():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    ["quantize, gptq", "quantize, block-wise", "qat", "qat, generated text", "export"],
+    [
+        "quantize, gptq",
+        "quantize, block-wise",
+        "quantize, scales of all blocks",
+        "qat",
+        "qat, generated text",
+        "export",
+    ],
 )
 def test_forty_points_of_every_command(command):
     report = run("--points", "40", "--only", command, timeout=7200)

@@ -29,11 +29,11 @@ from llmq.ptq.capture import (
     BlockCall,
     BlockRecorder,
     first_line,
-    passing_on,
     shared_inputs,
 )
 from llmq.ptq.expert_costs import expert_groups
 from llmq.ptq.held_out import BATCH, HEAD_VALUES
+from llmq.ptq.pair import logits_of
 from llmq.storage.hidden_states import ActivationFile
 
 
@@ -127,14 +127,12 @@ class Backward:
 
     def _top(self, tokens: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """`[T, D]` for the hidden states of a sequence, some positions at a time."""
-        model = self.blocks.model
-        step = max(1, HEAD_VALUES // model.config.get_text_config().vocab_size)
+        step = max(1, HEAD_VALUES // self.blocks.model.config.get_text_config().vocab_size)
         parts = []
         for some, states in zip(tokens.split(step), hidden.split(step), strict=True):
             states = states.clone().requires_grad_()
             with torch.enable_grad():
-                with passing_on(self.blocks.modules, states[None], self.recorder.n_returned):
-                    logits: Tensor = model(input_ids=some[None], use_cache=False).logits[0]
+                logits = logits_of(self.blocks, some, states, self.recorder.n_returned)
                 likely = torch.log_softmax(logits.float(), dim=-1)
                 drawn = torch.multinomial(likely.detach().exp().cpu(), 1, generator=generator)
                 total = likely.gather(1, drawn.to(likely.device)).sum()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,11 @@ from llmq.errors import LlmqError
 from llmq.evaluation.divergence import summarize, token_statistics
 from llmq.evaluation.position_classes import classify, is_special, relative_lengths
 from llmq.messages import brief
-from llmq.models.readers import WeightReader
 from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls, CallOf
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.capture import BlockRecorder, passing_on
-from llmq.ptq.outside import as_stored
-from llmq.ptq.results import FinishedBlocks
+from llmq.ptq.capture import BlockRecorder
+from llmq.ptq.pair import Pair, logits_of
 from llmq.text.documents import check_vocabulary, token_hash
 from llmq.text.held_out import HeldOutText
 
@@ -35,23 +32,18 @@ HEAD_VALUES = 1 << 22  # logits at a time: 16 MiB, of which some seven copies ar
 
 
 def measure(
-    blocks: Blocks,
-    finished: FinishedBlocks,
+    pair: Pair,
     texts: Sequence[HeldOutText],
     work_dir: Path,
-    outside: WeightReader | None = None,
     *,
     special: Collection[int] = (),
 ) -> list[dict[str, Any]]:
     """What `llmq compare` says of each text, in float32: of weights alone, without what is done to
-    activations. texts: windows of one length. outside: embeddings and head as they are stored,
-    where these are quantized. special: ids of special tokens. A measurement that fails costs no
-    result: its reason stands in its place."""
+    activations. texts: windows of one length. special: ids of special tokens. A measurement that
+    fails costs no result: its reason stands in its place."""
     figures: list[dict[str, Any]] = []
     try:
         with tempfile.TemporaryDirectory(prefix="held-out-", dir=work_dir) as folder:
-            stored = as_stored(blocks, outside)
-            pair = _Pair(blocks, stored, finished)
             figures = _figures(pair, texts, Path(folder), special)
     except (MemoryError, OSError):
         raise
@@ -69,18 +61,8 @@ def _about(text: HeldOutText) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """The source, and what was made of it: stored has what lies outside of the blocks, and finished
-    these. stored is exact where nothing outside was quantized."""
-
-    exact: Blocks
-    stored: Blocks
-    finished: FinishedBlocks
-
-
 def _figures(
-    pair: _Pair, texts: Sequence[HeldOutText], folder: Path, special: Collection[int]
+    pair: Pair, texts: Sequence[HeldOutText], folder: Path, special: Collection[int]
 ) -> list[dict[str, Any]]:
     """All windows together, so that every block is read once; the figures by text."""
     vocab_size = pair.exact.model.config.get_text_config().vocab_size
@@ -109,7 +91,7 @@ class _HeldOut:
     """Windows int64 `[n, T]` on their way. lengths: of their hidden states in the source, over the
     median of each block, the largest of all blocks."""
 
-    def __init__(self, pair: _Pair, tokens: Tensor, folder: Path) -> None:
+    def __init__(self, pair: Pair, tokens: Tensor, folder: Path) -> None:
         self.pair, self.folder = pair, folder
         self.tokens = tokens.to(pair.exact.device)
         self.n_returned = 0
@@ -157,16 +139,12 @@ class _HeldOut:
         parts = []
         for start in range(0, n_targets, step):
             end = min(start + step, n_targets)
-            base = self._logits(self.pair.exact, tokens[start:end], exact[start:end])
-            quant = self._logits(self.pair.stored, tokens[start:end], quantized[start:end])
+            base = logits_of(self.pair.exact, tokens[start:end], exact[start:end], self.n_returned)
+            quant = logits_of(
+                self.pair.stored, tokens[start:end], quantized[start:end], self.n_returned
+            )
             parts.append(token_statistics(base, quant, tokens[start + 1 : end + 1]))
         return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-
-    def _logits(self, blocks: Blocks, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """`[n, V]` of `n` hidden states behind the last block: all after it is by position."""
-        with passing_on(blocks.modules, hidden[None], self.n_returned):
-            logits: Tensor = blocks.model(input_ids=tokens[None], use_cache=False).logits
-        return logits[0]
 
 
 def _advance(block: nn.Module, states: Tensor, call_of: CallOf) -> None:

@@ -24,7 +24,6 @@ from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
 from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.tokens import FINGERPRINT, fingerprint
-from llmq.ptq.blocks import Blocks
 from llmq.ptq.budget import disk_bytes
 from llmq.ptq.copied import places_of_others
 from llmq.ptq.engine import Task, quantize_blocks
@@ -32,6 +31,7 @@ from llmq.ptq.held_out import measure
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.outside import OutsideReader, quantize_table, report_table
+from llmq.ptq.pair import Pair
 from llmq.ptq.report import build_report, model_card, outside_of_blocks
 from llmq.ptq.results import BlockReport, EarlierRun
 from llmq.ptq.scale_run import ScaleRun
@@ -181,15 +181,9 @@ def _held_out(
     """What the stored blocks cost on text that they were not calibrated on."""
     if job.tokens is None or not job.tokens.held_out:
         return []
-    # What is read here is no part of what the blocks were made of.
-    reader = CheckpointReader(job.model, job.source.tensors)
-    outside = None
-    if job.outside:
-        outside = OutsideReader(reader, lambda: sink.read_block(partial.outside).quantized)
-    blocks = Blocks(job.model, reader, device)
     special = special_ids(job.config, job.source.tokenizer)
-    texts, folder = job.tokens.held_out, partial.work_dir
-    return measure(blocks, sink, texts, folder, outside, special=special)
+    pair = Pair.of_run(job, sink, device)
+    return measure(pair, job.tokens.held_out, partial.work_dir, special=special)
 
 
 def _special_ids(job: Job) -> frozenset[int]:

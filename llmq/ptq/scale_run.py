@@ -16,12 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmq.evaluation.position_classes import special_ids
-from llmq.models.readers import CheckpointReader
-from llmq.ptq.blocks import Blocks
 from llmq.ptq.job import Job
-from llmq.ptq.outside import OutsideReader, as_stored
+from llmq.ptq.pair import Pair
 from llmq.ptq.results import StoredBlock
-from llmq.ptq.scale_tuning import Pair, ScaleOptions, tune_scales
+from llmq.ptq.scale_tuning import ScaleOptions, tune_scales
 from llmq.ptq.sink import FolderSink
 from llmq.storage import files, seals
 from llmq.storage.partial_checkpoint import PartialCheckpoint
@@ -75,12 +73,6 @@ class ScaleRun:
         """What came out, and the scales by name of layer, none where the start was kept."""
         job = self.job
         assert job.tokens is not None
-        reader = CheckpointReader(job.model, job.source.tensors)
-        exact = Blocks(job.model, reader, self.device)
-        outside = None
-        if job.outside:
-            tables = self.partial.outside
-            outside = OutsideReader(reader, lambda: self.sink.read_block(tables).quantized)
         options = ScaleOptions(
             steps=job.recipe.scale_steps,
             autocast=job.precision(self.device).training == torch.bfloat16,
@@ -88,7 +80,7 @@ class ScaleRun:
             special=special_ids(job.config, job.source.tokenizer),
         )
         with tempfile.TemporaryDirectory(prefix="scales-", dir=self.partial.work_dir) as folder:
-            pair = Pair(exact, as_stored(exact, outside), self.sink)
+            pair = Pair.of_run(job, self.sink, self.device)
             found = tune_scales(pair, job.tokens.tokens, options, Path(folder), on_step)
         scales = _scales_of(found.blocks)
         about = found.to_json()

@@ -38,11 +38,12 @@ from llmq.models.arch import weight_as_stored
 from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.capture import BlockRecorder, passing_on
+from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.held_out import HEAD_VALUES
 from llmq.ptq.methods.base import ClassErrors
 from llmq.ptq.methods.blockwise import BETAS, sequences_per_step
-from llmq.ptq.results import FinishedBlocks, StoredBlock
+from llmq.ptq.pair import Pair, logits_of
+from llmq.ptq.results import StoredBlock
 from llmq.storage.hidden_states import ActivationFile
 
 CHECKED_SHARE = 8  # one of so many sequences decides whether the result is kept
@@ -93,16 +94,6 @@ class ScaleTuning:
             "worse_in": self.worse,
             "kept": self.is_kept,
         }
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The source, and what was made of it. stored: with what lies outside of the blocks as it is
-    stored; `exact` itself where nothing there was quantized."""
-
-    exact: Blocks
-    stored: Blocks
-    finished: FinishedBlocks
 
 
 @torch.no_grad()
@@ -364,7 +355,6 @@ class _Tuner:
         return parts
 
     def _log_likelihoods(self, blocks: Blocks, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """`[t, V]` of `t` hidden states behind the last block: all after it is by position."""
-        with passing_on(blocks.modules, hidden[None], self.recorder.n_returned):
-            logits: Tensor = blocks.model(input_ids=tokens[None], use_cache=False).logits
-        return torch.log_softmax(logits[0].float(), dim=-1)
+        """`[t, V]`, see `logits_of`."""
+        logits = logits_of(blocks, tokens, hidden, self.recorder.n_returned)
+        return torch.log_softmax(logits.float(), dim=-1)

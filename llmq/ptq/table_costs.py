@@ -17,11 +17,12 @@ from llmq.grid.spec import QuantSpec
 from llmq.models.outside import EMBEDDINGS, HEAD, Table
 from llmq.models.readers import weight_reader
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.capture import BlockRecorder, passing_on
+from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.costs import Cost
 from llmq.ptq.gradients import Backward
 from llmq.ptq.held_out import BATCH, HEAD_VALUES
 from llmq.ptq.outside import OutsideReader, as_stored, fitting_table_spec, quantize_table
+from llmq.ptq.pair import logits_of
 from llmq.ptq.threads import total as sum_of
 
 HEAD_TOKENS = 1024  # that a head is run on: twice for each candidate
@@ -84,18 +85,14 @@ class TableCosts:
         """Summed over the positions of a window, some at a time. hidden: `[T, D]`."""
         vocab_size = self.blocks.model.config.get_text_config().vocab_size
         step, lost = max(1, HEAD_VALUES // vocab_size), 0.0
+        n_returned = self.backward.recorder.n_returned
         for some, states in zip(tokens.split(step), hidden.split(step), strict=True):
             base, quant = (
-                torch.log_softmax(self._logits(each, some, states).float(), dim=-1)
+                torch.log_softmax(logits_of(each, some, states, n_returned).float(), dim=-1)
                 for each in (self.blocks, stored)
             )
             lost += sum_of(base.exp().mul_(base - quant))
         return lost
-
-    def _logits(self, blocks: Blocks, tokens: Tensor, hidden: Tensor) -> Tensor:
-        with passing_on(blocks.modules, hidden[None], self.backward.recorder.n_returned):
-            logits: Tensor = blocks.model(input_ids=tokens[None], use_cache=False).logits
-        return logits[0]
 
     def _of_embeddings(self, stored: Blocks) -> float:
         """Mean over tokens of the sum of (g * change)^2 / 2, by embeddings that are stored so."""

@@ -132,9 +132,13 @@ def test_what_cannot_be_done_is_said(model_folder, calibration_file, capsys, tmp
 def test_the_command_line_says_what_came_of_it(model_folder, calibration_file, tmp_path, capsys):
     arguments = [str(model_folder()), "--calibration", str(calibration_file), "--samples", "16"]
     arguments += ["--sequence-length", "32", "--bits", "2", "--group-size", "32", "--asymmetric"]
+    plans = []
+    for steps in ("0", "1000"):
+        assert main(["plan", *arguments, "--json", "--scale-steps", steps]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["planned_seconds"] < plans[1]["planned_seconds"]
+    assert plans[0]["planned_peak_bytes"] <= plans[1]["planned_peak_bytes"]
     arguments += ["--scale-steps", str(STEPS)]
-    assert main(["plan", *arguments]) == 0
-    capsys.readouterr()
     assert main(["quantize", arguments[0], str(tmp_path / "out"), *arguments[1:]]) == 0
     shown = capsys.readouterr()
     assert "scales, all blocks" in shown.out

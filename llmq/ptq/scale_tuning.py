@@ -8,8 +8,8 @@ what those behind it lose in view; this is the only step that sees them all.
 The pass runs block by block: the packed blocks lie in memory, and one at a time has weights. The
 inputs of blocks are kept on the way up and each block runs once more on the way down, so a step
 takes a third more than training would that keeps everything. A result is kept only if it is better
-than its start on sequences that were not trained on, on average and in no class of positions
-worse."""
+than its start on sequences that were not trained on, on average and in no class of positions worse
+by more than the standard error."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from torch.func import functional_call
 from llmq.evaluation.position_classes import (
     class_means,
     classify,
+    clearly_worse,
     is_special,
     relative_lengths,
-    worse_classes,
 )
 from llmq.grid import rounding
 from llmq.grid.fakequant import straight_through
@@ -178,7 +178,7 @@ class _Tuner:
         special = is_special(self.tokens[self.checked], self.options.special).cpu()
         classes = classify(special, self.lengths[self.checked], 1.0)
         old, new = class_means(before, classes), class_means(after, classes)
-        worse = worse_classes(old, new)
+        worse = clearly_worse(before, after, classes)
         is_better = bool(after.mean() < before.mean()) and not worse
         return ScaleTuning(
             [block.stored() for block in self.blocks] if is_better else [],

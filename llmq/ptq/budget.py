@@ -43,8 +43,8 @@ def disk_bytes(job: Job) -> int:
 def work_bytes(job: Job) -> int:
     """Bytes of the files beside the output while the job runs: both streams' inputs of two blocks,
     what each layer reads (or, where that is less, gives) in the full-precision model, what enters
-    experts in both streams, the per-layer embeddings of models that have them, and the masks of
-    windows with pictures."""
+    experts in both streams, the per-layer embeddings of models that have them, the masks of windows
+    with pictures, and what enters and leaves both models where scales are trained."""
     if job.tokens is None:
         return 0
     hidden = job.model.config.get_text_config().hidden_size
@@ -60,6 +60,7 @@ def work_bytes(job: Job) -> int:
         + 2 * 2 * 4 * hidden
         + sum(2 * min(layer.shape) for layer in dense)
         + ((4 + 2) * hidden if experts else 0)
+        + (3 * 4 * hidden if job.recipe.scale_steps else 0)
     )
 
 

@@ -137,6 +137,7 @@ def test_the_command_line_says_what_came_of_it(model_folder, calibration_file, t
         assert main(["plan", *arguments, "--json", "--scale-steps", steps]) == 0
         plans.append(json.loads(capsys.readouterr().out))
     assert plans[0]["planned_seconds"] < plans[1]["planned_seconds"]
+    assert plans[0]["planned_work_bytes"] < plans[1]["planned_work_bytes"]
     assert plans[0]["planned_peak_bytes"] <= plans[1]["planned_peak_bytes"]
     arguments += ["--scale-steps", str(STEPS)]
     assert main(["quantize", arguments[0], str(tmp_path / "out"), *arguments[1:]]) == 0

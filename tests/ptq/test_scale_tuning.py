@@ -8,6 +8,7 @@ from conftest import families
 
 from llmq.formats.load import load
 from llmq.grid.tensor import QuantizedTensor
+from llmq.models.arch import weight_as_stored
 from llmq.models.readers import CheckpointReader
 from llmq.ptq import scale_tuning
 from llmq.ptq.blocks import Blocks
@@ -30,11 +31,16 @@ class Rounded:
         name = self.blocks.name(index)
         tensors = {f"{name}.{key}": value for key, value in self.blocks.read(index).items()}
         quantized = {
-            layer: QuantizedTensor.quantize(tensors.pop(f"{layer}.weight").float(), self.spec)
+            layer: self.rounded(layer, tensors.pop(f"{layer}.weight").float())
             for layer in self.layers
             if layer.startswith(name + ".")
         }
         return StoredBlock(quantized, tensors)
+
+    def rounded(self, layer, weight):
+        module = self.blocks.model.get_submodule(layer)
+        # which is its own inverse: GPT-2 stores [K, N]
+        return QuantizedTensor.quantize(weight_as_stored(module, weight).contiguous(), self.spec)
 
 
 def tuner_of(folder, calibration_file, tmp_path, **options):
@@ -50,6 +56,8 @@ def tuner_of(folder, calibration_file, tmp_path, **options):
 @pytest.mark.parametrize("family", families("llama", "gemma3_text"))
 def test_gradients_are_those_of_the_whole_model(family, model_folder, calibration_file, tmp_path):
     """The same divergence by the whole model in memory, through the scales of its layers."""
+    if family == "rwkv":
+        pytest.skip("its whole changes in place what the way back needs, a block alone does not")
     folder = model_folder(family)
     tuner, pair = tuner_of(folder, calibration_file, tmp_path)
     sequences = [1, 5]
@@ -63,7 +71,8 @@ def test_gradients_are_those_of_the_whole_model(family, model_folder, calibratio
         for name, tensor in pair.finished.read_block(index).quantized.items():
             shift = torch.zeros_like(tensor.scale, dtype=torch.float32, requires_grad=True)
             factor = shift.exp().repeat_interleave(32, dim=1)
-            values[f"{name}.weight"] = tensor.dequantize() * factor
+            layer = own.get_submodule(name)
+            values[f"{name}.weight"] = weight_as_stored(layer, tensor.dequantize() * factor)
             shifts[name] = shift
     tokens = tuner.tokens[sequences]
     with torch.no_grad():

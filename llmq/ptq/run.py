@@ -105,9 +105,9 @@ def quantize_folder(
     Peak memory is one block. Of a trial, the report has what was lost ("held_out") and where it
     began ("resumed_at_block").
 
-    on_start: told how many blocks are finished already, of how many. on_step: of training the
-    scales of all blocks. Raises `LlmqError` for bad
-    input (nothing is left behind), `VerificationError` when the result fails its checks."""
+    on_start: told how many blocks are finished already, of how many. on_step: the same of steps in
+    which the scales of all blocks are trained. Raises `LlmqError` for bad input (nothing is left
+    behind), `VerificationError` when the result fails its checks."""
     check_output(out_dir, overwrite)
     started = time.monotonic() if attempt.started is None else attempt.started
     prefix, blocks = find_blocks(job.model)
@@ -120,6 +120,8 @@ def quantize_folder(
                 "the weights of the source are not those that the finished blocks were made of, "
                 "though size and time of its files are the same"
             )
+        scale_run = ScaleRun(job, sink, partial, device)
+        scale_run.forget_mixture()
         first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
             files.check_space(partial.work_dir, disk_bytes(job) + attempt.later_bytes)
@@ -150,10 +152,11 @@ def quantize_folder(
         resumed_at = min(first_block, *damaged) if damaged else first_block
         if job.outside:  # it may have been forgotten with a block that was done again
             _write_outside(job, partial, reader, prefix)
-        measured: dict[str, Any] = {"scale_tuning": None}
-        if job.recipe.scale_steps:
-            measured["scale_tuning"] = ScaleRun(job, sink, partial, device).run(on_step)
-        measured["held_out"] = _held_out(job, sink, partial, device)
+        trained = scale_run.run(on_step) if job.recipe.scale_steps else None
+        measured: dict[str, Any] = {
+            "scale_tuning": trained,
+            "held_out": _held_out(job, sink, partial, device),
+        }
         if attempt.is_trial:
             partial.keep_only_blocks()
             partial.close()

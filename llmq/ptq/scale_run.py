@@ -1,7 +1,9 @@
 """Training the scales of a run's finished blocks (`scale_tuning`), in its folder.
 
-What was found is written before any block is stored again, so that a run that is killed in between
-goes on with the same scales."""
+What was found is written beside the blocks before any of them is stored again, and stays there to
+the end, so that a run that is killed goes on with the same scales. A block that is lost once others
+have theirs cannot be solved again as it was, since what it reads is what those give: then all of
+them are done again."""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,63 +39,72 @@ class ScaleRun:
     partial: PartialCheckpoint
     device: str
 
+    def forget_mixture(self) -> None:
+        """Before blocks are solved: start over where some have their trained scales and others are
+        lost, or the scales are."""
+        partial = self.partial
+        is_whole = partial.n_finished == partial.n_blocks and not partial.damaged
+        if any(map(self._is_done, range(partial.n_blocks))) and not (is_whole and self._is_sound):
+            partial.forget_all(
+                "a part of it was lost after scales were trained on all of it, and cannot be made "
+                "as it was from the other parts"
+            )
+
     def run(self, on_step: OnStep = lambda done, total: None) -> dict[str, Any]:
         """Train the scales and store every block with its own again. Returns what the report says
         of it."""
-        reports = self.partial.block_reports()
-        done: list[dict[str, Any]] = [report.get(DONE, {}) for report in reports]
-        if all(done):  # by a run that ended behind this step
-            return done[0]
-        about: dict[str, Any]
-        try:
-            about = seals.read_sealed(self._about_path)
-            scales = self._kept_scales()
-        except files.DamagedError:
-            about, scales = self._trained(on_step)
-        for index in range(len(reports)):
-            if scales and not done[index]:
-                self._store(index, scales, about)
+        if not self._is_sound:
+            self._train(on_step)
+        about: dict[str, Any] = seals.read_sealed(self._about_path)
+        scales = load_file(self._scales_path)
+        for index in range(self.partial.n_blocks):
+            if about["kept"] and not self._is_done(index):
+                self._store(index, scales)
         return about
+
+    def _is_done(self, index: int) -> bool:
+        """Whether a block has its trained scales."""
+        report = self.partial.report_of(index) if self.partial.is_finished(index) else None
+        return bool(report and report.get(DONE))
+
+    @property
+    def _is_sound(self) -> bool:
+        """Whether there are trained scales, as they were written."""
+        try:
+            seals.read_sealed(self._about_path)
+        except files.DamagedError:
+            return False
+        return seals.is_sound(self._scales_path)
 
     @property
     def _scales_path(self) -> Path:
-        return self.partial.work_dir / "scales.safetensors"
+        return self.partial.blocks_dir / "scales.safetensors"
 
     @property
     def _about_path(self) -> Path:
-        return self.partial.work_dir / "scales.json"
+        return self.partial.blocks_dir / "scales.json"
 
-    def _kept_scales(self) -> dict[str, Tensor]:
-        if not seals.is_sound(self._scales_path):
-            raise files.DamagedError(f"{self._scales_path}: is not as it was written")
-        return load_file(self._scales_path)
-
-    def _trained(self, on_step: OnStep) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What came out, and the scales by name of layer, none where the start was kept."""
+    def _train(self, on_step: OnStep) -> None:
         job = self.job
         assert job.tokens is not None
         options = ScaleOptions(
             steps=job.recipe.scale_steps,
-            autocast=job.precision(self.device).training == torch.bfloat16,
             seed=job.recipe.seed,
             special=special_ids(job.config, job.source.tokenizer),
         )
         with tempfile.TemporaryDirectory(prefix="scales-", dir=self.partial.work_dir) as folder:
             pair = Pair.of_run(job, self.sink, self.device)
             found = tune_scales(pair, job.tokens.tokens, options, Path(folder), on_step)
-        scales = _scales_of(found.blocks)
-        about = found.to_json()
-        files.write_tensors(self._scales_path, scales)
+        files.write_tensors(self._scales_path, _scales_of(found.blocks))
         seals.seal(self._scales_path)
-        seals.write_sealed(self._about_path, about)
-        return about, scales
+        seals.write_sealed(self._about_path, found.to_json())
 
-    def _store(self, index: int, scales: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def _store(self, index: int, scales: dict[str, Tensor]) -> None:
         block = self.sink.read_block(index)
         quantized = {
             name: replace(tensor, scale=scales[name]) for name, tensor in block.quantized.items()
         }
-        self.sink.replace_block(index, StoredBlock(quantized, block.kept), {DONE: about})
+        self.sink.replace_block(index, StoredBlock(quantized, block.kept), {DONE: True})
 
 
 def _scales_of(blocks: Sequence[StoredBlock]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
-from llmq.ptq.held_out import HEAD_VALUES
+from llmq.ptq.held_out import BATCH, HEAD_VALUES
 from llmq.ptq.methods.base import ClassErrors
 from llmq.ptq.methods.blockwise import BETAS, sequences_per_step
 from llmq.ptq.pair import Pair, logits_of
@@ -47,18 +47,16 @@ from llmq.ptq.results import StoredBlock
 from llmq.storage.hidden_states import ActivationFile
 
 CHECKED_SHARE = 8  # one of so many sequences decides whether the result is kept
-BATCH = 4  # sequences that run at a time where nothing is trained
 
 
 @dataclass(frozen=True)
 class ScaleOptions:
     """steps: of the optimizer. learning_rate: by how much a step moves a scale, as a share of it;
-    falls to zero along a half cosine. autocast: blocks run in bfloat16 while they are trained.
-    seed: of the order of the sequences. special: ids of special tokens."""
+    falls to zero along a half cosine. seed: of the order of the sequences. special: ids of special
+    tokens."""
 
     steps: int
     learning_rate: float = 0.002
-    autocast: bool = False
     seed: int = 0
     special: frozenset[int] = frozenset()
 
@@ -202,6 +200,8 @@ class _Tuner:
             keep = stack.enter_context(self._file("stored-0").appender(durable=False))
             stack.enter_context(stored.with_weights_outside())
             calls = BlockCalls.record(self.recorder, batches, self.folder, keep)
+        if exact is stored:
+            return calls
         recorder = BlockRecorder(exact.model, exact.modules)
         with ExitStack() as stack:
             keep = stack.enter_context(self._file("exact-0").appender(durable=False))
@@ -217,7 +217,8 @@ class _Tuner:
             module = blocks.load(index)
             lengths = []
             with self._file(f"exact-{(index + 1) % 2}").appender(durable=False) as append:
-                inputs = self._file(f"exact-{index % 2}")
+                is_shared = index == 0 and blocks is self.pair.stored
+                inputs = self._file("stored-0" if is_shared else f"exact-{index % 2}")
                 for call, hidden in self.calls.batches(index, inputs, BATCH, self.device):
                     output = call.run(module, hidden)
                     lengths.append(relative_lengths(output).cpu())
@@ -279,8 +280,7 @@ class _Tuner:
         for index, block in enumerate(self.blocks):
             module = self.pair.stored.rebuild(index, block.stored())
             call = self.calls.of(index)(sequences)
-            with self._casting():
-                states.append(call.run(module, states[-1].clone()).float())
+            states.append(call.run(module, states[-1].clone()))
         return states
 
     def _back(self, sequences: Sequence[int]) -> None:
@@ -301,34 +301,27 @@ class _Tuner:
     ) -> Tensor:
         """The gradient by the inputs of a block, of that by its outputs; its scales get theirs."""
         block, stored = self.blocks[index], self.pair.stored
-        module = stored.rebuild(index, block.start).requires_grad_(False)
         prefix = stored.name(index) + "."
-        layers = [name.removeprefix(prefix) for name in block.shifts]
-        start = inputs.requires_grad_()
         weights = {
-            f"{layer}.weight": weight_as_stored(
-                module.get_submodule(layer), block.weight(prefix + layer, self.device)
+            f"{name.removeprefix(prefix)}.weight": weight_as_stored(
+                stored.model.get_submodule(name), block.weight(name, self.device)
             )
-            for layer in layers
+            for name in block.shifts
         }
-        call = self.calls.of(index)(sequences)
-        with self._casting():
-            output = functional_call(module, weights, (start.clone(), *call.args), call.kwargs)
+        kept = {name.removeprefix(prefix): tensor for name, tensor in block.start.kept.items()}
+        values = {name: weight.detach() for name, weight in weights.items()}
+        module = stored.materialize(index, kept | values).requires_grad_(False)
+        start, call = inputs.requires_grad_(), self.calls.of(index)(sequences)
+        output = functional_call(module, weights, (start.clone(), *call.args), call.kwargs)
         output = output[0] if isinstance(output, tuple) else output
-        leaves = [start, *block.shifts.values()]
         found, *of_scales = torch.autograd.grad(
-            output, leaves, gradient.to(output.dtype), allow_unused=True
+            output, [start, *block.shifts.values()], gradient, allow_unused=True
         )
         for shift, own in zip(block.shifts.values(), of_scales, strict=True):
             if own is not None:  # an expert that no token was sent to
                 shift.grad = own
         assert found is not None
-        return found.float()
-
-    def _casting(self) -> torch.autocast:
-        return torch.autocast(
-            torch.device(self.device).type, torch.bfloat16, enabled=self.options.autocast
-        )
+        return found
 
     def _compare(
         self, tokens: Tensor, own: Tensor, exact: Tensor, with_gradient: bool = False

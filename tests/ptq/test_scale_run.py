@@ -9,7 +9,7 @@ from conftest import make_model
 
 import llmq
 from llmq.commands.cli import main
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, LlmqWarning
 from llmq.formats.load import load
 from llmq.inference.module import quantized_modules
 from llmq.ptq import scale_run
@@ -85,8 +85,6 @@ def test_the_divergence_falls_and_codes_stay(without, tuned):
 
 
 def test_what_is_worse_is_not_kept(without, calibration_file, tmp_path, monkeypatch):
-    options = dict(ScaleOptions.__dataclass_fields__)
-    assert options["learning_rate"].default < 0.1
     monkeypatch.setattr(
         scale_run, "ScaleOptions", lambda **given: ScaleOptions(learning_rate=1.0, **given)
     )
@@ -97,9 +95,9 @@ def test_what_is_worse_is_not_kept(without, calibration_file, tmp_path, monkeypa
     assert weights(tmp_path / "out") == weights(without / "out")
 
 
-def test_a_killed_run_goes_on_with_the_same_scales(
-    without, tuned, calibration_file, tmp_path, monkeypatch
-):
+@pytest.fixture
+def killed(without, calibration_file, tmp_path, monkeypatch):
+    """A run that was killed when one of two blocks had its trained scales: its work folder."""
     store, stored = FolderSink.replace_block, []
 
     def store_one(self, index, block, about):
@@ -108,14 +106,38 @@ def test_a_killed_run_goes_on_with_the_same_scales(
         stored.append(index)
         store(self, index, block, about)
 
-    monkeypatch.setattr(FolderSink, "replace_block", store_one)
-    with pytest.raises(KeyboardInterrupt):
-        quantized(without / "model", calibration_file, tmp_path / "out")
-    monkeypatch.setattr(FolderSink, "replace_block", store)
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSink, "replace_block", store_one)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(without / "model", calibration_file, tmp_path / "out")
+    assert stored == [0]
+    return tmp_path / ".out.llmq-partial"
+
+
+def test_a_killed_run_goes_on_with_the_same_scales(
+    without, tuned, calibration_file, tmp_path, killed
+):
     report, steps = quantized(without / "model", calibration_file, tmp_path / "out")
     assert steps == []  # nothing is trained again
-    assert stored == [0]
+    assert report["resumed_at_block"] == 2
     assert report["scale_tuning"]["kept"]
+    assert weights(tmp_path / "out") == weights(tuned[0])
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        ("00000.safetensors", "block 0 is done again"),
+        ("00001.json", "after scales were trained on all of it"),
+        ("scales.safetensors", "after scales were trained on all of it"),
+    ],
+)
+def test_what_is_lost_is_made_again(lost, told, without, tuned, calibration_file, tmp_path, killed):
+    """Behind block 0 nothing can be solved as it was: it gives other outputs by now."""
+    (killed / "blocks" / lost).unlink()
+    with pytest.warns(LlmqWarning, match=told):
+        report, _ = quantized(without / "model", calibration_file, tmp_path / "out")
+    assert report["resumed_at_block"] == 0
     assert weights(tmp_path / "out") == weights(tuned[0])
 
 

@@ -48,17 +48,26 @@ def select_backend(weight: PackedWeight, dtype: torch.dtype, device: torch.devic
     if not asked:
         reason: str | None = None
         for backend in BACKENDS:
-            reason = backend.refusal(weight, dtype, device)
+            reason = _refusal(backend, weight, dtype, device)
             if reason is None:
                 return backend
         raise SettingError(f"no backend takes this weight, and {backend.name} neither: {reason}")
     chosen = backend_named(asked)
-    if reason := chosen.refusal(weight, dtype, device):
+    if reason := _refusal(chosen, weight, dtype, device):
         raise SettingError(
             f"LLMQ_BACKEND={asked} cannot take this weight: {reason}. Unset LLMQ_BACKEND to let "
             "llmq choose"
         )
     return chosen
+
+
+def _refusal(
+    backend: Backend, weight: PackedWeight, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why a backend does not multiply here, or None: what it was built for, and in a process that
+    may not run everything, what was found when it was tried."""
+    tried = restricted.verdict(backend.name) if device.type == "cpu" else None
+    return tried or backend.refusal(weight, dtype, device)
 
 
 class PreparedWeight:

@@ -133,6 +133,7 @@ class Writer:
         Raises `LlmqError` for what the generation config asks of transformers in vain."""
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
+        from llmq.models.compat import cache_name
         from llmq.storage.boundary import running
         from llmq.text.documents import check_vocabulary
 
@@ -147,7 +148,7 @@ class Writer:
             "stopping_criteria": StoppingCriteriaList([self._criterion]),
         }
         if cache is not None:
-            overrides["past_key_values"] = cache
+            overrides[cache_name()] = cache
         started = time.perf_counter()
         sequences = running(args.model)(_generated)(
             self.model, prompt.to(self.model.device), max_new_tokens, overrides

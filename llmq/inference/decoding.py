@@ -17,6 +17,7 @@ from llmq.inference.head import quantize_head
 from llmq.inference.rotary import take_turns
 from llmq.inference.settings import check, effective, takes_in_place_cache
 from llmq.inference.step import step_of, use_recorded_steps
+from llmq.models.compat import cache_name
 
 _PREPARING = threading.Lock()
 
@@ -48,7 +49,7 @@ def generate(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, **o
     check(settings, model.device.type, remote_code=options.get("custom_generate") is not None)
     if takes_in_place_cache(model, settings, options):
         n_tokens = input_ids.shape[1] + max_new_tokens
-        options["past_key_values"] = in_place_cache(model.config, n_tokens)
+        options[cache_name()] = in_place_cache(model.config, n_tokens)
         if settings["cache_implementation"] == "dynamic":
             options["cache_implementation"] = None  # it is what this cache is, beside which it errs
     options["max_new_tokens"] = max_new_tokens

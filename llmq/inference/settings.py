@@ -125,7 +125,7 @@ _CACHE_NEUTRAL = frozenset(
     "penalty_alpha",
 }
 # Arguments of `generate` that are no settings and bring a cache or a loop of their own.
-_OWN_LOOPS = ("past_key_values", "assistant_model", "custom_generate", "inputs_embeds")
+_OWN_LOOPS = ("cache", "past_key_values", "assistant_model", "custom_generate", "inputs_embeds")
 _DYNAMIC = (None, "dynamic", "hybrid")  # transformers takes "hybrid" for its default as well
 
 

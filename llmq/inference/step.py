@@ -27,7 +27,7 @@ from transformers import Cache, PreTrainedModel
 from llmq.inference.attention import NAME
 from llmq.inference.cache import InPlaceLayer, in_place_cache
 from llmq.inference.module import quantized_modules
-from llmq.models.compat import BaseModelOutputWithPast, attention_name
+from llmq.models.compat import BaseModelOutputWithPast, attention_name, cache_name
 from llmq_kernels.compiled import decoding
 from llmq_kernels.compiled.recording import NotRecordable, Recording
 
@@ -78,37 +78,36 @@ class DecodeStep:
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **others: Any,
     ) -> Any:
+        cache = past_key_values if cache is None else cache  # by its name of before
+        inputs = (input_ids, attention_mask, position_ids)
         arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            **dict(zip(("input_ids", "attention_mask", "position_ids"), inputs, strict=True)),
+            cache_name(): cache,
             **others,
         }
-        if self.reason is not None or not _is_plain_token(**arguments):
+        if self.reason is not None or not _is_plain_token(*inputs, cache, **others):
             return self._forward(**arguments)
         assert input_ids is not None
-        assert past_key_values is not None
-        n_before = past_key_values.get_seq_length()
+        assert cache is not None
+        n_before = cache.get_seq_length()
         if position_ids is not None and int(position_ids) != n_before:
             return self._forward(**arguments)
-        for layer in past_key_values.layers:
+        for layer in cache.layers:
             layer.reserve(1)
-        recorded = self._recorded.get(past_key_values)
-        if recorded is None or not recorded.is_for(past_key_values):
+        recorded = self._recorded.get(cache)
+        if recorded is None or not recorded.is_for(cache):
             output = self._forward(**arguments)
-            self._record(input_ids, n_before, past_key_values, output.last_hidden_state)
+            self._record(input_ids, n_before, cache, output.last_hidden_state)
             return output
         output = recorded(input_ids, n_before)
-        for layer in past_key_values.layers:
+        for layer in cache.layers:
             layer.advance(1)
         with self._counting:
             self.replayed += 1
-        return BaseModelOutputWithPast(
-            last_hidden_state=output.clone(), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=output.clone(), **{cache_name(): cache})
 
     def _record(self, input_ids: Tensor, n_before: int, cache: Cache, expected: Tensor) -> None:
         """Record for this cache and compute the token that was just computed, over the keys and
@@ -254,7 +253,7 @@ def _is_plain_token(
     input_ids: Tensor | None,
     attention_mask: Any,
     position_ids: Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     **others: Any,
 ) -> bool:
     """One token of one text, all of whose past is in a cache that is written in place, and nothing
@@ -266,9 +265,8 @@ def _is_plain_token(
         or torch.compiler.is_compiling()
     ):
         return False
-    if past_key_values is None or not all(
-        isinstance(layer, InPlaceLayer) and layer.get_seq_length()
-        for layer in past_key_values.layers
+    if cache is None or not all(
+        isinstance(layer, InPlaceLayer) and layer.get_seq_length() for layer in cache.layers
     ):
         return False
     if attention_mask is not None and not (

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -274,6 +275,15 @@ def redundant_names(model: Any) -> re.Pattern[str]:
     old = [r"rotary_emb\.inv_freq$", r"attn\.masked_bias$"]
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     return re.compile("|".join([*computed, *old, *ignored]))
+
+
+@cache
+def cache_name() -> str:
+    """What models, `generate` and outputs call the cache of keys and values: `cache` since
+    transformers 5.24, `past_key_values` before."""
+    output = __getattr__("BaseModelOutputWithPast")
+    names = {each.name for each in fields(output)}
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def attention_name(config: Any) -> str | None:

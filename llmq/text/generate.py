@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmq.inference.cache import in_place_cache
+from llmq.models.compat import cache_name
 from llmq.storage import files, seals
 from llmq.storage.workspace import tell
 
@@ -46,8 +47,8 @@ def generate_batch(
         logits = (
             teacher(
                 input_ids=unseen.to(teacher.device),
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_name(): cache},
             )
             .logits[:, -1]
             .float()

@@ -3,6 +3,7 @@ fails here, by name."""
 
 import ast
 import copy
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_nobody_else_imports_from_inside_transformers():
             if not allowed.issuperset(inside) and path.name != "compat.py":
                 found.append(f"{path.relative_to(ROOT)}: {inside}")
     assert not found
+
+
+def test_a_model_and_generate_take_the_cache_by_its_name():
+    model = make_model()
+    name = compat.cache_name()
+    for call in (model.forward, model.model.forward):
+        assert name in inspect.signature(call).parameters
+    tokens, cache = torch.tensor([[1, 2, 3]]), DynamicCache(config=model.config)
+    with torch.no_grad():
+        output = model.model(tokens, use_cache=True, **{name: cache})
+    assert output[name] is cache
+    assert cache.get_seq_length() == 3
 
 
 def test_importing_compat_imports_nothing_of_transformers():

@@ -4,6 +4,7 @@ hold line breaks, escape sequences and marks that turn the direction of writing.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 LIMIT = 400
 _LONGEST_WORD = 80  # of a line that is too long; paths and numbers are shortened before sentences
@@ -50,3 +51,15 @@ def _escape(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is probably meant, as the end of a message, or nothing."""
+    import difflib
+
+    names = {name.lstrip("-").lower(): name for name in known}
+    bare = word.lstrip("-").lower()
+    starts = [name for name in names if bare and name.startswith(bare)]
+    close = starts or difflib.get_close_matches(bare, names, n=1)
+    close = close or [name for name in names if len(bare) > 2 and bare in name]
+    return f" (did you mean {names[close[0]]}?)" if close else ""

@@ -9,8 +9,9 @@ import importlib
 from collections.abc import Iterable, Sequence
 
 from llmq import __version__
-from llmq.commands.parser import Parser, did_you_mean
+from llmq.commands.parser import Parser
 from llmq.errors import LlmqError
+from llmq.messages import did_you_mean
 
 PURPOSE = "Quantize Hugging Face causal language models, with proof of what was lost."
 GROUPS = {

@@ -8,8 +8,10 @@ import math
 from collections.abc import Callable
 
 from llmq.commands.parser import More, Parser, fold_into_recipes
+from llmq.errors import LlmqError
 from llmq.formats.registry import AUTO, NAMES
-from llmq.ptq.methods import METHODS
+from llmq.ptq.methods import METHODS, split_name
+from llmq.ptq.transforms import TRANSFORMS
 
 # Of the table of codes (llmq_kernels.core.codes), whose package takes torch to import.
 BITS = ("2", "3", "4", "5", "6", "8", "ternary")
@@ -60,6 +62,15 @@ def real(low: float = 0.0, high: float = math.inf) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def method_name(text: str) -> str:
+    """A method, with transforms before it: smoothquant+gptq."""
+    try:
+        split_name(text)
+    except LlmqError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def byte_size(text: str) -> int:
@@ -219,8 +230,10 @@ def add_quantization_arguments(parser: Parser) -> None:
 def _add_method_argument(parser: Parser) -> None:
     parser.add_argument(
         "--method",
-        choices=tuple(METHODS),
-        help=f"{'; '.join(f'{name}: {what}' for name, what in METHODS.items())} (default: gptq)",
+        type=method_name,
+        metavar="METHOD",
+        help=f"{'; '.join(f'{name}: {what}' for name, what in METHODS.items())} (default: gptq). "
+        f"Before it, with a +: {'; '.join(f'{name}: {what}' for name, what in TRANSFORMS.items())}",
     )
 
 

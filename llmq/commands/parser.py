@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from llmq.errors import LlmqError
+from llmq.messages import did_you_mean
 
 RECIPE_PAGE = "llmq/recipes/README.md"
 WIDTH = 80  # columns of help, on a wider terminal, too
@@ -137,18 +138,6 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         if "\n" in text:
             return super()._fill_text(text, width, indent)
         return argparse.HelpFormatter._fill_text(self, text, width, indent)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word that is probably meant, as the end of a message, or nothing."""
-    import difflib
-
-    names = {name.lstrip("-").lower(): name for name in known}
-    bare = word.lstrip("-").lower()
-    starts = [name for name in names if bare and name.startswith(bare)]
-    close = starts or difflib.get_close_matches(bare, names, n=1)
-    close = close or [name for name in names if len(bare) > 2 and bare in name]
-    return f" (did you mean {names[close[0]]}?)" if close else ""
 
 
 class _HelpAll(argparse.Action):

@@ -28,18 +28,22 @@ from llmq.ptq.stage import Stage, find_stages
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Stream, Streams
 from llmq.ptq.threads import total
+from llmq.ptq.transforms.apply import transform_block
+from llmq.ptq.transforms.base import Transform
 from llmq.recipe import LayerPlan, Recipe
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is the same for all blocks of a run. plans: of every linear layer. streams: None for
-    methods without text. precision: what the full-precision stream and tuning are computed in.
-    special: where tokens are special ones, bool `[n_sequences, T]`, for tuning."""
+    """What is the same for all blocks of a run. transforms: what comes before the method, with text
+    alone. plans: of every linear layer. streams: None for methods without text. precision: what the
+    full-precision stream and tuning are computed in. special: where tokens are special ones, bool
+    `[n_sequences, T]`, for tuning."""
 
     blocks: Blocks
     recipe: Recipe
     method: Method
+    transforms: list[Transform]
     plans: list[LayerPlan]
     streams: Streams | None
     precision: Precision
@@ -97,7 +101,10 @@ def quantize_block(setup: Setup, index: int) -> QuantizedBlock:
     if setup.streams is None:
         work: _Rounded = _Rounded(setup, index, name, module, targets)
     else:
-        work = _Calibrated(setup, index, name, module, targets, streams=setup.streams)
+        dtypes = {key: tensor.dtype for key, tensor in kept.items()}
+        work = _Calibrated(
+            setup, index, name, module, targets, streams=setup.streams, dtypes=dtypes
+        )
     work.solve()
     kept = as_stored(module, kept)
     report, first_output = work.run_as_stored()
@@ -136,7 +143,6 @@ class _Rounded:
 
     def solve(self) -> None:
         """Quantize all layers, leaving the quantized values in the module."""
-        self.setup.method.transform(self.module, self.setup.recipe)
         for layer in self.targets:
             self._solve_groups([(InputGroup((layer,)), None)])
 
@@ -200,12 +206,14 @@ class _Calibrated(_Rounded):
         targets: dict[str, QuantSpec],
         *,
         streams: Streams,
+        dtypes: dict[str, torch.dtype],
     ) -> None:
         super().__init__(setup, index, name, module, targets)
-        self.streams = streams
+        self.streams, self.dtypes = streams, dtypes
         self.tuning: BlockTuning | None = None
         self.exact_output: Tensor | None = None
         self.coverage: list[dict[str, Any]] = []
+        self.transforms: list[dict[str, Any]] = []
         # What tuning starts from: full-precision weights, and what they were solved with.
         self.untuned: dict[str, tuple[Tensor, LayerStats]] = {}
 
@@ -214,8 +222,7 @@ class _Calibrated(_Rounded):
         stages = find_stages(self.streams, self.module, self.index, self.name, list(self.targets))
         if "full-precision" in self.streams.names:
             self.exact_output = self._run_exact(stages).float()
-        self.setup.method.transform(self.module, self.setup.recipe)
-        for stage in stages:
+        for stage in self._transformed(stages):
             self._solve_stage(stage)
             if stage.coverage is not None:
                 self.coverage.append(stage.coverage.to_json(self.name))
@@ -228,7 +235,8 @@ class _Calibrated(_Rounded):
         if (exact := self.exact_output) is not None:
             error = total((output - exact).square()) / total(exact.square())
         report = block_report(self.index, self.reports, error, self.tuning)
-        return replace(report, experts=self.coverage), output
+        report = replace(report, experts=self.coverage, transforms=self.transforms)
+        return report, output
 
     def _run_exact(self, stages: list[Stage | ExpertsStage]) -> Tensor:
         """Run the block before anything is solved, over the full-precision stream."""
@@ -243,6 +251,18 @@ class _Calibrated(_Rounded):
             for stage in stages:
                 stack.enter_context(stage.recording_exact(self.streams, module))
             return self.streams.advance(module, self.index, "full-precision", record)
+
+    def _transformed(self, stages: list[Stage | ExpertsStage]) -> list[Stage | ExpertsStage]:
+        """The stages of the block after its transforms."""
+        for transform in self.setup.transforms:
+            dense = [stage for stage in stages if isinstance(stage, Stage)]
+            groups = [group.layers for stage in dense for group in stage.groups]
+            moved = transform_block(
+                transform, self.module, groups, self.streams, self.index, self.dtypes
+            )
+            stages = [stage.after(moved) if isinstance(stage, Stage) else stage for stage in stages]
+            self.transforms.append(moved.to_json())
+        return stages
 
     def _solve_stage(self, stage: Stage | ExpertsStage) -> None:
         recording = self.setup.recording

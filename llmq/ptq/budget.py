@@ -12,7 +12,7 @@ from llmq.models.experts import DOWN, UP, choices_of, token_shares, unfused_in
 from llmq.models.site import sites_in
 from llmq.ptq.experts import CHUNK_BYTES, GROWING, statistics_bytes, wave_size, widest_input
 from llmq.ptq.job import Job
-from llmq.ptq.methods import method_of
+from llmq.ptq.methods import method_of, split_name
 from llmq.ptq.methods.base import Windows
 from llmq.ptq.methods.blockwise import sequences_per_step
 from llmq.ptq.parts import element_bytes, parts
@@ -188,7 +188,8 @@ def flops(job: Job) -> float:
     attention = 2 * job.tokens.tokens.shape[1] * _attention_width(job)
     shares = token_shares(job.model)
     weights = sum(prod(plan.layer.shape) * _share(plan, shares) for plan in job.plans)
-    forward = PASSES * 2 * n_tokens * (weights + text_config.num_hidden_layers * attention)
+    n_passes = PASSES + len(split_name(job.recipe.method)[0])  # each transform measures, too
+    forward = n_passes * 2 * n_tokens * (weights + text_config.num_hidden_layers * attention)
     # about half of the layers share an input
     squares = (plan.layer.shape[1] ** 2 * _share(plan, shares) for plan in job.plans if plan.spec)
     hessians = 2 * n_tokens * sum(squares) / 2

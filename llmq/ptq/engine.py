@@ -32,13 +32,14 @@ from llmq.ptq.block_check import check_blocks
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder, CannotRunAloneError
 from llmq.ptq.memory import map_large_tensors
-from llmq.ptq.methods import method_of, needs_text
+from llmq.ptq.methods import method_of, needs_text, split_name
 from llmq.ptq.methods.base import Needs
 from llmq.ptq.outside import as_stored
 from llmq.ptq.precision import Precision
 from llmq.ptq.rebuild import Rebuild
 from llmq.ptq.results import BlockReport, BlockResult, EarlierRun, Sink
 from llmq.ptq.streams import Stream, Streams, batch_size
+from llmq.ptq.transforms import transform_named
 from llmq.ptq.verify import verify_block
 from llmq.recipe import LayerPlan, Recipe
 from llmq.text.picture_windows import PictureInputs
@@ -94,7 +95,7 @@ def prepare_setup(task: Task, work_dir: Path) -> Setup:
     if task.tokens is None and needs_text(task.recipe):
         needing, remedy = (
             (f"method {task.recipe.method}", "--method rtn")
-            if needs.text
+            if needs.text or "+" in task.recipe.method
             else ("activations int8-static", "int8-token")
         )
         raise LlmqError(
@@ -106,7 +107,11 @@ def prepare_setup(task: Task, work_dir: Path) -> Setup:
     if task.tokens is not None:
         streams = _streams(task, needs, len(blocks), work_dir)
         special = is_special(task.tokens, task.special_ids)
-    return Setup(blocks, task.recipe, method, task.plans, streams, task.precision, special)
+    names, _ = split_name(task.recipe.method)
+    transforms = [transform_named(name) for name in names]
+    return Setup(
+        blocks, task.recipe, method, transforms, task.plans, streams, task.precision, special
+    )
 
 
 def _streams(task: Task, needs: Needs, n_blocks: int, work_dir: Path) -> Streams:

@@ -22,6 +22,7 @@ from llmq.ptq.choice import Budget, Choice, stored_size
 from llmq.ptq.costs import Cost
 from llmq.ptq.expert_costs import MEASURED, expert_of
 from llmq.ptq.job import Job
+from llmq.ptq.methods import split_name
 from llmq.ptq.mixed_tables import kept_bytes, table_candidates
 from llmq.ptq.parts import parts
 from llmq.recipe import LayerPlan
@@ -68,6 +69,12 @@ class Problem:
     @classmethod
     def of(cls, job: Job, budget: Budget) -> Problem:
         """Raises `LlmqError` where nothing can be chosen."""
+        transforms, method = split_name(job.recipe.method)
+        if transforms:
+            raise LlmqError(
+                f"--method {job.recipe.method}: what bits are worth is measured before scale moves "
+                f"between layers; use --method {method}"
+            )
         taking_part = [plan for plan in job.plans if job.recipe.takes_part(plan)]
         candidates = {plan.layer.name: candidates_of(plan, job) for plan in taking_part}
         fixed = [plan for plan in job.all_plans if plan.spec and plan.layer.name not in candidates]

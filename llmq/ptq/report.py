@@ -59,6 +59,11 @@ def build_report(
         "resumed_at_block": resumed_at,
         "seconds": round(seconds, 2),
         "seconds_per_block": [round(block["seconds"], 3) for block in blocks],
+        "transforms": [
+            {"block": block["index"], **moved}
+            for block in blocks
+            for moved in block.get("transforms", ())
+        ],
         "experts": [module for block in blocks for module in block.get("experts", ())],
         "tuned_blocks": [_about_tuning(block) for block in blocks if _is_tuned(block)],
         "layers": layers,

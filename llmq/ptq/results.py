@@ -20,7 +20,8 @@ class BlockReport:
     mean over tokens of such a distance before and after block-wise tuning; n_skipped_steps: its
     steps without a finite loss or gradient; tuning_by_class: its errors by class of positions;
     tuning_worse_in: classes that it made worse, so that its start was kept. experts: how the text
-    reached those of each module (`llmq.ptq.experts.Coverage`)."""
+    reached those of each module (`llmq.ptq.experts.Coverage`). transforms: what each of them moved
+    (`llmq.ptq.transforms.apply.Moved`)."""
 
     index: int
     layers: list[LayerReport]
@@ -32,6 +33,7 @@ class BlockReport:
     tuning_by_class: dict[str, ClassErrors] = field(default_factory=dict)
     tuning_worse_in: list[str] = field(default_factory=list)
     experts: list[dict[str, Any]] = field(default_factory=list)
+    transforms: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

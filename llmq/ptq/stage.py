@@ -9,24 +9,31 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.models.experts import unfused_in
 from llmq.ptq.capture import record_inputs, shared_inputs
 from llmq.ptq.experts import ExpertsStage
 from llmq.ptq.groups import InputGroup, Measured, Recording
-from llmq.ptq.streams import Streams
+from llmq.ptq.streams import Streams, narrows
+from llmq.ptq.transforms.apply import Moved
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Groups in running order. coverage: of experts, which have stages of their own."""
+    """Groups in running order. moved: what transforms have moved in the block, which the
+    full-precision model's rows are not of. coverage: of experts, which have stages of their own."""
 
     groups: tuple[InputGroup, ...]
+    moved: tuple[Moved, ...] = ()
     coverage: None = None
+
+    def after(self, moved: Moved) -> Stage:
+        """The stage once something more has moved."""
+        return replace(self, moved=(*self.moved, moved))
 
     def recording_exact(self, streams: Streams, block: nn.Module) -> AbstractContextManager[None]:
         """Nothing: the rows of groups are kept by the stream itself."""
@@ -49,10 +56,21 @@ class Stage:
             rows = record_inputs(block, firsts, call, hidden)
             for group in self.groups:
                 x, y = rows[group.first], next(exact[group])
-                stats[group].add(x, None if y is None else y.to(streams.device))
+                if y is not None:
+                    y = self._as_moved(block, group, y.to(streams.device))
+                stats[group].add(x, y)
         for group in self.groups:
             streams.exact_rows(block, group.layers).recycle()
             yield [(group, stats[group].finish())]
+
+    def _as_moved(self, block: nn.Module, group: InputGroup, rows: Tensor) -> Tensor:
+        """What the group's rows would be in the transformed full-precision model: its inputs, or
+        the outputs of a layer that narrows."""
+        for moved in self.moved:
+            factors = moved.rows if narrows(block, group.layers) else moved.columns
+            if group.first in factors:
+                rows = rows / factors[group.first]
+        return rows
 
 
 def find_stages(

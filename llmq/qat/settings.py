@@ -9,6 +9,7 @@ from llmq.errors import LlmqError
 from llmq.fields import check_fields
 from llmq.grid.scheme import read_scheme
 from llmq.grid.spec import QuantSpec
+from llmq.ptq.methods import METHODS
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.weights import QuantizerName
@@ -76,6 +77,11 @@ class QATSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.init not in METHODS:
+            raise LlmqError(
+                f"init {self.init!r}: expected {' or '.join(METHODS)}, which leave the rest of the "
+                "model as it is"
+            )
         if self.quantizer != "lsq" and self.init != "rtn":
             raise LlmqError(
                 f"quantizer {self.quantizer} chooses its scales itself, so another start than "

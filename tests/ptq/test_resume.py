@@ -107,9 +107,16 @@ def run(arguments, out, kill=NEVER, by="SIGKILL"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("inputs", "kills"), [("full-precision", KILLS), ("both", KILLS[1:3])])
-def test_killed_anywhere_resumes_to_the_same_bytes(arguments, tmp_path, inputs, kills):
-    arguments = [*arguments[:-1], inputs]
+@pytest.mark.parametrize(
+    ("inputs", "method", "kills"),
+    [
+        ("full-precision", "gptq", KILLS),
+        ("both", "gptq", KILLS[1:3]),
+        ("both", "smoothquant+gptq", KILLS[1:2]),
+    ],
+)
+def test_killed_anywhere_resumes_to_the_same_bytes(arguments, tmp_path, inputs, method, kills):
+    arguments = [*arguments[:-1], inputs, "--method", method]
     reference = tmp_path / "reference"
     assert run(arguments, reference).returncode == 0
     expected = digests(reference)

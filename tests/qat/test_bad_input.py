@@ -2,7 +2,12 @@
 
 import json
 
+import pytest
+
 from llmq.commands import cli
+from llmq.errors import LlmqError
+from llmq.grid.spec import QuantSpec
+from llmq.qat.settings import QATSettings, Scheme
 
 
 def test_weights_that_do_not_fit_leave_no_work_folder(
@@ -17,3 +22,8 @@ def test_weights_that_do_not_fit_leave_no_work_folder(
     assert cli.main(command) == 2
     assert "does not belong to these weights" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_start_that_moves_scale_between_layers_is_refused():
+    with pytest.raises(LlmqError, match=r"init 'smoothquant\+gptq': expected rtn or .* leave the"):
+        QATSettings(Scheme(QuantSpec()), init="smoothquant+gptq")

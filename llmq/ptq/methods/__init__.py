@@ -1,4 +1,5 @@
-"""The methods by name. A method is one file with a `METHOD` and one line here.
+"""The methods by name. A method is one file with a `METHOD` and one line here. Transforms stand
+before it: `smoothquant+gptq`.
 
 Nothing heavy is imported: the command line reads this for `--help`."""
 
@@ -8,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from llmq.errors import LlmqError
+from llmq.messages import did_you_mean
+from llmq.ptq.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
     from llmq.ptq.methods.base import Method
@@ -21,11 +24,30 @@ METHODS = {
 }
 
 
-def method_named(name: str) -> Method:
-    """The method of that name. Raises `LlmqError` with the names that exist."""
-    if name not in METHODS:
+def split_name(name: str) -> tuple[list[str], str]:
+    """The transforms and the method of a name such as `smoothquant+gptq`. Raises `LlmqError` with
+    the names that exist."""
+    *transforms, method = name.split("+")
+    if method not in METHODS:
         *names, last = METHODS
-        raise LlmqError(f"unknown method {name!r}: expected {', '.join(names)} or {last}")
+        hint = did_you_mean(method, METHODS)
+        if method in TRANSFORMS:
+            hint = f", which comes before a method: {name}+gptq"
+        raise LlmqError(f"expected the method {', '.join(names)} or {last}, got {method!r}{hint}")
+    for transform in transforms:
+        if transform not in TRANSFORMS:
+            raise LlmqError(
+                f"method {name!r}: unknown transform {transform!r} before {method}; expected "
+                f"{' or '.join(TRANSFORMS)}"
+            )
+    if len(set(transforms)) < len(transforms):
+        raise LlmqError(f"method {name!r}: expected each transform once")
+    return transforms, method
+
+
+def method_named(name: str) -> Method:
+    """The method of that name, transforms aside. Raises `LlmqError` with the names that exist."""
+    _, name = split_name(name)
     method: Method = import_module(f"{__name__}.{name}").METHOD
     return method
 
@@ -38,5 +60,7 @@ def method_of(recipe: Recipe) -> Method:
 
 
 def needs_text(recipe: Recipe) -> bool:
-    """Whether calibration text is read; rounding needs it for static activation ranges only."""
-    return method_of(recipe).needs(recipe).text or recipe.activations.kind == "int8-static"
+    """Whether calibration text is read; rounding needs it for static activation ranges, and for
+    transforms."""
+    is_needed = method_of(recipe).needs(recipe).text or bool(split_name(recipe.method)[0])
+    return is_needed or recipe.activations.kind == "int8-static"

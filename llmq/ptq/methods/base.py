@@ -100,11 +100,6 @@ class Method(Protocol):
 
     def needs(self, recipe: Recipe) -> Needs: ...
 
-    def transform(self, block: nn.Module, recipe: Recipe) -> None:
-        """Change a block, float32, before its layers are solved, without changing what it computes:
-        scale that moves between a norm and the layers that read it. Norms are stored as they are
-        afterwards."""
-
     def solve(
         self, weight: Tensor, stats: LayerStats | None, spec: QuantSpec, recipe: Recipe
     ) -> SolverResult:
@@ -162,9 +157,6 @@ class Rounding(Method):
 
     def needs(self, recipe: Recipe) -> Needs:
         return Needs()
-
-    def transform(self, block: nn.Module, recipe: Recipe) -> None:
-        pass
 
     def solve_many(
         self,

@@ -28,7 +28,13 @@ class _Windows:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "awq"}, "unknown method 'awq': expected rtn, "),
+        ({"method": "awq"}, "expected the method rtn, .* or blockwise, got 'awq'"),
+        (
+            {"method": "smoothquant"},
+            r"got 'smoothquant', which comes before a method: smoothquant\+gptq",
+        ),
+        ({"method": "gptq+rtn"}, "unknown transform 'gptq' before rtn; expected smoothquant"),
+        ({"method": "smoothquant+smoothquant+rtn"}, "expected each transform once"),
         (
             {"init": "rtn"},
             "what method blockwise starts from, and the method is gptq; give --method blockwise, "

@@ -57,12 +57,17 @@ def quantize_there(
 
 
 CASES = [
-    ("llama", "gptq", {}),
-    ("llama", "gptq", {"activations": ActSpec("int8-static")}),
-    ("gemma2", "gptq", {}),
+    ("llama", "smoothquant+gptq", {"activations": ActSpec("int8-static")}),
     ("gemma2", "blockwise", {"iterations": 3, "autocast": False}),
-    ("falcon", "gptq", {"inputs": "full-precision"}),
-    ("qwen3", "gptq", {"order": "act"}),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            ("llama", "gptq", {}),
+            ("gemma2", "gptq", {}),
+            ("falcon", "gptq", {"inputs": "full-precision"}),
+            ("qwen3", "gptq", {"order": "act"}),
+        ]
+    ),
 ]
 
 

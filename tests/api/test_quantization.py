@@ -51,7 +51,7 @@ def test_folder_to_folder_equals_in_memory(model_folder, tmp_path):
 def test_forms_of_text_in_memory(model_folder):
     """Texts, their windows, and the ids of these: the same weights. So does the call of earlier
     versions."""
-    folder = model_folder()
+    folder = model_folder(num_hidden_layers=1)
     windows = llmq.calibration_windows(folder, TEXTS, **SMALL)
     expected = llmq.load(folder)
     in_memory.quantize(expected, Recipe.uniform("w4g32"), windows.tokens)

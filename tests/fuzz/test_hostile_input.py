@@ -18,7 +18,7 @@ def bases(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "n_inputs", [300, pytest.param(20_000, marks=pytest.mark.slow)], ids=["few", "many"]
+    "n_inputs", [150, pytest.param(20_000, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_mutated_inputs_end_in_results_or_refusals(n_inputs, bases, tmp_path, capsys):
     n_inputs = int(os.environ.get("LLMQ_FUZZ_INPUTS", n_inputs))

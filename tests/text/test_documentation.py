@@ -1,5 +1,7 @@
 """The documentation of Python as text: much of it, prose, and none of what is held back."""
 
+import pytest
+
 from llmq.text.documentation import documentation_documents
 from llmq.text.documents import load_documents, tokenize
 
@@ -20,6 +22,7 @@ def test_what_is_held_back_for_evaluation_is_not_calibrated_on():
     assert not any(document in calibration for document in held_back)
 
 
+@pytest.mark.slow
 def test_the_same_text_every_time():
     first = documentation_documents()
     documentation_documents.cache_clear()

@@ -20,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each room may import the rooms below it and itself.
 ROOMS = [
     "commands",
+    "ladder",
     "api",
     "benchmark",
     "qat",
     "ptq",
     "evaluation",
+    "reports",
     "formats",
     "activations",
     "text",

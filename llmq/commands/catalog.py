@@ -24,6 +24,9 @@ GROUPS = {
     "measure it": {
         "eval": "perplexity of a model, with its interval",
         "compare": "how far a quantized model is from its base",
+        "report": "a page with pictures about a quantized model",
+        "sweep": "divergence against size for several ways to quantize a model",
+        "advise": "the smallest way to quantize a model within a bound on the loss",
         "bench": "how fast this machine multiplies packed weights",
     },
     "use it": {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import options, rendering, scoring
@@ -27,10 +29,44 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("base", help=options.MODEL_HELP)
     parser.add_argument("quant", help="the quantized model: a folder or Hub id")
     options.add_evaluation_arguments(parser)
+    parser.section("output")
+    parser.more.add_argument(
+        "--page",
+        metavar="FILE",
+        help="where the page with pictures goes (default: report.html in QUANT, where llmq wrote "
+        "that folder)",
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
+    from llmq.models.source import Source
+    from llmq.reports.page import log_of, report_of, write
+
+    folder = Source.open(args.quant).folder
+    page = _page_path(args.page, folder)
+    report = None if page is None else report_of(folder)  # or it is refused before minutes of work
+    summary = measured(args)
+    if page is not None and report is not None:
+        write(page, report, comparison=summary, log=log_of(folder))
+    summary["page"] = None if page is None else str(page)
+    return summary, _text(summary)
+
+
+def _page_path(given: str | None, folder: Path) -> Path | None:
+    """Where the page goes: where it was asked for, or beside the report of a folder that llmq
+    wrote here."""
+    from llmq.models.identity import hub_id
+    from llmq.reports.page import PAGE, REPORT
+
+    if given is not None:
+        return Path(given)
+    is_ours = (folder / REPORT).is_file() and hub_id(folder) is None
+    return folder / PAGE if is_ours and os.access(folder, os.W_OK) else None
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """`args.quant` against `args.base`, as JSON-able data."""
     from llmq.evaluation.divergence import compare
     from llmq.evaluation.position_classes import special_ids
     from llmq.formats.load import load
@@ -68,7 +104,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     dtypes = " and ".join(
         dict.fromkeys(str(model.dtype).removeprefix("torch.") for model in (base, quant))
     )  # with --dtype auto they may differ
-    summary = {
+    return {
         "base": args.base,
         "quant": args.quant,
         "data": args.data,
@@ -79,7 +115,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **windows.identity(),
         "verified": verified,
     }
-    return summary, _text(summary)
 
 
 def _check_tokenizers(base: Source, quant: Source) -> None:
@@ -108,5 +143,6 @@ def _text(summary: dict[str, Any]) -> str:
             "target's probability": f"RMS change {summary['rms_probability_change']:.2%}",
             "weight files": f"{sizes} ({summary['quant_bytes'] / summary['base_bytes']:.0%})",
             "measured on": rendering.render_conditions(summary),
+            **({"page": summary["page"]} if summary["page"] else {}),
         }
     )

@@ -36,6 +36,7 @@ from llmq.ptq.report import build_report, model_card, outside_of_blocks
 from llmq.ptq.results import BlockReport, EarlierRun
 from llmq.ptq.scale_run import ScaleRun
 from llmq.ptq.sink import FolderSink
+from llmq.reports import page
 from llmq.storage import files
 from llmq.storage.attempt import kept_for_later
 from llmq.storage.boundary import running
@@ -233,6 +234,7 @@ def _finish(
     report |= {**companions.to_json(), FINGERPRINT: _tokenizer_hash(job)}
     files.write_json(target / "report.json", report)
     (target / "README.md").write_text(model_card(report))
+    page.write_beside(target)
     write_configs(
         target,
         job.config,

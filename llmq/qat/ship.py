@@ -31,6 +31,7 @@ from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.report import versions
 from llmq.qat.job import QATJob
 from llmq.qat.weights import freeze
+from llmq.reports import page
 from llmq.schema import SCHEMA_KEY, SCHEMA_VERSION
 from llmq.storage import files, seals
 from llmq.storage.manifest import read_manifest
@@ -75,8 +76,10 @@ def ship(
         shutil.copyfile(log, staging / "log.jsonl")
     # What was read back when it was written has to be what is published.
     checked = read_manifest(staging)
-    checked.pop("report.json", None)
+    for name in ("report.json", page.PAGE):
+        checked.pop(name, None)
     files.write_json(staging / "report.json", report)
+    page.write_beside(staging)
     if (work_dir / "trainer" / "runs").is_dir():
         shutil.copytree(work_dir / "trainer" / "runs", staging / "runs")  # TensorBoard's
     (staging / files.MANIFEST).unlink()

@@ -1,7 +1,7 @@
 """A finished folder against the manifest that was written with it: sha256 and size of every file.
 
-What llmq computed has to be there bit by bit. A README may be edited, and files may be added: these
-are listed."""
+What llmq computed has to be there bit by bit. A README may be edited, the page be made anew, and
+files be added: these are listed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llmq.errors import LlmqError, VerificationError
 from llmq.storage import files
 from llmq.storage.files import MANIFEST
 
-_EDITABLE = ("README.md",)
-_RECORDS = ("README.md", "log.jsonl", "runs/")  # may be left behind: no part of the model
+_EDITABLE = ("README.md", "report.html")
+_RECORDS = (*_EDITABLE, "log.jsonl", "runs/")  # may be left behind: no part of the model
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHOWN = 3
 

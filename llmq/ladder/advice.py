@@ -1,0 +1,66 @@
+"""Which rung to take for a bound on the loss, tried from large to small and from cheap to dear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llmq.ladder.bench import Point
+from llmq.ladder.rungs import METHODS, SPECS, Rung
+
+# A dearer method is tried where the loss of the one before is at most so many times the bound:
+# GPTQ leaves a quarter to a half of what rounding loses, block-wise tuning two thirds of that.
+REACH = {"gptq": 8.0, "blockwise": 2.0}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """points: all that were measured. best: the smallest within the bound, None where there is
+    none. failed: what came next to it in size, by the method that lost least. left: rungs that were
+    not tried, and why."""
+
+    points: list[Point]
+    best: Point | None
+    failed: Point | None
+    left: dict[str, str]
+
+
+def advise(
+    measure: Callable[[Rung], Point],
+    bound: float,
+    methods: Sequence[str] = METHODS,
+    specs: Sequence[str] = SPECS,
+) -> Advice:
+    """Go down the sizes until no method is within a bound on the loss, such as .01: the upper end
+    of its interval is. measure: of a rung."""
+    points: list[Point] = []
+    left: dict[str, str] = {}
+    best = failed = None
+    for spec in specs:
+        tried: list[Point] = []
+        for method in methods:
+            rung = Rung(spec, method)
+            if reason := _hopeless(rung, tried, bound):
+                left[str(rung)] = reason
+                continue
+            tried.append(measure(rung))
+            points.append(tried[-1])
+            if tried[-1].most <= bound:
+                break
+        passed = [point for point in tried if point.most <= bound]
+        if not passed:
+            failed = min(tried, key=lambda point: point.loss)
+            break
+        best = passed[-1]
+    return Advice(points, best, failed, left)
+
+
+def _hopeless(rung: Rung, tried: Sequence[Point], bound: float) -> str | None:
+    """Why a dearer method is not worth its time, or None."""
+    reach = REACH.get(rung.method)
+    if not tried or reach is None or (before := tried[-1]).loss <= reach * bound:
+        return None
+    return (
+        f"{before.rung} loses {before.loss:.2%}, more than {reach:g} times the bound, which "
+        f"{rung.method} does not make up for"
+    )

@@ -1,0 +1,138 @@
+"""One model and one text, on which rungs are measured: each is quantized into a folder of its own,
+compared with full precision, and noted, so that a run that ends goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llmq.api.quantization import quantize
+from llmq.evaluation.divergence import compare
+from llmq.evaluation.position_classes import special_ids
+from llmq.formats.load import load
+from llmq.ladder.rungs import Rung
+from llmq.models.source import Source
+from llmq.storage.workspace import check_output
+from llmq.text.windows import Windows
+
+RESULTS = "results.jsonl"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A rung as it was measured. n_bytes: of the weight files. loss: the ratio of perplexities
+    less 1, with its 95% interval, None where nothing is known of its spread; kl: in nats per token.
+    seconds: that quantizing took, kept from the first time."""
+
+    rung: Rung
+    n_bytes: int
+    loss: float
+    loss_ci95: tuple[float, float] | None
+    kl: float
+    kl_ci95: tuple[float, float] | None
+    seconds: float
+
+    @property
+    def most(self) -> float:
+        """The upper end of what the loss may be."""
+        return self.loss if self.loss_ci95 is None else self.loss_ci95[1]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "rung": str(self.rung)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Point:
+        pairs = {name: data[name] and tuple(data[name]) for name in ("loss_ci95", "kl_ci95")}
+        return cls(**{**data, **pairs, "rung": Rung.parse(data["rung"])})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """source: the full-precision model. windows: that are measured on. work_dir: where results and
+    folders go. options: of `llmq.quantize`. keep: the folders."""
+
+    source: Source
+    windows: Windows
+    work_dir: Path
+    options: dict[str, Any]
+    device: str = "cpu"
+    keep: bool = False
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        return load(self.source, dtype="float32", device=self.device)
+
+    def measure(self, rung: Rung, say: Say = lambda text: None) -> Point:
+        """The rung, from the notes or new. say: told what is done at the moment."""
+        key = self._key(rung)
+        known = [line for line in self._lines() if line["key"] == key]
+        if known:
+            return Point.from_json(known[-1]["point"])
+        folder = self.work_dir / rung.folder_name
+        started = time.monotonic()
+        say(f"{rung}: quantizing")
+        check_output(folder, overwrite=True)
+        quantize(
+            self.source.folder,
+            folder,
+            rung.spec,
+            method=rung.method,
+            device=self.device,
+            overwrite=True,
+            **self.options,
+        )
+        seconds = round(time.monotonic() - started, 1)
+        say(f"{rung}: measuring")
+        point = self.compared(rung, folder, seconds)
+        with (self.work_dir / RESULTS).open("a") as file:
+            file.write(json.dumps({"key": key, "point": point.to_json()}) + "\n")
+        if not self.keep:
+            shutil.rmtree(folder)
+        return point
+
+    def compared(self, rung: Rung, folder: Path, seconds: float) -> Point:
+        """What a finished folder loses. seconds: that it took."""
+        written = Source(folder)
+        quant = load(written, dtype="float32", device=self.device)
+        special = special_ids(self.source.config, self.source.tokenizer)
+        found = compare(self.base, quant, self.windows, special=special)
+        ratio, divergence = found["perplexity_ratio_ci95"], found["kl_mean_ci95"]
+        return Point(
+            rung,
+            written.weight_bytes,
+            found["perplexity_ratio"] - 1,
+            None if ratio is None else (ratio[0] - 1, ratio[1] - 1),
+            found["kl_mean"],
+            None if divergence is None else (divergence[0], divergence[1]),
+            seconds,
+        )
+
+    def _key(self, rung: Rung) -> str:
+        """A hash of everything that decides a result."""
+        stamps = self.source.files.stamps
+        files = {name: [stamp.size, stamp.mtime_ns] for name, stamp in stamps.items()}
+        options = {name: str(value) for name, value in self.options.items()}
+        text = self.windows.identity()["tokens_sha256"]
+        data = json.dumps([str(rung), files, options, text], sort_keys=True)
+        return hashlib.sha256(data.encode()).hexdigest()
+
+    def _lines(self) -> list[dict[str, Any]]:
+        path = self.work_dir / RESULTS
+        lines = path.read_text().splitlines() if path.is_file() else []
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # the end of a run that was killed while it wrote
+                continue
+        return found

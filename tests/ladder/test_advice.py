@@ -1,0 +1,75 @@
+"""The smallest rung within a bound, found with as few measurements as it takes."""
+
+import pytest
+
+from llmq.ladder.advice import advise
+from llmq.ladder.bench import Point
+from llmq.ladder.rungs import Rung
+from llmq.ladder.training import Trained
+
+SPECS = ("w8", "w4g128", "w3g128", "w2g64-asym")
+LOSSES = {
+    "w8": {"rtn": 0.0, "gptq": 0.0, "blockwise": 0.0},
+    "w4g128": {"rtn": 0.03, "gptq": 0.008, "blockwise": 0.008},
+    "w3g128": {"rtn": 0.2, "gptq": 0.05, "blockwise": 0.03},
+    "w2g64-asym": {"rtn": 3.0, "gptq": 0.6, "blockwise": 0.4},
+}
+
+
+def point(rung, loss, spread=0.001):
+    size = 1000 - SPECS.index(rung.spec)
+    return Point(rung, size, loss, (loss - spread, loss + spread), loss, None, 1.0)
+
+
+def advised(bound, **options):
+    asked = []
+
+    def measure(rung):
+        asked.append(str(rung))
+        return point(rung, LOSSES[rung.spec][rung.method])
+
+    return advise(measure, bound, specs=SPECS, **options), asked
+
+
+def test_cheap_methods_first_and_dear_ones_where_they_could_help():
+    found, asked = advised(0.01)
+    assert str(found.best.rung) == "w4g128:gptq"
+    assert str(found.failed.rung) == "w3g128:rtn"
+    assert asked == ["w8:rtn", "w4g128:rtn", "w4g128:gptq", "w3g128:rtn"]
+    assert set(found.left) == {"w3g128:gptq", "w3g128:blockwise"}
+    assert "loses 20.00%, more than 8 times the bound" in found.left["w3g128:gptq"]
+
+
+def test_the_upper_end_of_the_interval_decides():
+    assert str(advised(0.008)[0].best.rung) == "w8:rtn"
+    assert str(advised(0.0091)[0].best.rung) == "w4g128:gptq"
+
+
+def test_the_dearest_method_that_holds_it():
+    found, asked = advised(0.04)
+    assert str(found.best.rung) == "w3g128:blockwise"
+    assert "w3g128:gptq" in asked
+    assert str(found.failed.rung) == "w2g64-asym:rtn"
+
+
+def test_nothing_holds_it_and_everything_does():
+    found, asked = advised(0.0005)
+    assert (found.best, found.failed.rung.spec) == (None, "w8")
+    assert asked == ["w8:rtn", "w8:gptq", "w8:blockwise"]
+    found, _ = advised(5.0)
+    assert (str(found.best.rung), found.failed) == ("w2g64-asym:rtn", None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "remark"),
+    [
+        (0.09, "to 9.00%, which is within the bound: QAT is worth it"),
+        (0.4, "to 40.00%, 40% of what is too much: a longer run is worth it"),
+        (0.58, "to 58.00%, 4% of what is too much: not worth a longer run"),
+    ],
+)
+def test_whether_training_is_worth_it(loss, remark):
+    rung = Rung("w2g64-asym", "gptq")
+    trained = Trained(point(rung, 0.6), point(rung, loss), 20, 0.1)
+    assert trained.remark.endswith(remark)
+    assert trained.to_json()["steps"] == 20

@@ -21,7 +21,8 @@ llmq say otherwise.
 Results go to WORK_DIR/results.jsonl, a line each, and are not computed again while everything that
 decides them is the same: model, tool and options, spec, seed, tokens of calibration and evaluation,
 threads, versions of the tool, torch and transformers, and for llmq's methods the code that they run
-(comments and docstrings aside). NAME@LABEL keeps results of llmq under a label instead: `gptq@old
+(comments and docstrings aside). --known FILE takes lines of earlier runs, such as those in
+scripts/results. NAME@LABEL keeps results of llmq under a label instead: `gptq@old
 gptq` is how two states of the code stand in one table, and how a change that cannot matter costs no
 new run. A run that fails is a line with its error; the others go on, and the script ends with 1."""
 
@@ -58,6 +59,7 @@ from quality_runs import (
     versions,
 )
 
+from llmq.errors import LlmqError
 from llmq.models.identity import model_name, source_name
 from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.ptq.job import windows
@@ -197,9 +199,9 @@ class Benchmark:
         }
 
     def _lines(self) -> list[dict[str, Any]]:
-        if not self.results_path.exists():
-            return []
-        return [json.loads(line) for line in self.results_path.read_text().splitlines()]
+        paths = [path for path in (*self.args.known, self.results_path) if path.exists()]
+        texts = [path.read_text() for path in paths]
+        return [json.loads(line) for text in texts for line in text.splitlines()]
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.results_path.open("a") as file:
@@ -245,6 +247,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--python", action="append", default=[], dest="pythons", metavar="PEER=PATH"
     )
+    parser.add_argument(
+        "--known", type=Path, nargs="+", default=[], help="results.jsonl of others, taken as ours"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=256)
@@ -263,7 +268,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    benchmark = Benchmark(args)
+    try:
+        benchmark = Benchmark(args)
+    except LlmqError as error:
+        sys.exit(f"quality_table.py: {error}")
     torch.set_num_threads(args.threads)
     found: dict[tuple[str, Tool], list[dict[str, Any]]] = {}
     failures = []

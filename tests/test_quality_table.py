@@ -186,6 +186,17 @@ def test_runs_fail_alone_and_are_not_repeated(script, written, texts, tmp_path, 
     ]
     main([*arguments, "--seeds", "2"])
     assert len(lines_of(tmp_path / "work")) == 4, "another seed is another run of the peer"
+    capsys.readouterr()
+
+    known = ["--known", str(tmp_path / "work" / "results.jsonl")]
+    main(["tiny", str(tmp_path / "other"), *arguments[2:], *known])
+    assert capsys.readouterr().out == first
+    assert not (tmp_path / "other" / "results.jsonl").exists()
+
+
+def test_a_model_that_cannot_be_read_is_one_line(script, texts, tmp_path):
+    with pytest.raises(SystemExit, match=r"^quality_table\.py: .*nowhere"):
+        script("quality_table").main([str(tmp_path / "nowhere"), str(tmp_path / "work"), *texts])
 
 
 def lines_of(work_dir):

@@ -17,16 +17,19 @@ from llmq.commands.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+# Parts of it that became too long for it, with their commands.
+PARTS = ("llmq/qat/README.md", "llmq/inference/README.md", "kernels/README.md")
+MOST_WORDS = 1500
 OF_SCRIPTS = {"--slow", "--train", "--eval"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands():
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+def commands(text=README):
+    lines = "".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
@@ -36,8 +39,10 @@ def run(command):
     arguments = shlex.split(command)[1:]
     if arguments[0] == "quantize" and "--samples" not in arguments:
         arguments += ["--samples", "8"]
-    if arguments[0] in ("eval", "compare"):
+    if arguments[0] in ("eval", "compare", "report", "advise", "sweep"):
         arguments += ["--max-windows", "8"]
+    if arguments[0] == "report":
+        arguments += ["--max-new-tokens", "2"]
     if "--iterations" in arguments:
         arguments += ["--iterations", "2"]
     if arguments[0] == "qat":
@@ -69,7 +74,13 @@ def test_commands(tmp_path, monkeypatch):
     shutil.copy(ROOT / "README.md", tmp_path)
     ran = [command for command in commands() if command.startswith("llmq ")]
     assert len(ran) >= 24
-    for command in ran:
+    for part in PARTS:
+        ran += [
+            command
+            for command in commands((ROOT / part).read_text())
+            if command.startswith("llmq ")
+        ]
+    for command in dict.fromkeys(ran):
         run(command)
     scripts = [command.split()[1] for command in commands() if command.startswith("bash ")]
     assert scripts == ["scripts/quickstart.sh", "scripts/test.sh"]
@@ -135,6 +146,21 @@ def test_scripts(command, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_five_minutes_are_enough_and_every_heading_is_listed():
+    assert len(README.split()) <= MOST_WORDS
+    headings = re.findall(r"^## (.*)$", README, re.M)
+    listed = re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", README)
+    assert [name for name, _ in listed] == headings
+    assert [anchor for _, anchor in listed] == [name.lower().replace(" ", "-") for name in headings]
+
+
+def test_what_is_linked_to_exists():
+    for path in [ROOT / "README.md", *ROOT.glob("*/README.md"), *(ROOT / "llmq").rglob("*.md")]:
+        links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+        local = [link for link in links if "://" not in link]
+        assert [link for link in local if not (path.parent / link).exists()] == [], path
 
 
 def test_no_line_is_longer_than_a_hundred_columns():

@@ -1,13 +1,14 @@
 """Does a server answer as llmq does with the same folder?
 
-    python scripts/check_serving.py FOLDER -- transformers serve FOLDER --device cpu --port 8000
+    python scripts/check_serving.py FOLDER -- transformers serve FOLDER --device cpu \\
+        --dtype float32 --port 8000
     python scripts/check_serving.py FOLDER -- vllm serve FOLDER --dtype float32 --port 8000
 
 Starts the command, waits until it says that it is healthy, asks for a greedy completion, stops it,
-and compares the text with that of `llmq.generate`. Prints a JSON object: both texts and how many
-characters from the start they share. Ends with 1 where there was no answer, or where not even the
-first tokens are equal: sums in another order may turn a near tie later on. Run it where llmq is
-installed; the command may be of any environment."""
+and compares the text with that of `llmq.generate` in float32. Prints a JSON object: both texts and
+how many characters from the start they share. Ends with 1 where there was no answer, or where not
+even the first tokens are equal: sums in another order may turn a near tie later on. Run it where
+llmq is installed; the command may be of any environment."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--seconds", type=float, default=300, help="for the start, and the answer")
     args = parser.parse_args(argv)
-    ours = llmq.generate(args.folder, PROMPT, args.tokens)
+    ours = llmq.generate(llmq.load(args.folder, dtype="float32"), PROMPT, args.tokens)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     server = subprocess.Popen(
         args.command,

@@ -48,7 +48,7 @@ def ask(capsys):
 
 def test_a_server_that_answers_as_llmq_does(ask):
     prompt = "Water boils at a lower temperature on a mountain because"
-    ours = llmq.generate("tiny", prompt, 12)
+    ours = llmq.generate(llmq.load("tiny", dtype="float32"), prompt, 12)
     code, out = ask(ours)
     assert not code
     assert json.loads(out)["shared_characters"] == min(len(ours), 48)

@@ -58,10 +58,11 @@ def _page_path(given: str | None, folder: Path) -> Path | None:
     wrote here."""
     from llmq.models.identity import hub_id
     from llmq.reports.page import PAGE, REPORT
+    from llmq.storage.manifest import has_manifest
 
     if given is not None:
         return Path(given)
-    is_ours = (folder / REPORT).is_file() and hub_id(folder) is None
+    is_ours = has_manifest(folder) and (folder / REPORT).is_file() and hub_id(folder) is None
     return folder / PAGE if is_ours and os.access(folder, os.W_OK) else None
 
 

@@ -23,13 +23,13 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 def markdown(points: Sequence[Point]) -> str:
     """A table, the largest first; what no other point beats in bold."""
-    best = {id(point) for point in front(points)}
+    best = front(points)
     rows = [
         "| weights | method | MB | perplexity (95%) | KL (95%) | seconds |",
         "|---|---|---|---|---|---|",
     ]
     for point in sorted(points, key=lambda each: -each.n_bytes):
-        name = f"**{point.rung.spec}**" if id(point) in best else point.rung.spec
+        name = f"**{point.rung.spec}**" if point in best else point.rung.spec
         cells = (
             *(name, point.rung.method, f"{point.n_bytes / 1e6:.1f}"),
             f"{point.loss:+.2%}{_range(point.loss_ci95, '+.2%')}",
@@ -106,6 +106,5 @@ def page(points: Sequence[Point], title: str) -> str:
         title=title,
         picture=svg.scatter(groups, path, "megabytes", "KL divergence in nats per token"),
         rows=sorted(points, key=lambda each: -each.n_bytes),
-        best={id(point) for point in best},
-        id=id,
+        best=best,
     )

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from llmq.api.exporting import export
     from llmq.api.generation import generate
     from llmq.api.models import load_tokenizer
+    from llmq.api.pushing import push
     from llmq.api.quantization import quantize
     from llmq.api.reports import BlockReports, Report
     from llmq.api.scoring import compare, perplexity
@@ -88,6 +89,7 @@ _HOMES = {
     "perplexity": "llmq.api.scoring",
     "prepare_decoding": "llmq.inference.decoding",
     "prepare_qat": "llmq.api.training",
+    "push": "llmq.api.pushing",
     "quantize": "llmq.api.quantization",
     "save": "llmq.formats.save",
 }
@@ -119,6 +121,7 @@ __all__ = [
     "perplexity",
     "prepare_decoding",
     "prepare_qat",
+    "push",
     "quantize",
     "save",
 ]

@@ -28,6 +28,7 @@ ROOMS = [
     "evaluation",
     "reports",
     "formats",
+    "cards",
     "activations",
     "text",
     "inference",
@@ -183,7 +184,7 @@ def call(*command, timeout=120, **settings):
 def test_what_a_wheel_holds(built):
     names = zipfile.ZipFile(next(built.glob("llmq-*.whl"))).namelist()
     expected = ["assets/tiny/model.safetensors", "py.typed", "recipes/w4-gptq.yaml"]
-    expected += ["recipes/README.md", "commands/cli.py"]
+    expected += ["recipes/README.md", "commands/cli.py", "cards/card.md.jinja"]
     assert {f"llmq/{name}" for name in expected} | {"llmq_kernels/core/codes.py"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "scripts", "kernels"))]
 

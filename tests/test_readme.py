@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from argparse import SUPPRESS
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from hub_models import hub_of_this_process
 
 from llmq.commands.catalog import command_parsers
 from llmq.commands.cli import main
@@ -49,7 +51,8 @@ def run(command):
         arguments += ["--train", "README.md"]
     if arguments[0] == "bench":
         arguments += ["--device", "cpu", "--shapes", "128x128", "--rows", "1", "--repeats", "1"]
-    assert main(arguments) == 0, command
+    with hub_of_this_process() if arguments[0] == "push" else nullcontext():
+        assert main(arguments) == 0, command
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ GROUPS = {
         "quantize": "quantize a model into a folder",
         "qat": "fine-tune a model through its quantizer",
         "export": "write a quantized model in another format",
+        "push": "put a result with its card onto the Hub",
     },
     "measure it": {
         "eval": "perplexity of a model, with its interval",

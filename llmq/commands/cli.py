@@ -7,6 +7,7 @@ torch nor transformers, so `--help` answers at once."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -159,17 +160,21 @@ def _main(arguments: list[str]) -> int:
         print(_as_json(result) if args.json else escaped(text, keep="\n\t"), flush=True)
     except (Exception, KeyboardInterrupt) as error:
         if stop.requested or isinstance(error, KeyboardInterrupt):
-            hint = (
-                "; the same command continues where it stopped"
-                if args.command in ("quantize", "qat")
-                else ""
-            )
-            return _fail(args.json, f"interrupted{hint}", 130)
+            return _fail(args.json, f"interrupted{_how_to_go_on(args)}", 130)
         if isinstance(error, BrokenPipeError):
             _discard(sys.stdout)
             return 141
         return _fail(args.json, *_explain(error), getattr(error, "details", {}))
     return 0
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    """What to tell of a command that was interrupted."""
+    if go_on := getattr(args, "go_on", ""):  # it had written its result
+        return f"; {go_on}"
+    if args.command in ("quantize", "qat"):
+        return "; the same command continues where it stopped"
+    return ""
 
 
 def _explain(error: Exception) -> tuple[str, int]:

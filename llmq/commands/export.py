@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import options, rendering
+from llmq.commands import options, pushing, rendering
 from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 from llmq.formats.exporters import FORMATS
@@ -38,6 +38,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.section("run and output")
     options.add_overwrite_argument(parser)
+    pushing.add_push_arguments(parser)
     parser.section("where it is")
     parser.add_argument("--revision", help="revision of a Hub model")
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.formats.exporters import export_as
     from llmq.models.source import Source
 
+    pushing.check_push(args)
     with rendering.progress("parts") as show:
         report = export_as(
             Source.open(args.checkpoint, args.revision),
@@ -56,13 +58,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             overwrite=args.overwrite,
             on_part=show,
         )
-    return report.to_json(), _text(report)
+    pushed, lines = pushing.push_result(args)
+    return {**report.to_json(), **pushed}, _text(report, lines)
 
 
-def _text(report: ExportReport) -> str:
+def _text(report: ExportReport, lines: dict[str, object]) -> str:
+    """lines: about what was pushed."""
     pairs: dict[str, object] = {
         "written": f"{report.out} ({report.format} format, from "
         f"{report.source_format or 'full precision'})",
+        "card": report.card,
         "layers": _exactness(report),
         "weight files": f"{report.source_bytes / 1e6:.1f} MB -> {report.stored_bytes / 1e6:.1f} MB",
         "tensors": ", ".join(f"{count} x {name}" for name, count in report.types.items()),
@@ -81,6 +86,7 @@ def _text(report: ExportReport) -> str:
         )
     for i, note in enumerate(report.notes):
         pairs["note" if not i else f"note {i + 1}"] = note
+    pairs |= lines
     engines = [reading.to_json() for reading in report.engines]
     return f"{rendering.render_pairs(pairs)}\n{engine_lines(engines)}"
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import jobs, options, qat_options, rendering
+from llmq.commands import jobs, options, pushing, qat_options, rendering
 from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 
@@ -33,6 +33,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     """The result as JSON-able data and as text; None in all but the main process, which has
     them."""
+    pushing.check_push(args)
     job = prepare(args)
     if job.processes.is_main_process:
         _tell(job)
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
         from llmq.qat.plot import plot_log
 
         plot_log(Path(args.out) / "log.jsonl", Path(args.plot))
-    return {"out": args.out, **report}, _summary(args.out, report)
+    pushed, lines = pushing.push_result(args)
+    return {"out": args.out, **report, **pushed}, _summary(args.out, report, lines)
 
 
 def prepare(args: argparse.Namespace) -> QATJob:
@@ -118,16 +120,28 @@ def _shipped(report: dict[str, Any]) -> str:
     return f"the PTQ start, because training {reason} on held-out text"
 
 
-def _summary(out: str, report: dict[str, Any]) -> str:
+def _scored(score: dict[str, Any]) -> str:
+    """A perplexity, and how many times that of full precision it is."""
+    text = f"{score['perplexity']:.3f}"
+    if "perplexity_ratio" not in score:
+        return text
+    interval = score["perplexity_ratio_ci95"]
+    told = "" if interval is None else f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}"
+    return f"{text}, {score['perplexity_ratio']:.4f} times that of full precision{told}"
+
+
+def _summary(out: str, report: dict[str, Any], lines: dict[str, object]) -> str:
+    """lines: about what was pushed."""
     pairs: dict[str, object] = {
         "written": f"{out} ({report['format']} format): {_shipped(report)}",
     }
     for name, score in report["held_out"].items():
-        pairs[f"held-out perplexity, {name.replace('_', ' ')}"] = f"{score['perplexity']:.3f}"
+        pairs[f"held-out perplexity, {name.replace('_', ' ')}"] = _scored(score)
     if report["verdict"]:
         pairs["compared"] = report["verdict"]
     if report["last_loss"] is not None:
         pairs["loss"] = f"{report['first_loss']:.4f} -> {report['last_loss']:.4f}"
     pairs |= rendering.companion_lines(report)
     pairs["seconds"] = f"{report['seconds']:.0f}"
+    pairs |= lines
     return f"{rendering.render_pairs(pairs)}\n{engine_lines(report['engines'])}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmq.commands import options
+from llmq.commands import options, pushing
 from llmq.commands.options import real, source, whole
 from llmq.commands.parser import Parser, fold_into_recipes
 from llmq.ptq.methods import METHODS
@@ -37,6 +37,7 @@ def add_arguments(parser: Parser) -> None:
     parser.section("run and output")
     _add_device_arguments(parser)
     options.add_overwrite_argument(parser)
+    pushing.add_push_arguments(parser)
     _add_cadence_arguments(parser)
     parser.more.add_argument(
         "--strict",

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import jobs, options, rendering
+from llmq.commands import jobs, options, pushing, rendering
 from llmq.commands.engine_lines import engine_lines
 from llmq.commands.parser import Parser
 
@@ -40,6 +40,7 @@ def add_arguments(parser: Parser) -> None:
     options.add_quantization_arguments(parser)
     parser.section("run and output")
     options.add_overwrite_argument(parser)
+    pushing.add_push_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.storage.workspace import check_output
 
     check_output(Path(args.out), args.overwrite)
+    pushing.check_push(args)
     options.check_device(args.device)
     budget = jobs.budget_of(args)
     job = jobs.prepare_job(args, for_budget=budget is not None)
@@ -92,7 +94,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             f"--strict: {args.out} was written, but no calibration token reached {len(idle)} "
             f"experts, the first being {idle[0]}; use more or other calibration text"
         )
-    return {"out": args.out, **report}, _summary(args.out, report)
+    pushed, lines = pushing.push_result(args)
+    return {"out": args.out, **report, **pushed}, _summary(args.out, report, lines)
 
 
 def _mixed(args: argparse.Namespace, job: Job, budget: Budget) -> MixedJob:
@@ -120,7 +123,8 @@ def _remark(report: BlockReport) -> str:
     return "  ".join(parts)
 
 
-def _summary(out: str, report: dict[str, Any]) -> str:
+def _summary(out: str, report: dict[str, Any], lines: dict[str, object]) -> str:
+    """lines: about what was pushed."""
     n_kept = len(report["kept_layers"])
     pairs: dict[str, object] = {
         "written": f"{out} ({report['format']} format), verified block by block",
@@ -144,6 +148,7 @@ def _summary(out: str, report: dict[str, Any]) -> str:
     pairs |= _tuning(report)
     pairs |= _scale_tuning(report["scale_tuning"])
     pairs |= _deviations(report)
+    pairs |= lines
     return f"{rendering.render_pairs(pairs)}\n{engine_lines(report['engines'])}"
 
 

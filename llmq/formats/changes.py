@@ -56,7 +56,7 @@ class ExportReport:
     """source_format: "" for a model in full precision. layers: those that are packed in the source.
     types: how many stored tensors there are of each type, as the container calls it. engines: which
     of them reads the result. left_out: stored tensors of packed layers that decide nothing. notes:
-    what else is to be known."""
+    what else is to be known. card: where the model card lies."""
 
     source: str
     out: str
@@ -69,6 +69,7 @@ class ExportReport:
     engines: tuple[Reading, ...]
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    card: str = ""
 
     @property
     def is_exact(self) -> bool:
@@ -84,6 +85,7 @@ class ExportReport:
         return {
             "source": self.source,
             "out": self.out,
+            "card": self.card,
             "source_format": self.source_format,
             "format": self.format,
             "exact": self.is_exact,

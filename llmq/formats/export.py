@@ -13,12 +13,14 @@ from typing import Any
 from torch import Tensor
 
 import llmq
+from llmq.cards.head import CARD
 from llmq.errors import LlmqError, VerificationError
 from llmq.formats.base import Format, Settings
 from llmq.formats.changes import ExportReport, LayerChange
 from llmq.formats.conversion import Conversion, convert, plan_conversion
 from llmq.formats.engine_rules import Result
 from llmq.formats.engines import readings
+from llmq.formats.exported import REPORT, card_of, made_and_exported
 from llmq.formats.layers import StoredLayers
 from llmq.formats.registry import known_format, result_of
 from llmq.formats.save import checkpoint_config, layer_tensors, write_configs
@@ -28,13 +30,11 @@ from llmq.models.identity import hub_id
 from llmq.models.source import Source
 from llmq.storage import files
 from llmq.storage.attempt import kept_for_later
-from llmq.storage.json_files import read_object
 from llmq.storage.packing import StoredTensor, group_by_size
 from llmq.storage.partial_checkpoint import PartialCheckpoint
 from llmq.storage.workspace import check_output
 
 PART_BYTES = 512 << 20  # of the source, that are held in memory at a time
-REPORT = "report.json"
 
 
 def export(
@@ -204,9 +204,11 @@ def _publish(
         name=hub_id(source.folder),
         companions=companions,
     )
+    name = files.real_path(out_dir).name
     report = ExportReport(
         source=source.name,
         out=str(out_dir),
+        card=str(out_dir / CARD),
         source_format="" if layers.format is None else layers.format.name,
         format=conversion.format.name,
         source_bytes=source.weight_bytes,
@@ -216,7 +218,9 @@ def _publish(
         engines=tuple(readings(_result(layers, conversion))),
         left_out=tuple(layers.unused),
     )
-    _keep_report(source, target, report)
+    if made := made_and_exported(source, report):
+        files.write_json(target / REPORT, made)
+    (target / CARD).write_text(card_of(layers, report, name), encoding="utf-8")
     partial.publish()
     return report
 
@@ -225,16 +229,3 @@ def _types(shards: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, int]:
     """How many tensors there are of each dtype, by file."""
     stored = (tensor for tensors in shards.values() for tensor in tensors.values())
     return dict(Counter(tensor.dtype for tensor in stored))
-
-
-def _keep_report(source: Source, target: Path, report: ExportReport) -> None:
-    """How the folder was made, if that is known, with what the export made of it."""
-    path = source.folder / REPORT
-    if not path.is_file():
-        return
-    made = read_object(path, "a report of llmq")
-    exported = {**report.to_json(), "out": "", "source": source.name}
-    engines = exported.pop("engines")
-    made |= {"format": report.format, "stored_bytes": report.stored_bytes}
-    made |= {"engines": engines, "exported": exported}
-    files.write_json(target / REPORT, made)

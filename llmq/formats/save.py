@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmq.arguments import check_type
 from llmq.errors import LlmqError, LlmqWarning, VerificationError
 from llmq.formats.base import Format
+from llmq.formats.contents import Contents, write_card_of
 from llmq.formats.engine_names import both, with_modules
 from llmq.formats.engines import readings
 from llmq.formats.extra import extra_tensors, matrices_among
@@ -134,8 +136,8 @@ def save(
     source_dir = source_folder(model)
     shards = None if source is None else source.decoded
     extra = {} if source_dir is None else extra_tensors(model, source_dir, shards)
-    tensors, config = format_tensors(model, format, extra)
-    tensors = under_original_names(model, tensors) | extra
+    contents = contents_of(model, format, extra)
+    tensors = under_original_names(model, contents.tensors) | extra
     if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise LlmqError(
             f"{offloaded[0]} and {len(offloaded) - 1} other tensors of this model are offloaded; "
@@ -156,10 +158,11 @@ def save(
         write_configs(
             work_dir,
             model.config,
-            config,
+            contents.config,
             name=None if source_dir is None else hub_id(source_dir),
             companions=companions,
         )
+        write_card_of(contents, work_dir, source_dir, target.name)
         files.write_manifest(work_dir)
         files.publish(work_dir, target)
     finally:
@@ -171,9 +174,17 @@ def save(
 def format_tensors(
     model: PreTrainedModel, name: str, extra: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor of a quantized model by its name, and its `quantization_config`. name: of a
-    format, or "auto". extra: tensors that will be stored beside those of the model. Raises
-    `LlmqError` when the model is not quantized, has adapters, or the format cannot hold it."""
+    """The tensors and the `quantization_config` of `contents_of`."""
+    contents = contents_of(model, name, extra)
+    return contents.tensors, contents.config
+
+
+def contents_of(
+    model: PreTrainedModel, name: str, extra: Mapping[str, Tensor] | None = None
+) -> Contents:
+    """What is written of a quantized model. name: of a format, or "auto". extra: tensors that will
+    be stored beside those of the model. Raises `LlmqError` when the model is not quantized, has
+    adapters, or the format cannot hold it."""
     quantized = {
         name: module.qtensor()
         for name, module in quantized_modules(model).items()
@@ -198,14 +209,13 @@ def format_tensors(
         tensors.update(layer_tensors(layer, qtensor, fmt.for_role(role)))
     shapes = {name: tensor.shape for name, tensor in (extra or {}).items()}
     kept = [*kept_matrices(model), *matrices_among(shapes)]
-    return tensors, checkpoint_config(
-        fmt,
-        plans,
-        act_order=act_order,
-        activations=act_spec,
-        kept=kept,
-        stored=stored_modules(model, [*(plan.layer.name for plan in plans), *kept]),
+    stored = stored_modules(model, [*(plan.layer.name for plan in plans), *kept])
+    config = checkpoint_config(
+        fmt, plans, act_order=act_order, activations=act_spec, kept=kept, stored=stored
     )
+    result = result_of(fmt, plans, act_spec, act_order=act_order, stored=stored)
+    n_extra = sum(map(prod, shapes.values()))
+    return Contents(tensors, n_extra, config, fmt.name, plans, act_spec, readings(result))
 
 
 def stored_modules(model: PreTrainedModel, names: Collection[str]) -> dict[str, str]:

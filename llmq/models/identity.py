@@ -30,6 +30,11 @@ def hub_id(model_dir: Path) -> str | None:
     return repo.name.removeprefix("models--").replace("--", "/", 1)
 
 
+def hub_revision(model_dir: Path) -> str | None:
+    """The commit of a folder in the Hub's cache, or None."""
+    return None if hub_id(model_dir) is None else model_dir.absolute().name
+
+
 def model_name(model_dir: Path) -> str:
     """What reports and cards call a model: its Hub id, or the name of its folder."""
     return hub_id(model_dir) or model_dir.absolute().name

@@ -1,15 +1,10 @@
-"""What a quantization run says about itself: `report.json` and the model card, both from measured
-values."""
+"""What a quantization run says about itself: `report.json`, from measured values."""
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
-import torch
-import transformers
-
-import llmq
+from llmq.cards.versions import versions
 from llmq.formats.engines import readings
 from llmq.models.identity import source_name
 from llmq.ptq.job import Job
@@ -140,63 +135,3 @@ def _is_large(layer: dict[str, Any]) -> bool:
     measured."""
     measured = layer["weight_error"] if layer["error"] is None else layer["error"]
     return measured is not None and not measured <= LARGE_ERROR
-
-
-def versions() -> dict[str, str]:
-    """What a result was made with."""
-    return {
-        "llmq": llmq.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def model_card(report: dict[str, Any]) -> str:
-    """README.md for the output folder."""
-    specs = sorted({layer["spec"] for layer in report["layers"]})
-    errors = [layer["error"] for layer in report["layers"] if layer["error"] is not None]
-    calibration = report["calibration"]
-    before, after = report["source_bytes"] / 1e6, report["stored_bytes"] / 1e6
-    n_kept = len(report["kept_layers"])
-    rows = {
-        "method": report["method"],
-        "specs": ", ".join(specs),
-        "bits per quantized weight, scales included": f"{report['bits_per_quantized_weight']:.2f}",
-        "weight files": f"{before:.1f} MB -> {after:.1f} MB, "
-        f"{report['bits_per_weight']:.2f} bits per weight of the model",
-        **{table["role"]: table["spec"] for table in report["outside"]},
-        "layers quantized / kept in full precision": f"{report['n_quantized_layers']} / {n_kept}",
-        "layers that fell back to plain rounding": str(len(report["fallbacks"])),
-        "mean relative output error of the layers": f"{sum(errors) / len(errors):.2e}"
-        if errors
-        else "not measured (no calibration data)",
-        "layers that lost more than half of their output": str(
-            len(report["layers_with_large_error"])
-        ),
-        "read by": ", ".join(each["engine"] for each in report["engines"] if each["reads"]),
-        "calibration": (
-            f"{calibration['windows'][0]} x {calibration['windows'][1]} tokens of "
-            f"{calibration['source']}, sha256 {calibration['sha256'][:16]}"
-        )
-        if calibration
-        else "none",
-        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    # Only a Hub id refers to anything elsewhere.
-    base = f"base_model: {report['model']}\n" if "/" in report["model"] else ""
-    return f"""---
-{base}library_name: llmq
-tags: [quantized, {report["method"]}]
----
-# {report["model"]}, quantized with llmq
-
-| | |
-|---|---|
-{table}
-
-Load it with `llmq.load(folder)`. Every block was read back from disk and reproduced the outputs
-recorded when it was quantized. Errors of each layer are in `report.json`; what the quantization
-cost in perplexity is measured by `llmq compare BASE THIS`.
-"""

@@ -13,6 +13,8 @@ import torch
 import transformers
 
 import llmq
+from llmq.cards.base import RECORD, base_of
+from llmq.cards.page import write_card
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.position_classes import special_ids
 from llmq.formats.extra import matrices_among
@@ -32,7 +34,7 @@ from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.outside import OutsideReader, quantize_table, report_table
 from llmq.ptq.pair import Pair
-from llmq.ptq.report import build_report, model_card, outside_of_blocks
+from llmq.ptq.report import build_report, outside_of_blocks
 from llmq.ptq.results import BlockReport, EarlierRun
 from llmq.ptq.scale_run import ScaleRun
 from llmq.ptq.sink import FolderSink
@@ -229,11 +231,12 @@ def _finish(
         device=device,
     )
     report |= outside_of_blocks(job, partial.report_of(partial.outside))
-    report["redone_blocks"] = partial.redone
+    base = base_of(job.source.folder)
+    report |= {RECORD: base.to_json(), "redone_blocks": partial.redone}
     report |= measured
     report |= {**companions.to_json(), FINGERPRINT: _tokenizer_hash(job)}
     files.write_json(target / "report.json", report)
-    (target / "README.md").write_text(model_card(report))
+    write_card(target, report, base, partial.out_dir.name)
     page.write_beside(target)
     write_configs(
         target,

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmq.evaluation.perplexity import Perplexity, evaluate
+from llmq.cards.base import RECORD, base_of
+from llmq.cards.head import CARD
+from llmq.cards.page import write_card
+from llmq.cards.versions import versions
+from llmq.evaluation.perplexity import Perplexity, evaluate, perplexity_ratio
 from llmq.evaluation.position_classes import (
     HeldOutLosses,
     classify,
@@ -28,7 +32,6 @@ from llmq.formats.settings import folder_readings, format_of, quantization_setti
 from llmq.models.identity import source_name
 from llmq.models.source import Source
 from llmq.models.tokens import FINGERPRINT, fingerprint
-from llmq.ptq.report import versions
 from llmq.qat.job import QATJob
 from llmq.qat.weights import freeze
 from llmq.reports import page
@@ -68,17 +71,22 @@ def ship(
         shutil.copytree(start.folder, staging)
     log = work_dir / "log.jsonl"
     report = _report(job, scores, improved, log, seconds)
-    report["notes"] = _notes(start) | report["notes"]
+    started = _start_report(start)
+    report["notes"] = started["notes"] | report["notes"]
+    report["fallbacks"] = started["fallbacks"]
     report["held_out_by_class"] = {} if by_class is None else by_class.by_class()
     report["trained_worse_in"] = worse
     report |= _readers(staging)
+    base = base_of(job.model_dir)
+    report |= {RECORD: base.to_json(), **_sizes(staging, job)}
     if log.exists():
         shutil.copyfile(log, staging / "log.jsonl")
     # What was read back when it was written has to be what is published.
     checked = read_manifest(staging)
-    for name in ("report.json", page.PAGE):
+    for name in ("report.json", CARD, page.PAGE):
         checked.pop(name, None)
     files.write_json(staging / "report.json", report)
+    write_card(staging, report, base, files.real_path(out_dir).name)
     page.write_beside(staging)
     if (work_dir / "trainer" / "runs").is_dir():
         shutil.copytree(work_dir / "trainer" / "runs", staging / "runs")  # TensorBoard's
@@ -90,10 +98,20 @@ def ship(
     return report
 
 
-def _notes(start: Source) -> dict[str, str]:
-    """What the report of the PTQ start remarks."""
-    notes: dict[str, str] = json.loads((start.folder / "report.json").read_text())["notes"]
-    return notes
+def _start_report(start: Source) -> dict[str, Any]:
+    """The report of the PTQ start."""
+    report: dict[str, Any] = json.loads((start.folder / "report.json").read_text())
+    return report
+
+
+def _sizes(folder: Path, job: QATJob) -> dict[str, Any]:
+    """Weight files before and after, and bits per weight of the model."""
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {
+        "source_bytes": job.source.weight_bytes,
+        "stored_bytes": stored,
+        "bits_per_weight": round(8 * stored / job.n_parameters, 4),
+    }
 
 
 def _readers(folder: Path) -> dict[str, Any]:
@@ -150,6 +168,12 @@ def _nothing_compared(job: QATJob) -> str:
     return f"no held-out text ({reason}): nothing was compared"
 
 
+def _scored(score: Perplexity, scores: dict[str, Perplexity]) -> dict[str, Any]:
+    """A perplexity, and how far above that of full precision it is."""
+    full = scores["full_precision"]
+    return score.to_json() | ({} if score is full else perplexity_ratio(full, score))
+
+
 def _report(
     job: QATJob, scores: dict[str, Perplexity], improved: bool, log: Path, seconds: float
 ) -> dict[str, Any]:
@@ -173,7 +197,7 @@ def _report(
         "budget": job.budget(),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "held_out": {name: score.to_json() for name, score in scores.items()},
+        "held_out": {name: _scored(score, scores) for name, score in scores.items()},
         "layers": [
             {"name": plan.layer.name, "spec": None if plan.spec is None else str(plan.spec)}
             for plan in job.plans

@@ -107,6 +107,7 @@ def _tiles(report: Mapping[str, Any], losses: Sequence[facts.Loss]) -> list[tupl
     if "stored_bytes" in report:
         before, after = report["source_bytes"], report["stored_bytes"]
         found.append(("weight files", megabytes(after), f"{after / before:.0%} of before"))
+    if "bits_per_quantized_weight" in report:
         bits = f"{report['bits_per_quantized_weight']:.2f}"
         whole = f"{report['bits_per_weight']:.2f} per weight of the model"
         found.append(("bits per quantized weight", bits, whole))

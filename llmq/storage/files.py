@@ -149,7 +149,12 @@ def append(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """`write_bytes` of JSON."""
-    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
+    write_bytes(path, json_bytes(data))
+
+
+def json_bytes(data: Any) -> bytes:
+    """JSON as `write_json` writes it."""
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def write_index(target_dir: Path, shards: Mapping[str, Iterable[str]], total_size: int) -> None:
@@ -183,6 +188,11 @@ def digest(path: Path) -> dict[str, Any]:
         return {"sha256": found.hexdigest(), "bytes": status.st_size}
 
 
+def digest_of(content: bytes) -> dict[str, Any]:
+    """sha256 and bytes of what will be a file."""
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
 def hash_of_json(data: Any) -> str:
     """sha256 of data as JSON, however it was laid out."""
     return hashlib.sha256(
@@ -211,7 +221,12 @@ def write_manifest(target_dir: Path, expected: Mapping[str, Mapping[str, Any]] =
         elif path.is_file():
             entries[name] = digest(path)
             sync(path)
-    write_json(target_dir / MANIFEST, {"files": entries, "sha256": hash_of_json(entries)})
+    write_json(target_dir / MANIFEST, manifest_of(entries))
+
+
+def manifest_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of a manifest. entries: sha256 and bytes by name of file."""
+    return {"files": entries, "sha256": hash_of_json(entries)}
 
 
 def check_output(out_dir: Path, overwrite: bool) -> None:

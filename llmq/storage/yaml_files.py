@@ -64,9 +64,15 @@ def read_yaml(
     nested at most `MAX_DEPTH` deep."""
     data = read_bytes(path, what, remedy, max_bytes)
     with reading(os.fspath(path), f"not {what}: no YAML", remedy):
-        value = yaml.load(data, _Loader)
+        value = parse_yaml(data)
         _check_types(value)
     return value
+
+
+def parse_yaml(data: bytes | str) -> Any:
+    """The value of one document, which may hold dates, too. Raises `ValueError` or `YAMLError` for
+    aliases, deep nesting, keys that are no text, and what is no YAML."""
+    return yaml.load(data, _Loader)
 
 
 def _check_types(value: Any) -> None:

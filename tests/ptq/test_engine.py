@@ -308,7 +308,7 @@ def test_report_counts_and_card(model_folder, calibration_file, tmp_path):
     assert report["calibration"]["windows"] == [6, 32]
     assert len(report["calibration"]["sha256"]) == 64
     assert report["bits_per_quantized_weight"] == pytest.approx(4.5)
-    assert "| method | gptq |" in (out / "README.md").read_text()
+    assert "| method | `gptq` |" in (out / "README.md").read_text()
     stored = set(load_file(out / "model.safetensors"))
     assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= stored
     assert not list(tmp_path.glob(".out*"))

@@ -143,6 +143,16 @@ def test_from_a_folder_to_a_folder(scheme, options, fmt, arguments, tmp_path, ca
         and not report["trained_worse_in"]
         else "start"
     )
+    own = report["held_out"][report["shipped"]]
+    ratio = own["perplexity"] / report["held_out"]["full_precision"]["perplexity"]
+    assert own["perplexity_ratio"] == pytest.approx(ratio)
+    low, high = own["perplexity_ratio_ci95"]
+    assert low <= ratio <= high
+    card = (out / "README.md").read_text()
+    assert f"{ratio:.4f} ({low:.4f} to {high:.4f})" in card
+    assert "| method | `qat`, 6 steps of" in card
+    assert f"-> {own['perplexity']:.3f}" in card
+    assert report["stored_bytes"] == (out / "model.safetensors").stat().st_size
     assert all(
         losses["first"]["n_positions"] == report["held_out"]["start"]["windows"]
         for losses in report["held_out_by_class"].values()
@@ -189,6 +199,7 @@ def test_the_start_is_shipped_when_training_made_it_worse(arguments, tmp_path, c
     assert main(at(arguments, out, "--lr-weights", "0.05")) == 0
     assert "the PTQ start, because training" in capsys.readouterr().out
     assert json.loads((out / "report.json").read_text())["shipped"] == "start"
+    assert "; training did not beat it: it is the start" in (out / "README.md").read_text()
     llmq.load(out)
 
 
@@ -508,6 +519,7 @@ def test_text_without_held_out_windows_says_that_nothing_was_compared(arguments,
     arguments[arguments.index("--train") + 1] = str(short)
     assert main(at(arguments, tmp_path / "out")) == 0
     assert "fewer than 10 windows" in capsys.readouterr().out
+    assert "\nNot measured. `llmq compare BASE out`" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize(

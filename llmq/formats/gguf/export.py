@@ -16,6 +16,7 @@ from llmq.errors import LlmqError
 from llmq.formats.changes import ExportReport, LayerChange
 from llmq.formats.engine_rules import Result
 from llmq.formats.engines import readings
+from llmq.formats.exported import card_of, card_path, check_file
 from llmq.formats.gguf.families import (
     ROPE_FACTORS,
     Family,
@@ -75,8 +76,7 @@ def export_gguf(source: Source, out_path: Path, *, allow_requantize: bool = Fals
     allow_requantize: store the nearest values where no type of blocks holds a weight exactly.
     Raises `LlmqError` for a family, a tokenizer or a setting that llama.cpp does not have, for a
     weight that cannot be stored exactly, and for an output that exists."""
-    if out_path.exists() or out_path.is_symlink():
-        raise LlmqError(f"{out_path}: exists already; choose another output, or remove it")
+    check_file(out_path)
     config = source.config.get_text_config()
     family = family_of_model(config.model_type)
     layers = StoredLayers.of(source)
@@ -88,9 +88,10 @@ def export_gguf(source: Source, out_path: Path, *, allow_requantize: bool = Fals
     writer = _Contents(layers, config, family)
     entries = [each.entry for each in plan]
     n_bytes = write_gguf(out_path, fields, entries, writer.of(plan))
-    return ExportReport(
+    report = ExportReport(
         source=source.name,
         out=str(out_path),
+        card=str(card_path(out_path)),
         source_format="" if layers.format is None else layers.format.name,
         format="gguf",
         source_bytes=source.weight_bytes,
@@ -101,6 +102,9 @@ def export_gguf(source: Source, out_path: Path, *, allow_requantize: bool = Fals
         left_out=tuple(layers.unused),
         notes=(f"the file is of llama.cpp's family {family.arch}", *notes),
     )
+    text = card_of(layers, report, out_path.name)
+    card_path(out_path).write_text(text, encoding="utf-8")
+    return report
 
 
 def _general(source: Source, family: Family) -> dict[str, Value]:

@@ -27,6 +27,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("base", help=options.MODEL_HELP)
     parser.add_argument("quant", help="the quantized model: a folder or Hub id")
     options.add_evaluation_arguments(parser)
+    parser.set_defaults(protocol="gptq", stride=None)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

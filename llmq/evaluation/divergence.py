@@ -91,8 +91,14 @@ def compare_tokens(
     that each token was predicted at, int64 of the same shape.
 
     special: ids of special tokens, None for those that the base's config names. Raises `LlmqError`
-    when the models have different vocabularies or their logits are not finite.
+    when the models have different vocabularies or their logits are not finite, and for windows of
+    another protocol than `gptq`.
     """
+    if windows.targets is not None:
+        raise LlmqError(
+            f"windows of protocol {windows.protocol}: two models are compared by gptq only, where "
+            "every token of a window but the first is scored; cut them by it"
+        )
     sizes = [model.config.get_text_config().vocab_size for model in (base, quant)]
     if sizes[0] != sizes[1]:
         raise LlmqError(

@@ -81,6 +81,16 @@ def test_the_divergence_is_told_by_position():
     assert whole == pytest.approx(result["kl_mean"], rel=1e-9)
 
 
+def test_other_protocols_are_refused(tokenizer):
+    model = make_model()
+    text = "\n".join(f"line {i}" for i in range(60))
+    windows = llmq.evaluation_windows(
+        model, text, tokenizer=tokenizer, protocol="strided", sequence_length=16
+    )
+    with pytest.raises(LlmqError, match="windows of protocol strided: two models are compared by"):
+        llmq.compare(model, model, windows)
+
+
 def test_special_tokens_and_outliers_are_told_apart():
     base = make_model()
     with torch.no_grad():

@@ -263,11 +263,6 @@ def render_interval(bounds: Sequence[float] | None, digits: str, drawn: str = "w
     )
 
 
-def render_classes(means: Mapping[str, Mapping[str, Any]]) -> str:
-    """A figure by class of position, as `position_classes.class_means` has it."""
-    return ", ".join(f"{name} {each['mean']:.3e}" for name, each in means.items())
-
-
 def outside_lines(tables: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Embeddings and head that are quantized, as a report has them."""
     return {

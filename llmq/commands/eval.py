@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llmq.commands import options, rendering, scoring
+from llmq.commands import options, rendering, scoring, task_scores
 from llmq.commands.parser import Parser
 from llmq.evaluation.protocols import PROTOCOLS
 
 HELP = (
     "Perplexity of a model, quantized or not, with a 95 percent interval and what identifies the "
-    "figure."
+    "figure; or its scores on tasks of lm-eval."
 )
 
 EXAMPLES = (
@@ -19,6 +19,7 @@ EXAMPLES = (
     "llmq eval tiny-w4 --data my-text.jsonl",
     "llmq eval tiny-w4 --data Salesforce/wikitext:wikitext-2-raw-v1:test",
     "llmq eval tiny-w4 --protocol strided --stride 256",
+    "llmq eval tiny-w4 --tasks hellaswag,./mytask.yaml --limit 200",
 )
 
 
@@ -40,16 +41,22 @@ def add_arguments(parser: Parser) -> None:
         "window where that is less)",
     )
     options.add_evaluation_arguments(parser)
+    task_scores.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
+    options.check_device(args.device)
+    task_scores.check_options(args)
+    return task_scores.run(args) if args.tasks else _perplexity(args)
+
+
+def _perplexity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.evaluation.perplexity import evaluate
     from llmq.inference.module import backends_in_use
     from llmq.models.source import Source
     from llmq.storage.boundary import running
 
-    options.check_device(args.device)
     source = Source.open(args.model, args.revision)
     verified = scoring.check_manifest(args, source.folder)
     windows = scoring.evaluation_windows(args, source)

@@ -21,7 +21,9 @@ def perplexity(
     data: TextOrIds | Windows,
     *,
     tokenizer: PreTrainedTokenizerBase | None = ...,
+    protocol: str = ...,
     sequence_length: int | None = ...,
+    stride: int | None = ...,
     bos: Bos = ...,
 ) -> Perplexity: ...
 
@@ -33,7 +35,9 @@ def perplexity(
     text: TextOrIds,
     /,
     *,
+    protocol: str = ...,
     sequence_length: int | None = ...,
+    stride: int | None = ...,
     bos: Bos = ...,
 ) -> Perplexity: ...
 
@@ -44,21 +48,25 @@ def perplexity(
     text: Any = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    protocol: str = "gptq",
     sequence_length: int | None = None,
+    stride: int | None = None,
     bos: Bos = "auto",
 ) -> Perplexity:
-    """Perplexity of a model by protocol `gptq` (`.value`, `.ci95`, `.to_json()`): disjoint windows,
-    all but the first token of each scored.
+    """Perplexity of a model by a protocol (`.value`, `.ci95`, `.bits_per_byte`, `.to_json()`); by
+    `gptq`: disjoint windows, all but the first token of each scored.
 
         llmq.perplexity(model, text)
         llmq.perplexity("tiny", ["a text", "another"], sequence_length=128)
         llmq.perplexity(model, token_ids)
+        llmq.perplexity(model, text, protocol="strided", stride=256)
 
     model: in memory, or the name of one, which is loaded in float32. data: a text, a list of texts
     (joined by blank lines), token ids, or windows. tokenizer: in place of the model's own;
-    `perplexity(model, tokenizer, text)` says the same. sequence_length: tokens per window; None for
-    2048, or what the model has positions for. bos: see `llmq.text.windows.cut_windows`. Raises
-    `LlmqError` for text shorter than a window."""
+    `perplexity(model, tokenizer, text)` says the same. protocol: `gptq`, `strided`, `llamacpp` or
+    `words`, see llmq/evaluation/README.md. sequence_length: tokens per window; None for 2048
+    (`llamacpp`: 512), or what the model has positions for. stride: of protocol `strided`. bos: see
+    `llmq.text.windows.cut_windows`. Raises `LlmqError` for too little text."""
     if isinstance(data, PreTrainedTokenizerBase):
         tokenizer, data = data, text
     elif data is None:
@@ -67,7 +75,13 @@ def perplexity(
         raise refused("text", text, "nothing behind a text that is given already")
     model = opened("model", model)
     windows = evaluation_windows(
-        model, data, tokenizer=tokenizer, sequence_length=sequence_length, bos=bos
+        model,
+        data,
+        tokenizer=tokenizer,
+        protocol=protocol,
+        sequence_length=sequence_length,
+        stride=stride,
+        bos=bos,
     )
     return evaluate(in_memory(model), windows)
 

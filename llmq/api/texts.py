@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.api.models import ModelLike, opened, tokenizer_for
-from llmq.arguments import check_type, refused
+from llmq.arguments import refused
 from llmq.errors import LlmqError
-from llmq.models.arch import check_length, needs_bos, usual_length
+from llmq.evaluation.protocols import protocol_named
+from llmq.models.arch import check_length, needs_bos
 from llmq.models.source import Source
 from llmq.models.tokens import first_token
 from llmq.ptq import sizing
@@ -20,7 +21,7 @@ from llmq.ptq.job import windows_of
 from llmq.recipe import Recipe
 from llmq.text import documents
 from llmq.text.documents import TokenSet, check_vocabulary, check_windows
-from llmq.text.windows import Bos, Windows, cut_row, cut_windows
+from llmq.text.windows import Bos, Windows, cut_row
 
 TokenIds: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
 TextOrIds: TypeAlias = str | Sequence[str] | TokenIds
@@ -148,24 +149,40 @@ def evaluation_windows(
     data: TextOrIds | Windows,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    protocol: str = "gptq",
     sequence_length: int | None = None,
+    stride: int | None = None,
     bos: Bos = "auto",
 ) -> Windows:
-    """Windows to score models on by protocol `gptq`: texts joined by blank lines and cut into
-    disjoint windows of `sequence_length` tokens, the tail dropped. A row of ids is cut alike,
-    windows of ids are taken as they are.
+    """Windows to score models on by a protocol of llmq/evaluation/README.md. By `gptq`, texts are
+    joined by blank lines and cut into disjoint windows of `sequence_length` tokens, the tail
+    dropped. A row of ids is cut alike, windows of ids are taken as they are.
 
-    tokenizer: as in `calibration_windows`. sequence_length: None for 2048, or what the model has
-    positions for. bos: see `llmq.text.windows.cut_windows`.
-    Raises `LlmqError` for text shorter than a window."""
+    tokenizer: as in `calibration_windows`. sequence_length: None for 2048 (`llamacpp`: 512), or
+    what the model has positions for. stride: of protocol `strided`. bos: see
+    `llmq.text.windows.cut_windows`. Raises `LlmqError` for too little text, and for token ids by
+    another protocol than `gptq`."""
+    rules = protocol_named(protocol)
     if isinstance(data, Windows):
+        if protocol not in ("gptq", data.protocol):
+            raise LlmqError(
+                f"data: windows of protocol {data.protocol}, asked to be scored by {protocol}; "
+                "give the text, or leave protocol out"
+            )
         return data
     model = opened("model", model)
     config, given = model.config, texts_or_ids("data", data)
-    length = usual_length(config) if sequence_length is None else sequence_length
-    check_type("sequence_length", length, int, "a whole number of tokens")
     if isinstance(given, list):
-        return cut_windows(given, tokenizer_for(model, tokenizer), config, length, bos)
+        reader = tokenizer_for(model, tokenizer)
+        return rules.windows(
+            given, reader, config, sequence_length=sequence_length, stride=stride, bos=bos
+        )
+    if protocol != "gptq":
+        raise LlmqError(
+            f"data: protocol {protocol} reads texts, got token ids; give texts, or leave protocol "
+            "out"
+        )
+    length = rules.settings(config, sequence_length, stride, bos).sequence_length
     tokens = given if given.dim() == 2 else cut_row(given, length)
     check_windows(tokens, config.get_text_config().vocab_size)
     check_length(config, tokens.shape[1], f"windows of {tokens.shape[1]} tokens")

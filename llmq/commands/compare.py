@@ -7,20 +7,24 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import options, rendering, scoring
+from llmq.commands import comparison_text, options, rendering, scoring
 from llmq.commands.parser import Parser
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmq.evaluation.choices import ChoiceFile
     from llmq.models.source import Source
 
 HELP = (
     "How far a quantized model is from its base: perplexity ratio with a paired interval, KL "
-    "divergence, top-1 agreement, size."
+    "divergence, top-1 agreement, size; with --choices also answers that changed."
 )
 
 EXAMPLES = (
     "llmq compare tiny tiny-w4",
     "llmq compare tiny tiny-w4 --data my-text.jsonl --max-windows 50",
+    "llmq compare tiny tiny-w4 --choices questions.jsonl  # answers that changed",
     "llmq compare tiny tiny-w4 --compute int8 --head-bits 8  # the fastest",
 )
 
@@ -29,6 +33,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("base", help=options.MODEL_HELP)
     parser.add_argument("quant", help="the quantized model: a folder or Hub id")
     options.add_evaluation_arguments(parser)
+    parser.section("text")
+    parser.add_argument(
+        "--choices",
+        type=Path,
+        metavar="FILE",
+        help='also a multiple-choice file, one {"question": "...", "choices": [...], "answer": 0} '
+        "per line: accuracy of both models, and answers that changed",
+    )
     parser.section("output")
     parser.more.add_argument(
         "--page",
@@ -36,6 +48,7 @@ def add_arguments(parser: Parser) -> None:
         help="where the page with pictures goes (default: report.html in QUANT, where llmq wrote "
         "that folder)",
     )
+    parser.set_defaults(protocol="gptq", stride=None)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -50,7 +63,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if page is not None and report is not None:
         write(page, report, comparison=summary, log=log_of(folder))
     summary["page"] = None if page is None else str(page)
-    return summary, _text(summary)
+    return summary, comparison_text.render(summary)
 
 
 def _page_path(given: str | None, folder: Path) -> Path | None:
@@ -86,6 +99,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     _check_tokenizers(*sources)
     length = windows.tokens.shape[1]
     check_length(sources[1].config, length, f"windows of {length} tokens, {args.quant}")
+    choices = None if args.choices is None else _read_choices(args.choices, *sources)
     base, quant = (
         load(
             source,
@@ -101,6 +115,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         show(0, len(windows.tokens))
         special = special_ids(sources[0].config, sources[0].tokenizer)
         result = compare(base, quant, windows, show, special=special)
+    flips = {} if choices is None else {"choices": _flips(choices, base, quant)}
     sizes = {"base_bytes": sources[0].weight_bytes, "quant_bytes": sources[1].weight_bytes}
     dtypes = " and ".join(
         dict.fromkeys(str(model.dtype).removeprefix("torch.") for model in (base, quant))
@@ -114,8 +129,34 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": dtypes,
         **scoring.conditions(args),
         **windows.identity(),
+        **flips,
         "verified": verified,
     }
+
+
+def _read_choices(path: Path, base: Source, quant: Source) -> ChoiceFile:
+    """The questions, as both models read them."""
+    from llmq.evaluation.choices import read_choices
+    from llmq.models.tokens import own_tokenizer
+
+    found = read_choices(path, own_tokenizer(base), base.config)
+    found.check_positions(quant.config)
+    return found
+
+
+def _flips(choices: ChoiceFile, base: PreTrainedModel, quant: PreTrainedModel) -> dict[str, Any]:
+    """What both models answer."""
+    from llmq.evaluation.choices import chosen_answers
+    from llmq.evaluation.flips import compare_answers
+    from llmq.storage.boundary import running
+
+    answers: list[list[int]] = []
+    for name, model in (("base", base), ("quantized", quant)):
+        with rendering.progress(f"choices, {name}") as show, running(f"the {name} model"):
+            show(0, choices.n_rows)
+            answers.append(chosen_answers(model, choices, show))
+    before, after = answers
+    return {**choices.identity(), **compare_answers(before, after, choices.answers)}
 
 
 def _check_tokenizers(base: Source, quant: Source) -> None:
@@ -126,24 +167,3 @@ def _check_tokenizers(base: Source, quant: Source) -> None:
     if any((quant.folder / name).is_file() for name in TOKENIZER_FILES):
         names = str(base.folder), str(quant.folder)
         check_same_tokenizer(base.tokenizer, own_tokenizer(quant), names)
-
-
-def _text(summary: dict[str, Any]) -> str:
-    ratio = rendering.render_interval(summary["perplexity_ratio_ci95"], ".5f")
-    kl = rendering.render_interval(summary["kl_mean_ci95"], ".3e")
-    perplexity = f"{summary['base_perplexity']:.4f} -> {summary['quant_perplexity']:.4f}"
-    sizes = f"{summary['base_bytes'] / 1e6:.1f} MB -> {summary['quant_bytes'] / 1e6:.1f} MB"
-    return rendering.render_pairs(
-        {
-            "perplexity": perplexity,
-            "ratio": f"{summary['perplexity_ratio']:.5f} ({ratio})",
-            "KL, mean": f"{summary['kl_mean']:.3e} nats ({kl})",
-            "KL, p99 and max": f"{summary['kl_p99']:.3e} and {summary['kl_max']:.3e} nats",
-            "KL by position": rendering.render_classes(summary["kl_by_position"]),
-            "top-1 agreement": f"{summary['top1_agreement']:.2%}",
-            "target's probability": f"RMS change {summary['rms_probability_change']:.2%}",
-            "weight files": f"{sizes} ({summary['quant_bytes'] / summary['base_bytes']:.0%})",
-            "measured on": rendering.render_conditions(summary),
-            **({"page": summary["page"]} if summary["page"] else {}),
-        }
-    )

@@ -68,7 +68,7 @@ def bench_of(args: argparse.Namespace, work_dir: Path) -> Bench:
 
     options.check_device(args.device)
     source = Source.open(args.model, args.revision)
-    args.bos = "auto"
+    args.bos, args.protocol, args.stride = "auto", "gptq", None
     windows = scoring.evaluation_windows(args, source)
     given: dict[str, Any] = {
         "calibration": args.calibration,

@@ -178,9 +178,14 @@ def render_conditions(summary: dict[str, Any]) -> str:
     """What a figure was measured on and with, for its text."""
     skipped = skipped_rows(summary.get("text", {}))
     head = "" if summary["head_bits"] is None else f", head at {summary['head_bits']} bits"
+    how = f" with stride {summary['stride']}" if "stride" in summary else ""
+    how += ", detokenised" if summary.get("detokenised") else ""
+    n = summary.get("documents")
+    documents = "" if n is None else f" in {n} document{'' if n == 1 else 's'}"
     return (
-        f"{summary['tokens']} tokens of {summary['data']}{skipped}, "
-        f"protocol {summary['protocol']} at {summary['sequence_length']}, BOS {summary['bos']}, "
+        f"{summary['tokens']} tokens of {summary['data']}{documents}{skipped}, "
+        f"protocol {summary['protocol']} at {summary['sequence_length']}{how}, "
+        f"BOS {summary['bos']}, "
         f"{summary['dtype']}, compute {summary['compute']}{head}"
     )
 
@@ -248,18 +253,14 @@ def companion_lines(report: dict[str, Any]) -> dict[str, str]:
     return lines
 
 
-def render_interval(bounds: Sequence[float] | None, digits: str) -> str:
-    """A 95% interval, or why there is none. digits: the format of its bounds."""
+def render_interval(bounds: Sequence[float] | None, digits: str, drawn: str = "window") -> str:
+    """A 95% interval, or why there is none. digits: the format of its bounds. drawn: what is drawn
+    for it."""
     return (
-        "one window, no interval"
+        f"one {drawn}, no interval"
         if bounds is None
         else f"95% interval {bounds[0]:{digits}} to {bounds[1]:{digits}}"
     )
-
-
-def render_classes(means: Mapping[str, Mapping[str, Any]]) -> str:
-    """A figure by class of position, as `position_classes.class_means` has it."""
-    return ", ".join(f"{name} {each['mean']:.3e}" for name, each in means.items())
 
 
 def outside_lines(tables: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -51,6 +51,7 @@ def add_arguments(parser: Parser) -> None:
         "--out", metavar="FILE", help="where the page goes (default: report.html in the folder)"
     )
     options.add_evaluation_arguments(parser)
+    parser.set_defaults(protocol="gptq", stride=None, choices=None)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

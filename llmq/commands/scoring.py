@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from transformers import PreTrainedModel
+
     from llmq.models.source import Source
     from llmq.text.windows import Windows
 
@@ -22,20 +24,25 @@ def evaluation_windows(args: argparse.Namespace, source: Source) -> Windows:
     """The windows that `eval` and `compare` score."""
     from dataclasses import replace
 
-    from llmq.models.arch import usual_length
+    from llmq.evaluation.protocols import protocol_named
     from llmq.models.tokens import own_tokenizer
     from llmq.text.documents import read_text
-    from llmq.text.windows import cut_windows
 
-    length = args.sequence_length or usual_length(source.config)
     tokenizer = own_tokenizer(source)
     text = read_text(args.data, "eval", tokenizer)
-    windows = cut_windows(text.documents, tokenizer, source.config, length, args.bos)
-    most = args.max_windows or _most_windows(args, source, length)
-    return replace(windows, tokens=windows.tokens[:most], read=text.read)
+    windows = protocol_named(args.protocol).windows(
+        text.documents,
+        tokenizer,
+        source.config,
+        sequence_length=args.sequence_length,
+        stride=args.stride,
+        bos=args.bos,
+    )
+    most = args.max_windows or _most_windows(args, source, windows)
+    return replace(windows.first(most), read=text.read)
 
 
-def _most_windows(args: argparse.Namespace, source: Source, length: int) -> int | None:
+def _most_windows(args: argparse.Namespace, source: Source, windows: Windows) -> int | None:
     """How many windows of the text that nobody has chosen; text that was asked for is read to its
     end, and so is the bundled one by the bundled model, whose own it is."""
     from llmq.models.hub import is_bundled
@@ -43,7 +50,8 @@ def _most_windows(args: argparse.Namespace, source: Source, length: int) -> int 
 
     if args.data != BUNDLED or is_bundled(source.folder):
         return None
-    return max(1, DEFAULT_TOKENS // length)
+    step = windows.settings.get("stride") or windows.sequence_length
+    return max(1, DEFAULT_TOKENS // step)
 
 
 def check_manifest(args: argparse.Namespace, model_dir: Path) -> dict[str, Any] | None:
@@ -62,6 +70,22 @@ def check_manifest(args: argparse.Namespace, model_dir: Path) -> dict[str, Any] 
             file=sys.stderr,
         )
     return {"files": verdict.n_files, "seconds": verdict.seconds}
+
+
+def load_model(args: argparse.Namespace, source: Source) -> PreTrainedModel:
+    """The model of `eval`, as its options have it run."""
+    from llmq.formats.load import load
+    from llmq.inference.head import quantize_head
+
+    model = load(
+        source,
+        dtype=args.dtype,
+        device=args.device,
+        compute=args.compute,
+        strict=args.strict,
+    )
+    quantize_head(model, args.head_bits)
+    return model
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:

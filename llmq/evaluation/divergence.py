@@ -22,6 +22,7 @@ from llmq.evaluation.bootstrap import mean_interval, reported_interval
 from llmq.evaluation.perplexity import MOST_LOGITS, not_finite, windows_per_batch
 from llmq.evaluation.position_classes import (
     class_means,
+    class_perplexities,
     classify,
     is_special,
     special_ids,
@@ -74,7 +75,8 @@ def compare(
     special: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """Perplexity ratio with a paired 95% interval, KL(base || quant) in nats, top-1 agreement and
-    RMS change of the target's probability. Takes and raises what `compare_tokens` does."""
+    RMS change of the target's probability; KL and perplexity also by class of position. Takes and
+    raises what `compare_tokens` does."""
     return summarize(*compare_tokens(base, quant, windows, on_batch, special=special))
 
 
@@ -91,8 +93,14 @@ def compare_tokens(
     that each token was predicted at, int64 of the same shape.
 
     special: ids of special tokens, None for those that the base's config names. Raises `LlmqError`
-    when the models have different vocabularies or their logits are not finite.
+    when the models have different vocabularies or their logits are not finite, and for windows of
+    another protocol than `gptq`.
     """
+    if windows.targets is not None:
+        raise LlmqError(
+            f"windows of protocol {windows.protocol}: two models are compared by gptq only, where "
+            "every token of a window but the first is scored; cut them by it"
+        )
     sizes = [model.config.get_text_config().vocab_size for model in (base, quant)]
     if sizes[0] != sizes[1]:
         raise LlmqError(
@@ -145,6 +153,9 @@ def summarize(table: dict[str, Tensor], classes: Tensor) -> dict[str, Any]:
         "kl_p99": float(kl.flatten().kthvalue(max(1, math.ceil(0.99 * kl.numel()))).values),
         "kl_max": float(kl.max()),
         "kl_by_position": {name: each.to_json() for name, each in class_means(kl, classes).items()},
+        "perplexity_by_position": class_perplexities(
+            table["base_nll"], table["quant_nll"], classes
+        ),
         "top1_agreement": float(table["agree"].mean()),
         "rms_probability_change": float(table["probability_change"].square().mean().sqrt()),
     }

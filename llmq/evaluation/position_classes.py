@@ -8,6 +8,7 @@ attends to it. Whoever decides between two sets of weights therefore compares th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,6 +118,22 @@ def class_means(values: Tensor, classes: Tensor) -> dict[str, ClassMean]:
         if len(chosen):
             means[name] = ClassMean(len(chosen), float(chosen.mean()))
     return means
+
+
+def class_perplexities(
+    base_nll: Tensor, quant_nll: Tensor, classes: Tensor
+) -> dict[str, dict[str, Any]]:
+    """Perplexity of two models by class, from negative log-likelihoods in nats. All of one
+    shape."""
+    base, quant = class_means(base_nll, classes), class_means(quant_nll, classes)
+    return {
+        name: {
+            "n_positions": mean.n,
+            "base": math.exp(mean.mean),
+            "quant": math.exp(quant[name].mean),
+        }
+        for name, mean in base.items()
+    }
 
 
 def worse_classes(before: Mapping[str, ClassMean], after: Mapping[str, ClassMean]) -> list[str]:

@@ -570,7 +570,7 @@ def test_figures_carry_their_conditions(llmq, model_folder, calibration_file, mo
         ] == [None] * len(intervals)
         text = llmq(*command, *options, "--max-windows", "1")[1]
         assert text.count("one window, no interval") == len(intervals)
-        assert f"BOS start, {dtype}, compute int8, head at 4 bits" in text
+        assert f"BOS none, {dtype}, compute int8, head at 4 bits" in text
 
 
 def test_weights_that_are_no_numbers_generate_nothing(llmq, model_folder, calibration_file):

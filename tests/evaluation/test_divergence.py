@@ -81,6 +81,37 @@ def test_the_divergence_is_told_by_position():
     assert whole == pytest.approx(result["kl_mean"], rel=1e-9)
 
 
+@torch.no_grad()
+def test_perplexity_is_told_by_position():
+    """Against the losses of the positions themselves."""
+    base, quant = make_model(), quantized("w3g32")
+    windows = Windows(WINDOWS.tokens.clone(), "none", "", "")
+    windows.tokens[:, 5] = 0
+    found = compare(base, quant, windows, special={0})["perplexity_by_position"]
+    targets = windows.tokens[:, 1:]
+    is_special = (windows.tokens[:, :-1] == 0) & (torch.arange(31) > 0)
+    for name, chosen in (
+        ("first", (torch.arange(31) == 0).expand(24, 31)),
+        ("special", is_special),
+        ("other", ~is_special & (torch.arange(31) > 0)),
+    ):
+        assert found[name]["n_positions"] == int(chosen.sum())
+        for key, model in (("base", base), ("quant", quant)):
+            log_probabilities = torch.log_softmax(model(windows.tokens).logits[:, :-1].double(), -1)
+            losses = -log_probabilities.gather(-1, targets[..., None])[..., 0]
+            assert found[name][key] == pytest.approx(float(losses[chosen].mean().exp()), rel=1e-4)
+
+
+def test_other_protocols_are_refused(tokenizer):
+    model = make_model()
+    text = "\n".join(f"line {i}" for i in range(60))
+    windows = llmq.evaluation_windows(
+        model, text, tokenizer=tokenizer, protocol="strided", sequence_length=16
+    )
+    with pytest.raises(LlmqError, match="windows of protocol strided: two models are compared by"):
+        llmq.compare(model, model, windows)
+
+
 def test_special_tokens_and_outliers_are_told_apart():
     base = make_model()
     with torch.no_grad():

@@ -8,7 +8,7 @@ from conftest import make_model
 
 import llmq
 from llmq.errors import LlmqError
-from llmq.evaluation.bootstrap import mean_interval
+from llmq.evaluation.bootstrap import mean_interval, ratio_interval
 from llmq.evaluation.perplexity import Perplexity, perplexity_ratio, windows_per_batch
 from llmq.text.windows import Windows, cut_windows
 
@@ -37,7 +37,7 @@ def test_the_figure_carries_what_identifies_it(tokenizer):
     assert (report["protocol"], report["sequence_length"], report["bos"], report["dtype"]) == (
         "gptq",
         32,
-        "start",
+        "none",
         "float32",
     )
     assert all(len(report[f"{name}_sha256"]) == 64 for name in ("text", "tokens", "tokenizer"))
@@ -52,7 +52,7 @@ def test_bos_policies(tokenizer):
     assert torch.equal(every.tokens[:, 1:].flatten(), row[: every.tokens[:, 1:].numel()])
     # This tokenizer adds no BOS by itself, so "start" must not either.
     assert torch.equal(cut_windows([TEXT], tokenizer, config, 32, "start").tokens[0], row[:32])
-    assert cut_windows([TEXT], tokenizer, config, 32).bos == "start"
+    assert cut_windows([TEXT], tokenizer, config, 32).bos == "none"
     assert cut_windows([TEXT], tokenizer, gemma, 32).bos == "every-window"
     with pytest.raises(LlmqError, match="every-window"):
         cut_windows([TEXT], tokenizer, config, 32, "sometimes")
@@ -100,6 +100,29 @@ def test_interval_covers_the_mean_as_often_as_it_says():
         low, high = mean_interval(values, seed)
         covered += low < 3 < high
     assert 50 <= covered <= 60
+
+
+def test_interval_of_a_ratio_draws_parts_as_wholes():
+    """Of parts of one size it is that of the mean; a part of no weight changes nothing."""
+    values = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sizes = torch.full((40,), 7)
+    assert ratio_interval(values * 7, sizes) == pytest.approx(mean_interval(values), rel=1e-12)
+    sums, sizes = torch.tensor([2.0, 8.0]), torch.tensor([1, 4])
+    assert ratio_interval(sums, sizes) == (2.0, 2.0)
+    low, high = ratio_interval(torch.tensor([0.0, 8.0]), torch.tensor([4, 4]))
+    assert (low, high) == (0.0, 2.0)
+
+
+def test_more_than_a_float_holds_is_no_figure(tokenizer):
+    """A text without spaces is one word."""
+    text = "\n".join("x" * 40 for _ in range(40)).replace("\n", ",")
+    result = llmq.perplexity(
+        make_model(), [text, text], tokenizer=tokenizer, protocol="words", sequence_length=64
+    )
+    report = result.to_json()
+    assert result.value == math.inf
+    assert (report["perplexity"], report["ci95"], report["word_perplexity"]) == (None, None, None)
+    assert 0 < report["bits_per_byte"] < report["token_perplexity"] < math.inf
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def test_a_spec_alone_is_by_gptq():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("w9", "w9"), ("w4:gpqt", "did you mean gptq"), ("", "spec")]
+    ("text", "message"), [("w9", "w9"), ("w4:gpqt", "did you mean gptq"), ("", "expected")]
 )
 def test_what_is_no_rung(text, message):
     with pytest.raises(LlmqError, match=message):

@@ -2,7 +2,7 @@
 
     python scripts/check_serving.py FOLDER -- transformers serve FOLDER --device cpu \\
         --dtype float32 --port 8000
-    python scripts/check_serving.py FOLDER -- vllm serve FOLDER --dtype float32 --port 8000
+    python scripts/check_serving.py FOLDER -- vllm serve FOLDER --dtype bfloat16 --port 8000
 
 Starts the command, waits until it says that it is healthy, asks for a greedy completion, stops it,
 and compares the text with that of `llmq.generate` in float32. Prints a JSON object: both texts and

@@ -1,5 +1,7 @@
 """A block counts once a block made of its stored bytes alone gives the recorded outputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_model
@@ -9,27 +11,38 @@ import llmq
 from llmq.errors import VerificationError
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.job import prepare
-from llmq.ptq.methods.base import Rounding
 from llmq.ptq.results import StoredBlock
 from llmq.ptq.run import quantize_folder
 from llmq.ptq.sink import FolderSink
+from llmq.ptq.transforms.apply import Moved
 from llmq.recipe import Recipe
 
 TOKENS = torch.randint(2, 2048, (4, 32), generator=torch.Generator().manual_seed(1))
 RECIPE = Recipe.uniform("w4g32", samples=4, sequence_length=32, inputs="quantized")
+TRANSFORMED = replace(RECIPE, method="smoothquant+gptq")
+
+
+def change_blocks(monkeypatch, change):
+    """A transform that does this to every block."""
+
+    def transform_block(transform, block, *others):
+        change(block)
+        return Moved(transform.name)
+
+    monkeypatch.setattr("llmq.ptq.block.transform_block", transform_block)
 
 
 @pytest.fixture
 def scaled_norms(monkeypatch):
-    """A method that moves scale from the first norm of a block into the layers that read it."""
+    """A transform that moves scale from the first norm of a block into the layers that read it."""
 
-    def transform(self, block, recipe):
+    def change(block):
         factor = torch.linspace(1.1, 1.9, 64)
         block.input_layernorm.weight.mul_(factor)
         for layer in ("q_proj", "k_proj", "v_proj"):
             block.self_attn.get_submodule(layer).weight.div_(factor)
 
-    monkeypatch.setattr(Rounding, "transform", transform)
+    change_blocks(monkeypatch, change)
 
 
 @torch.no_grad()
@@ -37,7 +50,7 @@ def scaled_norms(monkeypatch):
 @pytest.mark.usefixtures("scaled_norms")
 def test_norms_that_a_method_changes_are_stored(dtype, model_folder, calibration_file, tmp_path):
     source, out = model_folder(dtype=dtype), tmp_path / "out"
-    quantize_folder(prepare(str(source), RECIPE, calibration=str(calibration_file)), out)
+    quantize_folder(prepare(str(source), TRANSFORMED, calibration=str(calibration_file)), out)
     name = "model.layers.0.input_layernorm.weight"
     stored = {
         key: value for path in out.glob("*.safetensors") for key, value in load_file(path).items()
@@ -55,7 +68,7 @@ def test_norms_that_a_method_changes_are_stored(dtype, model_folder, calibration
 def test_norms_that_a_method_changes_reach_the_model_in_memory():
     model = make_model()
     before = model.model.layers[1].input_layernorm.weight.clone()
-    llmq.quantize(model, RECIPE, TOKENS)
+    llmq.quantize(model, TRANSFORMED, TOKENS)
     after = model.model.layers[1].input_layernorm.weight
     assert torch.equal(after, before * torch.linspace(1.1, 1.9, 64))
 
@@ -78,14 +91,14 @@ def test_what_is_not_stored_is_noticed(lost, model_folder, calibration_file, tmp
         message = "input_layernorm.weight: the tensor read back differs"
     else:
 
-        def changed(self, block, recipe):
+        def change(block):
             block.input_layernorm.variance_epsilon = 1e-2
 
-        monkeypatch.setattr(Rounding, "transform", changed)
+        change_blocks(monkeypatch, change)
         message = "made of what was stored does not reproduce the outputs"
     with pytest.raises(VerificationError, match=message):
         quantize_folder(
-            prepare(str(model_folder()), RECIPE, calibration=str(calibration_file)),
+            prepare(str(model_folder()), TRANSFORMED, calibration=str(calibration_file)),
             tmp_path / "out",
         )
     assert not (tmp_path / "out").exists()

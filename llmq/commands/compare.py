@@ -53,16 +53,22 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The result as JSON-able data and as text."""
+    from llmq.errors import LlmqError
     from llmq.models.source import Source
     from llmq.reports.page import log_of, report_of, write
 
     folder = Source.open(args.quant).folder
-    page = _page_path(args.page, folder)
-    report = None if page is None else report_of(folder)  # or it is refused before minutes of work
+    page, skipped = _page_path(args.page, folder), None
+    try:
+        report = None if page is None else report_of(folder)
+    except LlmqError as error:
+        if args.page is not None:
+            raise  # before minutes of work
+        page, report, skipped = None, None, str(error)
     summary = measured(args)
     if page is not None and report is not None:
         write(page, report, comparison=summary, log=log_of(folder))
-    summary["page"] = None if page is None else str(page)
+    summary |= {"page": None if page is None else str(page), "page_skipped": skipped}
     return summary, comparison_text.render(summary)
 
 

@@ -30,6 +30,7 @@ def render(summary: dict[str, Any]) -> str:
             "weight files": f"{sizes} ({summary['quant_bytes'] / summary['base_bytes']:.0%})",
             "measured on": rendering.render_conditions(summary),
             **({"page": summary["page"]} if summary["page"] else {}),
+            **({"no page": summary["page_skipped"]} if summary["page_skipped"] else {}),
         }
     )
 

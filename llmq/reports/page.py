@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from llmq.errors import LlmqError
 from llmq.reports import facts, svg
+from llmq.storage.boundary import reading
 
 PAGE = "report.html"
 REPORT = "report.json"
@@ -69,14 +70,16 @@ def write(page: Path, report: Mapping[str, Any], **more: Any) -> None:
 
 def report_of(folder: Path) -> dict[str, Any]:
     """What a folder says of itself. Raises `LlmqError` for one without a report, which another tool
-    wrote, or `llmq.save`."""
+    wrote, or `llmq.save`, and for one that no page can be made of."""
     path = folder / REPORT
     if not path.is_file():
         raise LlmqError(
             f"{folder}: there is no {REPORT} in it, which llmq quantize and llmq qat write; a page "
             "needs one"
         )
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    with reading(path, "no page can be made of it", "quantize again, or get the folder again"):
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        render(found, log=log_of(folder))  # it may have been edited
     return found
 
 

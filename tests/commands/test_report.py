@@ -1,6 +1,7 @@
 """`llmq report`, and the page that `compare` leaves."""
 
 import json
+import shutil
 
 import pytest
 
@@ -47,6 +48,19 @@ def test_a_comparison_stands_on_the_page_of_the_folder(folder, capsys):
     assert code == 0
     assert found["page"] == str(folder / PAGE)
     assert "compared on" in (folder / PAGE).read_text()
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"model": 1, "layers": 3}', "\xff"])
+def test_a_report_that_was_edited_costs_the_page_alone(folder, tmp_path, capsys, damaged):
+    other = shutil.copytree(folder, tmp_path / "edited")
+    (other / "report.json").write_text(damaged, "latin-1")
+    code, found = run(capsys, "compare", "tiny", other, "--no-verify", *SHORT)
+    assert (code, found["page"]) == (0, None)
+    assert "report.json: no page can be made of it" in found["page_skipped"]
+    for asked in (["report", other], ["compare", "tiny", other, "--no-verify", "--page", "x"]):
+        code, found = run(capsys, *asked)
+        assert code == 2
+        assert "no page can be made of it" in found["error"]
 
 
 def test_a_folder_of_another_tool_gets_no_page(folder, tmp_path, capsys):

@@ -65,5 +65,5 @@ def test_training_starts_from_gptq(bench):
     trained = train(bench, failed, 0.01, 2, "bundled")
     assert str(trained.before.rung) == "w2g64-asym:gptq"
     assert trained.before.loss < failed.loss
-    assert trained.after.n_bytes == failed.n_bytes
+    assert trained.after.n_bytes == pytest.approx(failed.n_bytes, rel=1e-3)  # but for the head
     assert not (bench.work_dir / "w2g64-asym-qat").exists()

@@ -89,7 +89,6 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """`args.quant` against `args.base`, as JSON-able data."""
     from llmq.evaluation.divergence import compare
     from llmq.evaluation.position_classes import special_ids
-    from llmq.formats.load import load
     from llmq.inference.head import quantize_head
     from llmq.models.arch import check_length
     from llmq.models.source import Source
@@ -106,16 +105,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     length = windows.tokens.shape[1]
     check_length(sources[1].config, length, f"windows of {length} tokens, {args.quant}")
     choices = None if args.choices is None else _read_choices(args.choices, *sources)
-    base, quant = (
-        load(
-            source,
-            dtype=args.dtype,
-            device=args.device,
-            compute=args.compute,
-            strict=args.strict,
-        )
-        for source in sources
-    )
+    base, quant = (scoring.load_model(args, source) for source in sources)
     quantize_head(quant, args.head_bits)
     with rendering.progress("windows") as show, running(f"{args.base} or {args.quant}"):
         show(0, len(windows.tokens))

@@ -60,7 +60,7 @@ def _perplexity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     source = Source.open(args.model, args.revision)
     verified = scoring.check_manifest(args, source.folder)
     windows = scoring.evaluation_windows(args, source)
-    model = scoring.load_model(args, source)
+    model = scoring.load_scored(args, source)
     with rendering.progress("windows") as show, running(args.model):
         show(0, len(windows.tokens))
         result = evaluate(model, windows, show)

@@ -73,19 +73,16 @@ def check_manifest(args: argparse.Namespace, model_dir: Path) -> dict[str, Any] 
 
 
 def load_model(args: argparse.Namespace, source: Source) -> PreTrainedModel:
-    """The model of `eval`, as its options have it run."""
+    """A model as options have it run, with the head that it stores."""
     from llmq.formats.load import load
-    from llmq.inference.head import quantize_head
 
-    model = load(
+    return load(
         source,
         dtype=args.dtype,
         device=args.device,
         compute=args.compute,
         strict=args.strict,
     )
-    quantize_head(model, args.head_bits)
-    return model
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,3 +91,12 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     from llmq_kernels.core.compute import default_mode
 
     return {"compute": args.compute or default_mode(), "head_bits": args.head_bits}
+
+
+def load_scored(args: argparse.Namespace, source: Source) -> PreTrainedModel:
+    """The model that is scored, its head in as many bits as asked for."""
+    from llmq.inference.head import quantize_head
+
+    model = load_model(args, source)
+    quantize_head(model, args.head_bits)
+    return model

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise LlmqError("--tasks: expected names or YAML files, got none; such as hellaswag")
     source = Source.open(args.model, args.revision)
     verified = scoring.check_manifest(args, source.folder)
-    model = scoring.load_model(args, source)
+    model = scoring.load_scored(args, source)
     settings = TaskSettings(args.limit, args.num_fewshot, args.batch_size, args.chat_template)
     summary = {
         "model": args.model,

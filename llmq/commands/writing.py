@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import streaming, writing_options
+from llmq.commands import scoring, streaming, writing_options
 from llmq.errors import LlmqError
 
 if TYPE_CHECKING:
@@ -195,17 +195,10 @@ class Writer:
 
 def _load(args: argparse.Namespace, source: Source) -> PreTrainedModel:
     """The model, ready for decoding."""
-    from llmq.formats.load import load
     from llmq.inference.decoding import prepare_decoding
     from llmq.storage.boundary import running
 
-    model = load(
-        source,
-        dtype=args.dtype,
-        device=args.device,
-        compute=args.compute,
-        strict=args.strict,
-    )
+    model = scoring.load_model(args, source)
     return running(args.model)(prepare_decoding)(model, head_bits=args.head_bits)
 
 

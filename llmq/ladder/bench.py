@@ -16,12 +16,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from llmq.api.quantization import quantize
+from llmq.cards.versions import versions
 from llmq.evaluation.divergence import compare
 from llmq.evaluation.position_classes import special_ids
 from llmq.formats.load import load
 from llmq.ladder.rungs import Rung
 from llmq.models.source import Source
-from llmq.storage.workspace import check_output
 from llmq.text.windows import Windows
 
 RESULTS = "results.jsonl"
@@ -81,7 +81,6 @@ class Bench:
         folder = self.work_dir / rung.folder_name
         started = time.monotonic()
         say(f"{rung}: quantizing")
-        check_output(folder, overwrite=True)
         quantize(
             self.source.folder,
             folder,
@@ -123,7 +122,7 @@ class Bench:
         files = {name: [stamp.size, stamp.mtime_ns] for name, stamp in stamps.items()}
         options = {name: str(value) for name, value in self.options.items()}
         text = self.windows.identity()["tokens_sha256"]
-        data = json.dumps([str(rung), files, options, text], sort_keys=True)
+        data = json.dumps([str(rung), files, options, text, versions()], sort_keys=True)
         return hashlib.sha256(data.encode()).hexdigest()
 
     def _lines(self) -> list[dict[str, Any]]:

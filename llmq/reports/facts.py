@@ -113,7 +113,7 @@ def error_map(layers: Iterable[Mapping[str, Any]]) -> ErrorMap | None:
         for kind, of_kind in found.items()
         for block, members in of_kind.items()
     }
-    above = [value for value in means.values() if value > 0]
+    above = [value for value in means.values() if 0 < value < math.inf]
     if not above:
         return None
     least, largest = min(above), max(above)
@@ -141,7 +141,8 @@ def _mean(values: Iterable[float | None]) -> float:
 
 def _cell(layers: Sequence[Mapping[str, Any]], error: float, ends: tuple[float, float]) -> Cell:
     low, high = map(math.log, ends)
-    share = (math.log(max(error, ends[0])) - low) / ((high - low) or 1.0)
+    inside = min(max(error, ends[0]), ends[1]) if math.isfinite(error) else ends[1]
+    share = (math.log(inside) - low) / ((high - low) or 1.0)
     title = f"{layers[0]['name']}, {layers[0]['spec']}: {error:.2e}"
     if len(layers) > 1:
         title = f"{len(layers)} like {title} on average"
@@ -227,7 +228,8 @@ def panels(log: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> list[
     their own, held-out losses beside what full precision and the start have there, and what the
     codes do."""
     found = []
-    held_out = [(step, math.log(value)) for step, value in _of(log, "held_out_perplexity")]
+    scored = _of(log, "held_out_perplexity")
+    held_out = [(step, math.log(value)) for step, value in scored if value > 0]
     if held_out:
         line = svg.Line("while it trains", held_out, dots=True)
         found.append(("cross entropy on held-out text, in nats", [line], _references(report)))
@@ -250,4 +252,4 @@ def _references(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _of(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[key]) for row in log if key in row]
+    return [(row["step"], row[key]) for row in log if key in row and math.isfinite(row[key])]

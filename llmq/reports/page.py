@@ -57,9 +57,9 @@ def render(
 
 
 def write_beside(folder: Path) -> Path:
-    """The page of what a finished folder says of itself. Returns where it is."""
+    """The page of a folder whose report was just written. Returns where it is."""
     page = folder / PAGE
-    write(page, report_of(folder), log=log_of(folder))
+    write(page, json.loads((folder / REPORT).read_text("utf-8")), log=log_of(folder))
     return page
 
 
@@ -130,7 +130,8 @@ def _range(row: svg.Interval) -> str:
 
 
 def _picture(losses: Sequence[facts.Loss], name: str, caption: str) -> str:
-    return svg.intervals([getattr(loss, name) for loss in losses], 0.0, caption) if losses else ""
+    rows = [row for loss in losses if (row := getattr(loss, name)).is_finite]
+    return svg.intervals(rows, 0.0, caption) if rows else ""
 
 
 def _training(report: Mapping[str, Any]) -> list[tuple[str, float, Sequence[float] | None]]:

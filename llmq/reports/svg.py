@@ -22,6 +22,11 @@ class Interval:
     value: float
     interval: tuple[float, float] | None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is a place for it."""
+        return all(map(math.isfinite, (self.value, *(self.interval or ()))))
+
 
 @dataclass(frozen=True)
 class Line:

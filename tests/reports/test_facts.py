@@ -35,6 +35,15 @@ def test_without_errors_there_is_no_map():
     assert facts.error_map([weights]).largest == 1e-3
 
 
+def test_errors_that_are_no_numbers_are_the_darkest():
+    names = [f"model.layers.{index}.up" for index in range(4)]
+    errors = (1e-4, 1e-2, math.inf, math.nan)
+    found = facts.error_map([layer(*each) for each in zip(names, errors, strict=True)])
+    ((_, cells),) = found.rows
+    assert [cell.shade for cell in cells] == [0, 8, 8, 8]
+    assert found.largest == 1e-2
+
+
 def test_bytes_add_up():
     report = {
         "layers": [layer("model.layers.0.up", 0.1), layer("model.layers.1.up", 0.1)],

@@ -2,6 +2,7 @@
 browser where there is one."""
 
 import json
+import math
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -79,6 +80,19 @@ def test_a_report_of_training():
     assert "training" in page.ids
     assert "8.0000 to 10.0000" in page.texts
     assert "loss" not in page.ids
+
+
+def test_losses_without_end_have_no_place_in_the_picture(folder):
+    report = report_of(folder)
+    first, second = report["held_out"]
+    first |= {"perplexity_ratio": math.inf, "quant_perplexity": math.inf}
+    text = render(report)
+    Reader(text)
+    assert text.count("<circle") == 1 + 2
+    second |= {"perplexity_ratio": math.nan, "kl_mean": math.nan}
+    assert render(report).count("<circle") == 1
+    log = [{"step": 1, "ce": math.nan}, {"step": 2, "held_out_perplexity": math.inf}]
+    assert "<polyline" not in render(report, log=log)
 
 
 def test_a_folder_without_a_report(tmp_path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
+from typing import TYPE_CHECKING
 
 from llmq.ladder.bench import Point
-from llmq.reports import svg
+from llmq.reports import svg, templates
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -68,21 +69,30 @@ def plot(points: Sequence[Point], title: str, path: Path) -> None:
             capsize=3,
             label=method,
         )
-        for point in own:
-            axis.annotate(
-                point.rung.spec,
-                (point.n_bytes / 1e6, point.kl),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize="small",
-            )
     axis.margins(x=0.12)
     axis.set(yscale="log", xlabel="weight files, MB", ylabel="KL divergence, nats per token")
     for plain in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         plain(LogFormatter(labelOnlyBase=False))
     axis.set_title(title)
     axis.legend()
+    figure.draw_without_rendering()  # so that places in pixels are known
+    _name(axis, points)
     figure.savefig(path, dpi=120)
+
+
+def _name(axis: Axes, points: Sequence[Point]) -> None:
+    """Specs beside their points, once the axes are what they will be."""
+    places = [(point.n_bytes / 1e6, point.kl) for point in points]
+    pixels = axis.transData.transform(places).tolist()
+    for point, place, is_below in zip(points, places, svg.crowded(pixels), strict=True):
+        axis.annotate(
+            point.rung.spec,
+            place,
+            xytext=(-6, -12) if is_below else (6, 4),
+            textcoords="offset points",
+            ha="right" if is_below else "left",
+            fontsize="small",
+        )
 
 
 def page(points: Sequence[Point], title: str) -> str:
@@ -100,9 +110,8 @@ def page(points: Sequence[Point], title: str) -> str:
         for method in dict.fromkeys(point.rung.method for point in points)
     ]
     path = [(point.n_bytes / 1e6, point.kl) for point in best]
-    text = files("llmq.ladder").joinpath("page.html").read_text("utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
-    return template.render(
+    return templates.render(
+        "sweep.html",
         title=title,
         picture=svg.scatter(groups, path, "megabytes", "KL divergence in nats per token"),
         rows=sorted(points, key=lambda each: -each.n_bytes),

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
-
 from llmq.errors import LlmqError
-from llmq.reports import facts, svg
+from llmq.reports import facts, svg, templates
 from llmq.storage.boundary import reading
 
 PAGE = "report.html"
@@ -39,7 +35,8 @@ def render(
     """The page as HTML. report: `report.json`. comparison: what `llmq compare --json` gives. log:
     the rows of a training log."""
     losses = facts.losses(report, comparison)
-    return _template().render(
+    return templates.render(
+        "report.html",
         report=report,
         tiles=_tiles(report, losses),
         losses=losses,
@@ -89,27 +86,14 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-@cache
-def _template() -> Template:
-    text = files("llmq.reports").joinpath("page.html").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"megabytes": megabytes, "plain": svg.number}
-    return environment.from_string(text)
-
-
-def megabytes(n_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{n_bytes / 1e6:,.1f} MB"
-
-
 def _tiles(report: Mapping[str, Any], losses: Sequence[facts.Loss]) -> list[tuple[str, str, str]]:
     """What stands at the top: a name, a value, and a remark."""
     found = []
     if "stored_bytes" in report:
         before, after = report["source_bytes"], report["stored_bytes"]
-        found.append(("weight files", megabytes(after), f"{after / before:.0%} of before"))
+        found.append(
+            ("weight files", templates.megabytes(after), f"{after / before:.0%} of before")
+        )
     if "bits_per_quantized_weight" in report:
         bits = f"{report['bits_per_quantized_weight']:.2f}"
         whole = f"{report['bits_per_weight']:.2f} per weight of the model"

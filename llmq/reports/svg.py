@@ -151,6 +151,7 @@ def scatter(
     parts.append(f'<text x="4" y="{TOP}">{escape(up)}</text>')
     places = " ".join(f"{xs.place(x):.1f},{ys.place(math.log10(y)):.1f}" for x, y in path)
     parts.append(f'<polyline points="{places}" class="front"/>')
+    below = iter(crowded([(xs.place(spot.x), ys.place(math.log10(spot.y))) for spot in spots]))
     for index, group in enumerate(groups):
         colour = f"c{index % N_COLOURS}"
         for spot in group.spots:
@@ -161,12 +162,28 @@ def scatter(
                 parts.append(f' class="{colour}"/>')
             title = escape(f"{spot.name}, {group.label}: {number(spot.y)}")
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="{colour}">')
-            is_right = x > WIDTH - LABELS / 2  # or its name would end outside
-            place = f'x="{x - 8:.1f}" class="end"' if is_right else f'x="{x + 8:.1f}"'
+            is_below = next(below)
+            is_left = is_below or x > WIDTH - LABELS / 2  # or its name would end outside
+            place = f'x="{x - 8:.1f}" class="end"' if is_left else f'x="{x + 8:.1f}"'
             parts.append(f"<title>{title}</title></circle>")
-            parts.append(f'<text {place} y="{y - 5:.1f}">{escape(spot.name)}</text>')
+            parts.append(f'<text {place} y="{y + (14 if is_below else -5):.1f}">')
+            parts.append(f"{escape(spot.name)}</text>")
     legend = _legend([Line(group.label, ()) for group in groups])
     return _svg(height, f"{up} against {across}", parts) + legend
+
+
+def crowded(
+    places: Sequence[tuple[float, float]], size: tuple[float, float] = (90, 14)
+) -> list[bool]:
+    """Which points, in pixels, have their name below and to the left, since above and to the right
+    it would lie over that of an earlier one. size: of a name."""
+    found: list[bool] = []
+    for index, (x, y) in enumerate(places):
+        above = [
+            place for place, is_below in zip(places[:index], found, strict=True) if not is_below
+        ]
+        found.append(any(abs(x - a) < size[0] and abs(y - b) < size[1] for a, b in above))
+    return found
 
 
 def _log_axis(axis: Axis) -> list[str]:

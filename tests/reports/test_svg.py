@@ -57,3 +57,17 @@ def test_ticks_are_round(low, high, expected):
 def test_a_single_value_has_room_around_it():
     low, high = svg.spread([2.0])
     assert low < 2 < high
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([(0, 0), (200, 0)], [False, False]),
+        ([(0, 0), (10, 5)], [False, True]),  # over each other
+        ([(0, 0), (10, 30)], [False, False]),  # one above the other
+        ([(0, 0), (10, 5), (85, 5)], [False, True, True]),  # the first one's name ends there
+        ([(0, 0), (10, 5), (95, 5)], [False, True, False]),
+    ],
+)
+def test_names_that_would_lie_over_others_go_to_the_other_side(places, expected):
+    assert svg.crowded(places) == expected

@@ -122,6 +122,8 @@ class Recipe:
     inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the
         "full-precision" ones, or on "both", which corrects for what was lost before (GPTAQ).
     alpha: the share of that correction.
+    token_weights: whether errors at all tokens count alike ("equal") or by what they do to the
+        model ("fisher", see `llmq.ptq.token_weights`).
     all_experts: measure every expert on all tokens instead of on those that are routed to it.
     calibration: the text, as `--calibration` names it; None: by `llmq.ptq.sizing.default_text`.
     samples, sequence_length, seed: the calibration windows.
@@ -145,6 +147,7 @@ class Recipe:
     sweeps: int = 2
     inputs: Literal["quantized", "full-precision", "both"] = "both"
     alpha: float = 0.5
+    token_weights: Literal["equal", "fisher"] = "equal"
     all_experts: bool = False
     calibration: str | None = None
     samples: int = 128

@@ -28,6 +28,7 @@ _FIELDS = (
     "init",
     "damping",
     "inputs",
+    "token_weights",
     "calibration",
     "samples",
     "sequence_length",

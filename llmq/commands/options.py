@@ -338,6 +338,12 @@ def _add_gptq_arguments(parser: Parser) -> None:
         "both)",
     )
     parser.more.add_argument(
+        "--token-weights",
+        choices=("equal", "fisher"),
+        help="what an error at a token counts: the same everywhere, or what it does to the model, "
+        "by one more pass forward and back (default: equal)",
+    )
+    parser.more.add_argument(
         "--all-experts",
         action="store_true",
         default=None,

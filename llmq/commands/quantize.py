@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             done += 1
             bars.show("blocks", done, total, _remark(report))
 
-        def on_step(step: int, n_steps: int) -> None:
-            bars.show("scales", step, n_steps)
+        def on_step(what: str, step: int, n_steps: int) -> None:
+            bars.show(what, step, n_steps)
 
         how: dict[str, Any] = {
             "device": args.device,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from llmq.text.picture_windows import PictureInputs
 
+BATCH = 4  # windows that run through a block at a time, where gradients or a head come with it
+
 
 @dataclass(frozen=True)
 class Batches:

@@ -28,6 +28,7 @@ from llmq.ptq.stage import Stage, find_stages
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Stream, Streams
 from llmq.ptq.threads import total
+from llmq.ptq.token_weights import TokenWeights
 from llmq.ptq.transforms.apply import transform_block
 from llmq.ptq.transforms.base import Transform
 from llmq.recipe import LayerPlan, Recipe
@@ -38,7 +39,7 @@ class Setup:
     """What is the same for all blocks of a run. transforms: what comes before the method, with text
     alone. plans: of every linear layer. streams: None for methods without text. precision: what the
     full-precision stream and tuning are computed in. special: where tokens are special ones, bool
-    `[n_sequences, T]`, for tuning."""
+    `[n_sequences, T]`, for tuning. token_weights: what tokens count, None where all count alike."""
 
     blocks: Blocks
     recipe: Recipe
@@ -48,6 +49,7 @@ class Setup:
     streams: Streams | None
     precision: Precision
     special: Tensor | None
+    token_weights: TokenWeights | None = None
 
     @property
     def needs(self) -> Needs:
@@ -59,7 +61,13 @@ class Setup:
         if self.recipe.inputs == "full-precision":
             stream = "full-precision"
         is_static = self.recipe.activations.kind == "int8-static"
-        return Recording(stream, self.needs.both_streams, is_static, self.recipe.all_experts)
+        return Recording(
+            stream,
+            self.needs.both_streams,
+            is_static,
+            self.recipe.all_experts,
+            self.token_weights,
+        )
 
     def targets(self, name: str) -> dict[str, QuantSpec]:
         """The layers of a block that are quantized, named as in the block."""

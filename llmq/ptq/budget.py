@@ -44,7 +44,8 @@ def work_bytes(job: Job) -> int:
     """Bytes of the files beside the output while the job runs: both streams' inputs of two blocks,
     what each layer reads (or, where that is less, gives) in the full-precision model, what enters
     experts in both streams, the per-layer embeddings of models that have them, the masks of windows
-    with pictures, and what enters and leaves both models where scales are trained."""
+    with pictures, what enters and leaves both models where scales are trained, and what enters all
+    blocks where tokens have weights."""
     if job.tokens is None:
         return 0
     hidden = job.model.config.get_text_config().hidden_size
@@ -54,8 +55,12 @@ def work_bytes(job: Job) -> int:
     dense = [layer for layer in _first_block(job) if _module_of(layer.name) not in experts]
     # what windows with pictures may attend to, for each of two kinds of layers
     masks = 2 * job.tokens.tokens.shape[1] if job.tokens.pictures else 0
+    blocks_kept = 0  # and the gradients behind two of them
+    if job.recipe.token_weights != "equal":
+        blocks_kept = text_config.num_hidden_layers + 1 + 2
     return job.tokens.n_tokens * (
         masks
+        + 4 * hidden * blocks_kept
         + 4 * per_layer * text_config.num_hidden_layers
         + 2 * 2 * 4 * hidden
         + sum(2 * min(layer.shape) for layer in dense)
@@ -197,7 +202,7 @@ def flops(job: Job) -> float:
     layers = [plan.layer.shape for plan in job.plans]
     solves = sum(method.solve_flops(plan.layer.shape) for plan in job.plans if plan.spec)
     tuning = method.tuning_flops(layers, _windows(job.tokens), job.recipe)
-    tuning += _scale_tuning_flops(job, weights)
+    tuning += _scale_tuning_flops(job, weights) + _token_weight_flops(job, weights)
     # windows that are held out run through the source and through the result
     n_held_out = sum(text.tokens.numel() for text in job.tokens.held_out)
     measured = 2 * 2 * n_held_out * weights
@@ -217,6 +222,17 @@ def _scale_tuning_flops(job: Job, weights: float) -> float:
     n_head = 0 if head is None else head.weight.numel()
     once = 2.0 * windows.n_sequences * windows.length * weights
     return once + 2.0 * recipe.scale_steps * n_tokens * (4 * weights + 3 * n_head)
+
+
+def _token_weight_flops(job: Job, weights: float) -> float:
+    """Of one pass forward and one back, by inputs alone, for which blocks run once more; and of the
+    head, of which only the gradient of its inputs is wanted, too."""
+    assert job.tokens is not None
+    if job.recipe.token_weights == "equal":
+        return 0.0
+    head = job.model.get_output_embeddings()
+    n_head = 0 if head is None else head.weight.numel()
+    return 2.0 * job.tokens.n_tokens * (3 * weights + 2 * n_head)
 
 
 def expected_coverage(job: Job) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.evaluation.position_classes import is_special
+from llmq.models.experts import unfused_in
 from llmq.models.readers import WeightReader
 from llmq.ptq.batches import Batches
 from llmq.ptq.block import Setup, quantize_block
@@ -39,10 +40,14 @@ from llmq.ptq.precision import Precision
 from llmq.ptq.rebuild import Rebuild
 from llmq.ptq.results import BlockReport, BlockResult, EarlierRun, Sink
 from llmq.ptq.streams import Stream, Streams, batch_size
+from llmq.ptq.token_weights import TokenWeights
 from llmq.ptq.transforms import transform_named
 from llmq.ptq.verify import verify_block
 from llmq.recipe import LayerPlan, Recipe
 from llmq.text.picture_windows import PictureInputs
+
+OnStep = Callable[[str, int, int], None]
+"""Told what is done beside blocks, how many steps of it are, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,17 @@ def quantize_blocks(
     *,
     earlier: EarlierRun | None = None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
+    on_step: OnStep = lambda what, done, total: None,
 ) -> None:
     """Quantize all blocks that an earlier run has not finished, the damaged ones first. Inputs that
     do not lie in `work_dir` as they were sealed are computed again from the blocks before.
-    on_block: told after each block."""
+    on_block: told after each block. on_step: told before of what else takes its time."""
     torch.backends.cuda.matmul.allow_tf32 = False
     setup = prepare_setup(task, work_dir)
     map_large_tensors(setup.blocks.n_bytes)
     rebuild = Rebuild(setup, earlier)
+    if setup.token_weights is not None and rebuild.start is not None:
+        _measure_tokens(setup, setup.token_weights, task, on_step)
     if setup.streams is not None and rebuild.start is not None:
         with _explaining(setup.streams):
             _record_calls(setup.blocks, setup.streams, rebuild.start, task.outside)
@@ -109,8 +117,30 @@ def prepare_setup(task: Task, work_dir: Path) -> Setup:
         special = is_special(task.tokens, task.special_ids)
     names, _ = split_name(task.recipe.method)
     transforms = [transform_named(name) for name in names]
+    weights = None
+    if task.recipe.token_weights == "fisher":
+        weights = TokenWeights(work_dir / "token-weights")
     return Setup(
-        blocks, task.recipe, method, transforms, task.plans, streams, task.precision, special
+        *(blocks, task.recipe, method, transforms, task.plans, streams, task.precision),
+        *(special, weights),
+    )
+
+
+def _measure_tokens(setup: Setup, weights: TokenWeights, task: Task, on_step: OnStep) -> None:
+    """What tokens count, for all layers but those of experts."""
+    assert task.tokens is not None
+    layers = {}
+    for index in range(len(setup.blocks)):
+        experts = tuple(f"{name}." for name in unfused_in(setup.blocks.modules[index]))
+        targets = setup.targets(setup.blocks.name(index))
+        layers[index] = [name for name in targets if not name.startswith(experts)]
+    layers = {index: names for index, names in layers.items() if names}
+    weights.measure(
+        setup.blocks,
+        task.tokens,
+        layers,
+        task.recipe.seed,
+        lambda done, total: on_step("token weights", done, total),
     )
 
 

@@ -10,7 +10,7 @@ lie the inputs of all blocks, and what belongs to the layers of one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.models.experts import unfused_in
 from llmq.models.site import sites_in
-from llmq.ptq.batches import Batches
+from llmq.ptq.batches import BATCH, Batches
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import (
@@ -32,8 +32,7 @@ from llmq.ptq.capture import (
     shared_inputs,
 )
 from llmq.ptq.expert_costs import expert_groups
-from llmq.ptq.held_out import BATCH, HEAD_VALUES
-from llmq.ptq.pair import logits_of
+from llmq.ptq.head import HEAD_VALUES, logits_of
 from llmq.storage.hidden_states import ActivationFile
 
 
@@ -85,10 +84,30 @@ class Backward:
     def backward(self, layers: dict[str, list[str]]) -> Iterator[BlockGradients]:
         """The blocks from the last to the first, each until the next is asked for. layers: which of
         them count, in the block, by the name of the block."""
+        for index, module in self._downward():
+            yield self._block(index, module, layers.get(self.blocks.name(index), []))
+
+    def squared_lengths(self, layers: dict[str, list[str]]) -> Iterator[dict[str, Tensor]]:
+        """Of the blocks from the last to the first: by layer, the squared lengths of the gradients
+        by its outputs, float32 `[n, T]`. layers: as above, and none of an expert's, which do not
+        see every token."""
+        for index, module in self._downward():
+            names = layers.get(self.blocks.name(index), [])
+            found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+            def keep(met: _Met, shape: torch.Size, index: int = index, found: Any = found) -> None:
+                for name, parts in found.items():
+                    rows = _by_token(met.gradients[name], shape, self._name(index, name))
+                    parts.append(rows.float().square().sum(-1).cpu())
+
+            self._back(index, module, names, keep)
+            yield {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _downward(self) -> Iterator[tuple[int, nn.Module]]:
+        """The blocks from the last to the first; what was kept for one goes with it."""
         self._write_top()
         for index in reversed(range(len(self.blocks))):
-            module = self.blocks.load(index).requires_grad_(False)
-            yield self._block(index, module, layers.get(self.blocks.name(index), []))
+            yield index, self.blocks.load(index).requires_grad_(False)
             self.inputs_of(index + 1).path.unlink()
 
     def inputs_of(self, index: int) -> ActivationFile:
@@ -134,6 +153,12 @@ class Backward:
             with torch.enable_grad():
                 logits = logits_of(self.blocks, some, states, self.recorder.n_returned)
                 likely = torch.log_softmax(logits.float(), dim=-1)
+                if not bool(torch.isfinite(likely.sum())):
+                    raise LlmqError(
+                        "the full-precision model's likelihoods hold NaN or infinity on the "
+                        "calibration text, so what bits or tokens are worth cannot be told; give "
+                        "layers their specs with --rule, and leave --token-weights out"
+                    )
                 drawn = torch.multinomial(likely.detach().exp().cpu(), 1, generator=generator)
                 total = likely.gather(1, drawn.to(likely.device)).sum()
                 parts += torch.autograd.grad(total, states)
@@ -154,9 +179,7 @@ class Backward:
         gradients = {
             name: self._rows_of(f"g-{name}", sites[name].shape[0], name in ragged) for name in names
         }
-        after = self.gradients_of(index + 1).batches(BATCH)
         with ExitStack() as stack:
-            append = stack.enter_context(self.gradients_of(index).appender(durable=False))
             keep_x, keep_g = (
                 {
                     name: stack.enter_context(file.appender(durable=False))
@@ -164,17 +187,33 @@ class Backward:
                 }
                 for files in (inputs, gradients)
             )
+
+            def keep(met: _Met, shape: torch.Size) -> None:
+                for keeping, found in ((keep_x, met.inputs), (keep_g, met.gradients)):
+                    for name, append in keeping.items():
+                        if name not in ragged:
+                            append(_by_token(found[name], shape, self._name(index, name)))
+                        elif name in found:  # some of its tokens are in the batch
+                            append(found[name].flatten(0, -2)[:, None])
+
+            self._back(index, module, names, keep)
+        return BlockGradients(index, module, groups, inputs, gradients, rows)
+
+    def _back(
+        self,
+        index: int,
+        module: nn.Module,
+        names: list[str],
+        keep: Callable[[_Met, torch.Size], None],
+    ) -> None:
+        """Run a block forward and back. keep: handed what layers met in each batch, and how many
+        sequences and tokens that has."""
+        after = self.gradients_of(index + 1).batches(BATCH)
+        with self.gradients_of(index).appender(durable=False) as append:
             for (call, hidden), gradient in zip(self._batches(index), after, strict=True):
                 met = _Met({name: module.get_submodule(name) for name in names})
                 append(met.run(module, call, hidden, gradient.to(hidden.device)))
-                for keeping, found in ((keep_x, met.inputs), (keep_g, met.gradients)):
-                    for name, keep in keeping.items():
-                        if name not in ragged:
-                            where = self._name(index, name)
-                            keep(_by_token(found[name], hidden.shape[:2], where))
-                        elif name in found:  # some of its tokens are in the batch
-                            keep(found[name].flatten(0, -2)[:, None])
-        return BlockGradients(index, module, groups, inputs, gradients, rows)
+                keep(met, hidden.shape[:2])
 
     @torch.no_grad()
     def _groups(self, index: int, module: nn.Module, names: list[str]) -> list[list[str]]:
@@ -233,7 +272,8 @@ class _Met:
         ) as error:  # such as a model that changes in place what the way back needs
             raise LlmqError(
                 f"{type(module).__name__}: no gradients come back through it ({first_line(error)}),"
-                " so what bits are worth cannot be told; give layers their specs with --rule"
+                " so what bits or tokens are worth cannot be told; give layers their specs with "
+                "--rule, and leave --token-weights out"
             ) from error
         return found
 
@@ -261,6 +301,7 @@ def _by_token(rows: Tensor, shape: Sequence[int], name: str) -> Tensor:
     if rows.numel() != n * length * rows.shape[-1]:
         raise LlmqError(
             f"{name}: it has {rows.numel() // rows.shape[-1]} rows for {n * length} tokens, so "
-            "what its bits are worth cannot be told by token; give it a spec with --rule"
+            "what its bits or these tokens are worth cannot be told; give it a spec with --rule, "
+            "and leave --token-weights out"
         )
     return rows.reshape(n, length, -1)

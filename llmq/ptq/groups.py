@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmq.activations.ranges import RangeObserver
 from llmq.models.arch import linear_weight
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Stream, Streams, narrows
+from llmq.ptq.token_weights import TokenWeights
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,22 @@ class InputGroup:
 class Recording:
     """How a stage is measured. stream: on which hidden states. both: against the rows that the
     full-precision model has there. ranges: of activations, too. all_experts: experts on all tokens
-    of their layer."""
+    of their layer. token_weights: what tokens count, None where all count alike."""
 
     stream: Stream
     both: bool
     ranges: bool
     all_experts: bool = False
+    token_weights: TokenWeights | None = None
+
+    def weights_of(
+        self, streams: Streams, index: int, group: InputGroup
+    ) -> Iterator[Tensor | None]:
+        """By batch `[B, T]`, what tokens count for a group of a block."""
+        if self.token_weights is None:
+            return itertools.repeat(None)
+        weights = self.token_weights.of(index, group.layers)
+        return iter(weights.to(streams.device).split(streams.batch_size))
 
     def empty(
         self, streams: Streams, block: nn.Module, group: InputGroup, n_chunks: int | None = None

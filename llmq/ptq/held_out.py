@@ -19,16 +19,14 @@ from llmq.errors import LlmqError
 from llmq.evaluation.divergence import summarize, token_statistics
 from llmq.evaluation.position_classes import classify, is_special, relative_lengths
 from llmq.messages import brief
-from llmq.ptq.batches import Batches
+from llmq.ptq.batches import BATCH, Batches
 from llmq.ptq.block_calls import BlockCalls, CallOf
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
-from llmq.ptq.pair import Pair, logits_of
+from llmq.ptq.head import HEAD_VALUES, logits_of
+from llmq.ptq.pair import Pair
 from llmq.text.documents import check_vocabulary, token_hash
 from llmq.text.held_out import HeldOutText
-
-BATCH = 4  # windows that run through a block at a time
-HEAD_VALUES = 1 << 22  # logits at a time: 16 MiB, of which some seven copies are made
 
 
 def measure(

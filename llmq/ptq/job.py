@@ -28,6 +28,7 @@ from llmq.formats.requantizing import full_precision
 from llmq.formats.unheld import kept_where_unheld
 from llmq.inference.settings import read_settings
 from llmq.models.arch import check_length, quantizable_layers, tower_parameters
+from llmq.models.experts import unfused_in
 from llmq.models.identity import source_name
 from llmq.models.low_precision import kind_of
 from llmq.models.processors import load_processor, refusal_of_pictures
@@ -180,8 +181,9 @@ def prepare(
             tokens = _to_be_written(stored.config, recipe)
     if tokens is not None and not held_out:
         tokens = replace(tokens, held_out=())
-    if recipe.scale_steps:
-        check_trainable(recipe, tokens)
+    check_trainable(recipe, tokens)
+    if recipe.token_weights != "equal" and unfused_in(stored.skeleton):
+        remarks["token weights"] = "not for experts, whose tokens all count alike"
     n_others = sum(prod(source.tensors.shapes[name]) for name in stored.others)
     return Job(
         source=source,
@@ -310,18 +312,22 @@ def calibration_tokens(
 
 
 def check_trainable(recipe: Recipe, tokens: documents.TokenSet | None) -> None:
-    """Whether the scales of all blocks can be trained on these windows."""
-    steps = f"{recipe.scale_steps} scale steps (--scale-steps)"
-    if tokens is None:
-        raise LlmqError(
-            f"{steps}: scales are trained on calibration text, and method {recipe.method} reads "
-            "none; use --method gptq, or leave the steps out"
-        )
-    if tokens.pictures:
-        raise LlmqError(
-            f"{steps}: scales are trained on text alone, and the calibration file has pictures, "
-            "too; calibrate on its text alone (FILE#COLUMN), or leave the steps out"
-        )
+    """Whether the model can be run backwards on these windows, where the recipe wants it."""
+    wishes = {
+        f"{recipe.scale_steps} scale steps (--scale-steps)": recipe.scale_steps > 0,
+        f"token weights {recipe.token_weights} (--token-weights)": recipe.token_weights != "equal",
+    }
+    for wish in (wish for wish, is_there in wishes.items() if is_there):
+        if tokens is None:
+            raise LlmqError(
+                f"{wish}: gradients are of calibration text, and method {recipe.method} reads "
+                "none; use --method gptq, or leave the option out"
+            )
+        if tokens.pictures:
+            raise LlmqError(
+                f"{wish}: gradients are of text alone, and the calibration file has pictures, too; "
+                "calibrate on its text alone (FILE#COLUMN), or leave the option out"
+            )
 
 
 def check_windows(config: Any, recipe: Recipe) -> None:

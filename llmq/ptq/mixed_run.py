@@ -24,6 +24,7 @@ from llmq.ptq.budget import SOLVE_FACTOR, TEXT_FACTOR, disk_bytes, stored_bytes,
 from llmq.ptq.budget import flops as budget_flops
 from llmq.ptq.choice import Budget, Choice
 from llmq.ptq.costs import Cost
+from llmq.ptq.engine import OnStep
 from llmq.ptq.job import Job, check_unchanged
 from llmq.ptq.methods import method_of
 from llmq.ptq.mixed import Costs, Problem
@@ -211,7 +212,7 @@ def quantize_mixed(
     overwrite: bool = False,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_step: OnStep = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """As `quantize_folder`, of the choice and of the uniform result, one after the other; the one
     that loses less on held-out text stays. An interrupted run goes on with either. on_start: told

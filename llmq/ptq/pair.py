@@ -5,11 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from llmq.models.readers import CheckpointReader
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.capture import passing_on
 from llmq.ptq.job import Job
 from llmq.ptq.outside import OutsideReader, as_stored
 from llmq.ptq.results import FinishedBlocks
@@ -36,11 +33,3 @@ class Pair:
             outside = OutsideReader(reader, lambda: sink.read_block(number).quantized)
         exact = Blocks(job.model, reader, device)
         return cls(exact, as_stored(exact, outside), sink)
-
-
-def logits_of(blocks: Blocks, tokens: Tensor, hidden: Tensor, n_returned: int) -> Tensor:
-    """`[t, V]` of hidden states `[t, D]` behind the last block, at tokens int64 `[t]`: all after it
-    is by position. n_returned: see `BlockRecorder`."""
-    with passing_on(blocks.modules, hidden[None], n_returned):
-        logits: Tensor = blocks.model(input_ids=tokens[None], use_cache=False).logits
-    return logits[0]

@@ -28,7 +28,7 @@ from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.budget import disk_bytes
 from llmq.ptq.copied import places_of_others
-from llmq.ptq.engine import Task, quantize_blocks
+from llmq.ptq.engine import OnStep, Task, quantize_blocks
 from llmq.ptq.held_out import measure
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
@@ -102,14 +102,14 @@ def quantize_folder(
     attempt: Attempt = Attempt(),
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_step: OnStep = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Run a job into a folder and return its report. Continues an interrupted run of the same job.
     Peak memory is one block. Of a trial, the report has what was lost ("held_out") and where it
     began ("resumed_at_block").
 
-    on_start: told how many blocks are finished already, of how many. on_step: the same of steps in
-    which the scales of all blocks are trained. Raises `LlmqError` for bad input (nothing is left
+    on_start: told how many blocks are finished already, of how many. on_step: the same of what is
+    done before and after all blocks, by its name. Raises `LlmqError` for bad input (nothing is left
     behind), `VerificationError` when the result fails its checks."""
     check_output(out_dir, overwrite)
     started = time.monotonic() if attempt.started is None else attempt.started
@@ -151,11 +151,14 @@ def quantize_folder(
             partial.work_dir,
             earlier=EarlierRun(sink, first_block, damaged),
             on_block=on_block,
+            on_step=on_step,
         )
         resumed_at = min(first_block, *damaged) if damaged else first_block
         if job.outside:  # it may have been forgotten with a block that was done again
             _write_outside(job, partial, reader, prefix)
-        trained = scale_run.run(on_step) if job.recipe.scale_steps else None
+        trained = None
+        if job.recipe.scale_steps:
+            trained = scale_run.run(lambda done, total: on_step("scales", done, total))
         measured: dict[str, Any] = {
             "scale_tuning": trained,
             "held_out": _held_out(job, sink, partial, device),

@@ -35,14 +35,14 @@ from llmq.grid import rounding
 from llmq.grid.fakequant import straight_through
 from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import weight_as_stored
-from llmq.ptq.batches import Batches
+from llmq.ptq.batches import BATCH, Batches
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
-from llmq.ptq.held_out import BATCH, HEAD_VALUES
+from llmq.ptq.head import HEAD_VALUES, logits_of
 from llmq.ptq.methods.base import ClassErrors
 from llmq.ptq.methods.blockwise import BETAS, sequences_per_step
-from llmq.ptq.pair import Pair, logits_of
+from llmq.ptq.pair import Pair
 from llmq.ptq.results import StoredBlock
 from llmq.storage.hidden_states import ActivationFile
 

@@ -62,7 +62,7 @@ class _Moments:
 
 class LayerStats:
     """`H = 2 / n * sum_t x_t x_t^T` in float32 over the rows of every chunk added (Frantar et al.,
-    GPTQ, 2022, section 3).
+    GPTQ, 2022, section 3); where rows have weights w, of w_t x_t x_t^T, and so in all sums below.
 
     hessian: float32 `[K, K]`; H is symmetric, so only blocks on and below the diagonal are
     accumulated, and `finish` mirrors them. cross: None, or what the layer's inputs x lack of the
@@ -111,9 +111,12 @@ class LayerStats:
         """Give C up; what outlives a solve is H."""
         self.cross = self._moments.cross = None
 
-    def add(self, x: Tensor, full_precision: Tensor | None = None) -> None:
-        """Add a chunk of inputs `[..., K]`, and `[..., K or N]` of the full-precision model. Means,
-        not sums: 262,144 tokens of magnitude 100 would not fit the 24 bits of a float32 sum."""
+    def add(
+        self, x: Tensor, full_precision: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
+        """Add a chunk of inputs `[..., K]`, and `[..., K or N]` of the full-precision model.
+        weights: `[...]`, what the squared error of each row counts, 1 on average. Means, not sums:
+        262,144 tokens of magnitude 100 would not fit the 24 bits of a float32 sum."""
         n_branches = min(N_BRANCHES, self.n_chunks)
         branch = min(self._n_added * n_branches // self.n_chunks, n_branches - 1)
         if branch != self._branch:
@@ -132,10 +135,14 @@ class LayerStats:
             finite = torch.isfinite(rows).all(dim=1) & torch.isfinite(exact).all(dim=1)
             self.n_dropped += int((~finite).sum())
             rows, exact = rows[finite], exact[finite]
+            weights = None if weights is None else weights.flatten()[finite]
         if not len(rows):
             return
         if self.ranges is not None:
             self.ranges.add(rows)
+        if weights is not None:
+            factors = weights.reshape(-1, 1).sqrt()
+            rows, exact = rows * factors, exact * factors
         self._moments.add(rows, exact, self.projection is not None)
 
     def finish(self) -> LayerStats:

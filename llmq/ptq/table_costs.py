@@ -16,13 +16,13 @@ from torch import Tensor
 from llmq.grid.spec import QuantSpec
 from llmq.models.outside import EMBEDDINGS, HEAD, Table
 from llmq.models.readers import weight_reader
+from llmq.ptq.batches import BATCH
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.costs import Cost
 from llmq.ptq.gradients import Backward
-from llmq.ptq.held_out import BATCH, HEAD_VALUES
+from llmq.ptq.head import HEAD_VALUES, logits_of
 from llmq.ptq.outside import OutsideReader, as_stored, fitting_table_spec, quantize_table
-from llmq.ptq.pair import logits_of
 from llmq.ptq.threads import total as sum_of
 
 HEAD_TOKENS = 1024  # that a head is run on: twice for each candidate

@@ -32,7 +32,7 @@ def recipe(**options):
 def quantized(folder, calibration_file, out, **options):
     job = prepare(str(folder), recipe(**options), calibration=str(calibration_file))
     steps = []
-    report = quantize_folder(job, out, on_step=lambda done, total: steps.append(done))
+    report = quantize_folder(job, out, on_step=lambda what, done, total: steps.append(done))
     return report, steps
 
 

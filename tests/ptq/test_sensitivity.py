@@ -81,6 +81,14 @@ def test_gradients_are_those_of_the_whole_model(family, model_folder, tmp_path):
             )
             seen.add(full_name)
     assert seen == set(layers)
+    again = Backward(blocks, TOKENS, tmp_path, 7)
+    assert list(again.forward()) == [0, 1]
+    for index, squares in zip(
+        (1, 0), again.squared_lengths(_by_block(blocks, candidates)), strict=True
+    ):
+        for name, found in squares.items():
+            own = expected[f"{blocks.name(index)}.{name}"].square().sum(-1)
+            torch.testing.assert_close(found / own.max(), own / own.max(), atol=4e-5, rtol=0)
 
 
 def test_it_predicts_what_a_layer_costs(tmp_path):

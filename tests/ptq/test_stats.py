@@ -4,6 +4,7 @@ nor processes can change."""
 import pytest
 import torch
 
+from llmq.activations.ranges import RangeObserver
 from llmq.grid.spec import QuantSpec
 from llmq.ptq.methods.gptq import gptq
 from llmq.ptq.stats import N_BRANCHES, LayerStats, _Moments, output_error
@@ -114,3 +115,41 @@ def test_any_number_of_threads_gives_the_same_bits():
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other[:3], results[0][:3], strict=True))
         assert other[3] == results[0][3]
+
+
+def test_a_weight_of_two_is_a_row_twice():
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(2, 6, 4, 8, generator=generator)
+    weights = torch.ones(6, 4)
+    weights[1], weights[3] = 2, 0
+    weighted = LayerStats(8, cross=True, n_chunks=6)
+    repeated = LayerStats(8, cross=True, n_chunks=6)
+    for index in range(6):
+        weighted.add(x[index], y[index], weights[index])
+        for _ in range(int(weights[index, 0])):
+            repeated.add(x[index], y[index])
+    weighted.finish(), repeated.finish()
+    torch.testing.assert_close(weighted.hessian, repeated.hessian)
+    torch.testing.assert_close(weighted.cross, repeated.cross)
+
+
+def test_ranges_of_activations_know_no_weights():
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+    found = []
+    for weights in (None, torch.tensor([0.5, 2.0, 1.0, 0.5])):
+        ranges = RangeObserver()
+        LayerStats(8, ranges=ranges).add(x, weights=weights)
+        found.append(ranges.range("minmax"))
+    assert torch.equal(found[0], found[1])
+
+
+def test_rows_that_are_not_finite_take_their_weights_along():
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.5])
+    expected = LayerStats(8)
+    expected.add(x[[0, 2, 3]], weights=weights[[0, 2, 3]])
+    x[1, 0] = torch.nan
+    stats = LayerStats(8)
+    stats.add(x, weights=weights)
+    assert stats.n_dropped == 1
+    assert torch.equal(stats.finish().hessian, expected.finish().hessian)

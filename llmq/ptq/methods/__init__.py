@@ -56,6 +56,11 @@ def method_of(recipe: Recipe) -> Method:
     """The method of a recipe. Raises `LlmqError` for keys that do not go with it."""
     method = method_named(recipe.method)
     method.check(recipe)
+    if recipe.token_weights != "equal" and not method.needs(recipe).hessian:
+        raise LlmqError(
+            f"token weights {recipe.token_weights} (--token-weights) are of the Hessian, which "
+            f"method {recipe.method} does without; use --method gptq, or leave them out"
+        )
     return method
 
 

@@ -6,7 +6,7 @@ from conftest import make_model
 from llmq.models.readers import ModelReader
 from llmq.models.source import meta_model
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.pair import logits_of
+from llmq.ptq.head import logits_of
 
 
 def test_logits_of_what_leaves_the_last_block_are_the_models():

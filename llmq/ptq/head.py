@@ -1,0 +1,18 @@
+"""What hidden states behind the last block mean: the model's own norm and head say it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmq.ptq.blocks import Blocks
+from llmq.ptq.capture import passing_on
+
+HEAD_VALUES = 1 << 22  # logits at a time: 16 MiB, of which some seven copies are made
+
+
+def logits_of(blocks: Blocks, tokens: Tensor, hidden: Tensor, n_returned: int) -> Tensor:
+    """`[t, V]` of hidden states `[t, D]` behind the last block, at tokens int64 `[t]`: all after it
+    is by position. n_returned: see `BlockRecorder`."""
+    with passing_on(blocks.modules, hidden[None], n_returned):
+        logits: Tensor = blocks.model(input_ids=tokens[None], use_cache=False).logits
+    return logits[0]

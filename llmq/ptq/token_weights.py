@@ -1,0 +1,92 @@
+"""What each token counts when a layer is solved.
+
+A Hessian of plain squares takes an error of the layer's output at one token for as bad as at any
+other. To the model they differ by orders of magnitude: the second-order term of the divergence
+weighs the error at token t with the gradient g_t of the log-likelihood by the layer's outputs (see
+`gradients`). Its squared length, averaged over outputs, leaves GPTQ's Hessian one matrix for all
+rows of a layer (GuidedQuant, Kim et al., 2025, with one group of outputs). One drawn token a
+position tells it with noise, and what a text holds by chance would count: so its square root is
+taken and a tenth of the mean added. What was tried stands in the README of `llmq/ptq`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.ptq.blocks import Blocks
+from llmq.ptq.gradients import Backward
+from llmq.storage import files, seals
+
+POWER, FLOOR = 0.5, 0.1
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """folder: where the squared lengths of gradients lie, a file for each block."""
+
+    folder: Path
+
+    def of(self, index: int, layers: Sequence[str]) -> Tensor:
+        """For layers of a block, named as in it, which read the same: float32 `[n, T]`, 1 on
+        average."""
+        squares = load_file(self._path(index))
+        return weights_of(sum(squares[layer] for layer in layers))
+
+    def measure(
+        self,
+        blocks: Blocks,
+        tokens: Tensor,
+        layers: Mapping[int, list[str]],
+        seed: int,
+        on_pass: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Write the files that are not there as they were sealed. tokens: int64 `[n, T]`. layers:
+        that will be asked for, by block. seed: of the tokens that are drawn. on_pass: told how
+        many passes through a block are done, of how many. Raises `LlmqError` for NaN or
+        infinity."""
+        if all(seals.is_sound(self._path(index)) for index in layers):
+            return
+        self.folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="gradients-", dir=self.folder) as folder:
+            backward = Backward(blocks, tokens, Path(folder), seed)
+            done, total = 0, 2 * len(blocks)
+            for _ in backward.forward():
+                done += 1
+                on_pass(done, total)
+            names = {blocks.name(index): own for index, own in layers.items()}
+            found = backward.squared_lengths(names)
+            for index, squares in zip(reversed(range(len(blocks))), found, strict=True):
+                for layer, own in squares.items():
+                    _check(own, f"{blocks.name(index)}.{layer}")
+                if squares:
+                    files.write_tensors(self._path(index), squares)
+                    seals.seal(self._path(index))
+                done += 1
+                on_pass(done, total)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+
+def weights_of(squares: Tensor) -> Tensor:
+    """What tokens count, 1 on average, by the squared lengths of their gradients."""
+    roots = squares.double().pow(POWER)
+    mean = roots.mean()
+    if not mean:  # a layer that nothing depends on
+        return torch.ones_like(squares)
+    return ((roots / mean + FLOOR) / (1 + FLOOR)).float()
+
+
+def _check(squares: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(squares).all()):
+        raise LlmqError(
+            f"{name}: NaN or infinity among the gradients by its outputs, so what tokens count "
+            "for it cannot be told; leave --token-weights out"
+        )

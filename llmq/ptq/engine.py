@@ -141,6 +141,7 @@ def _measure_tokens(setup: Setup, weights: TokenWeights, task: Task, on_step: On
         layers,
         task.recipe.seed,
         lambda done, total: on_step("token weights", done, total),
+        task.precision.gradients,
     )
 
 

@@ -53,10 +53,17 @@ class BlockGradients:
 
 class Backward:
     """tokens: int64 `[n, T]`. folder: for the files of the pass, which its owner removes. seed: of
-    the tokens that are drawn."""
+    the tokens that are drawn. dtype: that products are computed in."""
 
-    def __init__(self, blocks: Blocks, tokens: Tensor, folder: Path, seed: int) -> None:
-        self.blocks, self.folder, self.seed = blocks, folder, seed
+    def __init__(
+        self,
+        blocks: Blocks,
+        tokens: Tensor,
+        folder: Path,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.blocks, self.folder, self.seed, self.dtype = blocks, folder, seed, dtype
         self.tokens = tokens.to(blocks.device)
         self.width: int = blocks.model.config.get_text_config().hidden_size
         self.recorder = BlockRecorder(blocks.model, blocks.modules)
@@ -78,7 +85,8 @@ class Backward:
                 append = stack.enter_context(self.inputs_of(index + 1).appender(durable=False))
                 self.rows.append(stack.enter_context(_counting_rows(module)))
                 for call, hidden in self._batches(index):
-                    append(call.run(module, hidden))
+                    with self._autocast():
+                        append(call.run(module, hidden))
             yield index
 
     def backward(self, layers: dict[str, list[str]]) -> Iterator[BlockGradients]:
@@ -120,6 +128,10 @@ class Backward:
         next one is done by those of the block behind it: two files take turns."""
         return self._file(f"gradients-{index % 2}", self.width)
 
+    def _autocast(self) -> torch.autocast:
+        kind = torch.device(self.blocks.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
     def _file(self, name: str, width: int) -> ActivationFile:
         return ActivationFile(self.folder / f"{name}.bin", self.tokens.shape[1], width)
 
@@ -150,7 +162,7 @@ class Backward:
         parts = []
         for some, states in zip(tokens.split(step), hidden.split(step), strict=True):
             states = states.clone().requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), self._autocast():
                 logits = logits_of(self.blocks, some, states, self.recorder.n_returned)
                 likely = torch.log_softmax(logits.float(), dim=-1)
                 if not bool(torch.isfinite(likely.sum())):
@@ -212,7 +224,8 @@ class Backward:
         with self.gradients_of(index).appender(durable=False) as append:
             for (call, hidden), gradient in zip(self._batches(index), after, strict=True):
                 met = _Met({name: module.get_submodule(name) for name in names})
-                append(met.run(module, call, hidden, gradient.to(hidden.device)))
+                with self._autocast():
+                    append(met.run(module, call, hidden, gradient.to(hidden.device)))
                 keep(met, hidden.shape[:2])
 
     @torch.no_grad()
@@ -264,7 +277,7 @@ class _Met:
         try:
             with torch.enable_grad(), self._watching():
                 output = call.run(module, start.clone())  # a leaf may not be changed in place
-                (found,) = torch.autograd.grad(output, start, gradient)
+                (found,) = torch.autograd.grad(output, start, gradient.to(output.dtype))
         except torch.OutOfMemoryError:
             raise
         except (

@@ -1,13 +1,14 @@
 """What the parts of a run are computed in.
 
-What the quantized model computes is always float32. Two parts are not its results and may be faster
-where the model is stored in bfloat16 and the processor multiplies that natively:
+What the quantized model computes is always float32. Three parts are not its results and may be
+faster where the model is stored in bfloat16 and the processor multiplies that natively:
 
-    stream    what the full-precision model computes beside it, where only means of it are used;
-    training  the forward and backward passes of block-wise tuning, on float32 masters; the errors
-              that decide whether its result is kept are measured in float32.
+    stream     what the full-precision model computes beside it, where only means of it are used;
+    training   the forward and backward passes of block-wise tuning and of that of all scales, on
+               float32 masters; what decides whether a result is kept is measured in float32;
+    gradients the passes of the full-precision model that tell what tokens count.
 
-The report names both."""
+The report names them."""
 
 from __future__ import annotations
 
@@ -22,11 +23,12 @@ from llmq.recipe import Recipe
 
 @dataclass(frozen=True)
 class Precision:
-    """stream: dtype of the full-precision stream. training: dtype of block-wise tuning's passes.
-    See the module's text."""
+    """stream: dtype of the full-precision stream. training: of the passes of training. gradients:
+    of those that tell what tokens count. See the module's text."""
 
     stream: torch.dtype = torch.float32
     training: torch.dtype = torch.float32
+    gradients: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, config: PretrainedConfig, recipe: Recipe, device: str) -> Precision:
@@ -37,12 +39,13 @@ class Precision:
         ) == torch.bfloat16 and multiplies_bfloat16(device)
         needs = method_of(recipe).needs(recipe)
         needs_means_only = needs.both_streams and not needs.tuning
-        trains_in_bfloat16 = needs.tuning and (
+        trains_in_bfloat16 = (needs.tuning or recipe.scale_steps > 0) and (
             is_native if recipe.autocast is None else recipe.autocast
         )
         return cls(
             torch.bfloat16 if is_native and needs_means_only else torch.float32,
             torch.bfloat16 if trains_in_bfloat16 else torch.float32,
+            torch.bfloat16 if is_native and recipe.token_weights != "equal" else torch.float32,
         )
 
 

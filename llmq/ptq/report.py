@@ -121,9 +121,11 @@ def _precision(job: Job, device: str) -> dict[str, str | None]:
     needs, precision = method_of(job.recipe).needs(job.recipe), job.precision(device)
     stream = str(precision.stream).removeprefix("torch.")
     training = str(precision.training).removeprefix("torch.")
+    gradients = str(precision.gradients).removeprefix("torch.")
     return {
         "full_precision_stream": stream if needs.hessian else None,
-        "tuned_in": training if needs.tuning else None,
+        "token_weights_in": None if job.recipe.token_weights == "equal" else gradients,
+        "tuned_in": training if needs.tuning or job.recipe.scale_steps else None,
     }
 
 

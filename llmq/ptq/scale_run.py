@@ -89,6 +89,7 @@ class ScaleRun:
         assert job.tokens is not None
         options = ScaleOptions(
             steps=job.recipe.scale_steps,
+            dtype=job.precision(self.device).training,
             seed=job.recipe.seed,
             special=special_ids(job.config, job.source.tokenizer),
         )

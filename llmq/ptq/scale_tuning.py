@@ -52,11 +52,13 @@ CHECKED_SHARE = 8  # one of so many sequences decides whether the result is kept
 @dataclass(frozen=True)
 class ScaleOptions:
     """steps: of the optimizer. learning_rate: by how much a step moves a scale, as a share of it;
-    falls to zero along a half cosine. seed: of the order of the sequences. special: ids of special
-    tokens."""
+    falls to zero along a half cosine. dtype: that blocks and heads are run in meanwhile, on float32
+    masters; what decides whether the result is kept is measured in float32. seed: of the order of
+    the sequences. special: ids of special tokens."""
 
     steps: int
     learning_rate: float = 0.002
+    dtype: torch.dtype = torch.float32
     seed: int = 0
     special: frozenset[int] = frozenset()
 
@@ -148,6 +150,7 @@ class _Tuner:
     def __init__(self, pair: Pair, tokens: Tensor, options: ScaleOptions, folder: Path) -> None:
         self.pair, self.options, self.folder = pair, options, folder
         self.device = pair.exact.device
+        self.in_bfloat16 = options.dtype == torch.bfloat16
         self.tokens = tokens.to(self.device)
         n_sequences, self.length = tokens.shape
         self.batch = sequences_per_step(n_sequences, self.length)
@@ -251,7 +254,10 @@ class _Tuner:
             for group in optimizer.param_groups:
                 rate = 0.5 * (1 + math.cos(math.pi * step / steps))
                 group["lr"] = self.options.learning_rate * rate
-            self._back(sequences)
+            with torch.autocast(
+                torch.device(self.device).type, torch.bfloat16, enabled=self.in_bfloat16
+            ):
+                self._back(sequences)
             total = torch.nn.utils.get_total_norm(
                 [shift.grad for shift in shifts if shift.grad is not None]
             )
@@ -315,7 +321,7 @@ class _Tuner:
         output = functional_call(module, weights, (start.clone(), *call.args), call.kwargs)
         output = output[0] if isinstance(output, tuple) else output
         found, *of_scales = torch.autograd.grad(
-            output, [start, *block.shifts.values()], gradient, allow_unused=True
+            *(output, [start, *block.shifts.values()], gradient.to(output.dtype)), allow_unused=True
         )
         for shift, own in zip(block.shifts.values(), of_scales, strict=True):
             if own is not None:  # an expert that no token was sent to

@@ -46,16 +46,17 @@ class TokenWeights:
         layers: Mapping[int, list[str]],
         seed: int,
         on_pass: Callable[[int, int], None] = lambda done, total: None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Write the files that are not there as they were sealed. tokens: int64 `[n, T]`. layers:
         that will be asked for, by block. seed: of the tokens that are drawn. on_pass: told how
-        many passes through a block are done, of how many. Raises `LlmqError` for NaN or
-        infinity."""
+        many passes through a block are done, of how many. dtype: that they are computed in. Raises
+        `LlmqError` for NaN or infinity."""
         if all(seals.is_sound(self._path(index)) for index in layers):
             return
         self.folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="gradients-", dir=self.folder) as folder:
-            backward = Backward(blocks, tokens, Path(folder), seed)
+            backward = Backward(blocks, tokens, Path(folder), seed, dtype)
             done, total = 0, 2 * len(blocks)
             for _ in backward.forward():
                 done += 1

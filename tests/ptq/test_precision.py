@@ -25,6 +25,9 @@ def of(dtype=HALF, **options):
         ({"method": "blockwise", "autocast": False}, Precision(), Precision()),
         ({"method": "blockwise", "autocast": True}, Precision(FULL, HALF), Precision(FULL, HALF)),
         ({"autocast": True}, Precision(HALF, FULL), Precision()),
+        ({"scale_steps": 8}, Precision(HALF, HALF), Precision()),
+        ({"scale_steps": 8, "autocast": False}, Precision(HALF, FULL), Precision()),
+        ({"token_weights": "fisher"}, Precision(HALF, FULL, HALF), Precision()),
     ],
 )
 def test_precision(options, native, other, monkeypatch):

@@ -116,3 +116,27 @@ def test_steps_without_finite_gradients_are_counted(
     assert found.n_skipped == STEPS
     assert not found.is_kept
     assert found.kl == found.kl_start
+
+
+def test_in_bfloat16_gradients_are_near_and_masters_stay_in_float32(
+    model_folder, calibration_file, tmp_path
+):
+    found = []
+    for number, dtype in enumerate((torch.float32, torch.bfloat16)):
+        (tmp_path / str(number)).mkdir()
+        tuner, _ = tuner_of(model_folder(), calibration_file, tmp_path / str(number), dtype=dtype)
+        seen = []
+        back = tuner._back
+
+        def watched(sequences, back=back, tuner=tuner, seen=seen):
+            back(sequences)
+            shifts = [shift for block in tuner.blocks for shift in block.shifts.values()]
+            assert {shift.dtype for shift in shifts} == {torch.float32}
+            seen.append(torch.cat([shift.grad.flatten() for shift in shifts]))
+
+        tuner._back = watched
+        assert tuner.tune(lambda done, total: None).n_skipped == 0
+        found.append(seen[0])
+    full, half = found
+    assert not torch.equal(full, half)
+    assert (full - half).norm() < 0.1 * full.norm()

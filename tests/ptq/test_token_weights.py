@@ -66,6 +66,17 @@ def test_layers_that_read_the_same_share_the_sum(model, tmp_path):
     assert [path.name for path in weights.folder.glob("gradients-*")] == []
 
 
+def test_in_bfloat16_they_are_near(model, tmp_path):
+    full, half = TokenWeights(tmp_path / "full"), TokenWeights(tmp_path / "half")
+    full.measure(blocks_of(model), TOKENS, NAMES, 7)
+    half.measure(blocks_of(model), TOKENS, NAMES, 7, dtype=torch.bfloat16)
+    for index, layers in NAMES.items():
+        expected, found = full.of(index, layers), half.of(index, layers)
+        assert not torch.equal(found, expected)
+        # all but for tokens where another one was drawn
+        assert ((found - expected).abs() < 0.1).float().mean() > 0.9
+
+
 def test_what_lies_there_is_not_measured_again(model, tmp_path, monkeypatch):
     weights = TokenWeights(tmp_path)
     weights.measure(blocks_of(model), TOKENS, NAMES, 7)

@@ -83,14 +83,15 @@ def plot(points: Sequence[Point], title: str, path: Path) -> None:
 def _name(axis: Axes, points: Sequence[Point]) -> None:
     """Specs beside their points, once the axes are what they will be."""
     places = [(point.n_bytes / 1e6, point.kl) for point in points]
-    pixels = axis.transData.transform(places).tolist()
-    for point, place, is_below in zip(points, places, svg.crowded(pixels), strict=True):
+    pixels = [(x, -y) for x, y in axis.transData.transform(places).tolist()]
+    beside = svg.corners(pixels, axis.bbox.x1)
+    for point, place, (right, down) in zip(points, places, beside, strict=True):
         axis.annotate(
             point.rung.spec,
             place,
-            xytext=(-6, -12) if is_below else (6, 4),
+            xytext=(6 * right, 4 if down < 0 else -12),
             textcoords="offset points",
-            ha="right" if is_below else "left",
+            ha="left" if right > 0 else "right",
             fontsize="small",
         )
 

@@ -6,7 +6,7 @@ faster where the model is stored in bfloat16 and the processor multiplies that n
     stream     what the full-precision model computes beside it, where only means of it are used;
     training   the forward and backward passes of block-wise tuning and of that of all scales, on
                float32 masters; what decides whether a result is kept is measured in float32;
-    gradients the passes of the full-precision model that tell what tokens count.
+    gradients  the passes of the full-precision model that tell what tokens count.
 
 The report names them."""
 

@@ -151,7 +151,7 @@ def scatter(
     parts.append(f'<text x="4" y="{TOP}">{escape(up)}</text>')
     places = " ".join(f"{xs.place(x):.1f},{ys.place(math.log10(y)):.1f}" for x, y in path)
     parts.append(f'<polyline points="{places}" class="front"/>')
-    below = iter(crowded([(xs.place(spot.x), ys.place(math.log10(spot.y))) for spot in spots]))
+    beside = iter(corners([(xs.place(spot.x), ys.place(math.log10(spot.y))) for spot in spots]))
     for index, group in enumerate(groups):
         colour = f"c{index % N_COLOURS}"
         for spot in group.spots:
@@ -162,27 +162,44 @@ def scatter(
                 parts.append(f' class="{colour}"/>')
             title = escape(f"{spot.name}, {group.label}: {number(spot.y)}")
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="{colour}">')
-            is_below = next(below)
-            is_left = is_below or x > WIDTH - LABELS / 2  # or its name would end outside
-            place = f'x="{x - 8:.1f}" class="end"' if is_left else f'x="{x + 8:.1f}"'
+            right, down = next(beside)
+            place = f'x="{x + 8:.1f}"' if right > 0 else f'x="{x - 8:.1f}" class="end"'
             parts.append(f"<title>{title}</title></circle>")
-            parts.append(f'<text {place} y="{y + (14 if is_below else -5):.1f}">')
+            parts.append(f'<text {place} y="{y + (14 if down > 0 else -5):.1f}">')
             parts.append(f"{escape(spot.name)}</text>")
     legend = _legend([Line(group.label, ()) for group in groups])
     return _svg(height, f"{up} against {across}", parts) + legend
 
 
-def crowded(
-    places: Sequence[tuple[float, float]], size: tuple[float, float] = (90, 14)
-) -> list[bool]:
-    """Which points, in pixels, have their name below and to the left, since above and to the right
-    it would lie over that of an earlier one. size: of a name."""
-    found: list[bool] = []
-    for index, (x, y) in enumerate(places):
-        above = [
-            place for place, is_below in zip(places[:index], found, strict=True) if not is_below
+Corner = tuple[int, int]
+"""Where a name stands beside its point: to the right or left (1, -1), below or above (1, -1)."""
+
+CORNERS: tuple[Corner, ...] = ((1, -1), (-1, 1), (1, 1), (-1, -1))
+
+
+def corners(
+    places: Sequence[tuple[float, float]],
+    width: float = WIDTH,
+    size: tuple[float, float] = (84, 15),
+) -> list[Corner]:
+    """Where names stand, one after the other: the first corner at which a name would neither lie
+    over an earlier one nor end outside. places: in pixels, y downwards. width: of the picture.
+    size: of a name."""
+    found: list[Corner] = []
+    boxes: list[tuple[float, float]] = []  # their middles
+    for x, y in places:
+        middles = {
+            (right, down): (x + right * (8 + size[0] / 2), y + down * size[1] / 2 + down * 2)
+            for right, down in CORNERS
+        }
+        free = [
+            corner
+            for corner, (u, v) in middles.items()
+            if u + size[0] / 2 <= width
+            and not any(abs(u - a) < size[0] and abs(v - b) < size[1] for a, b in boxes)
         ]
-        found.append(any(abs(x - a) < size[0] and abs(y - b) < size[1] for a, b in above))
+        found.append(free[0] if free else CORNERS[0])
+        boxes.append(middles[found[-1]])
     return found
 
 

@@ -62,12 +62,14 @@ def test_a_single_value_has_room_around_it():
 @pytest.mark.parametrize(
     ("places", "expected"),
     [
-        ([(0, 0), (200, 0)], [False, False]),
-        ([(0, 0), (10, 5)], [False, True]),  # over each other
-        ([(0, 0), (10, 30)], [False, False]),  # one above the other
-        ([(0, 0), (10, 5), (85, 5)], [False, True, True]),  # the first one's name ends there
-        ([(0, 0), (10, 5), (95, 5)], [False, True, False]),
+        ([(0, 0), (200, 0)], [(1, -1), (1, -1)]),
+        ([(0, 0), (10, 5)], [(1, -1), (-1, 1)]),  # over each other
+        ([(0, 0), (10, 30)], [(1, -1), (1, -1)]),  # one above the other
+        ([(0, 0), (10, 5), (60, 4)], [(1, -1), (-1, 1), (1, 1)]),
+        ([(0, 0), (95, 0)], [(1, -1), (1, -1)]),  # where the first name has ended
+        ([(600, 50)], [(-1, 1)]),  # it would end outside
+        ([(0, 0)] * 5, [(1, -1), (-1, 1), (1, 1), (-1, -1), (1, -1)]),  # there are no more
     ],
 )
-def test_names_that_would_lie_over_others_go_to_the_other_side(places, expected):
-    assert svg.crowded(places) == expected
+def test_names_do_not_lie_over_each_other(places, expected):
+    assert svg.corners(places) == expected

@@ -62,7 +62,7 @@ from quality_runs import (
 from llmq.errors import LlmqError
 from llmq.models.identity import model_name, source_name
 from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.ptq.job import windows
+from llmq.ptq.calibration import windows
 from llmq.ptq.methods import METHODS
 from llmq.recipe import Recipe
 

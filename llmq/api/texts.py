@@ -17,7 +17,7 @@ from llmq.models.arch import check_length, needs_bos
 from llmq.models.source import Source
 from llmq.models.tokens import first_token
 from llmq.ptq import sizing
-from llmq.ptq.job import windows_of
+from llmq.ptq.calibration import windows_of
 from llmq.recipe import Recipe
 from llmq.text import documents
 from llmq.text.documents import TokenSet, check_vocabulary, check_windows

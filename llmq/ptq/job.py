@@ -4,13 +4,10 @@ format and the text, and every check that can be made by then."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.formats.base import Format
@@ -27,28 +24,20 @@ from llmq.formats.registry import (
 from llmq.formats.requantizing import full_precision
 from llmq.formats.unheld import kept_where_unheld
 from llmq.inference.settings import read_settings
-from llmq.models.arch import check_length, quantizable_layers, tower_parameters
+from llmq.models.arch import quantizable_layers
 from llmq.models.experts import unfused_in
-from llmq.models.identity import source_name
 from llmq.models.low_precision import kind_of
-from llmq.models.processors import load_processor, refusal_of_pictures
 from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.source import Source
 from llmq.models.stored import StoredModel
-from llmq.models.tokens import fingerprint, first_token, own_tokenizer
+from llmq.ptq.calibration import read_calibration
 from llmq.ptq.group_sizes import with_one_group_size
-from llmq.ptq.methods import method_of, needs_text
+from llmq.ptq.methods import method_of
 from llmq.ptq.outside import fitting_outside, plan_outside
 from llmq.ptq.precision import Precision
 from llmq.ptq.scales import fitting_plans
-from llmq.ptq.self_written import self_written
-from llmq.ptq.sizing import default_text
 from llmq.recipe import LayerPlan, Recipe
 from llmq.text import documents
-from llmq.text.documentation import DOCUMENTATION
-from llmq.text.held_out import begun_with, held_out_texts, window_starts
-from llmq.text.picture_windows import RowReader, place_ids, with_pictures
-from llmq.text.pictures import check_pillow
 from llmq_kernels.core import restricted
 
 _NEAR = "within 1/256 of its value"  # what rounding to 8 digits is off by, at most
@@ -136,6 +125,49 @@ def prepare(
     source = full_precision(Source.open(model, revision), allow_requantize)
     read_settings(source.folder)  # it comes along, and the result has to load
     stored = StoredModel.of(source)
+    plans, outside, fmt = _planned(
+        *(source, stored, recipe, format), check_scales=check_scales, for_budget=for_budget
+    )
+    every = [*plans, *outside]
+    if strict:
+        check_unchanged(every)
+    remarks = stored.remarks(strict) | _remarks_on_precision(source, stored, every)
+    text = read_calibration(
+        *(source, stored, recipe, calibration),
+        held_out=held_out,
+        device=device,
+        on_text=on_text if check_scales else None,
+    )
+    recipe, tokens = text.recipe, text.tokens
+    remarks |= text.remarks
+    if recipe.token_weights != "equal" and unfused_in(stored.skeleton):
+        remarks["token weights"] = "not for experts, whose tokens all count alike"
+    n_others = sum(prod(source.tensors.shapes[name]) for name in stored.others)
+    return Job(
+        source=source,
+        config=stored.config,
+        model=stored.skeleton,
+        recipe=recipe,
+        plans=plans,
+        fmt=fmt,
+        tokens=tokens,
+        remarks=remarks,
+        outside=tuple(outside),
+        n_others=n_others,
+        stored=_other_names(stored),
+    )
+
+
+def _planned(
+    source: Source,
+    stored: StoredModel,
+    recipe: Recipe,
+    format: str,
+    *,
+    check_scales: bool,
+    for_budget: bool,
+) -> tuple[list[LayerPlan], list[LayerPlan], Format]:
+    """What becomes of every linear layer, of embeddings and head, and the format that holds it."""
     plans = recipe.plan(quantizable_layers(stored.skeleton))
     if format != AUTO and known_format(format).one_group_size:
         plans = with_one_group_size(plans, recipe)
@@ -160,44 +192,7 @@ def prepare(
         plans, _ = fitting_plans(plans, weight_of, later)
         outside = fitting_outside(outside, weight_of)
     every = [*plans, *outside]
-    fmt = choose_format(format, every, recipe.activations, act_order=is_ordered)
-    if strict:
-        check_unchanged(every)
-    remarks = stored.remarks(strict) | _remarks_on_precision(source, stored, every)
-    tokens = None
-    if isinstance(calibration, documents.TokenSet):
-        tokens = calibration if needs_text(recipe) else None
-    elif needs_text(recipe):
-        name = recipe.calibration if calibration is None else calibration
-        if name is None:
-            name = default_text(source)
-            remarks |= _remark_on_text(name)
-        recipe = replace(recipe, calibration=source_name(name))
-        if name != documents.SELF:
-            tokens = calibration_tokens(source, stored, recipe, name, held_out=held_out)
-        elif check_scales:
-            tokens = self_written(source, recipe, device, on_text)
-        else:
-            tokens = _to_be_written(stored.config, recipe)
-    if tokens is not None and not held_out:
-        tokens = replace(tokens, held_out=())
-    check_trainable(recipe, tokens)
-    if recipe.token_weights != "equal" and unfused_in(stored.skeleton):
-        remarks["token weights"] = "not for experts, whose tokens all count alike"
-    n_others = sum(prod(source.tensors.shapes[name]) for name in stored.others)
-    return Job(
-        source=source,
-        config=stored.config,
-        model=stored.skeleton,
-        recipe=recipe,
-        plans=plans,
-        fmt=fmt,
-        tokens=tokens,
-        remarks=remarks,
-        outside=tuple(outside),
-        n_others=n_others,
-        stored=_other_names(stored),
-    )
+    return plans, outside, choose_format(format, every, recipe.activations, act_order=is_ordered)
 
 
 def _other_names(stored: StoredModel) -> dict[str, str]:
@@ -221,28 +216,6 @@ def _unnamed_format(plans: list[LayerPlan], recipe: Recipe) -> LlmqError:
         f"--act-order: {', '.join(names[False])} do not read the order of columns that it stores; "
         f"name the format: --format gptq for {', '.join(names[True])}, or --format llmq"
     )
-
-
-def _to_be_written(config: Any, recipe: Recipe) -> documents.TokenSet:
-    """The shape of text of the model's own."""
-    check_windows(config, recipe)
-    documents.warn_of_path(documents.SELF)
-    return documents.TokenSet.unread(documents.SELF, recipe.samples, recipe.sequence_length)
-
-
-def _remark_on_text(name: str) -> dict[str, str]:
-    """What is to be known of a text that nobody has asked for."""
-    what = {
-        documents.SELF: "which the model writes",
-        DOCUMENTATION: "the documentation that every Python has",
-    }
-    if name not in what:
-        return {}
-    remark = (
-        f"{name}, {what[name]}, since none was given; text of the kind that it will see may lose "
-        "less: --calibration FILE, or ultrachat (from the Hub)"
-    )
-    return {"calibration text": remark}
 
 
 def _remarks_on_precision(
@@ -285,101 +258,3 @@ def check_unchanged(plans: list[LayerPlan]) -> None:
             f"--strict: {len(notes)} layers would differ from what was asked, the first being "
             f"{notes[0]}"
         )
-
-
-def calibration_tokens(
-    source: Source, stored: StoredModel, recipe: Recipe, name: str, *, held_out: bool = True
-) -> documents.TokenSet:
-    """The calibration windows of a recipe for a model, from a text, and from pictures beside it
-    where the model takes any. held_out: see `windows_of`."""
-    tokenizer, config = own_tokenizer(source), stored.config
-    check_windows(config, recipe)
-    takes_pictures = bool(tower_parameters(stored.skeleton))
-    text = documents.read_text(name, "calibration", tokenizer, with_pictures=takes_pictures)
-    if not text.illustrated:
-        return windows_of(tokenizer, config, recipe, text, name, held_out=held_out)
-    if reason := refusal_of_pictures(stored.skeleton):
-        raise LlmqError(reason)
-    column = text.read["columns"][0][0]
-    remedy = f"calibrate on the text alone: {name}#{column}"
-    check_pillow(name)
-    reader = RowReader(load_processor(source, remedy), type(stored.skeleton))
-    if (bos := first_token(tokenizer, config)) is not None:
-        reader = replace(reader, begin=tokenizer.convert_ids_to_tokens(bos))
-    places = place_ids(config, reader.processor)
-    of_text = windows_of(tokenizer, config, recipe, text, name, held_out=held_out, places=places)
-    return with_pictures(of_text, text.illustrated, reader, config, recipe.seed)
-
-
-def check_trainable(recipe: Recipe, tokens: documents.TokenSet | None) -> None:
-    """Whether the model can be run backwards on these windows, where the recipe wants it."""
-    wishes = {
-        f"{recipe.scale_steps} scale steps (--scale-steps)": recipe.scale_steps > 0,
-        f"token weights {recipe.token_weights} (--token-weights)": recipe.token_weights != "equal",
-    }
-    for wish in (wish for wish, is_there in wishes.items() if is_there):
-        if tokens is None:
-            raise LlmqError(
-                f"{wish}: gradients are of calibration text, and method {recipe.method} reads "
-                "none; use --method gptq, or leave the option out"
-            )
-        if tokens.pictures:
-            raise LlmqError(
-                f"{wish}: gradients are of text alone, and the calibration file has pictures, too; "
-                "calibrate on its text alone (FILE#COLUMN), or leave the option out"
-            )
-
-
-def check_windows(config: Any, recipe: Recipe) -> None:
-    """Raise `LlmqError` for windows that are longer than the model has positions for."""
-    check_length(config, recipe.sequence_length, f"--sequence-length {recipe.sequence_length}")
-
-
-def windows(
-    tokenizer: PreTrainedTokenizerBase,
-    config: Any,
-    recipe: Recipe,
-    source: str,
-    *,
-    held_out: bool = True,
-) -> documents.TokenSet:
-    """Seeded windows of a text, each with a BOS token for the families that need it. held_out: see
-    `windows_of`."""
-    text = documents.read_text(source, "calibration", tokenizer)
-    return windows_of(tokenizer, config, recipe, text, source, held_out=held_out)
-
-
-def windows_of(
-    tokenizer: PreTrainedTokenizerBase,
-    config: Any,
-    recipe: Recipe,
-    text: documents.Text,
-    source: str,
-    *,
-    held_out: bool = True,
-    places: Tensor | None = None,
-) -> documents.TokenSet:
-    """`windows` of a text that was read already. source: what messages call it. held_out: also cut
-    windows to measure the result on, for which text of another kind is read. places: tokens that
-    stand for pictures, where windows will begin with these: text has none of them, and is repeated
-    where it is shorter than a window."""
-    row = documents.tokenize(text.documents, tokenizer)
-    if places is not None:
-        row = row[~torch.isin(row, places)]
-        row = row.repeat(-(-recipe.sequence_length // max(1, len(row))))
-    documents.check_vocabulary(row, config.get_text_config().vocab_size, source)
-    bos = first_token(tokenizer, config)
-    found = documents.calibration_windows(
-        row, recipe.samples, recipe.sequence_length, recipe.seed, source, bos
-    )
-    found = replace(found, tokenizer_sha256=fingerprint(tokenizer), read=text.read)
-    if not held_out:
-        return found
-    texts = held_out_texts(
-        row,
-        window_starts(len(row), recipe.samples, recipe.sequence_length, recipe.seed),
-        recipe.sequence_length,
-        text.read["source"],
-        tokenizer,
-    )
-    return replace(found, held_out=tuple(begun_with(each, bos) for each in texts))

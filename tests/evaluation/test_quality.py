@@ -9,7 +9,7 @@ import llmq
 from llmq.evaluation.perplexity import evaluate
 from llmq.grid.spec import ActSpec
 from llmq.models.source import load_config, load_tokenizer, resolve
-from llmq.ptq.job import windows
+from llmq.ptq.calibration import windows
 from llmq.recipe import Recipe
 from llmq.text.documents import load_documents
 from llmq.text.windows import cut_windows

@@ -20,7 +20,8 @@ from llmq.models.tokens import (
     first_token,
     own_tokenizer,
 )
-from llmq.ptq.job import prepare, windows
+from llmq.ptq.calibration import windows
+from llmq.ptq.job import prepare
 from llmq.ptq.run import quantize_folder
 from llmq.recipe import Recipe
 from llmq.text.generate import generate_windows

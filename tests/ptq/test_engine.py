@@ -69,7 +69,7 @@ def _quantize_save_reload(model_type, fmt, model_folder, calibration_file, tmp_p
 
 def calibration_windows_of(folder, calibration_file):
     from llmq.models.source import load_config, load_tokenizer
-    from llmq.ptq.job import windows
+    from llmq.ptq.calibration import windows
 
     return windows(
         load_tokenizer(folder), load_config(folder), recipe(), str(calibration_file)

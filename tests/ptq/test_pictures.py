@@ -209,7 +209,7 @@ def test_blocks_that_see_pictures_on_their_way_are_refused(folder_of, tmp_path, 
 
 
 def test_such_blocks_are_noticed_without_a_config_that_says_so(folder_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmq.ptq.job.refusal_of_pictures", lambda model: None)
+    monkeypatch.setattr("llmq.ptq.calibration.refusal_of_pictures", lambda model: None)
     job = job_of(folder_of("qwen3_vl"), write_rows(tmp_path / "data", 2))
     with pytest.raises(LlmqError, match=r"with pictures: block 1 .*; calibrate on the text alone"):
         quantize_folder(job, tmp_path / "out")

@@ -206,8 +206,8 @@ def flops(job: Job) -> float:
     # windows that are held out run through the source and through the result
     n_held_out = sum(text.tokens.numel() for text in job.tokens.held_out)
     measured = 2 * 2 * n_held_out * weights
-    passes = TEXT_FACTOR * (forward + hessians + measured)
-    return float(passes + SOLVE_FACTOR * solves + WRITE_FACTOR * _writing(job)) + tuning + tables
+    passes = TEXT_FACTOR * (forward + hessians + measured + tuning)
+    return float(passes + SOLVE_FACTOR * solves + WRITE_FACTOR * _writing(job)) + tables
 
 
 def _scale_tuning_flops(job: Job, weights: float) -> float:

@@ -33,6 +33,7 @@ from llmq.ptq.capture import (
 )
 from llmq.ptq.expert_costs import expert_groups
 from llmq.ptq.head import HEAD_VALUES, logits_of
+from llmq.ptq.precision import computing_in
 from llmq.storage.hidden_states import ActivationFile
 
 
@@ -85,7 +86,7 @@ class Backward:
                 append = stack.enter_context(self.inputs_of(index + 1).appender(durable=False))
                 self.rows.append(stack.enter_context(_counting_rows(module)))
                 for call, hidden in self._batches(index):
-                    with self._autocast():
+                    with self._computing():
                         append(call.run(module, hidden))
             yield index
 
@@ -128,9 +129,8 @@ class Backward:
         next one is done by those of the block behind it: two files take turns."""
         return self._file(f"gradients-{index % 2}", self.width)
 
-    def _autocast(self) -> torch.autocast:
-        kind = torch.device(self.blocks.device).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+    def _computing(self) -> torch.autocast:
+        return computing_in(self.dtype, self.blocks.device)
 
     def _file(self, name: str, width: int) -> ActivationFile:
         return ActivationFile(self.folder / f"{name}.bin", self.tokens.shape[1], width)
@@ -162,7 +162,7 @@ class Backward:
         parts = []
         for some, states in zip(tokens.split(step), hidden.split(step), strict=True):
             states = states.clone().requires_grad_()
-            with torch.enable_grad(), self._autocast():
+            with torch.enable_grad(), self._computing():
                 logits = logits_of(self.blocks, some, states, self.recorder.n_returned)
                 likely = torch.log_softmax(logits.float(), dim=-1)
                 if not bool(torch.isfinite(likely.sum())):
@@ -224,7 +224,7 @@ class Backward:
         with self.gradients_of(index).appender(durable=False) as append:
             for (call, hidden), gradient in zip(self._batches(index), after, strict=True):
                 met = _Met({name: module.get_submodule(name) for name in names})
-                with self._autocast():
+                with self._computing():
                     append(met.run(module, call, hidden, gradient.to(hidden.device)))
                 keep(met, hidden.shape[:2])
 

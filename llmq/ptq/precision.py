@@ -49,6 +49,12 @@ class Precision:
         )
 
 
+def computing_in(dtype: torch.dtype, device: torch.device | str) -> torch.autocast:
+    """Products in bfloat16 where that is the dtype, on float32 masters."""
+    is_half = dtype == torch.bfloat16
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=is_half)
+
+
 def multiplies_bfloat16(device: str) -> bool:
     """Whether a device has instructions for products of bfloat16 numbers; without them they are
     slower than float32."""

@@ -43,6 +43,7 @@ from llmq.ptq.head import HEAD_VALUES, logits_of
 from llmq.ptq.methods.base import ClassErrors
 from llmq.ptq.methods.blockwise import BETAS, sequences_per_step
 from llmq.ptq.pair import Pair
+from llmq.ptq.precision import computing_in
 from llmq.ptq.results import StoredBlock
 from llmq.storage.hidden_states import ActivationFile
 
@@ -150,7 +151,6 @@ class _Tuner:
     def __init__(self, pair: Pair, tokens: Tensor, options: ScaleOptions, folder: Path) -> None:
         self.pair, self.options, self.folder = pair, options, folder
         self.device = pair.exact.device
-        self.in_bfloat16 = options.dtype == torch.bfloat16
         self.tokens = tokens.to(self.device)
         n_sequences, self.length = tokens.shape
         self.batch = sequences_per_step(n_sequences, self.length)
@@ -254,9 +254,7 @@ class _Tuner:
             for group in optimizer.param_groups:
                 rate = 0.5 * (1 + math.cos(math.pi * step / steps))
                 group["lr"] = self.options.learning_rate * rate
-            with torch.autocast(
-                torch.device(self.device).type, torch.bfloat16, enabled=self.in_bfloat16
-            ):
+            with computing_in(self.options.dtype, self.device):
                 self._back(sequences)
             total = torch.nn.utils.get_total_norm(
                 [shift.grad for shift in shifts if shift.grad is not None]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from llmq.errors import LlmqError
@@ -36,8 +36,8 @@ class TokenWeights:
     def of(self, index: int, layers: Sequence[str]) -> Tensor:
         """For layers of a block, named as in it, which read the same: float32 `[n, T]`, 1 on
         average."""
-        squares = load_file(self._path(index))
-        return weights_of(sum(squares[layer] for layer in layers))
+        with safe_open(self._path(index), "pt") as file:
+            return weights_of(sum(file.get_tensor(layer) for layer in layers))
 
     def measure(
         self,

@@ -7,7 +7,7 @@ expression after `re:`. A rule that matches nothing is an error, because it is a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from llmq import patterns
@@ -23,6 +23,12 @@ OUTSIDE = ("embeddings", "head")  # fields of a recipe, for what is in no block
 MAX_RULES = 10_000
 MAX_TOKENS = 1 << 40
 MAX_STEPS = 1_000_000
+BY_METHOD: Any = None  # the default of fields whose value goes by the method, see `defaults_of`
+_DEFAULTS = {"damping": 0.1, "token_weights": "equal", "scale_steps": 0}
+# What was measured for a method, see the README of `llmq/ptq`.
+_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "blockwise": {"damping": 0.5, "token_weights": "fisher", "scale_steps": 40},
+}
 _RULE_FORMS = "expected 'PATTERN=SPEC', or a pair of a pattern and a spec"
 
 
@@ -116,7 +122,8 @@ class Recipe:
     method: its name in `llmq.ptq.methods`, which says what goes with it.
     init: what method "blockwise" starts from.
     order: the column order of GPTQ (see `llmq.ptq.methods.gptq`).
-    damping: share of the median diagonal that is added to the Hessian.
+    damping: share of the median diagonal that is added to the Hessian (None, as for the two below:
+        see `defaults_of`).
     search: choose scales by Hessian-weighted error, not by range.
     sweeps: passes of coordinate descent after GPTQ (see `llmq.ptq.methods.refine`).
     inputs: where layers are measured: on the "quantized" outputs of the blocks before, on the
@@ -142,21 +149,21 @@ class Recipe:
     method: str = "gptq"
     init: Literal["rtn", "gptq"] = "gptq"
     order: Literal["group", "static", "none", "act"] = "group"
-    damping: float = 0.1
+    damping: float = BY_METHOD
     search: bool = True
     sweeps: int = 2
     inputs: Literal["quantized", "full-precision", "both"] = "both"
     alpha: float = 0.5
-    token_weights: Literal["equal", "fisher"] = "equal"
+    token_weights: Literal["equal", "fisher"] = BY_METHOD
     all_experts: bool = False
     calibration: str | None = None
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0
-    iterations: int = 150
+    iterations: int = 50
     learning_rate: float = 0.02
     tune_zero_points: bool = False
-    scale_steps: int = 0
+    scale_steps: int = BY_METHOD
     autocast: bool | None = None
     activations: ActSpec = field(default_factory=ActSpec)
     activation_range: Literal["minmax", "percentile", "mse"] = "mse"
@@ -164,6 +171,9 @@ class Recipe:
     head: QuantSpec | None = None
 
     def __post_init__(self) -> None:
+        for name, value in defaults_of(self.method).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         self._check_types()
         self._check_shares()
         self._check_windows()
@@ -235,6 +245,16 @@ class Recipe:
         elif not isinstance(spec, QuantSpec):
             raise refused("spec", spec, "a QuantSpec, or a text such as w4g128 or W4A16")
         return cls(rules=(Rule("*", spec),), **options)
+
+    def changed(self, **fields: Any) -> Recipe:
+        """With other values of some fields. Where these name another method, what stood at the
+        default of the old one takes the new one's."""
+        follow = {name: None for name in _DEFAULTS if self.is_default(name)}
+        return replace(self, **{**follow, **fields})
+
+    def is_default(self, name: str) -> bool:
+        """Whether a field that goes by the method is what the method decides."""
+        return bool(getattr(self, name) == defaults_of(self.method)[name])
 
     def plan(self, layers: Iterable[Layer]) -> list[LayerPlan]:
         """Decide every layer. Raises `LlmqError` when a rule matches no layer."""
@@ -308,6 +328,12 @@ class Recipe:
                 f"{', '.join(cls.__dataclass_fields__)}"
             )
         values = dict(data)
+        for name in _DEFAULTS:
+            if values.get(name, EVERY) is None:
+                raise LlmqError(
+                    f"recipe: {name} null: leave it out for what goes with the method, "
+                    f"{defaults_of(values.get('method', cls.method))[name]}"
+                )
         try:
             if "rules" in values:
                 values["rules"] = rules_of(values["rules"])
@@ -319,6 +345,11 @@ class Recipe:
         except LlmqError as error:
             raise LlmqError(f"recipe: {error}") from None
         return cls(**values)
+
+
+def defaults_of(method: str) -> dict[str, Any]:
+    """The fields of a recipe whose defaults go by the method, transforms aside, and these."""
+    return _DEFAULTS | _DEFAULTS_OF.get(str(method).rpartition("+")[2], {})
 
 
 def outside_spec(data: Any, name: str) -> QuantSpec | None:

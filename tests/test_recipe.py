@@ -148,3 +148,25 @@ def test_values_of_other_types_are_refused_in_a_line(data):
     with pytest.raises(LlmqError) as caught:
         Recipe.from_json(data)
     assert len(str(caught.value)) <= 400
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "blockwise", "smoothquant+blockwise"])
+def test_some_defaults_go_by_the_method(method):
+    recipe = Recipe.uniform("w3g64", method=method)
+    expected = (0.5, "fisher", 40) if "blockwise" in method else (0.1, "equal", 0)
+    assert (recipe.damping, recipe.token_weights, recipe.scale_steps) == expected
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_defaults_follow_another_method_and_choices_stay():
+    recipe = Recipe.uniform("w3g64", damping=0.3).changed(method="blockwise", scale_steps=7)
+    assert (recipe.damping, recipe.token_weights, recipe.scale_steps) == (0.3, "fisher", 7)
+    assert [recipe.is_default(name) for name in ("damping", "token_weights")] == [False, True]
+    back = recipe.changed(method="gptq")
+    assert (back.damping, back.token_weights, back.scale_steps) == (0.3, "equal", 7)
+    assert recipe.changed() == recipe
+
+
+def test_null_is_no_value_of_them_in_a_file():
+    with pytest.raises(LlmqError, match=r"scale_steps null: leave it out .* the method, 40"):
+        Recipe.from_json({"method": "blockwise", "scale_steps": None})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 from transformers import PretrainedConfig
@@ -32,12 +31,12 @@ def recipe_of(recipe: RecipeLike, config: PretrainedConfig, **options: Any) -> R
     options: fields that override it where they are not None."""
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(recipe, Recipe):
-        return replace(recipe, **given)
+        return recipe.changed(**given)
     windows = windows_for(config)
     sizes = {"samples": windows.n_sequences, "sequence_length": windows.length}
     if isinstance(recipe, str) and (recipe in ready_names() or recipe.endswith((*YAML, ".json"))):
         stored = read_recipe_file(recipe).for_quantize()
-        return replace(Recipe.from_json(sizes | stored), **given)
+        return Recipe.from_json(sizes | stored).changed(**given)
     parts = [recipe] if isinstance(recipe, str | QuantSpec) else recipe
     if not isinstance(parts, list | tuple):
         raise refused("recipe", recipe, _FORMS)

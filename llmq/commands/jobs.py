@@ -61,7 +61,7 @@ def read_recipe(args: argparse.Namespace, config: PretrainedConfig) -> Recipe:
     options["search"] = False if args.no_search else None
     for name in OUTSIDE:
         options[name] = outside_spec(getattr(args, name), f"--{name}")
-    recipe = replace(recipe, **_given(options), activations=_activations(args, recipe))
+    recipe = recipe.changed(**_given(options), activations=_activations(args, recipe))
     return replace(recipe, rules=(*(Rule.parse(text) for text in args.rule), *recipe.rules))
 
 

@@ -324,7 +324,8 @@ def _add_gptq_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--damping",
         type=real(),
-        help="share of the median Hessian diagonal that is added to it (default: 0.1)",
+        help="share of the median Hessian diagonal that is added to it (default: 0.5 with "
+        "blockwise, else 0.1)",
     )
     parser.more.add_argument(
         "--no-search",
@@ -341,7 +342,7 @@ def _add_gptq_arguments(parser: Parser) -> None:
         "--token-weights",
         choices=("equal", "fisher"),
         help="what an error at a token counts: the same everywhere, or what it does to the model, "
-        "by one more pass forward and back (default: equal)",
+        "by one more pass forward and back (default: fisher with blockwise, else equal)",
     )
     parser.more.add_argument(
         "--all-experts",
@@ -356,7 +357,7 @@ def _add_blockwise_arguments(parser: Parser) -> None:
         "--iterations",
         type=whole(1),
         metavar="N",
-        help="steps per block of --method blockwise (default: 150)",
+        help="steps per block of --method blockwise (default: 50)",
     )
     parser.more.add_argument(
         "--learning-rate",
@@ -368,7 +369,7 @@ def _add_blockwise_arguments(parser: Parser) -> None:
         type=whole(0),
         metavar="N",
         help="steps in which the scales of all blocks are trained together when these are done "
-        "(default: 0)",
+        "(default: 40 with blockwise, else 0)",
     )
     parser.more.add_argument(
         "--init",

@@ -31,7 +31,7 @@ def lighter_methods(job: Job, limit: float) -> dict[str, int]:
     for name in reversed(METHODS):
         if name == job.recipe.method:
             continue
-        recipe = replace(job.recipe, method=name, init="gptq")
+        recipe = job.recipe.changed(method=name, init="gptq")
         try:
             method_of(recipe)
         except LlmqError:

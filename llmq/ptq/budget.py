@@ -10,13 +10,16 @@ from llmq.models import compat
 from llmq.models.arch import find_blocks, tower_parameters
 from llmq.models.experts import DOWN, UP, choices_of, token_shares, unfused_in
 from llmq.models.site import sites_in
+from llmq.ptq.batches import BATCH
 from llmq.ptq.experts import CHUNK_BYTES, GROWING, statistics_bytes, wave_size, widest_input
+from llmq.ptq.head import HEAD_VALUES
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of, split_name
 from llmq.ptq.methods.base import Windows
 from llmq.ptq.methods.blockwise import sequences_per_step
 from llmq.ptq.parts import element_bytes, parts
 from llmq.ptq.streams import batch_size
+from llmq.ptq.token_weights import kept_bytes, sequences_at_once
 from llmq.recipe import Layer, LayerPlan
 from llmq.storage.packing import MAX_SHARD_BYTES
 from llmq.text.documents import SELF, TokenSet
@@ -55,18 +58,25 @@ def work_bytes(job: Job) -> int:
     dense = [layer for layer in _first_block(job) if _module_of(layer.name) not in experts]
     # what windows with pictures may attend to, for each of two kinds of layers
     masks = 2 * job.tokens.tokens.shape[1] if job.tokens.pictures else 0
-    blocks_kept = 0  # and the gradients behind two of them
-    if job.recipe.token_weights != "equal":
-        blocks_kept = text_config.num_hidden_layers + 1 + 2
-    return job.tokens.n_tokens * (
+    return _token_weight_files(job) + job.tokens.n_tokens * (
         masks
-        + 4 * hidden * blocks_kept
         + 4 * per_layer * text_config.num_hidden_layers
         + 2 * 2 * 4 * hidden
         + sum(2 * min(layer.shape) for layer in dense)
         + ((4 + 2) * hidden if experts else 0)
         + (3 * 4 * hidden if job.recipe.scale_steps else 0)
     )
+
+
+def _token_weight_files(job: Job) -> int:
+    """Bytes on disk while it is measured what tokens count."""
+    assert job.tokens is not None
+    if job.recipe.token_weights == "equal":
+        return 0
+    (n_sequences, length), config = job.tokens.tokens.shape, job.model.config.get_text_config()
+    width, n_blocks = config.hidden_size, config.num_hidden_layers
+    at_once = min(n_sequences, sequences_at_once(length, width, n_blocks))
+    return kept_bytes(at_once * length, width, n_blocks)
 
 
 def peak_bytes(job: Job) -> int:
@@ -100,15 +110,19 @@ def peak_bytes(job: Job) -> int:
     # which writes its text as a whole, in what it is stored in or float32
     own_text = 2 * job.source.decoded_bytes if job.tokens.source == SELF else 0
     solve = max(solve, _experts_bytes(job))
-    scales = _scale_tuning_bytes(job, block) if job.recipe.scale_steps else 0
-    return int(max(recording, block + max(solve, tuning) + batch, writing, own_text, scales))
+    blocks = block + max(solve, tuning) + batch
+    gradients = max(_scale_tuning_bytes(job, block), _token_weight_bytes(job, block))
+    return int(max(recording, blocks, writing, own_text, gradients))
 
 
 def _scale_tuning_bytes(job: Job, block: int) -> int:
     """Of training the scales of all blocks: the packed blocks, a master with its gradient and
     moments for each scale, the inputs of all blocks for the sequences of a step, what lies outside
-    of the blocks in float32, and one block with its gradients and activations."""
+    of the blocks in either model with its head, and one block with its gradients and
+    activations."""
     assert job.tokens is not None
+    if not job.recipe.scale_steps:
+        return 0
     windows, text_config = _windows(job.tokens), job.model.config.get_text_config()
     n_tokens = sequences_per_step(windows.n_sequences, windows.length) * windows.length
     specs = [(plan.layer.shape, plan.spec) for plan in job.plans if plan.spec]
@@ -117,7 +131,24 @@ def _scale_tuning_bytes(job: Job, block: int) -> int:
     states = 4 * n_tokens * text_config.hidden_size * (text_config.num_hidden_layers + 1)
     widest = max(max(shape) for shape, _ in specs)
     running = 2 * block + 12 * 4 * n_tokens * widest
-    return int(packed + masters + states + 4 * sum(_outside(job).values()) + running)
+    return int(packed + masters + states + running + _head_bytes(job, n_models=2))
+
+
+def _token_weight_bytes(job: Job, block: int) -> int:
+    """Of measuring what tokens count: what lies outside of the blocks with the head, and one block
+    with the activations of a batch."""
+    assert job.tokens is not None
+    if job.recipe.token_weights == "equal":
+        return 0
+    widest = max(max(plan.layer.shape) for plan in job.plans if plan.spec)
+    n_tokens = BATCH * job.tokens.tokens.shape[1]
+    return 2 * block + 12 * 4 * n_tokens * widest + _head_bytes(job, n_models=1)
+
+
+def _head_bytes(job: Job, n_models: int) -> int:
+    """What lies outside of the blocks, in float32 and once more as it is multiplied with, and the
+    copies of the logits of some positions."""
+    return 6 * n_models * sum(_outside(job).values()) + 7 * 4 * HEAD_VALUES
 
 
 def _experts_bytes(job: Job) -> int:

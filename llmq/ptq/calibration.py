@@ -68,8 +68,8 @@ def read_calibration(
             tokens = _to_be_written(stored.config, recipe)
     if tokens is not None and not held_out:
         tokens = replace(tokens, held_out=())
-    check_trainable(recipe, tokens)
-    return Calibration(recipe, tokens, remarks)
+    recipe, more = trainable(recipe, tokens)
+    return Calibration(recipe, tokens, remarks | more)
 
 
 def _to_be_written(config: Any, recipe: Recipe) -> documents.TokenSet:
@@ -118,23 +118,37 @@ def calibration_tokens(
     return with_pictures(of_text, text.illustrated, reader, config, recipe.seed)
 
 
-def check_trainable(recipe: Recipe, tokens: documents.TokenSet | None) -> None:
-    """Whether the model can be run backwards on these windows, where the recipe wants it."""
+def trainable(recipe: Recipe, tokens: documents.TokenSet | None) -> tuple[Recipe, dict[str, str]]:
+    """The recipe, as far as the model can be run backwards on these windows: what its method does
+    by default is left out with pictures, with a remark. Raises `LlmqError` for what was asked
+    for."""
     wishes = {
-        f"{recipe.scale_steps} scale steps (--scale-steps)": recipe.scale_steps > 0,
-        f"token weights {recipe.token_weights} (--token-weights)": recipe.token_weights != "equal",
+        "scale_steps": (f"{recipe.scale_steps} scale steps (--scale-steps)", 0),
+        "token_weights": (f"token weights {recipe.token_weights} (--token-weights)", "equal"),
     }
-    for wish in (wish for wish, is_there in wishes.items() if is_there):
+    left_out: dict[str, Any] = {}
+    for name, (wish, without) in wishes.items():
+        if getattr(recipe, name) == without:
+            continue
         if tokens is None:
             raise LlmqError(
                 f"{wish}: gradients are of calibration text, and method {recipe.method} reads "
                 "none; use --method gptq, or leave the option out"
             )
-        if tokens.pictures:
+        if tokens.pictures and not recipe.is_default(name):
             raise LlmqError(
                 f"{wish}: gradients are of text alone, and the calibration file has pictures, too; "
                 "calibrate on its text alone (FILE#COLUMN), or leave the option out"
             )
+        if tokens.pictures:
+            left_out[name] = without
+    if not left_out:
+        return recipe, {}
+    remark = (
+        f"method {recipe.method} goes without {' and '.join(left_out).replace('_', ' ')}: "
+        "gradients are of text alone, and the calibration file has pictures, too"
+    )
+    return replace(recipe, **left_out), {"gradients": remark}
 
 
 def check_windows(config: Any, recipe: Recipe) -> None:

@@ -169,7 +169,7 @@ class Backward:
                     raise LlmqError(
                         "the full-precision model's likelihoods hold NaN or infinity on the "
                         "calibration text, so what bits or tokens are worth cannot be told; give "
-                        "layers their specs with --rule, and leave --token-weights out"
+                        "layers their specs with --rule, or --token-weights equal"
                     )
                 drawn = torch.multinomial(likely.detach().exp().cpu(), 1, generator=generator)
                 total = likely.gather(1, drawn.to(likely.device)).sum()
@@ -286,7 +286,7 @@ class _Met:
             raise LlmqError(
                 f"{type(module).__name__}: no gradients come back through it ({first_line(error)}),"
                 " so what bits or tokens are worth cannot be told; give layers their specs with "
-                "--rule, and leave --token-weights out"
+                "--rule, or --token-weights equal"
             ) from error
         return found
 
@@ -315,6 +315,6 @@ def _by_token(rows: Tensor, shape: Sequence[int], name: str) -> Tensor:
         raise LlmqError(
             f"{name}: it has {rows.numel() // rows.shape[-1]} rows for {n * length} tokens, so "
             "what its bits or these tokens are worth cannot be told; give it a spec with --rule, "
-            "and leave --token-weights out"
+            "or --token-weights equal"
         )
     return rows.reshape(n, length, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,26 @@ def device_of(model: PreTrainedModel) -> str:
     return devices.pop() if len(devices) == 1 else "cpu"
 
 
+def _without_scale_steps(recipe: Recipe) -> Recipe:
+    """Warn where the method trains scales of its own accord. Raises `LlmqError` where it was asked
+    to."""
+    if not recipe.scale_steps:
+        return recipe
+    reason = (
+        f"{recipe.scale_steps} scale steps: scales are trained against the full-precision model, "
+        "which a model in memory is no more once its blocks are quantized"
+    )
+    remedy = "quantize its folder: llmq.quantize(folder, out, ...)"
+    if not recipe.is_default("scale_steps"):
+        raise LlmqError(f"{reason}; {remedy}")
+    warnings.warn(
+        f"{reason}, so method {recipe.method} goes without; for what they gain {remedy}",
+        LlmqWarning,
+        stacklevel=3,
+    )
+    return replace(recipe, scale_steps=0)
+
+
 def quantize(
     model: PreTrainedModel,
     recipe: Recipe,
@@ -64,12 +85,7 @@ def quantize(
     tokens: calibration windows int64 `[n, length]` (see `llmq.text.documents.calibration_windows`);
     not needed for method "rtn". Raises `LlmqError` for bad input."""
     method_of(recipe)  # or it is refused before anything changes
-    if recipe.scale_steps:
-        raise LlmqError(
-            f"{recipe.scale_steps} scale steps: scales are trained against the full-precision "
-            "model, which a model in memory is no more once its blocks are quantized; quantize its "
-            "folder: llmq.quantize(folder, out, ...)"
-        )
+    recipe = _without_scale_steps(recipe)
     if quantized_modules(model):
         raise LlmqError(
             f"this {type(model).__name__} is quantized already; start from the full-precision model"

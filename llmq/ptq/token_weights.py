@@ -11,7 +11,7 @@ taken and a tenth of the mean added. What was tried stands in the README of `llm
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.ptq.batches import BATCH
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.gradients import Backward
 from llmq.storage import files, seals
 
 POWER, FLOOR = 0.5, 0.1
+# What enters all blocks lies on disk until the way back has passed it: of so many sequences at a
+# time that it stays within this.
+KEPT_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,66 @@ class TokenWeights:
         if all(seals.is_sound(self._path(index)) for index in layers):
             return
         self.folder.mkdir(exist_ok=True)
+        width = blocks.model.config.get_text_config().hidden_size
+        parts = tokens.split(sequences_at_once(tokens.shape[1], width, len(blocks)))
+        done, total = 0, 2 * len(blocks) * len(parts)
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            on_pass(done, total)
+
+        squares: dict[int, dict[str, list[Tensor]]] = {
+            index: {layer: [] for layer in own} for index, own in layers.items()
+        }
+        for number, part in enumerate(parts):
+            for index, found in self._pass(blocks, part, layers, seed + number, dtype, step):
+                for layer, own in found.items():
+                    squares[index][layer].append(own)
+        for index, by_layer in squares.items():
+            files.write_tensors(
+                self._path(index), {layer: torch.cat(own) for layer, own in by_layer.items()}
+            )
+            seals.seal(self._path(index))
+
+    def _pass(
+        self,
+        blocks: Blocks,
+        tokens: Tensor,
+        layers: Mapping[int, list[str]],
+        seed: int,
+        dtype: torch.dtype,
+        on_block: Callable[[], None],
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Of some sequences: the blocks from the last to the first, with the squared lengths of the
+        gradients of their layers."""
         with tempfile.TemporaryDirectory(prefix="gradients-", dir=self.folder) as folder:
             backward = Backward(blocks, tokens, Path(folder), seed, dtype)
-            done, total = 0, 2 * len(blocks)
             for _ in backward.forward():
-                done += 1
-                on_pass(done, total)
+                on_block()
             names = {blocks.name(index): own for index, own in layers.items()}
             found = backward.squared_lengths(names)
             for index, squares in zip(reversed(range(len(blocks))), found, strict=True):
                 for layer, own in squares.items():
                     _check(own, f"{blocks.name(index)}.{layer}")
-                if squares:
-                    files.write_tensors(self._path(index), squares)
-                    seals.seal(self._path(index))
-                done += 1
-                on_pass(done, total)
+                yield index, squares
+                on_block()
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
+
+
+def sequences_at_once(length: int, width: int, n_blocks: int) -> int:
+    """How many sequences of `length` tokens go forward and back together: full batches, so that
+    what is kept of them is within `KEPT_BYTES`, or one batch."""
+    most = KEPT_BYTES // kept_bytes(length, width, n_blocks)
+    return max(BATCH, most // BATCH * BATCH)
+
+
+def kept_bytes(n_tokens: int, width: int, n_blocks: int) -> int:
+    """Bytes on disk during a pass: what enters all blocks and leaves the last, and the gradients
+    behind two of them, float32."""
+    return 4 * n_tokens * width * (n_blocks + 3)
 
 
 def weights_of(squares: Tensor) -> Tensor:
@@ -89,5 +134,5 @@ def _check(squares: Tensor, name: str) -> None:
     if not bool(torch.isfinite(squares).all()):
         raise LlmqError(
             f"{name}: NaN or infinity among the gradients by its outputs, so what tokens count "
-            "for it cannot be told; leave --token-weights out"
+            "for it cannot be told; give --token-weights equal"
         )

@@ -137,7 +137,8 @@ def test_block_wise_tuning_is_planned_run_and_reported(
         for method in ("gptq", "blockwise")
     ]
     assert plans[0]["planned_peak_bytes"] < plans[1]["planned_peak_bytes"]
-    assert plans[1]["recipe"]["iterations"] == 150
+    assert plans[1]["recipe"]["iterations"] == 50
+    assert plans[1]["recipe"]["scale_steps"] == 40
     code, stdout, stderr = llmq(
         "quantize",
         folder,
@@ -146,6 +147,8 @@ def test_block_wise_tuning_is_planned_run_and_reported(
         "--method",
         "blockwise",
         "--iterations",
+        "2",
+        "--scale-steps",
         "2",
         "--autocast",
     )

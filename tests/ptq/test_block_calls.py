@@ -138,7 +138,10 @@ def test_per_layer_embeddings_calibrate_on_their_own_sequence(method, monkeypatc
         return report(name, original, result, stats)
 
     monkeypatch.setattr(block_module, "report_layer", watch)
-    recipe = Recipe.uniform("w8", method=method, samples=5, sequence_length=24, iterations=2)
+    alike = {"token_weights": "equal", "scale_steps": 0}
+    recipe = Recipe.uniform(
+        "w8", method=method, samples=5, sequence_length=24, iterations=2, **alike
+    )
     rules = (llmq.Rule.parse("*.5.mlp.down_proj=w8"), llmq.Rule.parse("*=keep"))
     llmq.quantize(model, Recipe(**{**vars(recipe), "rules": rules}), TOKENS)
     (hessian,) = measured.values()

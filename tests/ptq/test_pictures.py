@@ -196,6 +196,19 @@ def test_every_method_takes_pictures(kind, settings, folder_of, tmp_path):
     assert not report["layers_with_large_error"]
 
 
+def test_with_pictures_methods_go_without_gradients_of_the_model(folder_of, tmp_path):
+    """What is theirs by default; what was asked for is refused."""
+    rows, folder = write_rows(tmp_path / "data", 2), folder_of("gemma3")
+    job = job_of(folder, rows, method="blockwise")
+    assert (job.recipe.token_weights, job.recipe.scale_steps) == ("equal", 0)
+    assert "goes without scale steps and token weights" in job.remarks["gradients"]
+    with pytest.raises(LlmqError, match=r"7 scale steps .* the calibration file has pictures"):
+        job_of(folder, rows, method="blockwise", scale_steps=7)
+    alone = job_of(folder, without_pictures(rows), method="blockwise")
+    assert (alone.recipe.token_weights, alone.recipe.scale_steps) == ("fisher", 40)
+    assert "gradients" not in alone.remarks
+
+
 def test_blocks_that_see_pictures_on_their_way_are_refused(folder_of, tmp_path, capsys):
     """By plan and quantize before anything runs, and by doctor, in the same words."""
     rows, folder = write_rows(tmp_path / "data", 2), folder_of("qwen3_vl")

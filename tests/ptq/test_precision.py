@@ -10,6 +10,7 @@ from llmq.ptq.precision import Precision
 from llmq.recipe import Recipe
 
 HALF, FULL = torch.bfloat16, torch.float32
+TRAINED = {"method": "blockwise"}
 
 
 def of(dtype=HALF, **options):
@@ -21,9 +22,10 @@ def of(dtype=HALF, **options):
     [
         ({}, Precision(HALF, FULL), Precision()),
         ({"inputs": "full-precision"}, Precision(), Precision()),
-        ({"method": "blockwise"}, Precision(FULL, HALF), Precision()),
-        ({"method": "blockwise", "autocast": False}, Precision(), Precision()),
-        ({"method": "blockwise", "autocast": True}, Precision(FULL, HALF), Precision(FULL, HALF)),
+        ({**TRAINED, "token_weights": "equal"}, Precision(FULL, HALF), Precision()),
+        (TRAINED, Precision(FULL, HALF, HALF), Precision()),
+        ({**TRAINED, "autocast": False}, Precision(FULL, FULL, HALF), Precision()),
+        ({**TRAINED, "autocast": True}, Precision(FULL, HALF, HALF), Precision(FULL, HALF)),
         ({"autocast": True}, Precision(HALF, FULL), Precision()),
         ({"scale_steps": 8}, Precision(HALF, HALF), Precision()),
         ({"scale_steps": 8, "autocast": False}, Precision(HALF, FULL), Precision()),

@@ -151,6 +151,13 @@ def test_what_cannot_be_done_is_said(model_folder, calibration_file, capsys, tmp
         llmq.quantize(load(folder), recipe(), [[1, 2, 3] * 20])
 
 
+def test_a_model_in_memory_goes_without_unless_it_was_asked_for(model_folder):
+    model, tokens = load(str(model_folder())), [[1, 2, 3] * 20]
+    with pytest.warns(LlmqWarning, match=r"40 scale steps: .* so method blockwise goes without"):
+        reports = llmq.quantize(model, "w2g32", tokens, method="blockwise")
+    assert len(reports) == 2
+
+
 def test_the_command_line_says_what_came_of_it(model_folder, calibration_file, tmp_path, capsys):
     arguments = [str(model_folder()), "--calibration", str(calibration_file), "--samples", "16"]
     arguments += ["--sequence-length", "32", "--bits", "2", "--group-size", "32", "--asymmetric"]

@@ -66,6 +66,31 @@ def test_layers_that_read_the_same_share_the_sum(model, tmp_path):
     assert [path.name for path in weights.folder.glob("gradients-*")] == []
 
 
+def test_some_sequences_at_a_time_are_on_disk(model, tmp_path, monkeypatch):
+    """Each part is a pass of its own, with other drawn tokens."""
+    monkeypatch.setattr(token_weights, "KEPT_BYTES", 1)
+    told: list[tuple[int, int]] = []
+    parts = TokenWeights(tmp_path / "parts")
+    parts.measure(blocks_of(model), TOKENS, NAMES, 7, lambda *done: told.append(done))
+    assert told == [(done, 8) for done in range(1, 9)]
+    squares = []
+    for number, tokens in enumerate(TOKENS.split(4)):
+        backward = gradients.Backward(blocks_of(model), tokens, tmp_path, 7 + number)
+        assert list(backward.forward()) == [0, 1]
+        found = backward.squared_lengths({blocks_of(model).name(1): NAMES[1]})
+        squares.append(next(found)["mlp.down_proj"])
+        list(found)
+    assert torch.equal(parts.of(1, NAMES[1]), weights_of(torch.cat(squares)))
+
+
+def test_as_many_at_once_as_the_disk_is_given():
+    kept = token_weights.kept_bytes(2048, 4096, 32)
+    assert kept == 4 * 2048 * 4096 * 35
+    at_once = token_weights.sequences_at_once(2048, 4096, 32)
+    assert at_once * kept <= token_weights.KEPT_BYTES < (at_once + 4) * kept
+    assert token_weights.sequences_at_once(1 << 20, 8192, 80) == 4
+
+
 def test_in_bfloat16_they_are_near(model, tmp_path):
     full, half = TokenWeights(tmp_path / "full"), TokenWeights(tmp_path / "half")
     full.measure(blocks_of(model), TOKENS, NAMES, 7)
@@ -111,7 +136,7 @@ def test_gradients_that_are_not_finite_are_refused(model, tmp_path, monkeypatch)
         return found
 
     monkeypatch.setattr(gradients._Met, "run", exploding)
-    with pytest.raises(LlmqError, match=r"layers.1.mlp.down_proj: NaN or infinity .* leave --tok"):
+    with pytest.raises(LlmqError, match=r"layers.1.mlp.down_proj: NaN .* --token-weights equal"):
         TokenWeights(tmp_path).measure(blocks_of(model), TOKENS, NAMES, 7)
 
 

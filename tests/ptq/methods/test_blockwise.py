@@ -36,10 +36,14 @@ LENGTH, N_SEQUENCES = 32, 128
 
 
 def recipe(spec="w2g32-asym", **options):
-    """A weak start (plain GPTQ, all but overdamped) that few steps can beat."""
+    """Block training alone, from a weak start (plain GPTQ, all but overdamped) that few steps can
+    beat."""
+    alone = {"token_weights": "equal", "scale_steps": 0}
     weak = {"search": False, "sweeps": 0, "damping": 1.0, "iterations": 30, "learning_rate": 0.05}
     return Recipe.uniform(
-        spec, method="blockwise", **{"samples": 128, "sequence_length": LENGTH, **weak, **options}
+        spec,
+        method="blockwise",
+        **{"samples": 128, "sequence_length": LENGTH, **alone, **weak, **options},
     )
 
 

@@ -110,9 +110,9 @@ def peak_bytes(job: Job) -> int:
     # which writes its text as a whole, in what it is stored in or float32
     own_text = 2 * job.source.decoded_bytes if job.tokens.source == SELF else 0
     solve = max(solve, _experts_bytes(job))
-    blocks = block + max(solve, tuning) + batch
+    solving = block + max(solve, tuning) + batch
     gradients = max(_scale_tuning_bytes(job, block), _token_weight_bytes(job, block))
-    return int(max(recording, blocks, writing, own_text, gradients))
+    return int(max(recording, solving, writing, own_text, gradients))
 
 
 def _scale_tuning_bytes(job: Job, block: int) -> int:

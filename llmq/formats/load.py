@@ -73,52 +73,64 @@ def load(
     source = Source.open(model, revision).as_stored
     place = device_of(device, device_map, source.weight_bytes if device_map == "auto" else 0)
     compute = _checked_compute(compute, place)
-    model_dir = source.folder
-    (check_folder if verify else check_sizes)(model_dir)
-    config = copy.deepcopy(source.config)  # of this one load
-    settings = quantization_settings(config)
-    shards = source.shards  # every shard is there and readable
-    read_settings(model_dir)
+    (check_folder if verify else check_sizes)(source.folder)
+    settings = quantization_settings(source.config)
+    loaded, info = _by_transformers(source, settings, loaded_dtype)
+    _check_complete(info, source, is_quantized=settings is not None)
+    if settings is None:
+        _check_dtypes(loaded, source)
+    _tell_left_out(loaded, source, info.get("unexpected_keys") or (), strict)
+    if settings is not None:
+        for remark in format_of(settings).remarks(settings, source.shards.dtypes):
+            warnings.warn(f"{source.folder}: {remark}", LlmqWarning, stacklevel=2)
+    state_ties(loaded)
+    quantized: PreTrainedModel = loaded.to(place).eval()
+    for module in quantized_modules(quantized).values():
+        module.set_compute(compute)
+    take_turns(quantized)
+    return quantized
+
+
+def _by_transformers(
+    source: Source, settings: Any, dtype: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model on the CPU, and what transformers found while loading it. settings: of its
+    quantization, None for full precision. Every shard is there and readable."""
+    config, shards = copy.deepcopy(source.config), source.shards
+    read_settings(source.folder)
     for part in (config, config.get_text_config()):
         part.transformers_weights = shards.start  # so that transformers opens the same file
     if settings is not None:
         config.quantization_config = settings
     remedy = "compare its config.json with the original's"
     with (
-        reading(model_dir, "transformers cannot load it", remedy),
+        reading(source.folder, "transformers cannot load it", remedy),
         knowing(shards),
         only_errors(),
     ):
         if settings is None and source.precision:
-            loaded, info = load_decoded(source, config, loaded_dtype)
+            loaded, info = load_decoded(source, config, dtype)
         else:
             loaded, info = auto_class(config).from_pretrained(
-                model_dir,
+                source.folder,
                 config=config,
-                dtype=loaded_dtype,
+                dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
             )
-    _check_complete(info, source, is_quantized=settings is not None)
-    if settings is None:
-        tensors = source.decoded
-        names = stored_to_model_names(loaded, tensors.names, converted=True)
-        state = loaded.state_dict()
-        matched = {name: stored for stored, name in names.items() if name in state}
-        check_dtypes(loaded, tensors.dtypes, matched, str(model_dir))
-    _tell_left_out(loaded, source, info.get("unexpected_keys") or (), strict)
-    if settings is not None:
-        for remark in format_of(settings).remarks(settings, shards.dtypes):
-            warnings.warn(f"{source.folder}: {remark}", LlmqWarning, stacklevel=2)
-    state_ties(loaded)
     for part in (loaded.config, loaded.config.get_text_config()):
         vars(part).pop("transformers_weights", None)
-    quantized: PreTrainedModel = loaded.to(place).eval()
-    for module in quantized_modules(quantized).values():
-        module.set_compute(compute)
-    take_turns(quantized)
-    return quantized
+    return loaded, info
+
+
+def _check_dtypes(model: PreTrainedModel, source: Source) -> None:
+    """Raise `LlmqError` for a tensor in full precision of a dtype that the model cannot take."""
+    tensors = source.decoded
+    names = stored_to_model_names(model, tensors.names, converted=True)
+    state = model.state_dict()
+    matched = {name: stored for stored, name in names.items() if name in state}
+    check_dtypes(model, tensors.dtypes, matched, str(source.folder))
 
 
 def _check_complete(info: dict[str, Any], source: Source, *, is_quantized: bool) -> None:

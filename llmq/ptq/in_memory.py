@@ -72,6 +72,22 @@ def _without_scale_steps(recipe: Recipe) -> Recipe:
     return replace(recipe, scale_steps=0)
 
 
+def _check_source(model: PreTrainedModel) -> None:
+    """Raise `LlmqError` for a model that is no full-precision one with finite weights."""
+    if quantized_modules(model):
+        raise LlmqError(
+            f"this {type(model).__name__} is quantized already; start from the full-precision model"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in REAL:
+            raise LlmqError(
+                f"tensor {name} is {parameter.dtype}, expected {', '.join(map(str, REAL))}: start "
+                "from the full-precision model"
+            )
+    for name, tensor in model.state_dict().items():
+        check_finite(f"tensor {name}", tensor)
+
+
 def quantize(
     model: PreTrainedModel,
     recipe: Recipe,
@@ -86,10 +102,7 @@ def quantize(
     not needed for method "rtn". Raises `LlmqError` for bad input."""
     method_of(recipe)  # or it is refused before anything changes
     recipe = _without_scale_steps(recipe)
-    if quantized_modules(model):
-        raise LlmqError(
-            f"this {type(model).__name__} is quantized already; start from the full-precision model"
-        )
+    _check_source(model)
     device = device_of(model)
     skeleton = meta_model(model.config, type(model))
     plans = recipe.plan(quantizable_layers(skeleton))
@@ -97,14 +110,6 @@ def quantize(
     reader = ModelReader(model)
     if tokens is not None:
         documents.check_windows(tokens, model.config.get_text_config().vocab_size)
-    for name, parameter in model.named_parameters():
-        if parameter.dtype not in REAL:
-            raise LlmqError(
-                f"tensor {name} is {parameter.dtype}, expected {', '.join(map(str, REAL))}: start "
-                "from the full-precision model"
-            )
-    for name, tensor in model.state_dict().items():
-        check_finite(f"tensor {name}", tensor)
     plans, changed = fitting_plans(plans, weight_reader(skeleton, reader))
     outside = fitting_outside(
         plan_outside(model, recipe), lambda name: model.get_submodule(name).weight.detach()

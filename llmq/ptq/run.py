@@ -133,20 +133,8 @@ def quantize_folder(
         if job.outside:  # first, for the blocks are measured behind the embeddings that are stored
             _write_outside(job, partial, reader, prefix)
             outside = OutsideReader(reader, lambda: sink.read_block(partial.outside).quantized)
-        task = Task(
-            job.model,
-            reader,
-            job.recipe,
-            job.plans,
-            None if job.tokens is None else job.tokens.tokens,
-            device,
-            job.precision(device),
-            _special_ids(job),
-            outside,
-            None if job.tokens is None else job.tokens.pictures,
-        )
         running(job.source.folder)(quantize_blocks)(
-            task,
+            _task(job, reader, device, outside),
             sink,
             partial.work_dir,
             earlier=EarlierRun(sink, first_block, damaged),
@@ -174,6 +162,29 @@ def quantize_folder(
         report = _finish(
             job, partial, reader, prefix, resumed_at, time.monotonic() - started, device, measured
         )
+    _check_fallbacks(report, out_dir)
+    return report
+
+
+def _task(job: Job, reader: CheckpointReader, device: str, outside: OutsideReader | None) -> Task:
+    """What the blocks of a job are quantized by. outside: what is stored in place of embeddings."""
+    tokens = job.tokens
+    return Task(
+        job.model,
+        reader,
+        job.recipe,
+        job.plans,
+        None if tokens is None else tokens.tokens,
+        device,
+        job.precision(device),
+        _special_ids(job),
+        outside,
+        None if tokens is None else tokens.pictures,
+    )
+
+
+def _check_fallbacks(report: dict[str, Any], out_dir: Path) -> None:
+    """Raise `VerificationError` where too many layers are rounded for want of anything better."""
     n_fallbacks, n_layers = len(report["fallbacks"]), len(report["layers"])
     if n_fallbacks > MAX_FALLBACK_SHARE * n_layers:
         raise VerificationError(
@@ -181,7 +192,6 @@ def quantize_folder(
             f"rounding, the first being {report['fallbacks'][0]}; use more or other calibration "
             "text"
         )
-    return report
 
 
 def _held_out(

@@ -102,8 +102,8 @@ def quantize(
     not needed for method "rtn". Raises `LlmqError` for bad input."""
     method_of(recipe)  # or it is refused before anything changes
     recipe = _without_scale_steps(recipe)
-    _check_source(model)
     device = device_of(model)
+    _check_source(model)
     skeleton = meta_model(model.config, type(model))
     plans = recipe.plan(quantizable_layers(skeleton))
     unfuse(model)

@@ -329,7 +329,7 @@ class Recipe:
             )
         values = dict(data)
         for name in _DEFAULTS:
-            if values.get(name, EVERY) is None:
+            if name in values and values[name] is None:
                 raise LlmqError(
                     f"recipe: {name} null: leave it out for what goes with the method, "
                     f"{defaults_of(values.get('method', cls.method))[name]}"

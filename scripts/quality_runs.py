@@ -89,8 +89,9 @@ class Tool:
             raise argparse.ArgumentTypeError(
                 f"{text}: expected a label behind methods of llmq only"
             )
-        if options in RECIPES.get(name, {}):
-            return cls(name, label, RECIPES[name][options])
+        recipes = RECIPES.get(name, {})
+        if (recipe := options or "default") in recipes:
+            return cls(name, label, recipes[recipe])
         try:
             return cls(name, label, json.loads(options or "{}"))
         except ValueError as error:

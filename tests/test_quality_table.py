@@ -41,6 +41,8 @@ def test_a_tool_is_a_name_a_label_and_options(script):
     assert str(parse("gptq")) == "gptq"
     assert str(parse('blockwise@old:{"iterations": 3}')) == "blockwise@old (iterations 3)"
     assert parse("autoround:best").options == {"iters": 1000}
+    assert parse("autoround") == parse("autoround:default") == parse('autoround:{"iters": 200}')
+    assert parse("autoround").options == parse("autoround:default").options == {"iters": 200}
     assert parse("gptq").needs_seeds
     assert not parse("rtn").needs_seeds
     for wrong in ("awq", "gptq:best", "gptq:{", "autoround@old", ""):

@@ -101,7 +101,7 @@ def _by_transformers(
     for part in (config, config.get_text_config()):
         part.transformers_weights = shards.start  # so that transformers opens the same file
     if settings is not None:
-        config.quantization_config = settings
+        config.quantization_config = copy.deepcopy(settings)
     remedy = "compare its config.json with the original's"
     with (
         reading(source.folder, "transformers cannot load it", remedy),

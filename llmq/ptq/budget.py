@@ -47,8 +47,8 @@ def work_bytes(job: Job) -> int:
     """Bytes of the files beside the output while the job runs: both streams' inputs of two blocks,
     what each layer reads (or, where that is less, gives) in the full-precision model, what enters
     experts in both streams, the per-layer embeddings of models that have them, the masks of windows
-    with pictures, what enters and leaves both models where scales are trained, and what enters all
-    blocks where tokens have weights."""
+    with pictures, what enters and leaves both models where scales are trained, and what a part
+    of the text leaves before all blocks where tokens have weights."""
     if job.tokens is None:
         return 0
     hidden = job.model.config.get_text_config().hidden_size

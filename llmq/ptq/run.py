@@ -118,11 +118,7 @@ def quantize_folder(
     partial = PartialCheckpoint(attempt.place(out_dir), identity(job, device), len(blocks))
     with kept_for_later(partial, lambda: all(map(reader.is_still, partial.sources()))):
         sink = FolderSink(partial, reader, job.fmt, job.all_plans, job.recipe)
-        if not all(map(reader.is_still, partial.sources())):
-            partial.forget_all(
-                "the weights of the source are not those that the finished blocks were made of, "
-                "though size and time of its files are the same"
-            )
+        _forget_other_weights(partial, reader)
         scale_run = ScaleRun(job, sink, partial, device)
         scale_run.forget_mixture()
         first_block, damaged = partial.n_finished, partial.damaged
@@ -164,6 +160,15 @@ def quantize_folder(
         )
     _check_fallbacks(report, out_dir)
     return report
+
+
+def _forget_other_weights(partial: PartialCheckpoint, reader: CheckpointReader) -> None:
+    """Start over where the source holds other weights than those that blocks were made of."""
+    if not all(map(reader.is_still, partial.sources())):
+        partial.forget_all(
+            "the weights of the source are not those that the finished blocks were made of, "
+            "though size and time of its files are the same"
+        )
 
 
 def _task(job: Job, reader: CheckpointReader, device: str, outside: OutsideReader | None) -> Task:

@@ -33,15 +33,19 @@ KEPT_BYTES = 8 << 30
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """folder: where the squared lengths of gradients lie, a file for each block."""
+    """folder: where the squared lengths of gradients lie, a file for each block and part of the
+    sequences."""
 
     folder: Path
 
     def of(self, index: int, layers: Sequence[str]) -> Tensor:
         """For layers of a block, named as in it, which read the same: float32 `[n, T]`, 1 on
         average."""
-        with safe_open(self._path(index), "pt") as file:
-            return weights_of(sum(file.get_tensor(layer) for layer in layers))
+        parts = []
+        for path in sorted(self.folder.glob(f"block-{index:05d}-*.safetensors")):
+            with safe_open(path, "pt") as file:
+                parts.append(sum(file.get_tensor(layer) for layer in layers))
+        return weights_of(torch.cat(parts))
 
     def measure(
         self,
@@ -56,8 +60,6 @@ class TokenWeights:
         that will be asked for, by block. seed: of the tokens that are drawn. on_pass: told how
         many passes through a block are done, of how many. dtype: that they are computed in. Raises
         `LlmqError` for NaN or infinity."""
-        if all(seals.is_sound(self._path(index)) for index in layers):
-            return
         self.folder.mkdir(exist_ok=True)
         width = blocks.model.config.get_text_config().hidden_size
         parts = tokens.split(sequences_at_once(tokens.shape[1], width, len(blocks)))
@@ -68,18 +70,15 @@ class TokenWeights:
             done += 1
             on_pass(done, total)
 
-        squares: dict[int, dict[str, list[Tensor]]] = {
-            index: {layer: [] for layer in own} for index, own in layers.items()
-        }
         for number, part in enumerate(parts):
-            for index, found in self._pass(blocks, part, layers, seed + number, dtype, step):
-                for layer, own in found.items():
-                    squares[index][layer].append(own)
-        for index, by_layer in squares.items():
-            files.write_tensors(
-                self._path(index), {layer: torch.cat(own) for layer, own in by_layer.items()}
-            )
-            seals.seal(self._path(index))
+            paths = {index: self._path(index, number) for index in layers}
+            if all(map(seals.is_sound, paths.values())):
+                done += 2 * len(blocks)
+                continue
+            for index, squares in self._pass(blocks, part, layers, seed + number, dtype, step):
+                if squares:
+                    files.write_tensors(paths[index], squares)
+                    seals.seal(paths[index])
 
     def _pass(
         self,
@@ -104,8 +103,8 @@ class TokenWeights:
                 yield index, squares
                 on_block()
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.safetensors"
+    def _path(self, index: int, part: int) -> Path:
+        return self.folder / f"block-{index:05d}-{part:05d}.safetensors"
 
 
 def sequences_at_once(length: int, width: int, n_blocks: int) -> int:

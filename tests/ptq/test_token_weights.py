@@ -106,7 +106,7 @@ def test_what_lies_there_is_not_measured_again(model, tmp_path, monkeypatch):
     weights = TokenWeights(tmp_path)
     weights.measure(blocks_of(model), TOKENS, NAMES, 7)
     before = weights.of(0, NAMES[0])
-    (tmp_path / "block-00001.safetensors").write_bytes(b"damaged")
+    (tmp_path / "block-00001-00000.safetensors").write_bytes(b"damaged")
     weights.measure(blocks_of(model), TOKENS, NAMES, 7)
     assert torch.equal(weights.of(0, NAMES[0]), before)
     monkeypatch.setattr(token_weights, "Backward", None)

@@ -11,7 +11,7 @@ SPECS = ("w8", "w4g128", "w3g128", "w2g64-asym")
 LOSSES = {
     "w8": {"rtn": 0.0, "gptq": 0.0, "blockwise": 0.0},
     "w4g128": {"rtn": 0.03, "gptq": 0.008, "blockwise": 0.008},
-    "w3g128": {"rtn": 0.2, "gptq": 0.05, "blockwise": 0.03},
+    "w3g128": {"rtn": 0.4, "gptq": 0.05, "blockwise": 0.03},
     "w2g64-asym": {"rtn": 3.0, "gptq": 0.6, "blockwise": 0.4},
 }
 
@@ -37,7 +37,21 @@ def test_cheap_methods_first_and_dear_ones_where_they_could_help():
     assert str(found.failed.rung) == "w3g128:rtn"
     assert asked == ["w8:rtn", "w4g128:rtn", "w4g128:gptq", "w3g128:rtn"]
     assert set(found.left) == {"w3g128:gptq", "w3g128:blockwise"}
-    assert "loses 20.00%, more than 8 times the bound" in found.left["w3g128:gptq"]
+    assert "loses 40.00%, more than 16 times the bound" in found.left["w3g128:gptq"]
+    assert "loses 40.00%, more than 32 times the bound" in found.left["w3g128:blockwise"]
+
+
+def test_gptq_is_tried_where_it_may_leave_a_tenth_of_what_rounding_loses():
+    losses = {"rtn": 0.5, "gptq": 0.045}
+    found = advise(lambda rung: point(rung, losses[rung.method]), 0.05, specs=SPECS[1:2])
+    assert str(found.best.rung) == "w4g128:gptq"
+
+
+def test_a_method_that_cannot_help_is_passed_over_for_one_that_can():
+    losses = {"rtn": 0.5, "gptq": 0.06, "blockwise": 0.018}
+    found = advise(lambda rung: point(rung, losses[rung.method]), 0.02, specs=SPECS[1:2])
+    assert str(found.best.rung) == "w4g128:blockwise"
+    assert set(found.left) == {"w4g128:gptq"}
 
 
 def test_the_upper_end_of_the_interval_decides():

@@ -37,6 +37,7 @@ class Awq(Format):
     name = "awq"
     marker = "qweight"
     suffixes = _SUFFIXES
+    stores_middle = True
     quant_method = "awq"
     has_order = False
     one_group_size = True

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.grid.spec import ActSpec, QuantSpec
+from llmq.grid.spec import PER_TENSOR, ActSpec, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
+from llmq_kernels.core.packing import packed_width
 
 Settings = dict[str, Any]
 """A `quantization_config`."""
@@ -50,9 +51,9 @@ class Format(ABC):
     activations: those that a folder of this format always implies, None where the config says
     which. has_order: whether it stores which group a column belongs to. has_columns: whether its
     readers take layers that compute with a transposed weight (`Conv1D`). one_group_size: whether
-    some of its readers take one group size for all layers. is_own: whether a model in
-    memory is in it. tables: what it does with embeddings and head. Which engines read it:
-    `llmq.formats.engines`."""
+    some of its readers take one group size for all layers. is_own: whether a model in memory is in
+    it. stores_middle: whether layers without zero points are stored with some. tables: what it does
+    with embeddings and head. Which engines read it: `llmq.formats.engines`."""
 
     name: str
     marker: str
@@ -63,6 +64,7 @@ class Format(ABC):
     has_columns: bool = True
     one_group_size: bool = False
     is_own: bool = False
+    stores_middle: bool = False
     tables: TableRules = TableRules()
 
     @abstractmethod
@@ -72,6 +74,23 @@ class Format(ABC):
     @abstractmethod
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         """The tensors of a layer by suffix."""
+
+    def layer_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
+        """What `write` gives of a layer of weight shape (N, K), without names and shapes: codes,
+        scales and zero points, and the order of columns where all layers have one."""
+        n, k = shape
+        n_scales = 1 if spec.group_size == PER_TENSOR else n * spec.n_groups(k)
+        scales = n_scales * (4 if spec.scale_dtype == "float32" else 2)
+        has_zeros = self.stores_middle or not spec.symmetric
+        zeros = self.zero_bytes(spec, shape) if has_zeros else 0
+        return 4 * n * packed_width(k, spec.bits) + scales + zeros
+
+    def zero_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
+        """Zero points of a layer that has them: packed along N, as most formats do."""
+        n, k = shape
+        if spec.group_size == PER_TENSOR:
+            return 1
+        return 4 * packed_width(n, spec.bits) * spec.n_groups(k)
 
     @abstractmethod
     def read(

@@ -67,6 +67,10 @@ class BitNet(Format):
     def is_first_choice(self, specs: Specs) -> bool:
         return True
 
+    def layer_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
+        """Four codes a byte and a float32 scale."""
+        return shape[0] * shape[1] // 4 + 4
+
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         quarters = qtensor.codes().view(4, -1, qtensor.shape[1])  # [4, N / 4, K]
         packed = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6

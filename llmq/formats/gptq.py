@@ -50,6 +50,7 @@ class Gptq(Format):
 
     marker = "qweight"
     suffixes = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+    stores_middle = True
     quant_method = "gptq"
     one_group_size = True
 
@@ -79,6 +80,10 @@ class Gptq(Format):
         quantized = [spec for spec in specs.values() if spec is not None]
         alike = fused_disagreement(specs) is None
         return bool(self.shift) and alike and all(map(engines_load, quantized))
+
+    def layer_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
+        """With the group of every column."""
+        return super().layer_bytes(spec, shape) + 4 * shape[1]
 
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         _n, k = qtensor.shape

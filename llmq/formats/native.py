@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import OWN_METHOD, Format, Settings, Specs, TableRules, Tables
-from llmq.grid.spec import QuantSpec
+from llmq.grid.spec import PER_TENSOR, QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 
 VERSION = 1
@@ -51,6 +51,10 @@ class Native(Format):
 
     def is_first_choice(self, specs: Specs) -> bool:
         return True
+
+    def zero_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
+        """A byte each."""
+        return 1 if spec.group_size == PER_TENSOR else shape[0] * spec.n_groups(shape[1])
 
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         parts = {

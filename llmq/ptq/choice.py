@@ -9,12 +9,11 @@ from typing import Any
 
 from llmq.arguments import check_type
 from llmq.errors import LlmqError
-from llmq.grid.spec import PER_TENSOR, QuantSpec
+from llmq.grid.spec import QuantSpec
 from llmq.models.outside import Table
 from llmq.ptq.expert_costs import expert_of
 from llmq.ptq.mixed_tables import with_tables
 from llmq.recipe import Recipe, Rule
-from llmq_kernels.core.packing import packed_width
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,6 @@ class Choice:
             "layers_by_spec": n_layers,
             "outside": {table.role: str(spec) for table, spec in self.tables.items()},
         }
-
-
-def stored_size(spec: QuantSpec, shape: tuple[int, int]) -> int:
-    """Bytes of a quantized tensor, as reports count them (`QuantizedTensor.n_bytes`)."""
-    n, k = shape
-    n_scales = 1 if spec.group_size == PER_TENSOR else n * spec.n_groups(k)
-    scale_bytes = 4 if spec.scale_dtype == "float32" else 2
-    zero_bytes = 0 if spec.symmetric else 1
-    return 4 * n * packed_width(k, spec.bits) + n_scales * (scale_bytes + zero_bytes)
 
 
 def _by_pattern(

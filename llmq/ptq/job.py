@@ -88,6 +88,11 @@ class Job:
             stored=self.stored,
         )
 
+    def planned_bytes(self, plan: LayerPlan) -> int:
+        """What a layer that is quantized takes in the format, as `Format.layer_bytes` counts."""
+        assert plan.spec is not None
+        return self.fmt.for_role(plan.role).layer_bytes(plan.spec, plan.layer.shape)
+
     def precision(self, device: str) -> Precision:
         """What the parts of the run are computed in on a device."""
         return Precision.of(self.config, self.recipe, device)

@@ -34,8 +34,6 @@ class LayerReport:
     name: str
     spec: str
     shape: tuple[int, int]
-    n_bytes: int
-    bits_per_weight: float
     error: float | None = None
     rtn_error: float | None = None
     damping: float = 0.0
@@ -102,7 +100,6 @@ def report_layer(
 ) -> LayerReport:
     """What became of the weight `original` `[N, K]`, measured on the layer's own inputs where there
     are statistics."""
-    n, k = result.tensor.shape
     known: dict[str, Any] = {}
     if stats is None:
         difference = result.tensor.dequantize().sub_(original)
@@ -120,9 +117,7 @@ def report_layer(
     return LayerReport(
         name,
         str(result.tensor.spec),
-        (n, k),
-        result.tensor.n_bytes,
-        8 * result.tensor.n_bytes / (n * k),
+        result.tensor.shape,
         damping=result.damping,
         fallback=result.fallback,
         kept_rounding=result.is_rounding,

@@ -18,7 +18,7 @@ from llmq.models.experts import UnfusedExperts, token_shares, unfused_in
 from llmq.models.outside import Table
 from llmq.models.site import fused_names
 from llmq.ptq.allocation import Item, allocate, least_bytes
-from llmq.ptq.choice import Budget, Choice, stored_size
+from llmq.ptq.choice import Budget, Choice
 from llmq.ptq.costs import Cost
 from llmq.ptq.expert_costs import MEASURED, expert_of
 from llmq.ptq.job import Job
@@ -108,7 +108,7 @@ class Problem:
 
     @cached_property
     def fixed_bytes(self) -> int:
-        return sum(stored_size(plan.spec, plan.layer.shape) for plan in self.fixed if plan.spec)
+        return sum(map(self.job.planned_bytes, self.fixed))
 
     @cached_property
     def n_weights(self) -> int:
@@ -163,11 +163,7 @@ class Problem:
         assert budget.n_bytes is not None
         job = self.job
         planned = [plan for plan in job.all_plans if plan.spec is not None]
-        quantized = sum(
-            prod(plan.layer.shape) * plan.spec.bits_per_weight(*plan.layer.shape) / 8
-            for plan in planned
-            if plan.spec is not None
-        )
+        quantized = sum(map(job.planned_bytes, planned))
         kept = sum(kept_bytes(table, job) for table in self.tables)
         others = sum(part.planned_bytes for part in parts(job)) - quantized - kept
         n_tensors = sum(1 for _ in job.model.named_parameters())
@@ -201,7 +197,7 @@ class Problem:
             if number
         }
         every = in_order | {table.name: spec for table, spec in tables.items()}
-        n_bytes = sum(stored_size(spec, self.shapes[name]) for name, spec in every.items())
+        n_bytes = sum(self._bytes(name, spec) for name, spec in every.items())
         cost = sum(costs[name][str(spec)].nats for name, spec in every.items())
         n_weights = self.n_weights + sum(prod(table.shape) for table in tables)
         return Choice(
@@ -250,7 +246,15 @@ class Problem:
         return Item(tuple(nats), tuple(n_bytes))
 
     def _size(self, name: str, spec: QuantSpec, costs: Costs) -> int:
-        return stored_size(fitted(spec, costs[name]), self.shapes[name])
+        return self._bytes(name, fitted(spec, costs[name]))
+
+    def _bytes(self, name: str, spec: QuantSpec) -> int:
+        fmt = self.job.fmt.for_role(self._roles.get(name, ""))
+        return fmt.layer_bytes(spec, self.shapes[name])
+
+    @cached_property
+    def _roles(self) -> dict[str, str]:
+        return {table.name: table.role for table in self.tables}
 
     def _too_small(self, budget: Budget, missing: int, least: int) -> LlmqError:
         if budget.n_bytes is not None:

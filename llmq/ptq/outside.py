@@ -110,14 +110,11 @@ def report_table(plan: LayerPlan, weight: Tensor, qtensor: QuantizedTensor) -> d
         error += float((qtensor.rows(start, stop).dequantize() - values).double().square().sum())
         whole += float(values.double().square().sum())
         start = stop
-    n, k = qtensor.shape
     return {
         "name": plan.layer.name,
         "role": plan.role,
         "spec": str(plan.spec),
-        "shape": [n, k],
-        "n_bytes": qtensor.n_bytes,
-        "bits_per_weight": 8 * qtensor.n_bytes / (n * k),
+        "shape": list(qtensor.shape),
         "weight_error": error / max(whole, 1e-30),
     }
 

@@ -81,7 +81,7 @@ def _single_parts(job: Job) -> Iterator[Part]:
             part = plan.role or KEPT
             if plan.spec is not None:
                 part, spec = plan.role or "layers", str(plan.spec)
-                after = n_weights * plan.spec.bits_per_weight(*plan.layer.shape) / 8
+                after = job.planned_bytes(plan)
         yield Part(part, spec, 1, n_weights, before, after)
 
 

@@ -28,7 +28,7 @@ def build_report(
     """Everything that was measured and decided, JSON-able. source_bytes, stored_bytes: size of the
     weight files before and after. copied: stored tensors that the model has no place for, which the
     output has as they were."""
-    layers = [layer for block in blocks for layer in block["layers"]]
+    layers = _with_sizes([layer for block in blocks for layer in block["layers"]], job)
     n_weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     bits = 8 * sum(layer["n_bytes"] for layer in layers) / n_weights
     return {
@@ -71,7 +71,17 @@ def build_report(
 def outside_of_blocks(job: Job, found: dict[str, Any] | None) -> dict[str, Any]:
     """What the report says of embeddings and head that are quantized. found: as it was recorded
     when they were, None of folders that earlier versions began."""
-    return {"outside": found["tables"] if found else []}
+    return {"outside": _with_sizes(found["tables"], job) if found else []}
+
+
+def _with_sizes(layers: list[dict[str, Any]], job: Job) -> list[dict[str, Any]]:
+    """What is known of layers, with what each takes in the format."""
+    plans = {plan.layer.name: plan for plan in job.all_plans}
+    sized = []
+    for layer in layers:
+        n_bytes, (n, k) = job.planned_bytes(plans[layer["name"]]), layer["shape"]
+        sized.append({**layer, "n_bytes": n_bytes, "bits_per_weight": 8 * n_bytes / (n * k)})
+    return sized
 
 
 def _about_text(tokens: TokenSet) -> dict[str, Any]:

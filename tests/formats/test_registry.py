@@ -13,7 +13,11 @@ from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.recipe import Layer, LayerPlan
 
-SPECS = [QuantSpec.parse(text) for text in ("w4g32", "w4g32-asym", "ternary-tensor", "w8", "w3g32")]
+TEXTS = (
+    *("w4g32", "w4g32-asym", "ternary-tensor", "w8", "w8-asym", "w3g32", "w3-asym"),
+    *("w2g32-asym", "w4-tensor-asym"),
+)
+SPECS = [QuantSpec.parse(text) for text in TEXTS]
 SHAPE = (64, 96)
 
 
@@ -39,6 +43,15 @@ def test_what_is_written_reads_back_by_its_config_alone(name):
             read = fmt.read("layer", stored, config, SHAPE)
             read.validate("layer")
             assert torch.equal(read.dequantize(), tensor.dequantize())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_size_of_a_layer_is_told_before_it_is_written(name):
+    fmt = format_named(name)
+    for spec in held_by(fmt):
+        stored = fmt.write(QuantizedTensor.quantize(torch.randn(SHAPE), spec))
+        written = {suffix: tensor for suffix, tensor in stored.items() if suffix != "weight_shape"}
+        assert sum(tensor.nbytes for tensor in written.values()) == fmt.layer_bytes(spec, SHAPE)
 
 
 @pytest.mark.parametrize("name", NAMES)

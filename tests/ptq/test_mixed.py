@@ -14,7 +14,7 @@ from llmq.formats.registry import format_named
 from llmq.models.site import fused_names
 from llmq.ptq import mixed_run
 from llmq.ptq.budget import disk_bytes, flops, stored_bytes, work_bytes
-from llmq.ptq.choice import Budget, stored_size
+from llmq.ptq.choice import Budget
 from llmq.ptq.costs import Cost
 from llmq.ptq.job import prepare
 from llmq.ptq.mixed import Problem, candidates_of
@@ -43,7 +43,7 @@ def some_costs(problem):
 def test_sizes_are_those_of_the_report(job, tmp_path):
     report = quantize_folder(job, tmp_path / "out")
     expected = {layer["name"]: layer["n_bytes"] for layer in report["layers"]}
-    assert {p.layer.name: stored_size(p.spec, p.layer.shape) for p in job.plans} == expected
+    assert {plan.layer.name: job.planned_bytes(plan) for plan in job.plans} == expected
 
 
 def test_fused_layers_get_one_spec_and_rules_stay(job):

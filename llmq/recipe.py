@@ -24,11 +24,12 @@ MAX_RULES = 10_000
 MAX_TOKENS = 1 << 40
 MAX_STEPS = 1_000_000
 BY_METHOD: Any = None  # the default of fields whose value goes by the method, see `defaults_of`
-_DEFAULTS = {"damping": 0.1, "token_weights": "equal", "scale_steps": 0}
-# What was measured for a method, see the README of `llmq/ptq`.
+# What was measured, see the README of `llmq/ptq`.
+_DEFAULTS: dict[str, Any] = {"token_weights": "equal", "scale_steps": 0}
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
-    "blockwise": {"damping": 0.5, "token_weights": "fisher", "scale_steps": 40},
+    "blockwise": {"token_weights": "fisher", "scale_steps": 40},
 }
+_DAMPING = {"equal": 0.1, "fisher": 0.5}  # fewer tokens count where they are weighed
 _RULE_FORMS = "expected 'PATTERN=SPEC', or a pair of a pattern and a spec"
 
 
@@ -171,9 +172,9 @@ class Recipe:
     head: QuantSpec | None = None
 
     def __post_init__(self) -> None:
-        for name, value in defaults_of(self.method).items():
+        for name in (*_DEFAULTS, "damping"):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, self._defaults[name])
         self._check_types()
         self._check_shares()
         self._check_windows()
@@ -249,12 +250,16 @@ class Recipe:
     def changed(self, **fields: Any) -> Recipe:
         """With other values of some fields. Where these name another method, what stood at the
         default of the old one takes the new one's."""
-        follow = {name: None for name in _DEFAULTS if self.is_default(name)}
+        follow = {name: None for name in self._defaults if self.is_default(name)}
         return replace(self, **{**follow, **fields})
 
     def is_default(self, name: str) -> bool:
         """Whether a field that goes by the method is what the method decides."""
-        return bool(getattr(self, name) == defaults_of(self.method)[name])
+        return bool(getattr(self, name) == self._defaults[name])
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return defaults_of(self.method, self.token_weights)
 
     def plan(self, layers: Iterable[Layer]) -> list[LayerPlan]:
         """Decide every layer. Raises `LlmqError` when a rule matches no layer."""
@@ -328,11 +333,12 @@ class Recipe:
                 f"{', '.join(cls.__dataclass_fields__)}"
             )
         values = dict(data)
-        for name in _DEFAULTS:
+        known = defaults_of(values.get("method", cls.method), values.get("token_weights"))
+        for name in known:
             if name in values and values[name] is None:
                 raise LlmqError(
                     f"recipe: {name} null: leave it out for what goes with the method, "
-                    f"{defaults_of(values.get('method', cls.method))[name]}"
+                    f"{known[name]}"
                 )
         try:
             if "rules" in values:
@@ -347,9 +353,12 @@ class Recipe:
         return cls(**values)
 
 
-def defaults_of(method: str) -> dict[str, Any]:
-    """The fields of a recipe whose defaults go by the method, transforms aside, and these."""
-    return _DEFAULTS | _DEFAULTS_OF.get(str(method).rpartition("+")[2], {})
+def defaults_of(method: str, token_weights: str | None = None) -> dict[str, Any]:
+    """The fields of a recipe whose defaults go by the method, transforms aside, and these.
+    token_weights: where they are chosen, for the damping goes by them."""
+    found = _DEFAULTS | _DEFAULTS_OF.get(str(method).rpartition("+")[2], {})
+    weights = token_weights or found["token_weights"]
+    return {**found, "damping": _DAMPING.get(str(weights), _DAMPING["equal"])}
 
 
 def outside_spec(data: Any, name: str) -> QuantSpec | None:

@@ -167,6 +167,15 @@ def test_defaults_follow_another_method_and_choices_stay():
     assert recipe.changed() == recipe
 
 
+def test_damping_goes_by_the_weights_of_tokens():
+    recipe = Recipe.uniform("w3g64", token_weights="fisher")
+    assert recipe.damping == 0.5
+    assert recipe.is_default("damping")
+    assert recipe.changed(token_weights="equal").damping == 0.1
+    assert Recipe.uniform("w3g64", method="blockwise", token_weights="equal").damping == 0.1
+    assert Recipe.uniform("w3g64", damping=0.2).changed(token_weights="fisher").damping == 0.2
+
+
 def test_null_is_no_value_of_them_in_a_file():
     with pytest.raises(LlmqError, match=r"scale_steps null: leave it out .* the method, 40"):
         Recipe.from_json({"method": "blockwise", "scale_steps": None})

@@ -324,8 +324,8 @@ def _add_gptq_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--damping",
         type=real(),
-        help="share of the median Hessian diagonal that is added to it (default: 0.5 with "
-        "blockwise, else 0.1)",
+        help="share of the median Hessian diagonal that is added to it (default: 0.5 where "
+        "tokens are weighed, else 0.1)",
     )
     parser.more.add_argument(
         "--no-search",

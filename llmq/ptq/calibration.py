@@ -148,7 +148,7 @@ def trainable(recipe: Recipe, tokens: documents.TokenSet | None) -> tuple[Recipe
         f"method {recipe.method} goes without {' and '.join(left_out).replace('_', ' ')}: "
         "gradients are of text alone, and the calibration file has pictures, too"
     )
-    return replace(recipe, **left_out), {"gradients": remark}
+    return recipe.changed(**left_out), {"gradients": remark}
 
 
 def check_windows(config: Any, recipe: Recipe) -> None:

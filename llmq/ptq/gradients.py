@@ -40,21 +40,24 @@ from llmq.storage.hidden_states import ActivationFile
 @dataclass(frozen=True)
 class BlockGradients:
     """A block in full precision with what its layers met. groups: names of layers in the block that
-    read the same tensor. inputs: of a group by its first layer, `[n, T, K]`. gradients: of the sum
-    of log-likelihoods by the outputs of each layer, `[n, T, N]`. Both are `[rows, 1, ...]` for
-    experts. rows: how many each expert gets, int64 `[E]`, by the name of their module."""
+    read the same tensor. inputs: of a group by its first layer, `[m, T, K]`. gradients: of the sum
+    of log-likelihoods by the outputs of each layer, `[m, T, N]`. others: inputs on the sequences
+    without gradients, `[n - m, T, K]`. All are `[rows, 1, ...]` for experts. rows: how many each
+    expert gets on all `n` sequences, int64 `[E]`, by the name of their module."""
 
     index: int
     module: nn.Module
     groups: list[list[str]]
     inputs: dict[str, ActivationFile]
     gradients: dict[str, ActivationFile]
+    others: dict[str, ActivationFile]
     rows: dict[str, Tensor]
 
 
 class Backward:
     """tokens: int64 `[n, T]`. folder: for the files of the pass, which its owner removes. seed: of
-    the tokens that are drawn. dtype: that products are computed in."""
+    the tokens that are drawn. dtype: that products are computed in. n_others: the last sequences go
+    forward only; what comes before them makes whole batches."""
 
     def __init__(
         self,
@@ -63,9 +66,12 @@ class Backward:
         folder: Path,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        n_others: int = 0,
     ) -> None:
+        assert not n_others or (len(tokens) - n_others) % BATCH == 0, "whole batches"
         self.blocks, self.folder, self.seed, self.dtype = blocks, folder, seed, dtype
         self.tokens = tokens.to(blocks.device)
+        self.measured = self.tokens[: len(tokens) - n_others]  # those with gradients
         self.width: int = blocks.model.config.get_text_config().hidden_size
         self.recorder = BlockRecorder(blocks.model, blocks.modules)
         self.calls: BlockCalls | None = None
@@ -153,7 +159,7 @@ class Backward:
             self.blocks.with_weights_outside(with_head=True),
         ):
             hidden = self.inputs_of(last).batches(1)
-            for tokens, states in zip(self.tokens, hidden, strict=True):
+            for tokens, states in zip(self.measured, hidden, strict=False):
                 append(self._top(tokens, states[0].to(self.blocks.device), generator)[None])
 
     def _top(self, tokens: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -184,24 +190,30 @@ class Backward:
         ragged = {name for group in of_experts for name in group}
         dense = [name for name in names if name not in ragged]
         groups = [*self._groups(index, module, dense), *of_experts]
-        inputs = {
-            group[0]: self._rows_of(f"x-{group[0]}", sites[group[0]].shape[1], group[0] in ragged)
-            for group in groups
-        }
+        inputs, others = (
+            {
+                group[0]: self._rows_of(
+                    f"{kind}-{group[0]}", sites[group[0]].shape[1], group[0] in ragged
+                )
+                for group in groups
+            }
+            for kind in ("x", "others")
+        )
         gradients = {
             name: self._rows_of(f"g-{name}", sites[name].shape[0], name in ragged) for name in names
         }
         with ExitStack() as stack:
-            keep_x, keep_g = (
+            keep_x, keep_g, keep_others = (
                 {
                     name: stack.enter_context(file.appender(durable=False))
                     for name, file in files.items()
                 }
-                for files in (inputs, gradients)
+                for files in (inputs, gradients, others)
             )
 
             def keep(met: _Met, shape: torch.Size) -> None:
-                for keeping, found in ((keep_x, met.inputs), (keep_g, met.gradients)):
+                measured = [(keep_x, met.inputs), (keep_g, met.gradients)]
+                for keeping, found in measured if met.gradients else [(keep_others, met.inputs)]:
                     for name, append in keeping.items():
                         if name not in ragged:
                             append(_by_token(found[name], shape, self._name(index, name)))
@@ -209,7 +221,7 @@ class Backward:
                             append(found[name].flatten(0, -2)[:, None])
 
             self._back(index, module, names, keep)
-        return BlockGradients(index, module, groups, inputs, gradients, rows)
+        return BlockGradients(index, module, groups, inputs, gradients, others, rows)
 
     def _back(
         self,
@@ -222,10 +234,14 @@ class Backward:
         sequences and tokens that has."""
         after = self.gradients_of(index + 1).batches(BATCH)
         with self.gradients_of(index).appender(durable=False) as append:
-            for (call, hidden), gradient in zip(self._batches(index), after, strict=True):
+            for call, hidden in self._batches(index):
                 met = _Met({name: module.get_submodule(name) for name in names})
+                gradient = next(after, None)
                 with self._computing():
-                    append(met.run(module, call, hidden, gradient.to(hidden.device)))
+                    if gradient is None:
+                        met.run_forward(module, call, hidden)
+                    else:
+                        append(met.run(module, call, hidden, gradient.to(hidden.device)))
                 keep(met, hidden.shape[:2])
 
     @torch.no_grad()
@@ -290,6 +306,12 @@ class _Met:
             ) from error
         return found
 
+    @torch.no_grad()
+    def run_forward(self, module: nn.Module, call: BlockCall, hidden: Tensor) -> None:
+        """Inputs alone."""
+        with self._watching():
+            call.run(module, hidden)
+
     @contextmanager
     def _watching(self) -> Iterator[None]:
         with ExitStack() as stack:
@@ -305,7 +327,8 @@ class _Met:
 
     def _note(self, name: str, x: Any, output: Tensor) -> None:
         self.inputs[name] = x.detach()
-        output.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
 
 
 def _by_token(rows: Tensor, shape: Sequence[int], name: str) -> Tensor:

@@ -40,7 +40,7 @@ from llmq.text.documents import SELF
 from llmq_kernels.core.cache import cache_dir
 
 MIXED, UNIFORM = "mixed", "uniform"  # the two results, as the report calls them
-PASSES = 4  # forward, once more, and the gradients of inputs, which take as much again
+PASSES = 2  # forward, and once more; the gradients of inputs take as much again
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _place(problem: Problem, device: str) -> Path:
         text = SELF if job.tokens.source == SELF else job.tokens.sha256
     decides |= {"recipe": recipe, "format": "", "calibration text": text}
     specs = {name: list(map(str, own)) for name, own in problem.all_candidates.items()}
-    most = [sensitivity.MAX_SEQUENCES, sensitivity.MAX_LENGTH]
+    most = [sensitivity.MAX_SEQUENCES, sensitivity.MAX_MEASURED, sensitivity.MAX_LENGTH]
     decides["measured"] = {"specs": specs, "of windows": most, "gives": "nats, scale dtype"}
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "sensitivity" / f"{key[:32]}.json"
@@ -153,17 +153,17 @@ def _place(problem: Problem, device: str) -> Path:
 def flops(job: Job, budget: Budget) -> float:
     """Floating-point operations of measuring the costs, weighed as `budget.flops` does."""
     problem = Problem.of(job, budget)
-    n_tokens = 0 if job.tokens is None else job.tokens.tokens[:, : sensitivity.MAX_LENGTH].numel()
-    n_tokens = min(n_tokens, sensitivity.MAX_SEQUENCES * sensitivity.MAX_LENGTH)
+    n_tokens, n_measured = (0, 0) if job.tokens is None else sensitivity.n_tokens(job.tokens.tokens)
     passes = solves = 0.0
     method = method_of(job.recipe)
     for name, specs in problem.candidates.items():
         shape = problem.shapes[name]
         token_share, share = problem.measured_shares(name)
-        passes += 2 * n_tokens * token_share * prod(shape) * (PASSES + share * len(specs))
+        n_products = PASSES * n_tokens + (PASSES + share * len(specs)) * n_measured
+        passes += 2 * token_share * prod(shape) * n_products
         solves += share * len(specs) * method.solve_flops(shape)
     for table, specs in problem.tables.items():
-        passes += 2 * 2 * min(n_tokens, HEAD_TOKENS) * prod(table.shape) * len(specs)
+        passes += 2 * 2 * min(n_measured, HEAD_TOKENS) * prod(table.shape) * len(specs)
     return TEXT_FACTOR * passes + SOLVE_FACTOR * solves
 
 

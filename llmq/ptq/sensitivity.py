@@ -5,8 +5,9 @@ With g_t the gradient of the log-likelihood by a layer's outputs at token t and 
 adds to its weight, it is the mean over tokens of the sum over outputs c of (g_tc (E x_t)_c)^2 / 2:
 the second-order term of the divergence, with the Fisher matrix estimated from one drawn token per
 position and what tokens and outputs have in common left out. E is the error of the method itself,
-on the inputs at hand and without its sweeps: GPTQ gains more in some layers than in others. Figures
-of what predicts better are in the README of `llmq/ptq`.
+without its sweeps: GPTQ gains more in some layers than in others. It is solved on other windows
+than those that it is measured on, since what it seems to gain on its own is least true of wide
+layers. Figures of what predicts better are in the README of `llmq/ptq`.
 
 Weights are at hand here, so this is also where each candidate gets the scale dtype that holds its
 scales: what is chosen needs no look at the weights any more."""
@@ -26,6 +27,7 @@ from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.models.arch import linear_weight
 from llmq.models.outside import Table
+from llmq.ptq.batches import BATCH
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.costs import Cost
 from llmq.ptq.expert_costs import costs_of_others, layers_to_measure, pool_of
@@ -38,8 +40,8 @@ from llmq.ptq.threads import total as sum_of
 from llmq.recipe import Recipe
 from llmq.storage.hidden_states import ActivationFile
 
-MAX_SEQUENCES, MAX_LENGTH = 32, 256  # of the calibration windows, their first tokens
-BATCH = 4  # windows at a time
+MAX_SEQUENCES, MAX_LENGTH = 128, 256  # of the calibration windows, their first tokens
+MAX_MEASURED = 32  # of these; layers are solved on the others
 
 Candidates = Mapping[str, Sequence[QuantSpec]]
 """The specs that a layer may get, by its name in the model."""
@@ -58,11 +60,12 @@ def measure(
     """The cost of each candidate by name of layer. tokens: int64 `[n, T]`, of which some windows
     are taken. work_dir: where files may lie meanwhile. on_block: told how many passes through a
     block are done, of how many. tables: candidates of embeddings and head."""
-    tokens = tokens[:MAX_SEQUENCES, :MAX_LENGTH]
+    tokens = _some(tokens)
     layers = _by_block(blocks, candidates)
     costs: dict[str, list[Cost]] = {}
     with tempfile.TemporaryDirectory(prefix="sensitivity-", dir=work_dir) as folder:
-        backward = Backward(blocks, tokens, Path(folder), recipe.seed)
+        n_others = len(tokens) - _n_measured(len(tokens))
+        backward = Backward(blocks, tokens, Path(folder), recipe.seed, n_others=n_others)
         done, total = 0, 2 * len(blocks)
         for _ in backward.forward():
             done += 1
@@ -76,12 +79,31 @@ def measure(
         for block in backward.backward(measured):
             name = blocks.name(block.index)
             own = {layer: candidates[f"{name}.{layer}"] for layer in layers[name]}
-            found = _BlockCosts(block, own, recipe, tokens.numel()).found()
+            found = _BlockCosts(block, own, recipe, backward.measured.numel()).found()
             costs |= {f"{name}.{layer}": values for layer, values in found.items()}
             done += 1
             on_block(done, total)
         of_tables.add_embeddings()
     return costs | of_tables.costs
+
+
+def n_tokens(tokens: Tensor) -> tuple[int, int]:
+    """How many of the calibration windows `[n, T]` go through the model, and how many errors are
+    measured on."""
+    tokens = _some(tokens)
+    return tokens.numel(), tokens[: _n_measured(len(tokens))].numel()
+
+
+def _some(tokens: Tensor) -> Tensor:
+    return tokens[:MAX_SEQUENCES, :MAX_LENGTH]
+
+
+def _n_measured(n_sequences: int) -> int:
+    """Whole batches of windows, half of all or at most 32; all where there are too few to be shared
+    out."""
+    if n_sequences < 2 * BATCH:
+        return n_sequences
+    return min(MAX_MEASURED, n_sequences // 2 // BATCH * BATCH)
 
 
 def _by_block(blocks: Blocks, candidates: Candidates) -> dict[str, list[str]]:
@@ -96,8 +118,8 @@ def _by_block(blocks: Blocks, candidates: Candidates) -> dict[str, list[str]]:
 
 @dataclass
 class _BlockCosts:
-    """candidates: of all layers of the block. n_tokens: of the text. pools: statistics that layers
-    of experts have in common."""
+    """candidates: of all layers of the block. n_tokens: that are measured. pools: statistics that
+    layers of experts have in common."""
 
     block: BlockGradients
     candidates: Candidates
@@ -138,7 +160,7 @@ class _BlockCosts:
 
     def _statistics(self, layer: str) -> LayerStats:
         """Of what a layer, the first of its group, reads."""
-        rows, inputs = self.block.rows, self.block.inputs
+        rows, inputs = self.block.rows, self._solved_on()
         device = linear_weight(self.block.module.get_submodule(layer)).device
         pool = pool_of(layer, rows)
         if pool == layer:
@@ -147,6 +169,12 @@ class _BlockCosts:
             own = [file for name, file in inputs.items() if pool_of(name, rows) == pool]
             self.pools[pool] = _statistics(own, device)
         return self.pools[pool]
+
+    def _solved_on(self) -> dict[str, ActivationFile]:
+        """Inputs by the first layer of a group: on the windows without gradients, if there are any
+        that get to the layer."""
+        own, others = self.block.inputs, self.block.others
+        return {name: others[name] if others[name].n_sequences else own[name] for name in own}
 
 
 def _fitting(weight: Tensor, specs: Sequence[QuantSpec]) -> list[QuantSpec]:

@@ -18,7 +18,7 @@ from llmq.ptq import expert_costs
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.gradients import Backward
 from llmq.ptq.outside import quantize_table
-from llmq.ptq.sensitivity import _by_block, measure
+from llmq.ptq.sensitivity import _by_block, measure, n_tokens
 from llmq.recipe import Recipe
 from llmq.text.documents import read_text, tokenize
 
@@ -89,6 +89,50 @@ def test_gradients_are_those_of_the_whole_model(family, model_folder, tmp_path):
         for name, found in squares.items():
             own = expected[f"{blocks.name(index)}.{name}"].square().sum(-1)
             torch.testing.assert_close(found / own.max(), own / own.max(), atol=4e-5, rtol=0)
+
+
+def met(file):
+    return torch.cat([*file.batches(2), torch.empty(0, file.length, file.width)])
+
+
+@pytest.mark.parametrize("family", families("llama", "mixtral"))
+def test_windows_that_go_forward_only_leave_their_inputs(family, model_folder, tmp_path):
+    """In files of their own, the same as of a pass with gradients for all."""
+    blocks, tokens = blocks_of(model_folder(family)), TOKENS.repeat(2, 1)[:8]
+    layers = _by_block(blocks, {name: [SPEC] for name in layers_of(blocks)})
+    whole, parts = [], []
+    for found, n_others in ((whole, 0), (parts, 4)):
+        backward = Backward(blocks, tokens, tmp_path, 7, n_others=n_others)
+        assert list(backward.forward()) == [0, 1]
+        assert len(backward.measured) == 8 - n_others
+        for block in backward.backward(layers):
+            inputs, others, gradients = (
+                {name: met(file) for name, file in files.items()}
+                for files in (block.inputs, block.others, block.gradients)
+            )
+            found.append((inputs, others, gradients))
+    for (inputs, none, gradients), (own, others, own_gradients) in zip(whole, parts, strict=True):
+        assert not any(len(rows) for rows in none.values())
+        for name, rows in inputs.items():
+            assert torch.equal(torch.cat([own[name], others[name]]), rows)
+        for name, rows in own_gradients.items():
+            assert torch.equal(rows, gradients[name][: len(rows)])
+
+
+def test_layers_are_solved_on_other_windows_than_measured(tmp_path):
+    """What GPTQ gains on its own windows is no part of the estimate."""
+    blocks = blocks_of("tiny")
+    layers = layers_of(blocks)[6::7]
+    source = Source.open("tiny")
+    documents = read_text("bundled", "calibration", source.tokenizer).documents
+    windows = tokenize(documents, source.tokenizer)[: 16 * 32].view(16, 32)
+    recipe, candidates = Recipe.uniform(SPEC), {name: [SPEC] for name in layers}
+    honest = measure(blocks, windows, candidates, recipe, tmp_path)
+    own = measure(blocks, windows[:8].repeat(2, 1), candidates, recipe, tmp_path)
+    assert n_tokens(windows) == (16 * 32, 8 * 32)
+    assert n_tokens(windows[:7]) == (7 * 32, 7 * 32)
+    for name in layers:
+        assert honest[name][0].nats > 1.2 * own[name][0].nats
 
 
 def test_it_predicts_what_a_layer_costs(tmp_path):

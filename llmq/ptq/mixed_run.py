@@ -33,6 +33,7 @@ from llmq.ptq.results import BlockReport
 from llmq.ptq.run import Attempt, identity, quantize_folder
 from llmq.ptq.scales import with_scale_dtype
 from llmq.ptq.table_costs import HEAD_TOKENS
+from llmq.ptq.token_weights import kept_bytes
 from llmq.storage import files, seals
 from llmq.storage.boundary import running
 from llmq.storage.workspace import STATE, check_output, remove_leftover, work_dir_of
@@ -110,6 +111,7 @@ def measured_costs(
         )
     blocks = Blocks(job.model, CheckpointReader(job.model, job.source.tensors), device)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(job, path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         found = running(job.source.folder)(sensitivity.measure)(
             blocks,
@@ -131,6 +133,18 @@ def measured_costs(
     }
     seals.write_sealed(path, kept)
     return costs
+
+
+def _check_space(job: Job, folder: Path) -> None:
+    assert job.tokens is not None
+    n_tokens, _ = sensitivity.n_tokens(job.tokens.tokens)
+    config = job.model.config.get_text_config()
+    files.check_space(
+        folder,
+        kept_bytes(n_tokens, config.hidden_size, config.num_hidden_layers),
+        "activations of what bits are worth",
+        "set LLMQ_CACHE_DIR to a folder elsewhere or give fewer --samples",
+    )
 
 
 def _place(problem: Problem, device: str) -> Path:

@@ -252,14 +252,19 @@ def check_output(out_dir: Path, overwrite: bool) -> None:
         )
 
 
-def check_space(folder: Path, n_bytes: int) -> None:
-    """Refuse to start what will fill the disk of a folder."""
+def check_space(
+    folder: Path,
+    n_bytes: int,
+    what: str = "output and activations",
+    remedy: str = "choose an output elsewhere or give fewer --samples",
+) -> None:
+    """Refuse to start what will fill the disk of a folder. what: needs the bytes. remedy: beside
+    making space."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise LlmqError(
-            f"{folder}: {free / 1e9:.2f} GB are free, and output and activations need about "
-            f"{n_bytes / 1e9:.2f} GB; make space, choose an output elsewhere or give fewer "
-            "--samples"
+            f"{folder}: {free / 1e9:.2f} GB are free, and {what} need about "
+            f"{n_bytes / 1e9:.2f} GB; make space, {remedy}"
         )
 
 

@@ -4,6 +4,7 @@ width, and the same again from what was kept."""
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,6 +138,12 @@ def test_embeddings_take_part_in_a_budget_of_bytes(model_folder, calibration_fil
         assert stored_bytes(mixed.chosen) <= budget.n_bytes
         assert (mixed.chosen.outside == ()) == is_kept
         assert (mixed.chosen.recipe.embeddings is None) == is_kept
+
+
+def test_measuring_costs_needs_space(job, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(LlmqError, match=r"activations of what bits are worth.*LLMQ_CACHE_DIR"):
+        mixed_run.measured_costs(job, Budget(3.6), "cpu")
 
 
 def test_experts_of_a_module_get_the_same_bits(model_folder, calibration_file, tmp_path):

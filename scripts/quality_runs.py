@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 import llmq
 from llmq.evaluation.divergence import compare_tokens, summarize
 from llmq.inference.module import quantized_modules
+from llmq.models.arch import needs_bos
 from llmq.models.source import load_config, load_tokenizer
 from llmq.ptq.methods import METHODS, needs_text
 from llmq.recipe import Recipe
 from llmq.text.documents import load_documents
-from llmq.text.windows import Windows, cut_windows
+from llmq.text.windows import Bos, Windows, cut_windows
 
 QUANTIZE = Path(__file__).resolve().with_name("quantize_with.py")
 # Raised when figures change their meaning, or when other tools are called in another way, so that
@@ -142,10 +143,12 @@ class Text:
         return cls(name, head, int(tail)) if tail.isdigit() else cls(name, source)
 
     def windows(self, model_dir: Path, length: int) -> Windows:
-        """Disjoint windows of `length` tokens, without special tokens."""
+        """Disjoint windows of `length` tokens, begun with BOS for the families that are broken
+        without it, and else without special tokens."""
         documents = load_documents(self.source, "eval")
         config = load_config(model_dir)
-        found = cut_windows(documents, load_tokenizer(model_dir), config, length, "none")
+        bos: Bos = "every-window" if needs_bos(config) else "none"
+        found = cut_windows(documents, load_tokenizer(model_dir), config, length, bos)
         return replace(found, tokens=found.tokens[: self.n_windows])
 
 

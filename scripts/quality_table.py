@@ -224,11 +224,13 @@ def heading(benchmark: Benchmark, result: dict[str, Any]) -> str:
         full = result["figures"][name]["base_perplexity"]
         n_windows, length = text.tokens.shape
         texts.append(f"{name}, {n_windows} windows of {length} (full precision {full:.3f})")
+    has_bos = any(text.bos == "every-window" for text in benchmark.texts.values())
+    special = "each begun with BOS" if has_bos else "without special tokens"
     seeds = "one seed" if args.seeds == 1 else f"{args.seeds} seeds"
     return (
         f"{result['model']}, calibrated on {args.samples} x {args.sequence_length} tokens of "
         f"{source_name(args.calibration)}, {seeds}; measured on {'; '.join(texts)}, in float32 "
-        f"without special tokens. {result['machine']}, {args.threads} threads a run."
+        f"{special}. {result['machine']}, {args.threads} threads a run."
     )
 
 

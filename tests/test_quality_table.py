@@ -61,6 +61,17 @@ def test_a_text_has_a_name_and_perhaps_a_number_of_windows(script):
         parse("c.txt")
 
 
+@pytest.mark.parametrize(("family", "bos"), [("llama", "none"), ("gemma3_text", "every-window")])
+def test_windows_begin_with_bos_where_a_family_needs_it(
+    script, model_folder, calibration_file, family, bos
+):
+    text = script("quality_runs").Text("code", str(calibration_file), 5)
+    found = text.windows(model_folder(family), 32)
+    assert found.bos == bos
+    assert found.tokens.shape == (5, 32)
+    assert (len(found.tokens[:, 0].unique()) == 1) == (bos == "every-window")
+
+
 def test_only_code_that_does_something_else_is_other_code(script):
     text_of = script("quality_runs").without_docstrings
     plain = "def f(x):\n    return x\n"

@@ -159,7 +159,12 @@ def _place(problem: Problem, device: str) -> Path:
     decides |= {"recipe": recipe, "format": "", "calibration text": text}
     specs = {name: list(map(str, own)) for name, own in problem.all_candidates.items()}
     most = [sensitivity.MAX_SEQUENCES, sensitivity.MAX_MEASURED, sensitivity.MAX_LENGTH]
-    decides["measured"] = {"specs": specs, "of windows": most, "gives": "nats, scale dtype"}
+    decides["measured"] = {
+        "specs": specs,
+        "of windows": most,
+        "gives": "nats, scale dtype",
+        "from": 1,
+    }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "sensitivity" / f"{key[:32]}.json"
 

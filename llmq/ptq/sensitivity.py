@@ -7,7 +7,9 @@ the second-order term of the divergence, with the Fisher matrix estimated from o
 position and what tokens and outputs have in common left out. E is the error of the method itself,
 without its sweeps: GPTQ gains more in some layers than in others. It is solved on other windows
 than those that it is measured on, since what it seems to gain on its own is least true of wide
-layers. Figures of what predicts better are in the README of `llmq/ptq`.
+layers. The first position of a window does not count: where attention rests on it, an error there
+moves all others alike, which the layers behind make up for. Figures of what predicts better are in
+the README of `llmq/ptq`.
 
 Weights are at hand here, so this is also where each candidate gets the scale dtype that holds its
 scales: what is chosen needs no look at the weights any more."""
@@ -203,10 +205,12 @@ def _batch(file: ActivationFile) -> int:
 
 
 def _lost(error: Tensor, inputs: ActivationFile, gradients: ActivationFile) -> float:
-    """The sum over tokens and outputs of (g * E x)^2 / 2. error: E `[N, K]`."""
+    """The sum over tokens and outputs of (g * E x)^2 / 2, first positions aside where there are
+    positions. error: E `[N, K]`."""
+    first = 1 if inputs.length > 1 else 0
     batches = inputs.batches(_batch(inputs)), gradients.batches(_batch(gradients))
     total = 0.0
     for x, g in zip(*batches, strict=True):
-        made = x.to(error.device).flatten(0, 1) @ error.T
-        total += sum_of(made.mul_(g.to(error.device).flatten(0, 1)).square_()) / 2
+        made = x[:, first:].to(error.device).flatten(0, 1) @ error.T
+        total += sum_of(made.mul_(g[:, first:].to(error.device).flatten(0, 1)).square_()) / 2
     return total

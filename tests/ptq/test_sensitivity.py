@@ -18,8 +18,9 @@ from llmq.ptq import expert_costs
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.gradients import Backward
 from llmq.ptq.outside import quantize_table
-from llmq.ptq.sensitivity import _by_block, measure, n_tokens
+from llmq.ptq.sensitivity import _by_block, _lost, measure, n_tokens
 from llmq.recipe import Recipe
+from llmq.storage.hidden_states import ActivationFile
 from llmq.text.documents import read_text, tokenize
 
 TOKENS = torch.randint(2, 2048, (5, 24), generator=torch.Generator().manual_seed(3))
@@ -133,6 +134,24 @@ def test_layers_are_solved_on_other_windows_than_measured(tmp_path):
     assert n_tokens(windows[:7]) == (7 * 32, 7 * 32)
     for name in layers:
         assert honest[name][0].nats > 1.2 * own[name][0].nats
+
+
+def kept(path, rows):
+    file = ActivationFile(path, *rows.shape[1:])
+    with file.appender(durable=False) as append:
+        append(rows)
+    return file
+
+
+def test_the_first_position_does_not_count(tmp_path):
+    error, x, g = torch.randn(3, 5), torch.randn(6, 7, 5), torch.randn(6, 7, 3)
+    g[:, 0] *= 100
+    expected = float(((x @ error.T) * g)[:, 1:].square().sum()) / 2
+    assert _lost(error, kept(tmp_path / "x", x), kept(tmp_path / "g", g)) == pytest.approx(expected)
+    rows = x.flatten(0, 1)[:, None], g.flatten(0, 1)[:, None]  # of an expert: no positions
+    expected = float(((x @ error.T) * g).square().sum()) / 2
+    files = kept(tmp_path / "x", rows[0]), kept(tmp_path / "g", rows[1])
+    assert _lost(error, *files) == pytest.approx(expected)
 
 
 def test_it_predicts_what_a_layer_costs(tmp_path):

@@ -172,7 +172,7 @@ class Recipe:
     head: QuantSpec | None = None
 
     def __post_init__(self) -> None:
-        for name in (*_DEFAULTS, "damping"):
+        for name in defaults_of(self.method):  # what tokens count before what follows from it
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self._defaults[name])
         self._check_types()

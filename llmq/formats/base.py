@@ -75,15 +75,17 @@ class Format(ABC):
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         """The tensors of a layer by suffix."""
 
-    def layer_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
-        """What `write` gives of a layer of weight shape (N, K), without names and shapes: codes,
-        scales and zero points, and the order of columns where all layers have one."""
+    def layer_bytes(
+        self, spec: QuantSpec, shape: tuple[int, int], *, act_order: bool = False
+    ) -> int:
+        """What `write` gives of a layer of weight shape (N, K), without its name, its shape and the
+        range of its inputs. act_order: its columns are not in the order of their groups."""
         n, k = shape
-        n_scales = 1 if spec.group_size == PER_TENSOR else n * spec.n_groups(k)
-        scales = n_scales * (4 if spec.scale_dtype == "float32" else 2)
+        scales = spec.n_scales(n, k) * (4 if spec.scale_dtype == "float32" else 2)
         has_zeros = self.stores_middle or not spec.symmetric
         zeros = self.zero_bytes(spec, shape) if has_zeros else 0
-        return 4 * n * packed_width(k, spec.bits) + scales + zeros
+        order = 4 * k if act_order and spec.n_groups(k) > 1 else 0
+        return 4 * n * packed_width(k, spec.bits) + scales + zeros + order
 
     def zero_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
         """Zero points of a layer that has them: packed along N, as most formats do."""

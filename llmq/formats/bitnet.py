@@ -67,7 +67,9 @@ class BitNet(Format):
     def is_first_choice(self, specs: Specs) -> bool:
         return True
 
-    def layer_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
+    def layer_bytes(
+        self, spec: QuantSpec, shape: tuple[int, int], *, act_order: bool = False
+    ) -> int:
         """Four codes a byte and a float32 scale."""
         return shape[0] * shape[1] // 4 + 4
 

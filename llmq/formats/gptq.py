@@ -81,8 +81,10 @@ class Gptq(Format):
         alike = fused_disagreement(specs) is None
         return bool(self.shift) and alike and all(map(engines_load, quantized))
 
-    def layer_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
-        """With the group of every column."""
+    def layer_bytes(
+        self, spec: QuantSpec, shape: tuple[int, int], *, act_order: bool = False
+    ) -> int:
+        """With the group of every column, whatever their order."""
         return super().layer_bytes(spec, shape) + 4 * shape[1]
 
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.formats.base import OWN_METHOD, Format, Settings, Specs, TableRules, Tables
-from llmq.grid.spec import PER_TENSOR, QuantSpec
+from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 
 VERSION = 1
@@ -54,7 +54,7 @@ class Native(Format):
 
     def zero_bytes(self, spec: QuantSpec, shape: tuple[int, int]) -> int:
         """A byte each."""
-        return 1 if spec.group_size == PER_TENSOR else shape[0] * spec.n_groups(shape[1])
+        return spec.n_scales(*shape)
 
     def write(self, qtensor: QuantizedTensor) -> dict[str, Tensor]:
         parts = {

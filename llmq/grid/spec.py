@@ -77,9 +77,13 @@ class QuantSpec:
     def n_groups(self, k: int) -> int:
         return -(-k // self.columns_per_group(k))
 
+    def n_scales(self, n: int, k: int) -> int:
+        """Of an `[n, k]` tensor, and as many zero points where it has some."""
+        return 1 if self.group_size == PER_TENSOR else n * self.n_groups(k)
+
     def bits_per_weight(self, n: int, k: int) -> float:
         """Stored bits per weight of an `[n, k]` tensor, scales and zero points included."""
-        n_scales = 1 if self.group_size == PER_TENSOR else n * self.n_groups(k)
+        n_scales = self.n_scales(n, k)
         scale_bits = 32 if self.scale_dtype == "float32" else 16
         return self.bits + n_scales * (scale_bits + (0 if self.symmetric else self.bits)) / (n * k)
 

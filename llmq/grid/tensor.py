@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,15 +65,6 @@ class QuantizedTensor:
         """Round a float32 weight `[N, K]` to the nearest codes of a grid that is given; scale and
         zero as `quantizer.choose_scale` gives them."""
         return cls.from_codes(rounding.quantize(weight, scale, zero, spec), scale, zero, spec)
-
-    @cached_property
-    def n_bytes(self) -> int:
-        """Bytes of all stored tensors."""
-        return sum(
-            tensor.nbytes
-            for tensor in (self.packed, self.scale, self.zero, self.g_idx, self.input_range)
-            if tensor is not None
-        )
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same weight on a device."""

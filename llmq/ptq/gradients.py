@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +235,8 @@ class Backward:
         sequences and tokens that has."""
         after = self.gradients_of(index + 1).batches(BATCH)
         with self.gradients_of(index).appender(durable=False) as append:
-            for call, hidden in self._batches(index):
+            for (call, hidden), gradient in zip_longest(self._batches(index), after):
                 met = _Met({name: module.get_submodule(name) for name in names})
-                gradient = next(after, None)
                 with self._computing():
                     if gradient is None:
                         met.run_forward(module, call, hidden)

@@ -23,6 +23,7 @@ from llmq.formats.registry import (
 )
 from llmq.formats.requantizing import full_precision
 from llmq.formats.unheld import kept_where_unheld
+from llmq.grid.spec import QuantSpec
 from llmq.inference.settings import read_settings
 from llmq.models.arch import quantizable_layers
 from llmq.models.experts import unfused_in
@@ -89,9 +90,14 @@ class Job:
         )
 
     def planned_bytes(self, plan: LayerPlan) -> int:
-        """What a layer that is quantized takes in the format, as `Format.layer_bytes` counts."""
+        """What a layer that is quantized takes in the format."""
         assert plan.spec is not None
-        return self.fmt.for_role(plan.role).layer_bytes(plan.spec, plan.layer.shape)
+        return self.bytes_of(plan.spec, plan.layer.shape, plan.role)
+
+    def bytes_of(self, spec: QuantSpec, shape: tuple[int, int], role: str = "") -> int:
+        """What a layer with that spec takes, see `Format.layer_bytes`. role: see `LayerPlan`."""
+        is_ordered = self.recipe.order == "act" and not role
+        return self.fmt.for_role(role).layer_bytes(spec, shape, act_order=is_ordered)
 
     def precision(self, device: str) -> Precision:
         """What the parts of the run are computed in on a device."""

@@ -249,8 +249,7 @@ class Problem:
         return self._bytes(name, fitted(spec, costs[name]))
 
     def _bytes(self, name: str, spec: QuantSpec) -> int:
-        fmt = self.job.fmt.for_role(self._roles.get(name, ""))
-        return fmt.layer_bytes(spec, self.shapes[name])
+        return self.job.bytes_of(spec, self.shapes[name], self._roles.get(name, ""))
 
     @cached_property
     def _roles(self) -> dict[str, str]:

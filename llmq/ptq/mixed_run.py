@@ -111,7 +111,12 @@ def measured_costs(
         )
     blocks = Blocks(job.model, CheckpointReader(job.model, job.source.tensors), device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(job, path.parent)
+    files.check_space(
+        path.parent,
+        _cost_files(problem),
+        "activations of what bits are worth",
+        "set LLMQ_CACHE_DIR to a folder elsewhere or give fewer --samples",
+    )
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         found = running(job.source.folder)(sensitivity.measure)(
             blocks,
@@ -135,16 +140,19 @@ def measured_costs(
     return costs
 
 
-def _check_space(job: Job, folder: Path) -> None:
-    assert job.tokens is not None
-    n_tokens, _ = sensitivity.n_tokens(job.tokens.tokens)
-    config = job.model.config.get_text_config()
-    files.check_space(
-        folder,
-        kept_bytes(n_tokens, config.hidden_size, config.num_hidden_layers),
-        "activations of what bits are worth",
-        "set LLMQ_CACHE_DIR to a folder elsewhere or give fewer --samples",
-    )
+def _cost_files(problem: Problem) -> int:
+    """Bytes on disk while the costs are measured: what enters all blocks, and inputs and gradients
+    of the layers of one."""
+    tokens = problem.job.tokens
+    assert tokens is not None
+    n_tokens, n_measured = sensitivity.n_tokens(tokens.tokens)
+    config = problem.job.model.config.get_text_config()
+    of_layers = 0.0
+    for name in problem.candidates:
+        (n, k), (token_share, share) = problem.shapes[name], problem.measured_shares(name)
+        of_layers += 4 * token_share * share * (n_tokens * k + n_measured * n)
+    kept = kept_bytes(n_tokens, config.hidden_size, config.num_hidden_layers)
+    return int(kept + of_layers / config.num_hidden_layers)
 
 
 def _place(problem: Problem, device: str) -> Path:
@@ -163,7 +171,7 @@ def _place(problem: Problem, device: str) -> Path:
         "specs": specs,
         "of windows": most,
         "gives": "nats, scale dtype",
-        "from": 1,
+        "without": "first positions",
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "sensitivity" / f"{key[:32]}.json"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llmq.errors import LlmqError
+from llmq.formats.native import NATIVE
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import QuantLinear, swap
@@ -47,7 +48,9 @@ def test_its_dtype_is_that_of_the_layer_that_was_replaced_and_follows_the_model(
 def test_it_is_neither_a_parameter_nor_stored_nor_a_site(layer):
     assert not list(layer.parameters())
     assert layer.state_dict().keys() == {"packed", "scale"}
-    assert sum(buffer.nbytes for buffer in layer.buffers()) == layer.qtensor().n_bytes
+    stored = layer.qtensor()
+    n_bytes = NATIVE.layer_bytes(stored.spec, stored.shape)
+    assert sum(buffer.nbytes for buffer in layer.buffers()) == n_bytes
     assert site_of(layer) is None
     assert site_of(nn.Linear(2, 2)) is not None
 

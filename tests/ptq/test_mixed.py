@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
 import llmq
 from llmq.commands.cli import main
@@ -41,10 +42,21 @@ def some_costs(problem):
     }
 
 
-def test_sizes_are_those_of_the_report(job, tmp_path):
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [("auto", {}), ("llmq", {"order": "act"}), ("gptq", {"order": "act"}), ("gptq", {})],
+)
+def test_sizes_are_those_of_the_file(model_folder, calibration_file, tmp_path, format, options):
+    recipe = Recipe.uniform("w4g32", samples=4, sequence_length=32, **options)
+    job = prepare(str(model_folder()), recipe, calibration=str(calibration_file), format=format)
     report = quantize_folder(job, tmp_path / "out")
-    expected = {layer["name"]: layer["n_bytes"] for layer in report["layers"]}
-    assert {plan.layer.name: job.planned_bytes(plan) for plan in job.plans} == expected
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    told = {layer["name"]: layer["n_bytes"] for layer in report["layers"]}
+    assert {plan.layer.name: job.planned_bytes(plan) for plan in job.plans} == told
+    for layer, n_bytes in told.items():
+        parts = {name: each for name, each in stored.items() if name.startswith(f"{layer}.")}
+        parts.pop(f"{layer}.weight_shape", None)
+        assert sum(each.nbytes for each in parts.values()) == n_bytes
 
 
 def test_fused_layers_get_one_spec_and_rules_stay(job):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +86,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         method_named(name)
     work_dir = Path(args.work_dir or f"{Path(args.model).name}-advice")
     bench = ladder_options.bench_of(args, work_dir)
-    advice = advise(lambda rung: bench.measure(rung, ladder_options.say), args.max_loss, methods)
+    keeping = replace(bench, keep=True)  # the folder of the best is what was asked for
+    there = {path.name for path in work_dir.iterdir()}  # of other runs
+    advice = advise(
+        lambda rung: keeping.measure(rung, ladder_options.say),
+        args.max_loss,
+        methods,
+        drop=lambda rung: None if args.keep or rung.folder_name in there else bench.remove(rung),
+    )
     trained = _trained(args, bench, advice)
+    folder = None if advice.best is None else bench.finished(advice.best.rung)
     found: dict[str, Any] = {
         "model": args.model,
         "data": args.data,
@@ -97,6 +106,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "next_smaller": None if advice.failed is None else str(advice.failed.rung),
         "not_tried": advice.left,
         "qat": trained,
+        "folder": None if folder is None else str(folder[0]),
         "command": _command(args, advice),
     }
     return found, _text(args, advice, found)
@@ -141,6 +151,8 @@ def _text(args: argparse.Namespace, advice: Advice, found: dict[str, Any]) -> st
         pairs["recommended"] = f"nothing that was tried loses at most {args.max_loss:.3g}"
     else:
         pairs["recommended"] = f"{advice.best.rung}, {advice.best.n_bytes / 1e6:.1f} MB"
+        if found["folder"]:
+            pairs["folder"] = found["folder"]
         pairs["command"] = found["command"]
     if advice.failed is not None:
         pairs["next smaller"] = (

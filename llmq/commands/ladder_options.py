@@ -56,7 +56,9 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.more.add_argument(
-        "--keep", action="store_true", help="the folders of all rungs (default: their figures)"
+        "--keep",
+        action="store_true",
+        help="the folders of all rungs (default: their figures, and what advise recommends)",
     )
     options.add_revision_argument(parser)
 

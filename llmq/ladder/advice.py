@@ -31,9 +31,10 @@ def advise(
     bound: float,
     methods: Sequence[str] = METHODS,
     specs: Sequence[str] = SPECS,
+    drop: Callable[[Rung], None] = lambda rung: None,
 ) -> Advice:
     """Go down the sizes until no method is within a bound on the loss, such as .01: the upper end
-    of its interval is. measure: of a rung."""
+    of its interval is. measure: of a rung. drop: told what is not, or no longer, the best."""
     points: list[Point] = []
     left: dict[str, str] = {}
     best = failed = None
@@ -48,10 +49,13 @@ def advise(
             points.append(tried[-1])
             if tried[-1].most <= bound:
                 break
+            drop(rung)
         passed = [point for point in tried if point.most <= bound]
         if not passed:
             failed = min(tried, key=lambda point: point.loss)
             break
+        if best is not None:
+            drop(best.rung)
         best = passed[-1]
     return Advice(points, best, failed, left)
 

@@ -1,5 +1,5 @@
 """One model and one text, on which rungs are measured: each is quantized into a folder of its own,
-compared with full precision, and noted, so that a run that ends goes on where it was."""
+compared with full precision, and both are noted, so that a run that ends goes on where it was."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from llmq.evaluation.position_classes import special_ids
 from llmq.formats.load import load
 from llmq.ladder.rungs import Rung
 from llmq.models.source import Source
+from llmq.storage import files
+from llmq.storage.manifest import check_hashes
 from llmq.text.windows import Windows
 
 RESULTS = "results.jsonl"
@@ -59,7 +61,7 @@ class Point:
 @dataclass(frozen=True)
 class Bench:
     """source: the full-precision model. windows: that are measured on. work_dir: where results and
-    folders go. options: of `llmq.quantize`. keep: the folders."""
+    folders go. options: of `llmq.quantize`. keep: the folders, until `remove`."""
 
     source: Source
     windows: Windows
@@ -75,10 +77,38 @@ class Bench:
     def measure(self, rung: Rung, say: Say = lambda text: None) -> Point:
         """The rung, from the notes or new. say: told what is done at the moment."""
         key = self._key(rung)
-        known = [line for line in self._lines() if line["key"] == key]
+        known = [line for line in self._lines() if line["key"] == key and "point" in line]
         if known:
             return Point.from_json(known[-1]["point"])
-        folder = self.work_dir / rung.folder_name
+        folder, seconds = self._quantized(rung, say)
+        say(f"{rung}: measuring")
+        point = self.compared(rung, folder, seconds)
+        self._note({"key": key, "point": point.to_json()})
+        if not self.keep:
+            self.remove(rung)
+        return point
+
+    def folder_of(self, rung: Rung) -> Path:
+        """Where the quantized model of a rung goes."""
+        return self.work_dir / rung.folder_name
+
+    def remove(self, rung: Rung) -> None:
+        """The folder of a rung, where there is one."""
+        shutil.rmtree(self.folder_of(rung), ignore_errors=True)
+
+    def finished(self, rung: Rung) -> tuple[Path, float] | None:
+        """The folder of a rung where it is there and whole, and the seconds that it took."""
+        key, folder = self._key(rung), self.folder_of(rung)
+        for line in reversed(self._lines()):
+            if line["key"] == key and "seconds" in line and _is_still(folder, line["manifest"]):
+                return folder, float(line["seconds"])
+        return None
+
+    def _quantized(self, rung: Rung, say: Say) -> tuple[Path, float]:
+        """`finished`, such as by a run that ended while it measured, or made now."""
+        if found := self.finished(rung):
+            return found
+        folder = self.folder_of(rung)
         started = time.monotonic()
         say(f"{rung}: quantizing")
         quantize(
@@ -91,13 +121,9 @@ class Bench:
             **self.options,
         )
         seconds = round(time.monotonic() - started, 1)
-        say(f"{rung}: measuring")
-        point = self.compared(rung, folder, seconds)
-        with (self.work_dir / RESULTS).open("a") as file:
-            file.write(json.dumps({"key": key, "point": point.to_json()}) + "\n")
-        if not self.keep:
-            shutil.rmtree(folder)
-        return point
+        manifest = files.digest(folder / files.MANIFEST)["sha256"]
+        self._note({"key": self._key(rung), "seconds": seconds, "manifest": manifest})
+        return folder, seconds
 
     def compared(self, rung: Rung, folder: Path, seconds: float) -> Point:
         """What a finished folder loses. seconds: that it took."""
@@ -125,6 +151,10 @@ class Bench:
         data = json.dumps([str(rung), files, options, text, versions()], sort_keys=True)
         return hashlib.sha256(data.encode()).hexdigest()
 
+    def _note(self, line: dict[str, Any]) -> None:
+        with (self.work_dir / RESULTS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
     def _lines(self) -> list[dict[str, Any]]:
         path = self.work_dir / RESULTS
         lines = path.read_text().splitlines() if path.is_file() else []
@@ -135,3 +165,11 @@ class Bench:
             except ValueError:  # the end of a run that was killed while it wrote
                 continue
         return found
+
+
+def _is_still(folder: Path, manifest: str) -> bool:
+    """Whether a folder is the one with that hash of its manifest, and whole."""
+    path = folder / files.MANIFEST
+    if not path.is_file() or files.digest(path)["sha256"] != manifest:
+        return False
+    return check_hashes(folder).is_good

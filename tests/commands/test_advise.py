@@ -24,6 +24,9 @@ def test_advice_and_its_command(tmp_path, capsys):
     assert points[found["recommended"]]["loss_ci95"][1] <= 0.08
     assert points[found["next_smaller"]]["loss_ci95"][1] > 0.08
     assert found["next_smaller"] == found["points"][-1]["rung"]
+    folders = [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
+    assert [str(path) for path in folders] == [found["folder"]]
+    assert (folders[0] / "llmq-manifest.json").is_file()
     assert main([*found["command"].replace("OUT", str(tmp_path / "out")).split()[1:]]) == 0
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["stored_bytes"] == points[found["recommended"]]["n_bytes"]

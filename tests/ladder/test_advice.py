@@ -66,6 +66,13 @@ def test_the_dearest_method_that_holds_it():
     assert str(found.failed.rung) == "w2g64-asym:rtn"
 
 
+def test_what_is_not_the_best_is_dropped_as_it_shows():
+    dropped = []
+    found, _ = advised(0.06, drop=lambda rung: dropped.append(str(rung)))
+    assert str(found.best.rung) == "w3g128:gptq"
+    assert dropped == ["w8:rtn", "w3g128:rtn", "w4g128:rtn", "w2g64-asym:rtn"]
+
+
 def test_nothing_holds_it_and_everything_does():
     found, asked = advised(0.0005)
     assert (found.best, found.failed.rung.spec) == (None, "w8")

@@ -1,6 +1,7 @@
 """Rungs on a real model: what is measured, and that it is measured once."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,28 @@ def test_a_rung_is_what_compare_says_and_is_measured_once(bench, monkeypatch):
     monkeypatch.setattr(bench_module, "quantize", None)
     assert bench.measure(Rung("w4g128", "rtn")) == point
     assert Point.from_json(json.loads(json.dumps(point.to_json()))) == point
+
+
+def test_a_run_that_ended_while_it_measured_measures_what_it_had_made(bench, monkeypatch):
+    bench.work_dir.mkdir()
+    rung = Rung("w4g128", "rtn")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "compared", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bench.measure(rung)
+    said = []
+    point = replace(bench, keep=True).measure(rung, said.append)
+    assert said == ["w4g128:rtn: measuring"]
+    assert bench.finished(rung) == (bench.work_dir / "w4g128-rtn", point.seconds)
+    damaged = bench.work_dir / "w4g128-rtn" / "config.json"
+    damaged.write_text(damaged.read_text() + " ")
+    assert bench.finished(rung) is None
+    llmq.quantize("tiny", bench.work_dir / "w4g128-rtn", "w4g64", method="rtn", overwrite=True)
+    assert bench.finished(rung) is None
 
 
 def test_other_options_are_another_result(bench):

@@ -27,7 +27,7 @@ BY_METHOD: Any = None  # the default of fields whose value goes by the method, s
 # What was measured, see the README of `llmq/ptq`.
 _DEFAULTS: dict[str, Any] = {"token_weights": "equal", "scale_steps": 0}
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
-    "blockwise": {"token_weights": "fisher", "scale_steps": 40},
+    "blockwise": {"token_weights": "fisher", "scale_steps": 36},
 }
 _DAMPING = {"equal": 0.1, "fisher": 0.5}  # fewer tokens count where they are weighed
 _RULE_FORMS = "expected 'PATTERN=SPEC', or a pair of a pattern and a spec"
@@ -161,7 +161,7 @@ class Recipe:
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0
-    iterations: int = 50
+    iterations: int = 45
     learning_rate: float = 0.02
     tune_zero_points: bool = False
     scale_steps: int = BY_METHOD

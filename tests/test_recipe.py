@@ -153,7 +153,7 @@ def test_values_of_other_types_are_refused_in_a_line(data):
 @pytest.mark.parametrize("method", ["rtn", "gptq", "blockwise", "smoothquant+blockwise"])
 def test_some_defaults_go_by_the_method(method):
     recipe = Recipe.uniform("w3g64", method=method)
-    expected = (0.5, "fisher", 40) if "blockwise" in method else (0.1, "equal", 0)
+    expected = (0.5, "fisher", 36) if "blockwise" in method else (0.1, "equal", 0)
     assert (recipe.damping, recipe.token_weights, recipe.scale_steps) == expected
     assert Recipe.from_json(recipe.to_json()) == recipe
 
@@ -177,5 +177,5 @@ def test_damping_goes_by_the_weights_of_tokens():
 
 
 def test_null_is_no_value_of_them_in_a_file():
-    with pytest.raises(LlmqError, match=r"scale_steps null: leave it out .* the method, 40"):
+    with pytest.raises(LlmqError, match=r"scale_steps null: leave it out .* the method, 36"):
         Recipe.from_json({"method": "blockwise", "scale_steps": None})

@@ -205,7 +205,7 @@ def test_with_pictures_methods_go_without_gradients_of_the_model(folder_of, tmp_
     with pytest.raises(LlmqError, match=r"7 scale steps .* the calibration file has pictures"):
         job_of(folder, rows, method="blockwise", scale_steps=7)
     alone = job_of(folder, without_pictures(rows), method="blockwise")
-    assert (alone.recipe.token_weights, alone.recipe.scale_steps) == ("fisher", 40)
+    assert (alone.recipe.token_weights, alone.recipe.scale_steps) == ("fisher", 36)
     assert "gradients" not in alone.remarks
 
 

@@ -57,7 +57,7 @@ class BlockwiseOptions:
     as far as a weight. All fall to zero along a half cosine. autocast: run the block in bfloat16
     while it trains, on float32 masters. seed: of the order of the sequences."""
 
-    iterations: int = 50
+    iterations: int = 45
     learning_rate: float = 0.02
     tune_zero_points: bool = False
     autocast: bool = False

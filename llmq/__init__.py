@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from llmq.api.reports import BlockReports, Report
     from llmq.api.scoring import compare, perplexity
     from llmq.api.texts import calibration_windows, evaluation_windows
-    from llmq.api.training import prepare_qat
+    from llmq.api.training import prepare_qat, qat_parameter_groups
     from llmq.errors import LlmqError, LlmqWarning, VerificationError
     from llmq.evaluation.perplexity import Perplexity
     from llmq.formats.load import load
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from llmq.grid.spec import ActSpec, QuantSpec
     from llmq.grid.tensor import QuantizedTensor
     from llmq.inference.decoding import prepare_decoding
+    from llmq.qat.callback import QATCallback
     from llmq.qat.weights import freeze
     from llmq.recipe import Recipe, Rule
     from llmq.text.documents import TokenSet, load_documents
@@ -68,6 +69,7 @@ _HOMES = {
     "LlmqError": "llmq.errors",
     "LlmqWarning": "llmq.errors",
     "Perplexity": "llmq.evaluation.perplexity",
+    "QATCallback": "llmq.qat.callback",
     "QuantSpec": "llmq.grid.spec",
     "QuantizedTensor": "llmq.grid.tensor",
     "Recipe": "llmq.recipe",
@@ -90,6 +92,7 @@ _HOMES = {
     "prepare_decoding": "llmq.inference.decoding",
     "prepare_qat": "llmq.api.training",
     "push": "llmq.api.pushing",
+    "qat_parameter_groups": "llmq.api.training",
     "quantize": "llmq.api.quantization",
     "save": "llmq.formats.save",
 }
@@ -99,6 +102,7 @@ __all__ = [
     "LlmqError",
     "LlmqWarning",
     "Perplexity",
+    "QATCallback",
     "QuantSpec",
     "QuantizedTensor",
     "Recipe",
@@ -122,6 +126,7 @@ __all__ = [
     "prepare_decoding",
     "prepare_qat",
     "push",
+    "qat_parameter_groups",
     "quantize",
     "save",
 ]

@@ -5,6 +5,8 @@ per layer, learned from the data as an exponential moving average of its minimum
 ("int8-static", Jacob et al., 2018). Static ranges are only observed at first: quantizing with a
 range that still moves would chase its own noise. Near the end they are frozen.
 
+A batch is observed once: gradient checkpointing runs a forward pass again inside the backward one.
+
 The switches (`enabled`, `observing`) are plain attributes that the schedule sets from the step
 number, so a resumed run sets them again; the ranges are buffers and travel with the weights."""
 
@@ -37,11 +39,16 @@ def fake_quantize_ranged(x: Tensor, input_range: Tensor) -> Tensor:
     return straight_through(x, fake_quantize_static(x.detach(), input_range).to(x.dtype), kept)
 
 
+def is_recomputing() -> bool:
+    """Whether this forward pass is gradient checkpointing's second one: it runs inside a backward
+    pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class ActivationQuantizer(nn.Module):
     """The node before a layer. kind: "int8-token" or "int8-static". enabled: quantize. observing:
-    let the static range follow the data (while training). recomputing: this forward pass is
-    gradient checkpointing's second one, on inputs that were seen. input_range: a static range to
-    start from, float32 `[2]`, or None to start from the data."""
+    let the static range follow the data (while training). input_range: a static range to start
+    from, float32 `[2]`, or None to start from the data."""
 
     low: Tensor
     high: Tensor
@@ -56,7 +63,6 @@ class ActivationQuantizer(nn.Module):
         self.kind = kind
         self.enabled = True
         self.observing = kind == "int8-static"
-        self.recomputing = False
         if kind == "int8-static":
             scale, zero = (
                 torch.full((2,), torch.nan) if input_range is None else input_range.float()
@@ -94,7 +100,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "int8-token":
             return fake_quantize_per_token(x) if self.enabled else x
-        if self.training and self.observing and not self.recomputing:
+        if self.training and self.observing and not is_recomputing():
             self.observe(x)
         if not self.enabled or bool(self.low.isnan()):
             return x

@@ -91,6 +91,17 @@ def _add_run_arguments(parser: Parser) -> None:
         "--accumulation", type=whole(1), help="batches per optimizer step (default: 1)"
     )
     parser.more.add_argument("--seed", type=whole(0, 2**32 - 1), help="(default: 0)")
+    parser.more.add_argument(
+        "--lora-rank",
+        type=whole(1),
+        metavar="R",
+        help="train a change of this rank of every weight, and scales: less memory (default: all)",
+    )
+    parser.more.add_argument(
+        "--optimizer",
+        metavar="NAME",
+        help="of transformers' Trainer, such as adamw_torch_8bit (default: adamw_torch)",
+    )
 
 
 def _add_device_arguments(parser: Parser) -> None:

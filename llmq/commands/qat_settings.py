@@ -32,6 +32,8 @@ _FIELDS = (
     "accumulation",
     "lr_weights",
     "lr_scales",
+    "lora_rank",
+    "optimizer",
     "precision",
     "gradient_checkpointing",
     "max_grad_norm",

@@ -34,6 +34,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "WeightRenaming": ("transformers.core_model_loading",),
     "get_available_reporting_integrations": ("transformers.integrations",),
     "get_checkpoint_conversion_mapping": ("transformers.conversion_mapping",),
+    "get_last_checkpoint": ("transformers.trainer_utils",),
     "get_model_conversion_mapping": ("transformers.conversion_mapping",),
     "register_checkpoint_conversion_mapping": ("transformers.conversion_mapping",),
     "register_quantization_config": ("transformers.quantizers",),

@@ -8,15 +8,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.models import compat
 from llmq.qat.losses import CHUNK_TOKENS
-from llmq.qat.settings import QATSettings
+from llmq.qat.settings import OPTIMIZERS, QATSettings
 from llmq.recipe import LayerPlan
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. masters, gradients: float32. optimizer: two moments. teacher: its
-    weights. activations: what a batch keeps for the backward pass. logits: of a chunk, three times
-    in float32."""
+    """Bytes of one process. masters: float32. gradients, optimizer: of what is trained. teacher:
+    its weights. activations: what a batch keeps for the backward pass. logits: of a chunk, three
+    times in float32."""
 
     masters: int
     gradients: int
@@ -35,6 +35,7 @@ class Memory:
         teacher_bytes: int,
     ) -> Memory:
         """config: of the text model. teacher_bytes: of one of its weights."""
+        quantized = [plan for plan in plans if plan.spec is not None]
         # Each layer's input and output, and as much again around attention and norms; with
         # checkpointing, of one block.
         per_token = (
@@ -42,11 +43,14 @@ class Memory:
             * sum(sum(plan.layer.shape) for plan in plans)
             * (4 if settings.precision == "fp32" else 2)
         )
+        rank = settings.lora_rank
+        n_lora = 0 if rank is None else rank * sum(sum(plan.layer.shape) for plan in quantized)
+        n_trained = n_parameters if rank is None else n_lora
         n_kept = config.num_hidden_layers if settings.gradient_checkpointing else 1
         return cls(
-            masters=4 * n_parameters,
-            gradients=4 * n_parameters,
-            optimizer=8 * n_parameters,
+            masters=4 * (n_parameters + n_lora),
+            gradients=4 * n_trained,
+            optimizer=OPTIMIZERS[settings.optimizer] * n_trained,
             teacher=teacher_bytes * n_parameters,
             activations=settings.tokens_per_batch * per_token // n_kept,
             logits=3 * 4 * CHUNK_TOKENS * config.vocab_size,

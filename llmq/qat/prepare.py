@@ -28,6 +28,7 @@ def prepare_qat(
     tokens: Tensor | None = None,
     *,
     quantizer: QuantizerName = "lsq",
+    lora_rank: int | None = None,
 ) -> PreTrainedModel:
     """Replace the linear layers of a float32 `model` by layers in training, in place, and return
     it.
@@ -35,11 +36,13 @@ def prepare_qat(
     recipe: what is quantized and how the start is found. tokens: calibration windows int64
     `[n_sequences, length]`, for methods other than "rtn" and for activations "int8-static". A copy
     of the model is quantized for the start, so memory for two is needed at that time. quantizer:
-    see `llmq.qat.weights`. Raises `LlmqError` for recipes that cannot be trained (act-order)."""
+    see `llmq.qat.weights`. lora_rank: train a change of this rank of every weight, and the scales,
+    instead of everything (see `llmq.qat.lora`). Raises `LlmqError` for recipes that cannot be
+    trained (act-order)."""
     start = copy.deepcopy(model)
     quantize(start, recipe, tokens)
     found = {name: module.qtensor() for name, module in quantized_modules(start).items()}
     del start
-    prepare(model, found, quantizer, recipe.activations.kind)
+    prepare(model, found, quantizer, recipe.activations.kind, lora_rank=lora_rank, seed=recipe.seed)
     quantize_kv(model, recipe.activations.kv_bits, before_rope=recipe.activations.kv_before_rope)
     return model

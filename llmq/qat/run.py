@@ -57,7 +57,7 @@ from llmq.qat.trainer import (
     step_of,
     training_arguments,
 )
-from llmq.qat.weights import prepare
+from llmq.qat.weights import merge_lora, prepare
 from llmq.storage import files
 from llmq.storage.manifest import check_hashes
 from llmq.storage.workspace import Workspace, remove_leftover, tell
@@ -251,7 +251,14 @@ def student_model(job: QATJob, start_from: Source) -> PreTrainedModel:
     }
     model = load(job.source, dtype="float32")
     unfuse(model)
-    prepare(model, start, settings.quantizer, settings.scheme.activations)
+    prepare(
+        model,
+        start,
+        settings.quantizer,
+        settings.scheme.activations,
+        lora_rank=settings.lora_rank,
+        seed=settings.seed,
+    )
     quantize_kv(model, settings.scheme.kv_bits, before_rope=settings.kv_before_rope)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -326,4 +333,5 @@ def train(
     else:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     settings.phases.apply(student, 1.0)
+    merge_lora(model)
     model.eval()

@@ -10,9 +10,20 @@ from llmq.fields import check_fields
 from llmq.grid.scheme import read_scheme
 from llmq.grid.spec import QuantSpec
 from llmq.ptq.methods import METHODS
+from llmq.qat.lora import check_rank
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.weights import QuantizerName
+
+# Names that transformers' Trainer gives them -> bytes of their states for one weight. The last two
+# are torchao's, that before them bitsandbytes'.
+OPTIMIZERS = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw_bnb_8bit": 2,
+    "adamw_torch_8bit": 2,
+    "adamw_torch_4bit": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,9 @@ class QATSettings:
 
     max_tokens, max_steps: length of the run, one of them; both None: one pass over the text.
     sequence_length, batch_size: of a process; accumulation: batches per step. lr_weights,
-    lr_scales: absolute peaks; None: by the grid of each layer (`llmq.qat.rates`). precision: of the
+    lr_scales: absolute peaks; None: by the grid of each layer (`llmq.qat.rates`). optimizer: by
+    transformers' name, `OptimizerNames`. lora_rank: train a change of this rank of every weight and
+    the scales, see `llmq.qat.lora`; None: all of the model. precision: of the
     arithmetic; masters are float32 always. loss, phases: see there. log_every, save_every,
     eval_every: steps; 0: about 100, 5 and 5 times in a run, checkpoints always where there is a row
     of the log too, so that a resumed run's rows are means of the same steps. n_held_out: windows
@@ -64,6 +77,8 @@ class QATSettings:
     accumulation: int = 1
     lr_weights: float | None = None
     lr_scales: float | None = None
+    optimizer: str = "adamw_torch"
+    lora_rank: int | None = None
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
     loss: LossWeights = field(default_factory=LossWeights)
@@ -92,6 +107,10 @@ class QATSettings:
                 f"--max-tokens {self.max_tokens} and --max-steps {self.max_steps} both set the "
                 "length of the run; give one of them"
             )
+        if self.optimizer not in OPTIMIZERS:
+            raise LlmqError(f"--optimizer {self.optimizer}: expected {' or '.join(OPTIMIZERS)}")
+        if self.lora_rank is not None:
+            check_rank(self.lora_rank)
         if self.log_every and self.save_every % self.log_every:
             raise LlmqError(
                 f"--save-every {self.save_every} is no multiple of --log-every {self.log_every}: "

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmq.activations.nodes import ActivationQuantizer
 from llmq.errors import LlmqError
 from llmq.models.compat import BaseModelOutputWithPast
 from llmq.qat.losses import Head, LossWeights, distillation_loss
@@ -135,9 +134,6 @@ class Student(nn.Module):
         self._beside: list[PreTrainedModel] = (
             [] if teacher is None else [teacher.eval().requires_grad_(False)]
         )
-        self._nodes = [
-            module for module in model.modules() if isinstance(module, ActivationQuantizer)
-        ]
         check_head(model)
         if teacher is not None:
             check_head(teacher)
@@ -149,13 +145,8 @@ class Student(nn.Module):
         for teacher in self._beside:
             with torch.no_grad():
                 teacher_hidden, teacher_head = last_hidden(teacher, input_ids), head_of(teacher)
-        for node in self._nodes:
-            node.recomputing = False
-        hidden = last_hidden(self.model, input_ids)
-        for node in self._nodes:  # whatever runs from here on is gradient checkpointing
-            node.recomputing = True
         return distillation_loss(
-            hidden,
+            last_hidden(self.model, input_ids),
             next_tokens(input_ids),
             head_of(self.model),
             self.weights,

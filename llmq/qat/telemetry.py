@@ -35,9 +35,9 @@ class Telemetry:
 
 
 def _count(module: FakeQuantLinear) -> tuple[Tensor, int, int]:
-    scale, zero = module.quantizer.stored(module.weight)
-    spec = module.quantizer.spec
-    codes = rounding.quantize(module.weight, scale, zero, spec)
+    master, spec = module.master(), module.quantizer.spec
+    scale, zero = module.quantizer.stored(master)
+    codes = rounding.quantize(master, scale, zero, spec)
     value = rounding.dequantize(codes, scale, zero, spec)
     step = rounding.dequantize(torch.ones_like(codes), scale, torch.zeros_like(scale), spec)
-    return codes, int((value == 0).sum()), int(((module.weight - value).abs() > 0.5 * step).sum())
+    return codes, int((value == 0).sum()), int(((master - value).abs() > 0.5 * step).sum())

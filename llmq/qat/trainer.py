@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -25,6 +24,7 @@ from transformers import (
 from llmq.errors import LlmqError, VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.models.compat import get_available_reporting_integrations
+from llmq.qat.callback import QATCallback
 from llmq.qat.rates import SCALES, parameter_groups
 from llmq.qat.settings import QATSettings
 from llmq.qat.student import Student
@@ -37,7 +37,7 @@ from llmq.text.windows import Windows
 WEIGHTS = "masters.safetensors"
 LOG = "log.jsonl"
 SEAL = "llmq-seal.json"
-SKIPPED_STEPS = 40  # in a row under fp16: its scaler starts at 2^16 and is below 2^-24 by then
+BETA2 = 0.95  # of Adam's second moment: runs are short
 
 
 def training_arguments(
@@ -54,6 +54,8 @@ def training_arguments(
         fp16=settings.precision == "fp16",
         use_cpu=device == "cpu",
         max_grad_norm=settings.max_grad_norm,
+        optim=settings.optimizer,
+        adam_beta2=BETA2,
         seed=settings.seed,
         data_seed=settings.seed,
         save_strategy="steps",
@@ -132,41 +134,24 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-class ScheduleCallback(TrainerCallback):
-    """Sets the quantizers' switches before every step, and scores the held-out windows with the
-    hard quantizer."""
+class ScheduleCallback(QATCallback):
+    """Keeps the log of a run, and scores the held-out windows with the hard quantizer."""
 
     def __init__(
         self, student: Student, settings: QATSettings, held_out: Windows | None, log_path: Path
     ) -> None:
+        super().__init__(settings.phases)
         self.student, self.settings, self.held_out, self.log_path = (
             student,
             settings,
             held_out,
             log_path,
         )
-        self.n_skipped = 0  # steps in a row
 
-    def on_step_begin(
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.settings.phases.apply(self.student, state.global_step / state.max_steps)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A finite loss can have a gradient that is not, and one such step is in every weight. The
-        scaler of fp16 skips these steps and halves its factor, which must help at some time."""
-        gradients = [
-            parameter.grad for parameter in self.student.parameters() if parameter.grad is not None
-        ]
-        is_finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
-        self.n_skipped = 0 if is_finite else self.n_skipped + 1
-        if self.n_skipped >= (min(SKIPPED_STEPS, state.max_steps) if args.fp16 else 1):
-            raise VerificationError(
-                f"step {state.global_step + 1}: the gradient holds NaN or infinite values; "
-                f"{remedy(args)}"
-            )
+        """Flips are counted by the trainer, from where it resumes."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -196,6 +181,9 @@ class ScheduleCallback(TrainerCallback):
             self._write(
                 {"step": state.global_step, **{name: float(value) for name, value in logs.items()}}
             )
+
+    def remedy(self, args: TrainingArguments) -> str:
+        return remedy(args)
 
     def _write(self, row: dict[str, Any]) -> None:
         files.append(self.log_path, json.dumps(row) + "\n")
@@ -235,11 +223,15 @@ class QATTrainer(Trainer):
         self.n_parts = 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW without weight decay, with rates by `parameter_groups`."""
+        """The optimizer of the Trainer's arguments, with the groups of `parameter_groups`."""
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(
-                parameter_groups(self.model, self.settings), betas=(0.9, 0.95), weight_decay=0.0
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(
+                self.model,
+                lr_weights=self.settings.lr_weights,
+                lr_scales=self.settings.lr_scales,
             )
+            self.optimizer = kind(groups, **{**options, "weight_decay": 0.0})
         return self.optimizer
 
     def create_scheduler(

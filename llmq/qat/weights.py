@@ -41,6 +41,7 @@ from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import QuantLinear
 from llmq.models.site import site_of
 from llmq.models.stored import state_ties
+from llmq.qat.lora import LoRA, check_rank
 from llmq_kernels.core.reference import expand_groups
 
 QuantizerName = Literal["lsq", "seq", "ste", "absmean"]
@@ -124,7 +125,8 @@ class WeightQuantizer(nn.Module):
 class FakeQuantLinear(nn.Module):
     """`y = x @ fake_quantize(W).T + bias`.
 
-    weight: float32 master `[N, K]`. activations: quantizes x first, or None. strength: lambda of
+    weight: float32 master `[N, K]`. lora: a low-rank change of it, trained in its place, or None.
+    activations: quantizes x first, or None. strength: lambda of
     gradual quantization, `W + lambda (q(W) - W)` with q's own gradient; 1 is full quantization."""
 
     def __init__(
@@ -140,22 +142,42 @@ class FakeQuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.float().clone())
         self.quantizer = weight_quantizer
         self.activations = activations
+        self.lora: LoRA | None = None
         self.strength = 1.0
 
+    def master(self) -> Tensor:
+        """What is quantized, float32 `[N, K]`: the weight, changed by `lora`."""
+        return self.weight if self.lora is None else self.weight + self.lora()
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.quantizer(self.weight)
+        master = self.master()
+        weight = self.quantizer(master)
         if self.strength < 1:
-            weight = torch.lerp(self.weight, weight, self.strength)
+            weight = torch.lerp(master, weight, self.strength)
         if self.activations is not None:
             x = self.activations(x)
         return nn.functional.linear(x, weight, self.bias)
+
+    def add_lora(self, lora: LoRA) -> None:
+        """Train a low-rank change in the place of weight and bias."""
+        self.lora = lora
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """Make the change a part of the weight: what is quantized stays the same, bit for bit."""
+        self.weight.copy_(self.master())
+        self.lora = None
 
     @torch.no_grad()
     def qtensor(self) -> QuantizedTensor:
         """The weight as it will be stored. Its values are those of the last forward pass at full
         strength, bit for bit."""
-        scale, zero = self.quantizer.stored(self.weight)
-        packed = QuantizedTensor.round(self.weight, scale, zero, self.quantizer.spec)
+        master = self.master()
+        scale, zero = self.quantizer.stored(master)
+        packed = QuantizedTensor.round(master, scale, zero, self.quantizer.spec)
         if self.activations is None or self.activations.kind != "int8-static":
             return packed
         return replace(packed, input_range=self.activations.input_range())
@@ -198,9 +220,17 @@ def prepare(
     start: Mapping[str, QuantizedTensor],
     name: QuantizerName = "lsq",
     activations: str = "none",
+    lora_rank: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Replace linear layers by `FakeQuantLinear` in place, from the quantized weights `start` by
-    layer name. Raises `LlmqError` for act-order weights, whose groups are not consecutive."""
+    layer name. lora_rank: train a change of this rank of each, scales and zero points, and nothing
+    else; None: everything. seed: of its first values. Raises `LlmqError` for act-order weights,
+    whose groups are not consecutive."""
+    generator = torch.Generator().manual_seed(seed)
+    if lora_rank is not None:
+        check_rank(lora_rank)
+        model.requires_grad_(False)
     for layer, qtensor in start.items():
         if qtensor.g_idx is not None:
             raise LlmqError(
@@ -214,15 +244,22 @@ def prepare(
         weight = masters(original, qtensor) if name == "lsq" else original
         scale = stretched_scale(original.float(), qtensor.spec) if name == "seq" else qtensor.scale
         weight_quantizer = WeightQuantizer(qtensor.spec, name, scale, qtensor.zero)
-        model.set_submodule(
-            layer,
-            FakeQuantLinear(
-                weight,
-                bias,
-                weight_quantizer,
-                ActivationQuantizer.of(activations, qtensor.input_range),
-            ),
+        module = FakeQuantLinear(
+            weight,
+            bias,
+            weight_quantizer,
+            ActivationQuantizer.of(activations, qtensor.input_range),
         )
+        if lora_rank is not None:
+            module.add_lora(LoRA(lora_rank, module.weight, generator))
+        model.set_submodule(layer, module)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Make the low-rank changes of all layers a part of their weights, in place: on the device that
+    trained them, since another one's products differ in the last bit."""
+    for module in fake_quant_modules(model).values():
+        module.merge_lora()
 
 
 @torch.no_grad()
@@ -240,7 +277,7 @@ def freeze(model: nn.Module, activations: ActSpec = ActSpec()) -> dict[str, Quan
                 "llmq.freeze(model, recipe.activations)"
             )
         qtensor = frozen[name] = module.qtensor()
-        if not torch.equal(qtensor.dequantize(), module.quantizer(module.weight)):
+        if not torch.equal(qtensor.dequantize(), module.quantizer(module.master())):
             raise LlmqError(
                 f"{name}: the packed weight differs from the weight that was trained; this is a "
                 "defect of llmq, please report it"

@@ -8,18 +8,13 @@ from conftest import make_model
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
-from llmq.qat.rates import SCALES, grid_rate, grid_step, parameter_groups
-from llmq.qat.settings import QATSettings, Scheme
+from llmq.qat.rates import SCALES, depth_factor, grid_rate, grid_step, parameter_groups
 from llmq.qat.weights import fake_quant_modules, prepare
 
 SPEC = QuantSpec("int2", 32, symmetric=False)
 
 
-def settings(**options):
-    return QATSettings(Scheme(SPEC), init="rtn", sequence_length=32, **options)
-
-
-def student(factor=1.0, quantizer="lsq", spec=SPEC):
+def student(factor=1.0, quantizer="lsq", spec=SPEC, **options):
     model = make_model()
     names = [
         name
@@ -35,6 +30,7 @@ def student(factor=1.0, quantizer="lsq", spec=SPEC):
             for name in names
         },
         quantizer,
+        **options,
     )
     return model
 
@@ -47,7 +43,7 @@ def rate_of(groups, parameter):
 
 def test_rates_are_in_steps_of_each_layers_grid():
     small, large = student(), student(10.0)
-    groups = [parameter_groups(model, settings()) for model in (small, large)]
+    groups = [parameter_groups(model) for model in (small, large)]
     for name, module in fake_quant_modules(small).items():
         other = fake_quant_modules(large)[name]
         assert rate_of(groups[0], module.weight) == pytest.approx(
@@ -67,7 +63,7 @@ def test_rates_are_in_steps_of_each_layers_grid():
 def test_every_trained_parameter_is_in_one_group():
     model = student()
     model.get_input_embeddings().requires_grad_(False)
-    groups = parameter_groups(model, settings())
+    groups = parameter_groups(model)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(
         id(parameter) for parameter in model.parameters() if parameter.requires_grad
@@ -90,21 +86,45 @@ def test_every_trained_parameter_is_in_one_group():
 
 
 def test_absolute_rates_replace_those_of_the_grid():
-    groups = parameter_groups(student(), settings(lr_weights=1e-3, lr_scales=1e-5))
+    groups = parameter_groups(student(), lr_weights=1e-3, lr_scales=1e-5)
     assert {(group["kind"], group["lr"]) for group in groups} == {("weights", 1e-3), (SCALES, 1e-5)}
 
 
 def test_quantizers_without_scales_of_their_own_have_a_grid_too():
-    groups = parameter_groups(
-        student(quantizer="absmean", spec=QuantSpec("ternary", 32)), settings()
-    )
+    groups = parameter_groups(student(quantizer="absmean", spec=QuantSpec("ternary", 32)))
     assert {group["kind"] for group in groups} == {"weights"}
     assert all(group["lr"] > 0 for group in groups)
 
 
 def test_a_model_without_quantized_layers_needs_a_rate():
     with pytest.raises(LlmqError, match="give lr_weights"):
-        parameter_groups(make_model(), settings())
-    assert {group["lr"] for group in parameter_groups(make_model(), settings(lr_weights=1e-4))} == {
-        1e-4
-    }
+        parameter_groups(make_model())
+    assert {group["lr"] for group in parameter_groups(make_model(), lr_weights=1e-4)} == {1e-4}
+
+
+def test_deep_models_take_smaller_steps():
+    layers = [
+        f"model.layers.{block}.mlp.experts.{expert}.up_proj"
+        for block in range(30)
+        for expert in range(4)
+    ]
+    assert depth_factor(layers) == pytest.approx(6 / 30)
+    assert depth_factor(layers[:4]) == 1
+    assert depth_factor(f"model.{name}" for name in layers) == pytest.approx(6 / 30)
+
+
+def test_a_low_rank_change_moves_the_weight_as_a_weight_moves():
+    """An update of Adam moves each entry by its rate, with the sign of the gradient."""
+    model, other = student(), student(lora_rank=16)
+    groups = parameter_groups(other)
+    for name, module in fake_quant_modules(other).items():
+        rate = rate_of(parameter_groups(model), fake_quant_modules(model)[name].weight)
+        lora = module.lora
+        signs = torch.where(torch.rand_like(lora.up) < 0.5, -1.0, 1.0)
+        moved = (rate_of(groups, lora.up) * signs) @ lora.down.detach()
+        assert moved.square().mean().sqrt() == pytest.approx(rate, rel=0.1)
+        size = lora.down.detach().square().mean().sqrt()
+        assert rate_of(groups, lora.down) == pytest.approx(float(size) * grid_rate(SPEC))
+    trained = {id(each) for group in groups for each in group["params"]}
+    assert trained == {id(each) for each in other.parameters() if each.requires_grad}
+    assert not other.get_input_embeddings().weight.requires_grad

@@ -11,14 +11,13 @@ import llmq
 from llmq.errors import VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.grid.spec import ActSpec
+from llmq.qat.callback import SKIPPED_STEPS, QATCallback
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.qat.student import Student
 from llmq.qat.trainer import (
-    SKIPPED_STEPS,
     QATTrainer,
-    ScheduleCallback,
     held_out_perplexity,
     training_arguments,
 )
@@ -79,14 +78,14 @@ def test_learning_rates_of_a_run(tmp_path):
 
 def test_steps_that_the_scaler_of_fp16_skips_have_an_end():
     model = torch.nn.Linear(2, 2)
-    callback = ScheduleCallback(model, None, None, None)
+    callback = QATCallback()
     state, control = TrainerState(max_steps=1000), None
 
     def step(value, fp16):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, value)
         callback.on_pre_optimizer_step(
-            SimpleNamespace(fp16=fp16, output_dir="nowhere"), state, control
+            SimpleNamespace(fp16=fp16, output_dir="nowhere"), state, control, model=model
         )
 
     for value in (

@@ -19,13 +19,29 @@ if TYPE_CHECKING:
     from llmq.recipe import LayerPlan
 
 # Options that only mean something with --qat, and those of `llmq plan` that do so with it.
-OWN = frozenset({"scheme", "max_tokens", "batch_size", "precision", "gradient_checkpointing"})
+OWN = frozenset(
+    {
+        "scheme",
+        "max_tokens",
+        "batch_size",
+        "lora_rank",
+        "optimizer",
+        "precision",
+        "gradient_checkpointing",
+    }
+)
 SHARED = frozenset({"model", "qat", "sequence_length", "device", "revision", "max_ram", "json"})
 # What is tried, in this order, where a run does not fit.
 SMALLER: dict[str, dict[str, Any]] = {
     "--gradient-checkpointing": {"gradient_checkpointing": True},
     "--batch-size 1": {"batch_size": 1},
     "--batch-size 1 --gradient-checkpointing": {"batch_size": 1, "gradient_checkpointing": True},
+    "--lora-rank 16 --gradient-checkpointing": {"lora_rank": 16, "gradient_checkpointing": True},
+    "--lora-rank 16 --batch-size 1 --gradient-checkpointing": {
+        "lora_rank": 16,
+        "batch_size": 1,
+        "gradient_checkpointing": True,
+    },
 }
 
 
@@ -40,6 +56,12 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.more.add_argument(
         "--batch-size", type=whole(1), default=8, help="with --qat (default: 8)"
+    )
+    parser.more.add_argument(
+        "--lora-rank", type=whole(1), metavar="R", help="with --qat (default: all weights)"
+    )
+    parser.more.add_argument(
+        "--optimizer", default="adamw_torch", metavar="NAME", help="with --qat"
     )
     parser.more.add_argument(
         "--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="with --qat"
@@ -106,6 +128,8 @@ def _settings(args: argparse.Namespace, source: Source) -> QATSettings:
         Scheme.parse(args.scheme),
         sequence_length=length,
         batch_size=args.batch_size,
+        lora_rank=args.lora_rank,
+        optimizer=args.optimizer,
         precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing,
     )

@@ -508,6 +508,13 @@ def test_budget(arguments, calibration_file):
     assert 16 * n_parameters < budget["bytes"] < 24 * n_parameters
     assert wider["flops"] == 2 * budget["flops"]
     assert wider["activation_bytes"] > budget["activation_bytes"]
+    half = prepare_job(
+        arguments[1], replace(settings, optimizer="adamw_torch_8bit"), train=str(calibration_file)
+    ).budget()
+    assert budget["bytes"] - half["bytes"] == 6 * n_parameters
+    low = prepare_job(arguments[1], replace(settings, lora_rank=4), train=str(calibration_file))
+    sides = sum(sum(plan.layer.shape) for plan in low.plans if plan.spec is not None)
+    assert budget["bytes"] - low.budget()["bytes"] == 12 * n_parameters - (4 + 12) * 4 * sides
     line = budget_line(prepare_job(arguments[1], settings, train=str(calibration_file)))
     assert "2,560 tokens in 10 steps" in line
     assert " h on this CPU" in line

@@ -148,7 +148,7 @@ def _token_weight_bytes(job: Job, block: int) -> int:
 def _head_bytes(job: Job, n_models: int) -> int:
     """What lies outside of the blocks, in float32 and once more as it is multiplied with, and the
     copies of the logits of some positions."""
-    return 6 * n_models * sum(_outside(job).values()) + 7 * 4 * HEAD_VALUES
+    return 6 * n_models * sum(_outside(job).values()) + 6 * 4 * HEAD_VALUES
 
 
 def _experts_bytes(job: Job) -> int:

@@ -33,7 +33,7 @@ from llmq.ptq.capture import (
     shared_inputs,
 )
 from llmq.ptq.expert_costs import expert_groups
-from llmq.ptq.head import HEAD_VALUES, logits_of
+from llmq.ptq.head import logits_of, positions_at_once
 from llmq.ptq.precision import computing_in
 from llmq.storage.hidden_states import ActivationFile
 
@@ -158,6 +158,7 @@ class Backward:
         with (
             self.gradients_of(last).appender(durable=False) as append,
             self.blocks.with_weights_outside(with_head=True),
+            self._computing(),  # in which the head is made a bfloat16 one once
         ):
             hidden = self.inputs_of(last).batches(1)
             for tokens, states in zip(self.measured, hidden, strict=False):
@@ -165,22 +166,23 @@ class Backward:
 
     def _top(self, tokens: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """`[T, D]` for the hidden states of a sequence, some positions at a time."""
-        step = max(1, HEAD_VALUES // self.blocks.model.config.get_text_config().vocab_size)
+        step = positions_at_once(self.blocks.model.config.get_text_config().vocab_size)
         parts = []
         for some, states in zip(tokens.split(step), hidden.split(step), strict=True):
             states = states.clone().requires_grad_()
-            with torch.enable_grad(), self._computing():
+            with torch.enable_grad():
                 logits = logits_of(self.blocks, some, states, self.recorder.n_returned)
-                likely = torch.log_softmax(logits.float(), dim=-1)
-                if not bool(torch.isfinite(likely.sum())):
-                    raise LlmqError(
-                        "the full-precision model's likelihoods hold NaN or infinity on the "
-                        "calibration text, so what bits or tokens are worth cannot be told; give "
-                        "layers their specs with --rule, or --token-weights equal"
-                    )
-                drawn = torch.multinomial(likely.detach().exp().cpu(), 1, generator=generator)
-                total = likely.gather(1, drawn.to(likely.device)).sum()
-                parts += torch.autograd.grad(total, states)
+            share = torch.softmax(logits.detach().float(), dim=-1)
+            if not bool(torch.isfinite(share.sum())):
+                raise LlmqError(
+                    "the full-precision model's likelihoods hold NaN or infinity on the "
+                    "calibration text, so what bits or tokens are worth cannot be told; give "
+                    "layers their specs with --rule, or --token-weights equal"
+                )
+            drawn = draw(share, generator)
+            # of the log-likelihood of what is drawn, by the logits
+            gradient = share.neg_().scatter_add_(1, drawn, torch.ones_like(share[:, :1]))
+            parts += torch.autograd.grad(logits, states, gradient.to(logits.dtype))
         return torch.cat(parts)
 
     def _block(self, index: int, module: nn.Module, names: list[str]) -> BlockGradients:
@@ -341,3 +343,12 @@ def _by_token(rows: Tensor, shape: Sequence[int], name: str) -> Tensor:
             "or --token-weights equal"
         )
     return rows.reshape(n, length, -1)
+
+
+def draw(share: Tensor, generator: torch.Generator) -> Tensor:
+    """One of the columns of each row, int64 `[t, 1]`, with the probabilities `share` `[t, V]`: that
+    in which their sum from the left passes a number from a CPU generator."""
+    sums = share.cumsum(-1)
+    point = torch.rand(len(share), 1, generator=generator).to(share.device)
+    # beyond the first of the last columns that have no probability at all, there is none
+    return torch.searchsorted(sums, point * sums[:, -1:]).clamp_(max=share.shape[1] - 1)

@@ -7,7 +7,14 @@ from torch import Tensor
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import passing_on
 
-HEAD_VALUES = 1 << 22  # logits at a time: 16 MiB, of which some seven copies are made
+# Logits at a time: 32 MiB, of which some six copies are made. The head is read once for each of
+# these parts, so few positions at a time would take longer to read it than to multiply with it.
+HEAD_VALUES = 1 << 23
+
+
+def positions_at_once(vocab_size: int) -> int:
+    """How many positions' logits are computed together."""
+    return max(1, HEAD_VALUES // vocab_size)
 
 
 def logits_of(blocks: Blocks, tokens: Tensor, hidden: Tensor, n_returned: int) -> Tensor:

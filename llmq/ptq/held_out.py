@@ -23,7 +23,7 @@ from llmq.ptq.batches import BATCH, Batches
 from llmq.ptq.block_calls import BlockCalls, CallOf
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
-from llmq.ptq.head import HEAD_VALUES, logits_of
+from llmq.ptq.head import logits_of, positions_at_once
 from llmq.ptq.pair import Pair
 from llmq.text.documents import check_vocabulary, token_hash
 from llmq.text.held_out import HeldOutText
@@ -133,7 +133,7 @@ class _HeldOut:
     def _window(self, tokens: Tensor, exact: Tensor, quantized: Tensor) -> dict[str, Tensor]:
         """By the model's own norm and head, some tokens at a time."""
         vocab_size = self.pair.exact.model.config.get_text_config().vocab_size
-        step, n_targets = max(1, HEAD_VALUES // vocab_size), len(tokens) - 1
+        step, n_targets = positions_at_once(vocab_size), len(tokens) - 1
         parts = []
         for start in range(0, n_targets, step):
             end = min(start + step, n_targets)

@@ -21,7 +21,7 @@ from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder
 from llmq.ptq.costs import Cost
 from llmq.ptq.gradients import Backward
-from llmq.ptq.head import HEAD_VALUES, logits_of
+from llmq.ptq.head import logits_of, positions_at_once
 from llmq.ptq.outside import OutsideReader, as_stored, fitting_table_spec, quantize_table
 from llmq.ptq.threads import total as sum_of
 
@@ -84,7 +84,7 @@ class TableCosts:
     def _divergence(self, stored: Blocks, tokens: Tensor, hidden: Tensor) -> float:
         """Summed over the positions of a window, some at a time. hidden: `[T, D]`."""
         vocab_size = self.blocks.model.config.get_text_config().vocab_size
-        step, lost = max(1, HEAD_VALUES // vocab_size), 0.0
+        step, lost = positions_at_once(vocab_size), 0.0
         n_returned = self.backward.recorder.n_returned
         for some, states in zip(tokens.split(step), hidden.split(step), strict=True):
             base, quant = (

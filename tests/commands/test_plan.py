@@ -98,7 +98,7 @@ def test_fine_tuning_is_planned_too(planned, config_of_8b, capsys):
     plan = planned(config_of_8b, "--qat", "--max-ram", "170")
     assert "--batch-size 1" in plan["fitting_options"]
     plan = planned(config_of_8b, "--qat", "--max-ram", "80")  # one large GPU
-    assert list(plan["fitting_options"])[0] == "--lora-rank 16 --gradient-checkpointing"
+    assert next(iter(plan["fitting_options"])) == "--lora-rank 16 --gradient-checkpointing"
     plan = planned(config_of_8b, "--qat", "--optimizer", "adamw_torch_8bit")
     assert plan["memory"]["optimizer"] == 2 * plan["parameters"]
     assert main(["plan", str(config_of_8b), "--qat", "--max-ram", "16"]) == 0

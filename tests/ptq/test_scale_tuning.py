@@ -14,7 +14,7 @@ from llmq.ptq import scale_tuning
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.job import prepare
 from llmq.ptq.results import StoredBlock
-from llmq.ptq.scale_tuning import Pair, ScaleOptions
+from llmq.ptq.scale_tuning import Pair, ScaleOptions, divergence_and_gradient
 from llmq.recipe import Recipe
 
 STEPS = 6
@@ -84,6 +84,19 @@ def test_gradients_are_those_of_the_whole_model(family, model_folder, calibratio
         scale = gradient.abs().max()
         assert scale > 0, name
         assert torch.allclose(found[name].grad, gradient, rtol=1e-3, atol=1e-4 * scale), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_divergence_and_its_gradient_are_those_of_autograd(dtype):
+    torch.manual_seed(0)
+    aim, logits = (4 * torch.randn(5, 300, dtype=dtype) for _ in range(2))
+    free = logits.double().requires_grad_()
+    likely = torch.log_softmax(aim.double(), dim=-1)
+    expected = (likely.exp() * (likely - torch.log_softmax(free, dim=-1))).sum(-1)
+    (gradient,) = torch.autograd.grad(expected.sum(), free)
+    found, of_logits = divergence_and_gradient(aim, logits)
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(of_logits.double(), gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_scales_begin_as_stored_and_end_as_they_are_stored(

@@ -16,7 +16,7 @@ from llmq.models.source import Source
 from llmq.models.stored import StoredModel
 from llmq.ptq import expert_costs
 from llmq.ptq.blocks import Blocks
-from llmq.ptq.gradients import Backward
+from llmq.ptq.gradients import Backward, draw
 from llmq.ptq.outside import quantize_table
 from llmq.ptq.sensitivity import _by_block, _lost, measure, n_tokens
 from llmq.recipe import Recipe
@@ -50,7 +50,7 @@ def gradients_of_the_whole(model, layers):
     found = {name: [] for name in layers}
     for row in TOKENS:
         likely = torch.log_softmax(model(row[None]).logits[0], -1)
-        drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
+        drawn = draw(likely.detach().exp(), generator)
         total = likely.gather(1, drawn).sum()
         gradients = torch.autograd.grad(total, [outputs[name] for name in layers])
         for name, gradient in zip(layers, gradients, strict=True):
@@ -252,3 +252,13 @@ def test_scales_that_float16_does_not_hold_are_found(model_folder, tmp_path, mon
     costs = measure(blocks, TOKENS, candidates, Recipe(method="rtn"), tmp_path)
     others = {name for name, (cost,) in costs.items() if cost.scale_dtype != "float16"}
     assert others == {name for name in candidates if "down_proj" in name}
+
+
+def test_tokens_are_drawn_with_their_likelihoods():
+    share = torch.tensor([[0.0, 0.5, 0.2, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
+    n = 4000
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(share.repeat(n, 1), generator).view(n, 2)
+    counts = torch.stack([drawn[:, row].bincount(minlength=5) for row in range(2)])
+    spread = 4 * (share * (1 - share) * n).sqrt()  # four standard deviations
+    assert bool(((counts - n * share).abs() <= spread).all())

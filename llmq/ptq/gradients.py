@@ -346,9 +346,9 @@ def _by_token(rows: Tensor, shape: Sequence[int], name: str) -> Tensor:
 
 
 def draw(share: Tensor, generator: torch.Generator) -> Tensor:
-    """One of the columns of each row, int64 `[t, 1]`, with the probabilities `share` `[t, V]`: that
-    in which their sum from the left passes a number from a CPU generator."""
-    sums = share.cumsum(-1)
-    point = torch.rand(len(share), 1, generator=generator).to(share.device)
-    # beyond the first of the last columns that have no probability at all, there is none
-    return torch.searchsorted(sums, point * sums[:, -1:]).clamp_(max=share.shape[1] - 1)
+    """One of the columns of each row, int64 `[t, 1]`, with the probabilities `share` `[t, V]` and
+    numbers from a CPU generator. Each column waits for an exponential time of its rate, and the
+    first is taken: unlike where a running sum passes one number, another order of sums elsewhere
+    hardly ever draws another column. (torch.multinomial does the same in ten times the time.)"""
+    waiting = torch.rand(share.shape, generator=generator).to(share.device).log_().neg_()
+    return share.div(waiting).argmax(-1, keepdim=True)

@@ -98,8 +98,8 @@ def test_in_bfloat16_they_are_near(model, tmp_path):
     for index, layers in NAMES.items():
         expected, found = full.of(index, layers), half.of(index, layers)
         assert not torch.equal(found, expected)
-        # all but for tokens where another one was drawn: this model likes all of them alike
-        assert ((found - expected).abs() < 0.1).float().mean() > 0.75
+        # all but for tokens where another one was drawn
+        assert ((found - expected).abs() < 0.1).float().mean() > 0.9
 
 
 def test_what_lies_there_is_not_measured_again(model, tmp_path, monkeypatch):

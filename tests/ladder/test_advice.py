@@ -38,8 +38,8 @@ def test_cheap_methods_first_and_dear_ones_where_they_could_help():
     assert asked == ["w8:rtn", "w4g128:rtn", "w4g128:gptq", "w3g128:rtn"]
     assert set(found.left) == {"w3g128:gptq", "w3g128:blockwise"}
     assert "loses 40.00%, which adds 0.336 to" in found.left["w3g128:gptq"]
-    assert "more than 16 times the bound's 0.00995" in found.left["w3g128:gptq"]
-    assert "more than 32 times the bound's 0.00995" in found.left["w3g128:blockwise"]
+    assert "more than 12 times the bound's 0.00995" in found.left["w3g128:gptq"]
+    assert "more than 20 times the bound's 0.00995" in found.left["w3g128:blockwise"]
 
 
 def test_gptq_is_tried_where_it_may_leave_a_tenth_of_what_rounding_loses():
@@ -56,7 +56,7 @@ def test_large_losses_are_compared_by_their_logarithms():
 
 
 def test_a_method_that_cannot_help_is_passed_over_for_one_that_can():
-    losses = {"rtn": 0.5, "gptq": 0.06, "blockwise": 0.018}
+    losses = {"rtn": 0.45, "gptq": 0.06, "blockwise": 0.018}
     found = advise(lambda rung: point(rung, losses[rung.method]), 0.02, specs=SPECS[1:2])
     assert str(found.best.rung) == "w4g128:blockwise"
     assert set(found.left) == {"w4g128:gptq"}
@@ -78,8 +78,7 @@ def test_what_is_not_the_best_is_dropped_as_it_shows():
     dropped = []
     found, _ = advised(0.06, drop=lambda rung: dropped.append(str(rung)))
     assert str(found.best.rung) == "w3g128:gptq"
-    smallest = ["w2g64-asym:rtn", "w2g64-asym:blockwise"]
-    assert dropped == ["w8:rtn", "w3g128:rtn", "w4g128:rtn", *smallest]
+    assert dropped == ["w8:rtn", "w3g128:rtn", "w4g128:rtn", "w2g64-asym:rtn"]
 
 
 def test_nothing_holds_it_and_everything_does():

@@ -1,223 +1,398 @@
-"""What fine-tuning through the quantizer gives over PTQ, as a table: perplexity and size of every
-rung of the ladder on one model and text.
+"""What fine-tuning through the quantizer gives over PTQ: every rung of the ladder on a model and
+texts, and the claims that people make of QAT, each with its interval.
 
-    python scripts/qat_table.py tiny --steps 100
-    python scripts/qat_table.py MODEL --train FOLDER --eval eval.txt --sequence-length 256 \\
-        --steps 300 --out table.json
+    python scripts/qat_table.py tiny WORK_DIR --steps 100
+    python scripts/qat_table.py MODEL WORK_DIR --train FILE --text NAME=FILE:60 --steps 120 \\
+        --scheme w2 ternary w4a8kv8 --init blockwise --trained-tokens 2e12
+    python scripts/qat_table.py --page WORK_DIR WORK_DIR ...
 
 The first rows are full precision, and full precision fine-tuned on the same tokens: the control
-without which a gain of QAT could not be told from a gain of more training. The better of the two is
-the teacher, and percentages are against it. Evaluation in float32 with the dequantized weights,
-protocol `gptq`."""
+without which a gain of QAT could not be told from a gain of more training. QAT is taught by the
+source, or by the control with `--teacher control`. Evaluation in float32, quantized activations
+included. Results go to WORK_DIR/results.jsonl, a line each, and are not computed again while
+everything that decides them is the same; folders of finished runs stay until their line is written.
+--page prints the claims of several folders side by side."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
-import tempfile
+import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from math import exp
 from pathlib import Path
 from typing import Any
 
+import torch
+from quality_figures import interval, resampled, window_gaps
+from quality_runs import Text, figures_of, hash_of_json, hash_of_model
+from quality_table import machine
+from torch import Tensor
+
 import llmq
-from llmq.evaluation.perplexity import evaluate
+from llmq.cards.versions import versions
+from llmq.grid.spec import ActSpec
+from llmq.models.identity import model_name, source_name
 from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.ptq.job import prepare
 from llmq.ptq.run import quantize_folder
-from llmq.qat.job import prepare_job
+from llmq.qat.job import QATJob, prepare_job
 from llmq.qat.losses import LossWeights
 from llmq.qat.run import fine_tune, train
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.recipe import Recipe
-from llmq.text.documents import load_documents
-from llmq.text.windows import Windows, cut_windows
 
-SCHEMES = ("w8", "w4", "w3", "w2", "ternary", "w4a8kv8")
+SCHEMES = ("w8a8", "w4", "w3", "w2", "ternary", "w4a8kv8")
 PTQ_METHODS = ("rtn", "gptq", "blockwise")
+CONTROL = "control"
+RESULTS, ABOUT = "results.jsonl", "about.json"
 
 
-def settings_of(args: argparse.Namespace, scheme: Scheme) -> QATSettings:
-    return QATSettings(
-        scheme,
-        init=args.init,
-        max_steps=args.steps,
-        sequence_length=args.sequence_length,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        precision=args.precision,
-    )
+@dataclass(frozen=True)
+class Run:
+    """kind: "control", "ptq" or "qat". scheme: as `llmq qat` takes it. method: of PTQ, or of the
+    start of training."""
+
+    kind: str
+    scheme: str = ""
+    method: str = ""
+
+    def __str__(self) -> str:
+        return "-".join(each for each in (self.kind, self.scheme, self.method) if each)
 
 
 def scheme_of(name: str) -> Scheme:
-    """The schemes of the table have groups of 64 at 3 bits and fewer, with zero points at 3 and
+    """The schemes of the table have groups of 64 at 4 bits and fewer, with zero points at 3 and
     2."""
     scheme = Scheme.parse(name)
-    if scheme.weights.bits >= 4:
+    if scheme.weights.bits > 4:
         return scheme
-    is_symmetric = scheme.weights.code == "ternary"
+    is_symmetric = scheme.weights.code in ("ternary", "int4")
     return replace(scheme, weights=replace(scheme.weights, group_size=64, symmetric=is_symmetric))
 
 
-def control(args: argparse.Namespace, folder: Path) -> None:
-    """The full-precision model, fine-tuned on the same tokens with cross entropy; written to
-    `folder`."""
-    plain = replace(
-        settings_of(args, Scheme.parse("w8")),
-        loss=LossWeights(kl=0, ce=1),
-        lr_weights=args.control_rate,
-    )
-    job = prepare_job(args.model, plain, train=args.train)
-    model = llmq.load(args.model, dtype="float32")
-    assert job.windows is not None
-    (folder / "work").mkdir(parents=True)
-    train(model, job, job.windows, folder / "work")
-    shutil.rmtree(folder / "work")
-    model.to(load_config(job.model_dir).dtype).save_pretrained(folder)
-    load_tokenizer(job.model_dir).save_pretrained(folder)
+class Ladder:
+    """One model, with everything that is the same for all runs."""
 
-
-def ptq(args: argparse.Namespace, scheme: Scheme, method: str, folder: Path) -> None:
-    """The model quantized by a PTQ method with the scheme's weights, written to `folder`."""
-    recipe = Recipe.uniform(
-        scheme.weights,
-        method=method,
-        samples=128,
-        sequence_length=args.sequence_length,
-        seed=args.seed,
-    )
-    quantize_folder(prepare(args.model, recipe, calibration=args.calibration or args.train), folder)
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-@dataclass
-class Table:
-    """Rows as they are measured: printed at once, and written to `--out`.
-    teacher_value: the perplexity that percentages are against, once it is known."""
-
-    text: Windows
-    args: argparse.Namespace
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    teacher_value: float | None = None
-
-    def add(self, weights: str, method: str, folder: Path, started: float, **more: Any) -> float:
-        """Measure the model in a folder, which was begun to be made at `started`, in seconds of
-        `time.perf_counter`. Returns its perplexity."""
-        score = evaluate(llmq.load(folder, dtype="float32"), self.text)
-        seconds = round(time.perf_counter() - started, 1)
-        row = {
-            "weights": weights,
-            "method": method,
-            "bytes": weight_bytes(folder),
-            "seconds": seconds,
-            **score.to_json(),
-            **more,
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.folder = resolve(args.model)
+        self.work_dir: Path = args.work_dir
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        self.texts = {
+            text.name: text.windows(self.folder, args.window_length) for text in args.texts
         }
-        self.rows.append(row)
-        against = ""
-        if self.teacher_value is not None:
-            against = f"{100 * (score.value / self.teacher_value - 1):+.2f}%"
-        low, high = score.ci95
-        remark = "(the start: training lost)" if more.get("shipped") == "start" else ""
-        print(
-            f"{weights:12} {method:16} {score.value:8.3f} [{low:.2f}, {high:.2f}] {against:>8} "
-            f"{row['bytes'] / 1e6:6.1f} MB {seconds:7.1f} s {remark}",
-            flush=True,
-        )
-        self._write()
-        return score.value
+        self.model_hash = hash_of_model(self.folder)
+        (self.work_dir / ABOUT).write_text(json.dumps(self._about(), indent=1))
 
-    def _write(self) -> None:
-        if self.args.out is None:
-            return
-        n_tokens = self.args.steps * self.args.batch_size * self.args.sequence_length
-        table = {"steps": self.args.steps, "tokens": n_tokens, "rows": self.rows}
-        self.args.out.write_text(json.dumps(table, indent=1))
+    def runs(self) -> Iterator[Run]:
+        yield Run(CONTROL)
+        for scheme in self.args.schemes:
+            for method in self.args.ptq:
+                yield Run("ptq", scheme, method)
+            yield Run("qat", scheme, self.args.init)
+
+    def result(self, run: Run) -> dict[str, Any]:
+        """One result, from the file or new."""
+        key = self._key(run)
+        path = self.work_dir / RESULTS
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in map(json.loads, lines):
+            if line["key"] == key:
+                return line
+        folder = self.work_dir / f"{run}-{hash_of_json(key)[:8]}"
+        started, before = time.monotonic(), processor_seconds()
+        about = self._make(run, folder)
+        took = {
+            "wall_seconds": round(time.monotonic() - started, 1),
+            "processor_seconds": round(processor_seconds() - before, 1),
+        }
+        conditions = {"machine": machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        n_bytes = sum(each.stat().st_size for each in folder.glob("*.safetensors"))
+        measured = {"bytes": n_bytes, "figures": self._measured(folder)}
+        result = {"key": key, "run": asdict(run), **conditions, "took": took, **about, **measured}
+        with path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        if not self.args.keep and run.kind != CONTROL:  # which may be a teacher
+            shutil.rmtree(folder)
+        return result
+
+    def _key(self, run: Run) -> dict[str, Any]:
+        """Everything that decides a result but the code."""
+        args = self.args
+        trained = {
+            "steps": args.steps,
+            "batch": [args.batch_size, args.sequence_length],
+            "train": source_name(args.train),
+            "precision": args.precision,
+            "teacher": args.teacher,
+            "control_rate": args.control_rate,
+        }
+        return {
+            "model_sha256": self.model_hash,
+            "texts": {name: text.identity()["tokens_sha256"] for name, text in self.texts.items()},
+            "run": str(run),
+            "calibration": source_name(args.calibration or args.train),
+            "seed": args.seed,
+            "versions": versions(),
+            **({} if run.kind == "ptq" else trained),
+        }
+
+    def _make(self, run: Run, folder: Path) -> dict[str, Any]:
+        """Write the model of a run. Returns what its report says that figures do not."""
+        if run.kind == CONTROL:
+            return {} if self._is_there(folder) else self._tune(folder)
+        scheme = scheme_of(run.scheme)
+        if run.kind == "ptq":
+            self._quantize(scheme, run.method, folder)
+            return {}
+        report = fine_tune(self._job(self._settings(scheme, run.method)), folder, overwrite=True)
+        kept = ("shipped", "held_out", "verdict", "first_loss", "last_loss", "seconds")
+        return {name: report[name] for name in kept}
+
+    def _is_there(self, folder: Path) -> bool:
+        return (folder / "config.json").exists()
+
+    @cached_property
+    def control_dir(self) -> Path:
+        """Where the control is, which comes first."""
+        return self.work_dir / f"{CONTROL}-{hash_of_json(self._key(Run(CONTROL)))[:8]}"
+
+    def _settings(self, scheme: Scheme, init: str) -> QATSettings:
+        args = self.args
+        return QATSettings(
+            scheme,
+            init=init,
+            max_steps=args.steps,
+            sequence_length=args.sequence_length,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            precision=args.precision,
+        )
+
+    def _job(self, settings: QATSettings) -> QATJob:
+        teacher = str(self.control_dir) if self.args.teacher == CONTROL else None
+        return prepare_job(self.args.model, settings, train=self.args.train, teacher=teacher)
+
+    def _tune(self, folder: Path) -> dict[str, Any]:
+        """The full-precision model, fine-tuned on the same tokens with cross entropy."""
+        plain = replace(
+            self._settings(Scheme.parse("w8"), "rtn"),
+            loss=LossWeights(kl=0, ce=1),
+            lr_weights=self.args.control_rate,
+        )
+        job = prepare_job(self.args.model, plain, train=self.args.train)
+        model = llmq.load(self.args.model, dtype="float32")
+        assert job.windows is not None
+        work = folder.with_name(f"{folder.name}-work")
+        work.mkdir(exist_ok=True)
+        train(model, job, job.windows, work)
+        shutil.rmtree(work)
+        model.to(load_config(job.model_dir).dtype).save_pretrained(folder)
+        load_tokenizer(job.model_dir).save_pretrained(folder)
+        return {}
+
+    def _quantize(self, scheme: Scheme, method: str, folder: Path) -> None:
+        recipe = Recipe.uniform(
+            scheme.weights,
+            method=method,
+            samples=128,
+            sequence_length=self.args.sequence_length,
+            seed=self.args.seed,
+            activations=ActSpec(scheme.activations, scheme.kv_bits),
+        )
+        calibration = self.args.calibration or self.args.train
+        quantize_folder(
+            prepare(self.args.model, recipe, calibration=calibration), folder, overwrite=True
+        )
+
+    def _measured(self, folder: Path) -> dict[str, Any]:
+        base = llmq.load(self.args.model, dtype="float32")
+        quant = llmq.load(folder, dtype="float32")
+        return {name: figures_of(base, quant, text) for name, text in self.texts.items()}
+
+    def _about(self) -> dict[str, Any]:
+        args = self.args
+        stored = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        texts = {name: [*text.tokens.shape] for name, text in self.texts.items()}
+        return {
+            "model": model_name(self.folder),
+            "bytes": stored,
+            "tokens": args.steps * args.batch_size * args.sequence_length,
+            "trained_tokens": args.trained_tokens,
+            "train": source_name(args.train),
+            "texts": texts,
+        }
+
+
+def processor_seconds() -> float:
+    """Of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def against(result: dict[str, Any], other: dict[str, Any] | None) -> tuple[float, float, float]:
+    """By how much perplexity is above full precision's, or above another result's on the same
+    windows, with its 95% interval; mean over texts of the logarithm, as a share."""
+    gaps = window_gaps([result])
+    if other is not None:
+        less = window_gaps([other])
+        gaps = {name: values - less[name] for name, values in gaps.items()}
+    middle = float(torch.stack([values.mean() for values in gaps.values()]).mean())
+    low, high = interval(resampled(gaps))
+    return exp(middle) - 1, exp(low) - 1, exp(high) - 1
+
+
+def percent(values: tuple[float, float, float]) -> str:
+    return "{:+.2%} ({:+.2%} to {:+.2%})".format(*values)
+
+
+def recovered(gptq: dict[str, Any], qat: dict[str, Any]) -> float:
+    """The share of what GPTQ adds to the logarithm of perplexity that training took away."""
+    before, after = (_mean_gap(each) for each in (gptq, qat))
+    return 1 - after / before
+
+
+def _mean_gap(result: dict[str, Any]) -> float:
+    gaps: list[Tensor] = list(window_gaps([result]).values())
+    return float(torch.stack([values.mean() for values in gaps]).mean())
+
+
+def table(results: dict[str, dict[str, Any]], texts: list[str]) -> str:
+    """Markdown of all rows. results: by the name of the run."""
+    control = results[CONTROL]
+    full = [f"{control['figures'][name]['base_perplexity']:.3f}" for name in texts]
+    titles = [*texts, "against full precision (95%)", "against the control (95%)", "KL", "MB"]
+    lines = [
+        f"| | {' | '.join(titles)} | processor s |",
+        "|---" * (len(titles) + 2) + "|",
+        f"| full precision | {' | '.join(full)} | | | | | |",
+    ]
+    for name, result in results.items():
+        figures = result["figures"]
+        lost = "" if name == CONTROL else percent(against(result, control))
+        cells = [
+            *(f"{figures[text]['quant_perplexity']:.3f}" for text in texts),
+            percent(against(result, None)),
+            lost,
+            " ".join(f"{figures[text]['kl_mean']:.3f}" for text in texts),
+            f"{result['bytes'] / 1e6:.1f}",
+            f"{result['took']['processor_seconds']:.0f}",
+        ]
+        start = " (the start)" if result.get("shipped") == "start" else ""
+        lines.append(f"| {name}{start} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def claims(results: dict[str, dict[str, Any]], about: dict[str, Any]) -> dict[str, str]:
+    """What can be said of the claims from the runs that there are: by claim, the figure."""
+    control = results[CONTROL]
+    found: dict[str, str] = {}
+
+    def say(claim: str, name: str, other: str | None) -> None:
+        if name in results and (other is None or other in results):
+            values = against(results[name], None if other is None else results[other])
+            found[claim] = percent(values)
+
+    say("PTQ at INT8, weights and activations, against full precision", "ptq-w8a8-rtn", None)
+    for scheme, title in (("w8a8", "INT8"), ("w4", "INT4 weights"), ("w4a8kv8", "W4A8KV8")):
+        for name in (each for each in results if each.startswith(f"qat-{scheme}-")):
+            say(f"QAT at {title}, against fine-tuning on the same tokens", name, CONTROL)
+            say(f"QAT at {title}, against full precision as it was", name, None)
+    for name in (each for each in results if each.startswith("qat-w4-")):
+        say("QAT at 4 bits against PTQ at 8 (RTN)", name, "ptq-w8a8-rtn")
+    for scheme in ("w4", "w3", "w2", "ternary"):
+        for name in (each for each in results if each.startswith(f"qat-{scheme}-")):
+            if gptq := results.get(f"ptq-{scheme}-gptq"):
+                share = recovered(gptq, results[name])
+                found[f"of what GPTQ adds at {scheme}, QAT takes away"] = f"{share:.0%}"
+    for name in ("ptq-w8a8-rtn", "ptq-w4-rtn"):
+        if name in results:
+            share = results[name]["bytes"] / about["bytes"]
+            found[f"weight files at {name.split('-')[1]}"] = f"{share:.0%} of the source's"
+    if about["trained_tokens"]:
+        share = about["tokens"] / about["trained_tokens"]
+        found["tokens of QAT"] = f"{about['tokens']:,}, {share:.2g} of the model's training"
+    for name in (each for each in results if each.startswith("qat-")):
+        ratio = results[name]["took"]["processor_seconds"] / control["took"]["processor_seconds"]
+        scheme = name.split("-")[1]
+        found[f"time of QAT at {scheme}, of plain fine-tuning's"] = f"{ratio:.2f}"
+    return found
+
+
+def page(folders: list[Path]) -> str:
+    """The claims of several folders, a column each."""
+    columns: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        about = json.loads((folder / ABOUT).read_text())
+        lines = map(json.loads, (folder / RESULTS).read_text().splitlines())
+        results = {str(Run(**line["run"])): line for line in lines}
+        columns[about["model"]] = claims(results, about)
+    titles = list(dict.fromkeys(claim for found in columns.values() for claim in found))
+    rows = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for title in titles:
+        cells = [found.get(title, "") for found in columns.values()]
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--train", default="bundled")
-    parser.add_argument("--eval", default="bundled")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("work_dir", type=Path, nargs="?", metavar="WORK_DIR")
+    parser.add_argument("--page", type=Path, nargs="+", metavar="WORK_DIR")
+    parser.add_argument("--train", default="bundled", help="as llmq qat takes it")
+    parser.add_argument("--text", type=Text.parse, action="append", dest="texts")
     parser.add_argument(
         "--calibration",
-        help=(
-            "text that the PTQ rows are calibrated on (default: the training text, on which "
-            "QAT's own start is calibrated too)"
-        ),
+        help="text of the PTQ rows (default: the training text, on which QAT's own start is "
+        "calibrated too)",
     )
     parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--window-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", choices=PTQ_METHODS, default="gptq")
+    parser.add_argument("--teacher", choices=("source", CONTROL), default="source")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument(
         "--control-rate", type=float, default=5e-5, help="peak learning rate of the control"
     )
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--scheme", nargs="+", default=SCHEMES, dest="schemes")
     parser.add_argument("--ptq", nargs="*", choices=PTQ_METHODS, default=PTQ_METHODS)
-    parser.add_argument("--max-windows", type=int)
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
-    return parser.parse_args()
-
-
-def windows_of(args: argparse.Namespace, model_dir: Path) -> Windows:
-    """What all rows are measured on."""
-    config, tokenizer = load_config(model_dir), load_tokenizer(model_dir)
-    documents = load_documents(args.eval, "eval")
-    text = cut_windows(documents, tokenizer, config, args.sequence_length)
-    return replace(text, tokens=text.tokens[: args.max_windows])
-
-
-def add_teacher(table: Table, model_dir: Path, folder: Path) -> str:
-    """The rows in full precision. Returns the better model's folder."""
-    plain = table.add("full", "as it is", model_dir, time.perf_counter())
-    started = time.perf_counter()
-    control(table.args, folder)
-    tuned = table.add("full", "fine-tuned", folder, started)
-    table.teacher_value = min(plain, tuned)
-    return str(folder) if tuned < plain else str(table.args.model)
-
-
-def add_ptq(table: Table, name: str, work: Path) -> None:
-    """The rows of one scheme without training."""
-    scheme, methods = scheme_of(name), tuple(table.args.ptq)
-    if scheme.kv_bits:
-        return
-    for method in methods[:2] if scheme.weights.bits == 8 else methods:
-        started, folder = time.perf_counter(), work / f"{name}-{method}"
-        ptq(table.args, scheme, method, folder)
-        table.add(str(scheme.weights), method, folder, started)
-
-
-def add_qat(table: Table, name: str, teacher: str, work: Path) -> None:
-    """The row of one scheme with training."""
-    args, scheme, folder = table.args, scheme_of(name), work / f"{name}-qat"
-    started = time.perf_counter()
-    settings = settings_of(args, scheme)
-    report = fine_tune(prepare_job(args.model, settings, train=args.train, teacher=teacher), folder)
-    weights = name if scheme.kv_bits else str(scheme.weights)
-    table.add(weights, "QAT", folder, started, shipped=report["shipped"])
+    parser.add_argument("--trained-tokens", type=float, help="of the model's own training")
+    parser.add_argument("--keep", action="store_true", help="the folders that were written")
+    args = parser.parse_args()
+    if args.page is None and args.work_dir is None:
+        parser.error("expected MODEL WORK_DIR, or --page WORK_DIR ...")
+    args.texts = args.texts or [Text("bundled", "bundled", 200)]
+    return args
 
 
 def main() -> None:
     args = parse_arguments()
-    model_dir = resolve(args.model)
-    table = Table(windows_of(args, model_dir), args)
-    with tempfile.TemporaryDirectory(prefix="llmq-") as work:
-        teacher = add_teacher(table, model_dir, Path(work) / "control")
-        for name in args.schemes:
-            add_ptq(table, name, Path(work))
-            # 8 bits are there to compare with: what PTQ loses at them is next to nothing, and
-            # training would have nothing to win.
-            if scheme_of(name).weights.bits != 8:
-                add_qat(table, name, teacher, Path(work))
+    if args.page:
+        print(page(args.page))
+        return
+    ladder = Ladder(args)
+    results = {}
+    for run in ladder.runs():
+        result = results[str(run)] = ladder.result(run)
+        print(f"{run}: {percent(against(result, None))}", file=sys.stderr, flush=True)
+    print(table(results, list(ladder.texts)))
+    print(f"\n{page([args.work_dir])}")
 
 
 if __name__ == "__main__":

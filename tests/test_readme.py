@@ -132,8 +132,8 @@ def test_commands_of_the_quickstart(tmp_path):
         "--spec w4g128 --tool rtn --tool gptq",
         "qat_finetune.py tiny example --train {readme} --steps 2 --batch-size 2 --sequence-length "
         "32",
-        "qat_table.py tiny --train {readme} --steps 2 --batch-size 2 --sequence-length 32 "
-        "--schemes w4a8kv8 ternary --ptq rtn --init rtn --max-windows 4",
+        "qat_table.py tiny results --train {readme} --steps 2 --batch-size 2 --sequence-length 32 "
+        "--scheme w4a8kv8 w8a8 --ptq rtn --init rtn --text code=bundled:4",
         "benchmark_qat.py tiny --batch-size 1 --sequence-length 16 --repeats 1",
         "measure_memory.py --depths 1 --width 128 --intermediate 256 --vocabulary 2048 --samples "
         "2 --sequence-length 32",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.models import compat
-from llmq.qat.losses import CHUNK_TOKENS
+from llmq.qat.losses import CHUNK_TOKENS, COPIES
 from llmq.qat.settings import OPTIMIZERS, QATSettings
 from llmq.recipe import LayerPlan
 
@@ -15,8 +15,8 @@ from llmq.recipe import LayerPlan
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one process. masters: float32. gradients, optimizer: of what is trained. teacher:
-    its weights. activations: what a batch keeps for the backward pass. logits: of a chunk, three
-    times in float32."""
+    its weights. activations: what a batch keeps for the backward pass. logits: copies of
+    those of a chunk, float32."""
 
     masters: int
     gradients: int
@@ -53,7 +53,7 @@ class Memory:
             optimizer=OPTIMIZERS[settings.optimizer] * n_trained,
             teacher=teacher_bytes * n_parameters,
             activations=settings.tokens_per_batch * per_token // n_kept,
-            logits=3 * 4 * CHUNK_TOKENS * config.vocab_size,
+            logits=COPIES * 4 * CHUNK_TOKENS * config.vocab_size,
         )
 
     @property
@@ -75,7 +75,7 @@ class Memory:
 
 
 def training_flops(n_parameters: int, n_tokens: float) -> float:
-    """Student forward and backward, teacher forward, heads once more in the backward pass."""
+    """Student forward and backward, teacher forward, and half an operation for the rest."""
     return 8.5 * n_parameters * n_tokens
 
 

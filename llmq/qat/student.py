@@ -6,6 +6,7 @@ moved by `state_dict` nor broadcast."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,7 +74,17 @@ def head_of(model: PreTrainedModel) -> Head:
                 del base.forward
         return logits[0] if hidden.dim() == 2 else logits
 
-    return head
+    return Head(head, _outside_of(model, bases))
+
+
+def _outside_of(model: PreTrainedModel, bases: Sequence[nn.Module]) -> tuple[nn.Parameter, ...]:
+    """The parameters that a head may multiply with: all that lie in none of the bases, and the
+    output embeddings, which may be those of the input."""
+    inside = {id(each) for base in bases for each in base.parameters()}
+    embeddings = model.get_output_embeddings()
+    own = [] if embeddings is None else list(embeddings.parameters())
+    outside = [each for each in model.parameters() if id(each) not in inside]
+    return tuple({id(each): each for each in (*own, *outside)}.values())
 
 
 def check_student(model: PreTrainedModel) -> None:

@@ -114,3 +114,23 @@ def test_strict_refuses_what_would_be_left_out_or_differ(model_folder, calibrati
     save_file({**tensors, "old.weight": torch.ones(2)}, folder / "model.safetensors")
     with pytest.raises(LlmqError, match=r"--strict: .* are not used"):
         prepare_job(str(folder), settings, strict=True, **arguments)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_gradients_are_those_of_the_whole_logits(family):
+    """Of a head that is the embeddings, too, and of one behind a soft cap."""
+    torch.manual_seed(0)
+    student, teacher = (make_model(family, tie_word_embeddings=True) for _ in range(2))
+    ids = torch.randint(2, 2048, (2, 12))
+    Student(student, teacher, LossWeights(kl=0.7, ce=0.3)).train()(ids)["loss"].backward()
+    found = {name: each.grad.clone() for name, each in student.named_parameters()}
+    student.zero_grad()
+    log_q = torch.log_softmax(student(ids).logits[:, :-1], -1)
+    with torch.no_grad():
+        log_p = torch.log_softmax(teacher(ids).logits[:, :-1], -1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    ce = -log_q.gather(-1, ids[:, 1:, None]).mean()
+    (0.7 * kl + 0.3 * ce).backward()
+    for name, parameter in student.named_parameters():
+        scale = parameter.grad.abs().max()
+        torch.testing.assert_close(found[name] / scale, parameter.grad / scale, rtol=0, atol=1e-5)

@@ -4,7 +4,7 @@ hold line breaks, escape sequences and marks that turn the direction of writing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 LIMIT = 400
 _LONGEST_WORD = 80  # of a line that is too long; paths and numbers are shortened before sentences
@@ -63,3 +63,35 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = starts or difflib.get_close_matches(bare, names, n=1)
     close = close or [name for name in names if len(bare) > 2 and bare in name]
     return f" (did you mean {names[close[0]]}?)" if close else ""
+
+
+def grouped_notes(notes: Mapping[str, str]) -> list[str]:
+    """Notes of layers, those that say the same in one line, with how many they are of and the
+    layers as patterns. notes: by name."""
+    groups: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        groups.setdefault(note, []).append(name)
+    lines = []
+    for note, names in groups.items():
+        count = "" if len(names) == 1 else f"{len(names)} layers, "
+        lines.append(f"{count}{', '.join(name_patterns(names))}: {note}")
+    return lines
+
+
+def name_patterns(names: Sequence[str]) -> list[str]:
+    """Names of layers as few patterns: numbers that differ as `*`, and the last parts of the same
+    beginning in braces."""
+    if len(names) == 1:
+        return [names[0]]
+    ends: dict[str, dict[str, None]] = {}
+    for name in names:
+        parts = ["*" if part.isdigit() else part for part in name.split(".")]
+        ends.setdefault(".".join(parts[:-1]), {})[parts[-1]] = None
+    patterns = []
+    for start, found in ends.items():
+        if start:
+            end = "{" + ",".join(found) + "}" if len(found) > 1 else next(iter(found))
+            patterns.append(f"{start}.{end}")
+        else:
+            patterns += found
+    return patterns

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq.commands.rendering import name_patterns
+from llmq.messages import name_patterns
 from llmq.models.config_only import open_to_plan
 from llmq.ptq.prospect import HOLDS, Prospect, prospect
 from llmq.recipe import Recipe

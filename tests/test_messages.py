@@ -3,7 +3,7 @@
 import pytest
 
 from llmq.errors import LlmqError, VerificationError
-from llmq.messages import LIMIT, one_line
+from llmq.messages import LIMIT, name_patterns, one_line
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,15 @@ def test_long_paths_give_way_before_sentences():
 def test_errors_are_lines_from_the_start(kind):
     assert str(kind("a\x1b\nb")) == r"a\x1b b"
     assert len(str(kind("long " * 5000))) == LIMIT
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["h.0.attn", "h.1.attn"], ["h.*.attn"]),
+        (["e.0.1.up", "e.0.2.up", "e.1.1.down"], ["e.*.*.{up,down}"]),
+        (["lm_head", "embed"], ["lm_head", "embed"]),
+    ],
+)
+def test_names_are_told_as_few_patterns(names, expected):
+    assert name_patterns(names) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import rendering
+from llmq.messages import name_patterns
 
 if TYPE_CHECKING:
     from llmq.ptq.prospect import Prospect
@@ -37,10 +38,10 @@ def _text(data: dict[str, Any], found: Prospect) -> str:
         pairs["weights"] = "none in this folder: names are those that its config describes"
     pairs["quantized"] = (
         f"{len(found.quantized)} layers, {found.share:.2%} of the linear layers of the blocks: "
-        f"{', '.join(rendering.name_patterns(found.quantized))}"
+        f"{', '.join(name_patterns(found.quantized))}"
     )
     for i, (reason, names) in enumerate(found.kept.items()):
-        patterns = ", ".join(rendering.name_patterns(names))
+        patterns = ", ".join(name_patterns(names))
         pairs[f"kept {i + 1}"] = f"{len(names)} layers, {patterns}: {reason}"
     if found.towers:
         pairs["kept as stored"] = ", ".join(found.towers)

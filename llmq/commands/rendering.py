@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
+from llmq.messages import grouped_notes, one_line
+
 
 class Show(Protocol):
     """Show progress: done of total, and a remark."""
@@ -78,35 +80,8 @@ def wrapped(text: str, width: int | None, indent: str) -> str:
 
 
 def note_lines(notes: Mapping[str, str]) -> list[str]:
-    """Notes of layers, those that say the same in one line, with how many they are of and the
-    layers as patterns. notes: by name."""
-    groups: dict[str, list[str]] = {}
-    for name, note in notes.items():
-        groups.setdefault(note, []).append(name)
-    lines = []
-    for note, names in groups.items():
-        count = "" if len(names) == 1 else f"{len(names)} layers, "
-        lines.append(f"note: {count}{', '.join(name_patterns(names))}: {note}")
-    return lines
-
-
-def name_patterns(names: Sequence[str]) -> list[str]:
-    """Names of layers as few patterns: numbers that differ as `*`, and the last parts of the same
-    beginning in braces."""
-    if len(names) == 1:
-        return [names[0]]
-    ends: dict[str, dict[str, None]] = {}
-    for name in names:
-        parts = ["*" if part.isdigit() else part for part in name.split(".")]
-        ends.setdefault(".".join(parts[:-1]), {})[parts[-1]] = None
-    patterns = []
-    for start, found in ends.items():
-        if start:
-            end = "{" + ",".join(found) + "}" if len(found) > 1 else next(iter(found))
-            patterns.append(f"{start}.{end}")
-        else:
-            patterns += found
-    return patterns
+    """Notes of layers, by name, as `grouped_notes` has them."""
+    return [f"note: {line}" for line in grouped_notes(notes)]
 
 
 def idle_experts(modules: list[dict[str, Any]]) -> list[str]:
@@ -140,8 +115,6 @@ def expert_lines(modules: list[dict[str, Any]]) -> dict[str, str]:
 
 def print_notes(notes: Mapping[str, str]) -> None:
     """On stderr, in lines of the terminal's width."""
-    from llmq.messages import one_line
-
     width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
     for line in note_lines(notes):
         print(wrapped(one_line(line), width, "  "), file=sys.stderr)

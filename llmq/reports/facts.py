@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmq.messages import grouped_notes
 from llmq.reports import svg
 
 _IN_BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
@@ -190,7 +191,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
         if names := report.get(key):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             found.append(f"{len(names)} {meaning}: {', '.join(names[:3])}{more}.")
-    found += [f"{name}: {note}." for name, note in (report.get("notes") or {}).items()]
+    found += [f"{line}." for line in grouped_notes(report.get("notes") or {})]
     if report.get("shipped") == "start":
         found.append("Training did not beat its start, so the start is what is stored.")
     return found

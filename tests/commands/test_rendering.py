@@ -22,18 +22,6 @@ def test_notes_that_say_the_same_are_one_line_with_their_count():
     ]
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["h.0.attn", "h.1.attn"], ["h.*.attn"]),
-        (["e.0.1.up", "e.0.2.up", "e.1.1.down"], ["e.*.*.{up,down}"]),
-        (["lm_head", "embed"], ["lm_head", "embed"]),
-    ],
-)
-def test_names_are_told_as_few_patterns(names, expected):
-    assert rendering.name_patterns(names) == expected
-
-
 def test_lines_are_broken_for_a_terminal_only(monkeypatch):
     pairs = {"name": "word " * 30, "other": "-"}
     assert rendering.render_pairs(pairs).count("\n") == 1

@@ -75,6 +75,13 @@ def test_losses_in_percent_with_their_intervals():
     assert (first.kl.interval, second.windows) == (None, "3 x 128")
 
 
+def test_layers_that_differ_alike_are_one_remark():
+    notes = {f"model.layers.{index}.mlp.up_proj": "in groups of 64" for index in range(30)}
+    assert facts.remarks({"notes": notes}) == [
+        "30 layers, model.layers.*.mlp.up_proj: in groups of 64."
+    ]
+
+
 def test_what_is_unusual_is_remarked():
     report = {
         "n_dead_columns": 3,

@@ -5,12 +5,27 @@ never single tokens. The windows of one text are the blocks of a block bootstrap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from llmq.errors import LlmqError
+
 N_RESAMPLES = 2000
+MOST_NATS = 709.0  # of which e to the power is a float
+
+
+def perplexity_of(nats: float) -> float:
+    """Of a mean negative log-likelihood, or a ratio of a difference. Raises `LlmqError` where that
+    is more than a float holds: weights that are damaged can make it so."""
+    if nats >= MOST_NATS:
+        raise LlmqError(
+            f"a mean of {nats:.0f} nats per token, whose perplexity is more than a float holds: "
+            "the weights are damaged, or no language model's; llmq verify checks a folder's files"
+        )
+    return math.exp(nats)
 
 
 def mean_interval(values: Tensor, seed: int = 0) -> tuple[float, float]:

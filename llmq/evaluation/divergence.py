@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
-from llmq.evaluation.bootstrap import mean_interval, reported_interval
+from llmq.evaluation.bootstrap import mean_interval, perplexity_of, reported_interval
 from llmq.evaluation.perplexity import MOST_LOGITS, not_finite, windows_per_batch
 from llmq.evaluation.position_classes import (
     class_means,
@@ -141,11 +141,11 @@ def summarize(table: dict[str, Tensor], classes: Tensor) -> dict[str, Any]:
     log_ratio = (table["quant_nll"] - table["base_nll"]).mean(dim=1)
     kl = table["kl"]
     return {
-        "base_perplexity": math.exp(table["base_nll"].mean()),
-        "quant_perplexity": math.exp(table["quant_nll"].mean()),
-        "perplexity_ratio": math.exp(log_ratio.mean()),
+        "base_perplexity": perplexity_of(float(table["base_nll"].mean())),
+        "quant_perplexity": perplexity_of(float(table["quant_nll"].mean())),
+        "perplexity_ratio": perplexity_of(float(log_ratio.mean())),
         "perplexity_ratio_ci95": reported_interval(
-            map(math.exp, mean_interval(log_ratio)), len(log_ratio)
+            map(perplexity_of, mean_interval(log_ratio)), len(log_ratio)
         ),
         "kl_mean": float(kl.mean()),
         "kl_mean_ci95": reported_interval(mean_interval(kl.mean(dim=1)), len(kl)),

@@ -12,13 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
-from llmq.evaluation.bootstrap import mean_interval, ratio_interval, reported_interval
+from llmq.evaluation.bootstrap import (
+    MOST_NATS,
+    mean_interval,
+    perplexity_of,
+    ratio_interval,
+    reported_interval,
+)
 from llmq.evaluation.protocols import protocol_named
 from llmq.text.documents import check_vocabulary
 from llmq.text.windows import IGNORED, Windows
 
 TOKENS_PER_BATCH = 4096
-MOST_NATS = 709.0  # of which e to the power is a float
 MOST_LOGITS = 1 << 26  # of a batch: 268 MB in float32; a vocabulary of 262,144 makes it 256 tokens
 
 
@@ -64,7 +69,7 @@ class Perplexity:
             "perplexity": self.value,
             "token_perplexity": self.token_perplexity if self.unit == "word" else self.value,
             "word_perplexity": self.word_perplexity,
-            "byte_perplexity": None if bits is None else 2**bits,
+            "byte_perplexity": None if bits is None else exp(bits * math.log(2)),
             "bits_per_byte": bits,
         }
         is_bounded = math.isfinite(self.ci95[1])
@@ -81,9 +86,9 @@ def perplexity_ratio(base: Perplexity, other: Perplexity) -> dict[str, Any]:
     """How many times as high another model's perplexity is on the same windows, with the paired 95%
     interval, which is narrower than those of either."""
     log_ratio = other.window_nll - base.window_nll
-    interval = map(math.exp, mean_interval(log_ratio))
+    interval = map(perplexity_of, mean_interval(log_ratio))
     return {
-        "perplexity_ratio": math.exp(log_ratio.mean()),
+        "perplexity_ratio": perplexity_of(float(log_ratio.mean())),
         "perplexity_ratio_ci95": reported_interval(interval, len(log_ratio)),
     }
 

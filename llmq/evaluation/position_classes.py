@@ -8,7 +8,6 @@ attends to it. Whoever decides between two sets of weights therefore compares th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmq.errors import LlmqError
+from llmq.evaluation.bootstrap import perplexity_of
 from llmq.models.arch import find_blocks
 
 CLASSES = ("first", "special", "outlier", "other")
@@ -129,8 +129,8 @@ def class_perplexities(
     return {
         name: {
             "n_positions": mean.n,
-            "base": math.exp(mean.mean),
-            "quant": math.exp(quant[name].mean),
+            "base": perplexity_of(mean.mean),
+            "quant": perplexity_of(quant[name].mean),
         }
         for name, mean in base.items()
     }

@@ -29,7 +29,8 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
         return None
     settings = as_settings(settings)
     if settings.get("quant_method") == OWN_METHOD:  # also what was read once before
-        return format_of(settings).check_read(settings)
+        own = format_of(settings)
+        return own.check_read({**settings, "format": own.name})  # which is llmq's own unnamed
     fmt = detect(settings)
     if fmt is None:
         methods = dict.fromkeys(fmt.quant_method for fmt in all_formats())

@@ -1,6 +1,7 @@
 """Perplexity against an independent computation, the BOS policies, and the interval."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from conftest import make_model
 
 import llmq
 from llmq.errors import LlmqError
-from llmq.evaluation.bootstrap import mean_interval, ratio_interval
+from llmq.evaluation.bootstrap import mean_interval, perplexity_of, ratio_interval
 from llmq.evaluation.perplexity import Perplexity, perplexity_ratio, windows_per_batch
-from llmq.text.windows import Windows, cut_windows
+from llmq.text.windows import Parts, Windows, cut_windows
 
 TEXT = "\n".join(f"line {i}: value = {i * i % 97}" for i in range(600))
 
@@ -125,6 +126,16 @@ def test_more_than_a_float_holds_is_no_figure(tokenizer):
     assert 0 < report["bits_per_byte"] < report["token_perplexity"] < math.inf
 
 
+def test_bytes_of_a_text_that_is_beyond_a_float():
+    """4,000 nats for one token of two bytes."""
+    windows = Windows(torch.zeros(1, 2, dtype=torch.int64), "none", None, None)
+    windows = replace(windows, parts=Parts.windows(torch.tensor([2]), 1))
+    score = Perplexity(math.inf, (math.inf, math.inf), torch.tensor([4000.0]), windows, "float32")
+    report = score.to_json()
+    assert report["bits_per_byte"] == pytest.approx(2000 / math.log(2))
+    assert report["byte_perplexity"] is None
+
+
 @pytest.mark.parametrize(
     ("length", "vocab_size", "expected"),
     [(256, 2048, 16), (2048, 49_152, 1), (256, 49_152, 5), (256, 262_144, 1), (8192, 2048, 1)],
@@ -146,3 +157,9 @@ def test_the_ratio_of_two_models_is_known_better_than_either():
     assert found["perplexity_ratio_ci95"] == pytest.approx([math.exp(0.1)] * 2)
     one = Perplexity(1.0, (1.0, 1.0), base_nll[:1], windows, "float32")
     assert perplexity_ratio(one, one)["perplexity_ratio_ci95"] is None
+
+
+def test_a_ratio_beyond_a_float_names_what_to_do():
+    assert perplexity_of(1.0) == math.e
+    with pytest.raises(LlmqError, match=r"mean of 800 nats .* llmq verify"):
+        perplexity_of(800.0)

@@ -10,6 +10,7 @@ from conftest import make_model
 import llmq
 from llmq.errors import LlmqError
 from llmq.formats.gptq_settings import settings_of
+from llmq.formats.registry import NAMES
 from llmq.formats.settings import quantization_settings, stored_result
 from llmq.grid.spec import QuantSpec
 from llmq.recipe import Recipe, Rule
@@ -70,7 +71,7 @@ def test_values_that_are_not_understood_are_refused(settings, message):
     "settings", [GPTQ, AUTO_ROUND, AUTO_ROUND_AWQ, BITNET, {"quant_method": "llmq"}]
 )
 def test_values_that_are_understood_pass(settings):
-    read(settings)
+    assert read(settings)["format"] in NAMES
 
 
 @pytest.mark.parametrize(

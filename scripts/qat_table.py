@@ -10,30 +10,27 @@ The first rows are full precision, and full precision fine-tuned on the same tok
 without which a gain of QAT could not be told from a gain of more training. QAT is taught by the
 source, or by the control with `--teacher control`. Evaluation in float32, quantized activations
 included. Results go to WORK_DIR/results.jsonl, a line each, and are not computed again while
-everything that decides them is the same; folders of finished runs stay until their line is written.
+everything that decides them is the same; a run that was interrupted goes on, without a time.
 --page prints the claims of several folders side by side."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from math import exp
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality_figures import interval, resampled, window_gaps
+from quality_figures import Row, interval, resampled, window_gaps
 from quality_runs import Text, figures_of, hash_of_json, hash_of_model
 from quality_table import machine
-from torch import Tensor
 
 import llmq
 from llmq.cards.versions import versions
@@ -106,12 +103,14 @@ class Ladder:
         for line in map(json.loads, lines):
             if line["key"] == key:
                 return line
-        folder = self.work_dir / f"{run}-{hash_of_json(key)[:8]}"
-        started, before = time.monotonic(), processor_seconds()
+        folder = self._folder(run)
+        was_begun = any(self.work_dir.glob(f"*{folder.name}*"))
+        started, before = time.monotonic(), time.process_time()
         about = self._make(run, folder)
         took = {
+            "from_start": not was_begun,
             "wall_seconds": round(time.monotonic() - started, 1),
-            "processor_seconds": round(processor_seconds() - before, 1),
+            "processor_seconds": round(time.process_time() - before, 1),
         }
         conditions = {"machine": machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
         n_bytes = sum(each.stat().st_size for each in folder.glob("*.safetensors"))
@@ -147,7 +146,8 @@ class Ladder:
     def _make(self, run: Run, folder: Path) -> dict[str, Any]:
         """Write the model of a run. Returns what its report says that figures do not."""
         if run.kind == CONTROL:
-            return {} if self._is_there(folder) else self._tune(folder)
+            self._tune(folder)
+            return {}
         scheme = scheme_of(run.scheme)
         if run.kind == "ptq":
             self._quantize(scheme, run.method, folder)
@@ -156,13 +156,8 @@ class Ladder:
         kept = ("shipped", "held_out", "verdict", "first_loss", "last_loss", "seconds")
         return {name: report[name] for name in kept}
 
-    def _is_there(self, folder: Path) -> bool:
-        return (folder / "config.json").exists()
-
-    @cached_property
-    def control_dir(self) -> Path:
-        """Where the control is, which comes first."""
-        return self.work_dir / f"{CONTROL}-{hash_of_json(self._key(Run(CONTROL)))[:8]}"
+    def _folder(self, run: Run) -> Path:
+        return self.work_dir / f"{run}-{hash_of_json(self._key(run))[:8]}"
 
     def _settings(self, scheme: Scheme, init: str) -> QATSettings:
         args = self.args
@@ -177,10 +172,10 @@ class Ladder:
         )
 
     def _job(self, settings: QATSettings) -> QATJob:
-        teacher = str(self.control_dir) if self.args.teacher == CONTROL else None
+        teacher = str(self._folder(Run(CONTROL))) if self.args.teacher == CONTROL else None
         return prepare_job(self.args.model, settings, train=self.args.train, teacher=teacher)
 
-    def _tune(self, folder: Path) -> dict[str, Any]:
+    def _tune(self, folder: Path) -> None:
         """The full-precision model, fine-tuned on the same tokens with cross entropy."""
         plain = replace(
             self._settings(Scheme.parse("w8"), "rtn"),
@@ -196,7 +191,6 @@ class Ladder:
         shutil.rmtree(work)
         model.to(load_config(job.model_dir).dtype).save_pretrained(folder)
         load_tokenizer(job.model_dir).save_pretrained(folder)
-        return {}
 
     def _quantize(self, scheme: Scheme, method: str, folder: Path) -> None:
         recipe = Recipe.uniform(
@@ -220,24 +214,12 @@ class Ladder:
     def _about(self) -> dict[str, Any]:
         args = self.args
         stored = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        texts = {name: [*text.tokens.shape] for name, text in self.texts.items()}
         return {
             "model": model_name(self.folder),
             "bytes": stored,
             "tokens": args.steps * args.batch_size * args.sequence_length,
             "trained_tokens": args.trained_tokens,
-            "train": source_name(args.train),
-            "texts": texts,
         }
-
-
-def processor_seconds() -> float:
-    """Of this process."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-# Figures ------------------------------------------------------------------------------------------
 
 
 def against(result: dict[str, Any], other: dict[str, Any] | None) -> tuple[float, float, float]:
@@ -258,13 +240,8 @@ def percent(values: tuple[float, float, float]) -> str:
 
 def recovered(gptq: dict[str, Any], qat: dict[str, Any]) -> float:
     """The share of what GPTQ adds to the logarithm of perplexity that training took away."""
-    before, after = (_mean_gap(each) for each in (gptq, qat))
+    before, after = (Row("", "", "", [each]).gap for each in (gptq, qat))
     return 1 - after / before
-
-
-def _mean_gap(result: dict[str, Any]) -> float:
-    gaps: list[Tensor] = list(window_gaps([result]).values())
-    return float(torch.stack([values.mean() for values in gaps]).mean())
 
 
 def table(results: dict[str, dict[str, Any]], texts: list[str]) -> str:
@@ -309,7 +286,7 @@ def claims(results: dict[str, dict[str, Any]], about: dict[str, Any]) -> dict[st
             say(f"QAT at {title}, against fine-tuning on the same tokens", name, CONTROL)
             say(f"QAT at {title}, against full precision as it was", name, None)
     for name in (each for each in results if each.startswith("qat-w4-")):
-        say("QAT at 4 bits against PTQ at 8 (RTN)", name, "ptq-w8a8-rtn")
+        say("QAT at 4 bits against PTQ at INT8 with activations", name, "ptq-w8a8-rtn")
     for scheme in ("w4", "w3", "w2", "ternary"):
         for name in (each for each in results if each.startswith(f"qat-{scheme}-")):
             if gptq := results.get(f"ptq-{scheme}-gptq"):
@@ -322,7 +299,10 @@ def claims(results: dict[str, dict[str, Any]], about: dict[str, Any]) -> dict[st
     if about["trained_tokens"]:
         share = about["tokens"] / about["trained_tokens"]
         found["tokens of QAT"] = f"{about['tokens']:,}, {share:.2g} of the model's training"
-    for name in (each for each in results if each.startswith("qat-")):
+    whole = [name for name, each in results.items() if each["took"]["from_start"]]
+    for name in whole if CONTROL in whole else []:
+        if not name.startswith("qat-"):
+            continue
         ratio = results[name]["took"]["processor_seconds"] / control["took"]["processor_seconds"]
         scheme = name.split("-")[1]
         found[f"time of QAT at {scheme}, of plain fine-tuning's"] = f"{ratio:.2f}"

@@ -23,7 +23,7 @@ def result(gap, kind="ptq", scheme="w4", method="gptq", n_bytes=100, seconds=10.
     figures = {"windows": windows, "base_perplexity": math.exp(3), "kl_mean": 0.1}
     figures["quant_perplexity"] = math.exp(3 + gap)
     run = {"kind": kind, "scheme": scheme, "method": method}
-    took = {"processor_seconds": seconds, "wall_seconds": seconds}
+    took = {"from_start": True, "processor_seconds": seconds, "wall_seconds": seconds}
     return {"run": run, "figures": {"text": figures}, "bytes": n_bytes, "took": took}
 
 
@@ -54,8 +54,12 @@ def test_claims_are_of_the_runs_that_there_are(script):
     assert found["weight files at w8a8"] == "50% of the source's"
     assert found["tokens of QAT"] == "1,000, 0.1 of the model's training"
     assert found["time of QAT at w4, of plain fine-tuning's"] == "1.20"
-    assert found["QAT at 4 bits against PTQ at 8 (RTN)"].startswith("+0.90%")
+    assert found["QAT at 4 bits against PTQ at INT8 with activations"].startswith("+0.90%")
     assert not any("W4A8KV8" in claim for claim in found)
+    control = RESULTS["control"]
+    went_on = {**control, "took": {**control["took"], "from_start": False}}
+    found = script.claims({**RESULTS, "control": went_on}, about)
+    assert not any("time of" in claim for claim in found)
 
 
 def test_a_column_for_every_folder(script, tmp_path):

@@ -14,6 +14,7 @@ from llmq.commands.parser import Parser
 if TYPE_CHECKING:
     from llmq.ladder.advice import Advice
     from llmq.ladder.bench import Bench
+    from llmq.ladder.rungs import Rung
 
 HELP = (
     "The smallest way to quantize a model within a bound on what is lost: rungs are tried from "
@@ -87,15 +88,21 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     work_dir = Path(args.work_dir or f"{Path(args.model).name}-advice")
     bench = ladder_options.bench_of(args, work_dir)
     keeping = replace(bench, keep=True)  # the folder of the best is what was asked for
-    there = {path.name for path in work_dir.iterdir()}  # of other runs
+    others = {path.name for path in work_dir.iterdir()}  # of other runs
+
+    def drop(rung: Rung) -> None:
+        if not args.keep and rung.folder_name not in others:
+            bench.remove(rung)
+
     advice = advise(
         lambda rung: keeping.measure(rung, ladder_options.say),
         args.max_loss,
         methods,
-        drop=lambda rung: None if args.keep or rung.folder_name in there else bench.remove(rung),
+        drop=drop,
     )
     trained = _trained(args, bench, advice)
-    folder = None if advice.best is None else bench.finished(advice.best.rung)
+    best = None if advice.best is None else advice.best.rung
+    is_there = best is not None and bench.finished_in(best) is not None
     found: dict[str, Any] = {
         "model": args.model,
         "data": args.data,
@@ -106,7 +113,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "next_smaller": None if advice.failed is None else str(advice.failed.rung),
         "not_tried": advice.left,
         "qat": trained,
-        "folder": None if folder is None else str(folder[0]),
+        "folder": str(bench.folder_of(best)) if best is not None and is_there else None,
         "command": _command(args, advice),
     }
     return found, _text(args, advice, found)

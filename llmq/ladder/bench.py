@@ -80,9 +80,11 @@ class Bench:
         known = [line for line in self._lines() if line["key"] == key and "point" in line]
         if known:
             return Point.from_json(known[-1]["point"])
-        folder, seconds = self._quantized(rung, say)
+        seconds = self.finished_in(rung)
+        if seconds is None:
+            seconds = self._quantize(rung, say)
         say(f"{rung}: measuring")
-        point = self.compared(rung, folder, seconds)
+        point = self.compared(rung, self.folder_of(rung), seconds)
         self._note({"key": key, "point": point.to_json()})
         if not self.keep:
             self.remove(rung)
@@ -96,18 +98,17 @@ class Bench:
         """The folder of a rung, where there is one."""
         shutil.rmtree(self.folder_of(rung), ignore_errors=True)
 
-    def finished(self, rung: Rung) -> tuple[Path, float] | None:
-        """The folder of a rung where it is there and whole, and the seconds that it took."""
+    def finished_in(self, rung: Rung) -> float | None:
+        """The seconds that the folder of a rung took, where it is there and whole, such as one of
+        a run that ended while it measured."""
         key, folder = self._key(rung), self.folder_of(rung)
         for line in reversed(self._lines()):
             if line["key"] == key and "seconds" in line and _is_still(folder, line["manifest"]):
-                return folder, float(line["seconds"])
+                return float(line["seconds"])
         return None
 
-    def _quantized(self, rung: Rung, say: Say) -> tuple[Path, float]:
-        """`finished`, such as by a run that ended while it measured, or made now."""
-        if found := self.finished(rung):
-            return found
+    def _quantize(self, rung: Rung, say: Say) -> float:
+        """Make the folder of a rung. Returns the seconds that it took."""
         folder = self.folder_of(rung)
         started = time.monotonic()
         say(f"{rung}: quantizing")
@@ -123,7 +124,7 @@ class Bench:
         seconds = round(time.monotonic() - started, 1)
         manifest = files.digest(folder / files.MANIFEST)["sha256"]
         self._note({"key": self._key(rung), "seconds": seconds, "manifest": manifest})
-        return folder, seconds
+        return seconds
 
     def compared(self, rung: Rung, folder: Path, seconds: float) -> Point:
         """What a finished folder loses. seconds: that it took."""

@@ -349,6 +349,6 @@ def draw(share: Tensor, generator: torch.Generator) -> Tensor:
     """One of the columns of each row, int64 `[t, 1]`, with the probabilities `share` `[t, V]` and
     numbers from a CPU generator. Each column waits for an exponential time of its rate, and the
     first is taken: unlike where a running sum passes one number, another order of sums elsewhere
-    hardly ever draws another column. (torch.multinomial does the same in ten times the time.)"""
+    hardly ever draws another column. (torch.multinomial takes several times as long.)"""
     waiting = torch.rand(share.shape, generator=generator).to(share.device).log_().neg_()
     return share.div(waiting).argmax(-1, keepdim=True)

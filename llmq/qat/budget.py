@@ -35,7 +35,6 @@ class Memory:
         teacher_bytes: int,
     ) -> Memory:
         """config: of the text model. teacher_bytes: of one of its weights."""
-        quantized = [plan for plan in plans if plan.spec is not None]
         # Each layer's input and output, and as much again around attention and norms; with
         # checkpointing, of one block.
         per_token = (
@@ -43,9 +42,8 @@ class Memory:
             * sum(sum(plan.layer.shape) for plan in plans)
             * (4 if settings.precision == "fp32" else 2)
         )
-        rank = settings.lora_rank
-        n_lora = 0 if rank is None else rank * sum(sum(plan.layer.shape) for plan in quantized)
-        n_trained = n_parameters if rank is None else n_lora
+        n_lora = 0 if settings.lora_rank is None else _lora_parameters(plans, settings.lora_rank)
+        n_trained = n_lora or n_parameters
         n_kept = config.num_hidden_layers if settings.gradient_checkpointing else 1
         return cls(
             masters=4 * (n_parameters + n_lora),
@@ -72,6 +70,16 @@ class Memory:
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
+
+
+def _lora_parameters(plans: list[LayerPlan], rank: int) -> int:
+    """What is trained where all but low-rank changes is frozen: these, scales and zero points."""
+    found = 0
+    for plan in plans:
+        if plan.spec is not None:
+            n, k = plan.layer.shape
+            found += rank * (n + k) + plan.spec.n_scales(n, k) * (1 if plan.spec.symmetric else 2)
+    return found
 
 
 def training_flops(n_parameters: int, n_tokens: float) -> float:

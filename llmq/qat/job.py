@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from llmq.ptq.methods import method_of
 from llmq.ptq.precision import multiplies_bfloat16
 from llmq.ptq.sizing import MOST_WINDOWS, windows_for
 from llmq.qat.budget import Memory, n_parameters, training_flops
-from llmq.qat.settings import QATSettings
+from llmq.qat.settings import PACKAGES, QATSettings
 from llmq.qat.student import check_same_vocabulary, check_student
 from llmq.qat.weights import check_quantizer
 from llmq.recipe import LayerPlan, Recipe, Rule
@@ -245,7 +246,14 @@ def _check_plans(plans: list[LayerPlan], settings: QATSettings, strict: bool) ->
 
 
 def _check_settings(settings: QATSettings, train: str, device: str) -> None:
-    """Raise for text without an end, and for an arithmetic that the device does not have."""
+    """Raise for text without an end, an optimizer that is not installed, and an arithmetic that the
+    device does not have."""
+    package = PACKAGES.get(settings.optimizer)
+    if package is not None and find_spec(package) is None:
+        raise LlmqError(
+            f"--optimizer {settings.optimizer}: needs {package}, which is not installed: "
+            f"pip install {package}"
+        )
     if train == GENERATED and settings.max_tokens is None and settings.max_steps is None:
         raise LlmqError(
             "--train generated: give --max-tokens or --max-steps, since generated text has no end"

@@ -15,8 +15,7 @@ from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
 from llmq.qat.weights import QuantizerName
 
-# Names that transformers' Trainer gives them -> bytes of their states for one weight. The last two
-# are torchao's, that before them bitsandbytes'.
+# Names that transformers' Trainer gives them -> bytes of their states for one weight.
 OPTIMIZERS = {
     "adamw_torch": 8,
     "adamw_torch_fused": 8,
@@ -24,6 +23,11 @@ OPTIMIZERS = {
     "adamw_torch_8bit": 2,
     "adamw_torch_4bit": 1,
 }
+PACKAGES = {
+    "adamw_bnb_8bit": "bitsandbytes",
+    "adamw_torch_8bit": "torchao",
+    "adamw_torch_4bit": "torchao",
+}  # that they come from, where not from torch
 
 
 @dataclass(frozen=True)

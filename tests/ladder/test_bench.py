@@ -56,12 +56,12 @@ def test_a_run_that_ended_while_it_measured_measures_what_it_had_made(bench, mon
     said = []
     point = replace(bench, keep=True).measure(rung, said.append)
     assert said == ["w4g128:rtn: measuring"]
-    assert bench.finished(rung) == (bench.work_dir / "w4g128-rtn", point.seconds)
+    assert bench.finished_in(rung) == point.seconds
     damaged = bench.work_dir / "w4g128-rtn" / "config.json"
     damaged.write_text(damaged.read_text() + " ")
-    assert bench.finished(rung) is None
+    assert bench.finished_in(rung) is None
     llmq.quantize("tiny", bench.work_dir / "w4g128-rtn", "w4g64", method="rtn", overwrite=True)
-    assert bench.finished(rung) is None
+    assert bench.finished_in(rung) is None
 
 
 def test_other_options_are_another_result(bench):

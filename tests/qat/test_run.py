@@ -23,6 +23,7 @@ from llmq.errors import LlmqWarning, VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.inference.module import quantized_modules
 from llmq.models.source import load_config
+from llmq.qat import job as qat_job
 from llmq.qat import run as run_module
 from llmq.qat import ship as ship_module
 from llmq.qat import trainer as trainer_module
@@ -508,13 +509,14 @@ def test_budget(arguments, calibration_file):
     assert 16 * n_parameters < budget["bytes"] < 24 * n_parameters
     assert wider["flops"] == 2 * budget["flops"]
     assert wider["activation_bytes"] > budget["activation_bytes"]
-    half = prepare_job(
-        arguments[1], replace(settings, optimizer="adamw_torch_8bit"), train=str(calibration_file)
-    ).budget()
+    job = prepare_job(arguments[1], settings, train=str(calibration_file))
+    half = replace(job, settings=replace(settings, optimizer="adamw_torch_8bit")).budget()
     assert budget["bytes"] - half["bytes"] == 6 * n_parameters
     low = prepare_job(arguments[1], replace(settings, lora_rank=4), train=str(calibration_file))
     sides = sum(sum(plan.layer.shape) for plan in low.plans if plan.spec is not None)
-    assert budget["bytes"] - low.budget()["bytes"] == 12 * n_parameters - (4 + 12) * 4 * sides
+    quantized = [(plan.layer.shape, plan.spec) for plan in low.plans if plan.spec is not None]
+    n_added = 4 * sides + sum(n * -(-k // spec.group_size) for (n, k), spec in quantized)
+    assert budget["bytes"] - low.budget()["bytes"] == 12 * n_parameters - (4 + 12) * n_added
     line = budget_line(prepare_job(arguments[1], settings, train=str(calibration_file)))
     assert "2,560 tokens in 10 steps" in line
     assert " h on this CPU" in line
@@ -556,6 +558,7 @@ def test_text_without_held_out_windows_says_that_nothing_was_compared(arguments,
         (["--train", "missing.txt"], "no such file"),
         (["--precision", "fp16"], "needs a GPU"),
         (["--rule", "*.nothing=w8"], "matches none"),
+        (["--optimizer", "sgd"], "--optimizer sgd: expected adamw_torch or adamw_torch_fused"),
     ],
 )
 def test_bad_input(options, message, arguments, tmp_path, capsys):
@@ -563,6 +566,14 @@ def test_bad_input(options, message, arguments, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error
     assert not list(tmp_path.glob("*out*")), "nothing is left behind"
+
+
+def test_an_optimizer_that_is_not_installed_is_named_at_the_start(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(qat_job, "find_spec", lambda name: None)
+    assert main(at(arguments, tmp_path / "out", "--optimizer", "adamw_torch_8bit")) == 2
+    assert "needs torchao, which is not installed: pip install torchao" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])

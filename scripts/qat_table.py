@@ -8,9 +8,10 @@ texts, and the claims that people make of QAT, each with its interval.
 
 The first rows are full precision, and full precision fine-tuned on the same tokens: the control
 without which a gain of QAT could not be told from a gain of more training. QAT is taught by the
-source, or by the control with `--teacher control`. Evaluation in float32, quantized activations
-included. Results go to WORK_DIR/results.jsonl, a line each, and are not computed again while
-everything that decides them is the same; a run that was interrupted goes on, without a time.
+source, or by the control with `--teacher control`. With `--train generated` there is no control:
+the text is the model's own. Evaluation in float32, quantized activations included. Results go to
+WORK_DIR/results.jsonl, a line each, and are not computed again while everything that decides them
+is the same; a run that was interrupted goes on, without a time.
 --page prints the claims of several folders side by side."""
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_figures import Row, interval, resampled, window_gaps
+from quality_figures import Row, interval, number, resampled, window_gaps
 from quality_runs import Text, figures_of, hash_of_json, hash_of_model
 from quality_table import machine
 
@@ -47,7 +48,8 @@ from llmq.recipe import Recipe
 
 SCHEMES = ("w8a8", "w4", "w3", "w2", "ternary", "w4a8kv8")
 PTQ_METHODS = ("rtn", "gptq", "blockwise")
-CONTROL = "control"
+CONTROL, GENERATED = "control", "generated"
+SAMPLE_TOKENS, TEMPERATURE = 48, 0.7
 RESULTS, ABOUT = "results.jsonl", "about.json"
 
 
@@ -89,7 +91,8 @@ class Ladder:
         (self.work_dir / ABOUT).write_text(json.dumps(self._about(), indent=1))
 
     def runs(self) -> Iterator[Run]:
-        yield Run(CONTROL)
+        if self.args.train != GENERATED:
+            yield Run(CONTROL)
         for scheme in self.args.schemes:
             for method in self.args.ptq:
                 yield Run("ptq", scheme, method)
@@ -115,12 +118,20 @@ class Ladder:
         conditions = {"machine": machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
         n_bytes = sum(each.stat().st_size for each in folder.glob("*.safetensors"))
         measured = {"bytes": n_bytes, "figures": self._measured(folder)}
+        if self.args.prompt:
+            measured["sample"] = self.sample(folder)
         result = {"key": key, "run": asdict(run), **conditions, "took": took, **about, **measured}
         with path.open("a") as file:
             file.write(json.dumps(result) + "\n")
         if not self.args.keep and run.kind != CONTROL:  # which may be a teacher
             shutil.rmtree(folder)
         return result
+
+    def sample(self, folder: Path) -> str:
+        """What a model writes behind the prompt."""
+        return llmq.generate(
+            str(folder), self.args.prompt, SAMPLE_TOKENS, temperature=TEMPERATURE, seed=0
+        )
 
     def _key(self, run: Run) -> dict[str, Any]:
         """Everything that decides a result but the code."""
@@ -140,6 +151,7 @@ class Ladder:
             "calibration": source_name(args.calibration or args.train),
             "seed": args.seed,
             "versions": versions(),
+            "prompt": args.prompt,
             **({} if run.kind == "ptq" else trained),
         }
 
@@ -246,22 +258,27 @@ def recovered(gptq: dict[str, Any], qat: dict[str, Any]) -> float:
 
 def table(results: dict[str, dict[str, Any]], texts: list[str]) -> str:
     """Markdown of all rows. results: by the name of the run."""
-    control = results[CONTROL]
-    full = [f"{control['figures'][name]['base_perplexity']:.3f}" for name in texts]
-    titles = [*texts, "against full precision (95%)", "against the control (95%)", "KL", "MB"]
+    control, any_result = results.get(CONTROL), next(iter(results.values()))
+    full = [f"{any_result['figures'][name]['base_perplexity']:.3f}" for name in texts]
+    titles = [
+        *(*texts, "against full precision (95%)", "against the control (95%)"),
+        *("KL", "KL, first position", "MB"),
+    ]
     lines = [
         f"| | {' | '.join(titles)} | processor s |",
         "|---" * (len(titles) + 2) + "|",
-        f"| full precision | {' | '.join(full)} | | | | | |",
+        f"| full precision | {' | '.join(full)} | | | | | | |",
     ]
     for name, result in results.items():
         figures = result["figures"]
-        lost = "" if name == CONTROL else percent(against(result, control))
+        is_control = control is None or name == CONTROL
+        lost = "" if is_control else percent(against(result, control))
         cells = [
             *(f"{figures[text]['quant_perplexity']:.3f}" for text in texts),
             percent(against(result, None)),
             lost,
             " ".join(f"{figures[text]['kl_mean']:.3f}" for text in texts),
+            number(Row("", "", "", [result]).kl("first"), 3),
             f"{result['bytes'] / 1e6:.1f}",
             f"{result['took']['processor_seconds']:.0f}",
         ]
@@ -270,9 +287,17 @@ def table(results: dict[str, dict[str, Any]], texts: list[str]) -> str:
     return "\n".join(lines)
 
 
+def written(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {name: result["sample"] for name, result in results.items()}
+
+
+def samples(texts: dict[str, str]) -> str:
+    """Markdown of what models wrote, each on a line of its own."""
+    return "\n".join(f"\n**{name}**: {' '.join(text.split())}" for name, text in texts.items())
+
+
 def claims(results: dict[str, dict[str, Any]], about: dict[str, Any]) -> dict[str, str]:
     """What can be said of the claims from the runs that there are: by claim, the figure."""
-    control = results[CONTROL]
     found: dict[str, str] = {}
 
     def say(claim: str, name: str, other: str | None) -> None:
@@ -303,10 +328,14 @@ def claims(results: dict[str, dict[str, Any]], about: dict[str, Any]) -> dict[st
     for name in whole if CONTROL in whole else []:
         if not name.startswith("qat-"):
             continue
-        ratio = results[name]["took"]["processor_seconds"] / control["took"]["processor_seconds"]
+        ratio = processor_seconds(results[name]) / processor_seconds(results[CONTROL])
         scheme = name.split("-")[1]
         found[f"time of QAT at {scheme}, of plain fine-tuning's"] = f"{ratio:.2f}"
     return found
+
+
+def processor_seconds(result: dict[str, Any]) -> float:
+    return float(result["took"]["processor_seconds"])
 
 
 def page(folders: list[Path]) -> str:
@@ -353,10 +382,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scheme", nargs="+", default=SCHEMES, dest="schemes")
     parser.add_argument("--ptq", nargs="*", choices=PTQ_METHODS, default=PTQ_METHODS)
     parser.add_argument("--trained-tokens", type=float, help="of the model's own training")
+    parser.add_argument("--prompt", help="for samples of what the models write")
     parser.add_argument("--keep", action="store_true", help="the folders that were written")
     args = parser.parse_args()
     if args.page is None and args.work_dir is None:
         parser.error("expected MODEL WORK_DIR, or --page WORK_DIR ...")
+    if args.train == GENERATED and (args.teacher == CONTROL or (args.ptq and not args.calibration)):
+        parser.error(
+            "--train generated has no control to be the teacher and no text for PTQ: give "
+            "--teacher source, and --calibration FILE or --ptq without methods"
+        )
     args.texts = args.texts or [Text("bundled", "bundled", 200)]
     return args
 
@@ -372,6 +407,8 @@ def main() -> None:
         result = results[str(run)] = ladder.result(run)
         print(f"{run}: {percent(against(result, None))}", file=sys.stderr, flush=True)
     print(table(results, list(ladder.texts)))
+    if args.prompt:
+        print(samples({"full precision": ladder.sample(ladder.folder), **written(results)}))
     print(f"\n{page([args.work_dir])}")
 
 

@@ -21,6 +21,7 @@ def result(gap, kind="ptq", scheme="w4", method="gptq", n_bytes=100, seconds=10.
     base = [2.0, 3.0, 4.0]
     windows = {"base_nll": base, "quant_nll": [nll + gap for nll in base], "kl": [0.1] * 3}
     figures = {"windows": windows, "base_perplexity": math.exp(3), "kl_mean": 0.1}
+    figures["kl_by_position"] = {"first": {"mean": 0.5}}
     figures["quant_perplexity"] = math.exp(3 + gap)
     run = {"kind": kind, "scheme": scheme, "method": method}
     took = {"from_start": True, "processor_seconds": seconds, "wall_seconds": seconds}
@@ -78,3 +79,17 @@ def test_a_column_for_every_folder(script, tmp_path):
 def test_the_table_has_every_run(script):
     found = script.table(RESULTS, ["text"]).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in found[3:]] == list(RESULTS)
+
+
+def test_generated_text_has_no_control(script):
+    found = {name: each for name, each in RESULTS.items() if name != "control"}
+    lines = script.table(found, ["text"]).splitlines()
+    assert len(lines) == 3 + len(found)
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    about = {"bytes": 400, "tokens": 1000, "trained_tokens": None}
+    assert "of what GPTQ adds at w4, QAT takes away" in script.claims(found, about)
+    assert not any("fine-tuning" in claim for claim in script.claims(found, about))
+
+
+def test_samples_are_a_line_each(script):
+    assert script.samples({"a": "one\n\ntwo"}).strip() == "**a**: one two"

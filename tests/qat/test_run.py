@@ -568,6 +568,24 @@ def test_bad_input(options, message, arguments, tmp_path, capsys):
     assert not list(tmp_path.glob("*out*")), "nothing is left behind"
 
 
+@pytest.mark.parametrize("bits", ["4", "2"])
+def test_a_result_is_stored_as_that_of_ptq(bits, arguments, tmp_path):
+    """Whatever opens one opens the other: settings, engines, and tensors by name, dtype, shape."""
+    trained, rounded = tmp_path / "trained", tmp_path / "rounded"
+    assert main(at(arguments, trained, "--scheme", f"w{bits}")) == 0
+    grid = ["--bits", bits, "--group-size", "32", *(["--asymmetric"] if bits == "2" else [])]
+    assert main(["quantize", arguments[1], str(rounded), *grid, "--method", "rtn"]) == 0
+    kinds = []
+    for out in (trained, rounded):
+        config = json.loads((out / "config.json").read_text())
+        stored = load_file(out / "model.safetensors")
+        shapes = {name: (each.dtype, each.shape) for name, each in stored.items()}
+        engines = json.loads((out / "report.json").read_text())["engines"]
+        reads = {each["engine"]: each["reads"] for each in engines}
+        kinds.append((config, reads, shapes))
+    assert kinds[0] == kinds[1]
+
+
 def test_an_optimizer_that_is_not_installed_is_named_at_the_start(
     arguments, tmp_path, capsys, monkeypatch
 ):

@@ -19,6 +19,12 @@ class LlmqError(Exception):
         super().__init__(one_line(message))
 
 
+class LostProcessError(LlmqError):
+    """Another of the processes that work together is gone. What was finished is kept."""
+
+    exit_code = 1
+
+
 class LlmqWarning(UserWarning):
     """Something was done otherwise than one would expect, and the result is still good. The command
     line tells it on stderr and in the JSON under "warnings"."""

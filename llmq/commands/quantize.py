@@ -43,18 +43,28 @@ def add_arguments(parser: Parser) -> None:
     pushing.add_push_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The result as JSON-able data and as text."""
-    from llmq.errors import VerificationError
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
+    """The result as JSON-able data and as text; None where another process gives it."""
+    from llmq.errors import LlmqError, VerificationError
     from llmq.ptq.mixed_run import quantize_mixed
+    from llmq.ptq.ranks import started
     from llmq.ptq.run import quantize_folder
     from llmq.storage.workspace import check_output
 
-    check_output(Path(args.out), args.overwrite)
+    ranks = started()
+    if ranks.is_first:
+        check_output(Path(args.out), args.overwrite)
     pushing.check_push(args)
     options.check_device(args.device)
     budget = jobs.budget_of(args)
+    if budget is not None and ranks.are_many:
+        raise LlmqError(
+            f"--bpw and --max-bytes: not on {ranks.size} processes; start one, without torchrun"
+        )
     job = jobs.prepare_job(args, for_budget=budget is not None)
+    if not ranks.is_first:
+        quantize_folder(job, Path(args.out), device=args.device)
+        return None
     mixed = None if budget is None else _mixed(args, job, budget)
     rendering.print_notes((job if mixed is None else mixed.chosen).notes)
     with contextlib.closing(rendering.Bars()) as bars:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llmq.storage.hidden_states import parts_of
 from llmq.text.picture_windows import PictureInputs
 
 BATCH = 4  # windows that run through a block at a time, where gradients or a head come with it
@@ -14,17 +15,19 @@ BATCH = 4  # windows that run through a block at a time, where gradients or a he
 
 @dataclass(frozen=True)
 class Batches:
-    """tokens: int64 `[n, T]`. size: windows in a batch. device: where they run. pictures: what is
-    read for a batch when it is asked for."""
+    """tokens: int64 `[n, T]`. sizes: windows in a batch, or in each. device: where they run.
+    pictures: what is read for a batch when it is asked for."""
 
     tokens: Tensor
-    size: int
+    sizes: int | Sequence[int]
     device: str = "cpu"
     pictures: PictureInputs | None = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(self.tokens), self.size):
-            yield self.of(range(start, min(start + self.size, len(self.tokens))))
+        start = 0
+        for size in parts_of(len(self.tokens), self.sizes):
+            yield self.of(range(start, start + size))
+            start += size
 
     def of(self, windows: Sequence[int]) -> dict[str, Tensor]:
         """The model's arguments for some windows, by name."""

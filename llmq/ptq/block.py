@@ -22,6 +22,7 @@ from llmq.ptq.layers import LayerReport, better_of, by_spec, n_rows, report_laye
 from llmq.ptq.memory import LARGE_BLOCK, release_freed_memory
 from llmq.ptq.methods.base import BlockTuning, Method, Needs, SolvedBlock
 from llmq.ptq.precision import Precision
+from llmq.ptq.ranks import ONE, Ranks
 from llmq.ptq.results import BlockReport, block_report
 from llmq.ptq.solver import SolverResult
 from llmq.ptq.stage import Stage, find_stages
@@ -39,7 +40,8 @@ class Setup:
     """What is the same for all blocks of a run. transforms: what comes before the method, with text
     alone. plans: of every linear layer. streams: None for methods without text. precision: what the
     full-precision stream and tuning are computed in. special: where tokens are special ones, bool
-    `[n_sequences, T]`, for tuning. token_weights: what tokens count, None where all count alike."""
+    `[n_sequences, T]`, for tuning. token_weights: what tokens count, None where all count alike.
+    ranks: the processes that share the work."""
 
     blocks: Blocks
     recipe: Recipe
@@ -50,6 +52,7 @@ class Setup:
     precision: Precision
     special: Tensor | None
     token_weights: TokenWeights | None = None
+    ranks: Ranks = ONE
 
     @property
     def needs(self) -> Needs:
@@ -67,6 +70,7 @@ class Setup:
             is_static,
             self.recipe.all_experts,
             self.token_weights,
+            self.ranks,
         )
 
     def targets(self, name: str) -> dict[str, QuantSpec]:
@@ -133,6 +137,15 @@ class _Part:
     stats: LayerStats | None
 
 
+@dataclass(frozen=True)
+class _Solved:
+    """What became of a layer."""
+
+    layer: str
+    result: SolverResult
+    report: LayerReport
+
+
 class _Rounded:
     """A block whose layers are quantized without text."""
 
@@ -152,13 +165,15 @@ class _Rounded:
     def solve(self) -> None:
         """Quantize all layers, leaving the quantized values in the module."""
         for layer in self.targets:
-            self._solve_groups([(InputGroup((layer,)), None)])
+            self._store(self._solve_groups([(InputGroup((layer,)), None)]))
 
     def run_as_stored(self) -> tuple[BlockReport, Tensor | None]:
         """The report, and the block's outputs on the first batch, where there is text."""
         return block_report(self.index, self.reports, None, None), None
 
-    def _solve_groups(self, groups: Sequence[tuple[InputGroup, LayerStats | None]]) -> None:
+    def _solve_groups(
+        self, groups: Sequence[tuple[InputGroup, LayerStats | None]]
+    ) -> list[_Solved]:
         """Solve groups of layers that do not depend on each other. Those of one shape and spec are
         handed to the method together."""
         parts = [
@@ -177,26 +192,33 @@ class _Rounded:
             stats = [parts[number].stats for number in numbers]
             found = self.setup.method.solve_many(weights, stats, spec, self.setup.recipe)
             solved.update(zip(numbers, found, strict=True))
+        taken = []
         for number, part in enumerate(parts):
             results = split(solved.pop(number), rows[number])
             for layer, result in zip(part.layers, results, strict=True):
-                self._take(layer, result, part.stats)
+                taken.append(self._taken(layer, result, part.stats))
+        return taken
 
     def _stacked(self, layers: Sequence[str]) -> Tensor:
         """Their weights, one below the other."""
         weights = [self._weight(layer) for layer in layers]
         return torch.cat(weights) if len(weights) > 1 else weights[0]
 
-    def _take(self, layer: str, result: SolverResult, stats: LayerStats | None) -> None:
-        """A layer's result, unless plain rounding is better."""
+    def _taken(self, layer: str, result: SolverResult, stats: LayerStats | None) -> _Solved:
+        """A layer's result, unless plain rounding is better, and its report."""
         original = self._weight(layer)
         result = better_of(result, original)
         if stats is not None and stats.ranges is not None:
             found = stats.ranges.range(self.setup.recipe.activation_range)
             result = replace(result, tensor=replace(result.tensor, input_range=found))
-        self.results[layer] = result
-        self.reports.append(report_layer(f"{self.name}.{layer}", original, result, stats))
-        original.copy_(result.tensor.dequantize())
+        return _Solved(layer, result, report_layer(f"{self.name}.{layer}", original, result, stats))
+
+    def _store(self, solved: Sequence[_Solved]) -> None:
+        """Have the block compute with these."""
+        for each in solved:
+            self.results[each.layer] = each.result
+            self.reports.append(each.report)
+            self._weight(each.layer).copy_(each.result.tensor.dequantize())
 
     def _weight(self, layer: str) -> Tensor:
         return linear_weight(self.module.get_submodule(layer))
@@ -273,17 +295,26 @@ class _Calibrated(_Rounded):
         return stages
 
     def _solve_stage(self, stage: Stage | ExpertsStage) -> None:
-        recording = self.setup.recording
-        for measured in stage.measure(recording, self.streams, self.module, self.index):
+        recording, ranks = self.setup.recording, self.setup.ranks
+        for runs in stage.measure(recording, self.streams, self.module, self.index):
             self.setup.release_freed_memory()
-            self._solve_groups(measured)
-            for _, stats in measured:  # several groups may share them
-                stats.forget_cross()
+            own = {}
+            for number, run in enumerate(runs):
+                if run.owner == ranks.rank:
+                    own[number] = self._solve_groups(run.groups)
+                    for _, stats in run.groups:  # several groups may share them
+                        if stats is not None:
+                            stats.forget_cross()
+            solved = {
+                number: part for parts in ranks.gathered(own) for number, part in parts.items()
+            }
+            for number in range(len(runs)):
+                self._store(solved[number])
 
-    def _take(self, layer: str, result: SolverResult, stats: LayerStats | None) -> None:
+    def _taken(self, layer: str, result: SolverResult, stats: LayerStats | None) -> _Solved:
         if self.setup.needs.tuning and stats is not None:
             self.untuned[layer] = self._weight(layer).clone(), stats
-        super()._take(layer, result, stats)
+        return super()._taken(layer, result, stats)
 
     def _tune(self) -> None:
         """Results, weights and the reports of layers become those of the tuned ones."""

@@ -157,11 +157,11 @@ class BlockCalls:
         return call
 
     def batches(
-        self, index: int, inputs: ActivationFile, size: int, device: str
+        self, index: int, inputs: ActivationFile, sizes: int | Sequence[int], device: str
     ) -> Iterator[tuple[BlockCall, Tensor]]:
-        """The calls of block `index` and its inputs on a device, `size` sequences at a time."""
+        """The calls of block `index` and its inputs on a device, so many sequences at a time."""
         call_of, start = self.of(index, inputs.dtype), 0
-        for hidden in inputs.batches(size):
+        for hidden in inputs.batches(sizes):
             yield call_of(range(start, start + len(hidden))), hidden.to(device)
             start += len(hidden)
 

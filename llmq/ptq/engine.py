@@ -32,11 +32,13 @@ from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.block_check import check_blocks
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.capture import BlockRecorder, CannotRunAloneError
+from llmq.ptq.leaves import Leaves
 from llmq.ptq.memory import map_large_tensors
 from llmq.ptq.methods import method_of, needs_text, split_name
 from llmq.ptq.methods.base import Needs
 from llmq.ptq.outside import as_stored
 from llmq.ptq.precision import Precision
+from llmq.ptq.ranks import ONE, Ranks
 from llmq.ptq.rebuild import Rebuild
 from llmq.ptq.results import BlockReport, BlockResult, EarlierRun, Sink
 from llmq.ptq.streams import Stream, Streams, batch_size
@@ -56,7 +58,8 @@ class Task:
     tokens: int64 `[n_sequences, T]`, or None for methods without text. precision: what the
     full-precision stream and block-wise tuning are computed in. special_ids: tokens whose positions
     tuning must not make worse, whatever it gains elsewhere. outside: embeddings and head as they
-    will be stored, where these are quantized. pictures: what the sequences hold beside tokens."""
+    will be stored, where these are quantized. pictures: what the sequences hold beside tokens.
+    ranks: the processes that share the work, each with all of this."""
 
     model: PreTrainedModel
     reader: WeightReader
@@ -68,6 +71,7 @@ class Task:
     special_ids: frozenset[int] = frozenset()
     outside: WeightReader | None = None
     pictures: PictureInputs | None = None
+    ranks: Ranks = ONE
 
 
 @torch.no_grad()
@@ -122,7 +126,7 @@ def prepare_setup(task: Task, work_dir: Path) -> Setup:
         weights = TokenWeights(work_dir / "token-weights")
     return Setup(
         *(blocks, task.recipe, method, transforms, task.plans, streams, task.precision),
-        *(special, weights),
+        *(special, weights, task.ranks),
     )
 
 
@@ -154,13 +158,20 @@ def _streams(task: Task, needs: Needs, n_blocks: int, work_dir: Path) -> Streams
         "quantized": n_blocks - 1,
         "full-precision": n_blocks if needs.tuning else n_blocks - 1,
     }
+    leaves = Leaves(
+        len(task.tokens),
+        batch_size(task.plans, task.tokens.shape[1]),
+        task.ranks.rank,
+        task.ranks.size,
+    )
+    own = leaves.sequences
     return Streams(
         names,
         {"quantized": torch.float32, "full-precision": task.precision.stream},
         last,
-        task.tokens,
+        task.tokens[own.start : own.stop],
         task.model.config.get_text_config().hidden_size,
-        batch_size(task.plans, task.tokens.shape[1]),
+        leaves,
         work_dir,
         task.device,
         task.pictures,

@@ -14,6 +14,7 @@ basis in every expert."""
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from llmq.models.experts import DOWN, GATE, UP, Expert, Routed, Sorted, UnfusedExperts
 from llmq.ptq.capture import Stop
 from llmq.ptq.groups import InputGroup, Measured, Recording
+from llmq.ptq.leaves import Leaves
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Streams
 from llmq.storage.hidden_states import ActivationFile
@@ -35,11 +37,13 @@ from llmq.storage.hidden_states import ActivationFile
 WAVE_BYTES = 512_000_000  # of statistics that grow side by side
 CHUNK_BYTES = 64_000_000  # of inputs, in float32
 GROWING = 4  # sums beside each other while a tree of them grows: see `LayerStats`
+SOLVED_TOGETHER = 8  # experts, by one process: another number in a solve may be other bits
 FEW_ROWS = 32  # an expert with fewer is measured on all tokens of its layer alone
 
 
 Groups = dict[int, InputGroup | None]  # of the experts of a wave, by number
-Whole = Callable[[int, InputGroup], LayerStats]  # an expert's statistics over all tokens
+# an expert's statistics over all tokens, for the process that owns them
+Whole = Callable[[int, InputGroup, int], LayerStats | None]
 
 
 def widest_input(expert: Expert) -> int:
@@ -60,18 +64,20 @@ def wave_size(k: int, *, both: bool) -> int:
 @dataclass
 class RoutedStream:
     """What enters a module of experts, for all tokens of a stream. index, choices: the routing by
-    chunk, which is as many batches as `CHUNK_BYTES` of inputs allow: the rows that an expert gets
-    of one batch are few, and adding them costs a pass over its statistics. shape: of the inputs of
-    one token `(S, K)`, known from the first batch on."""
+    chunk, which is as many batches of a leaf as `CHUNK_BYTES` of inputs allow: the rows that an
+    expert gets of one batch are few, and adding them costs a pass over its statistics. per_leaf:
+    how many chunks each leaf has. shape: of the inputs of one token `(S, K)`, known from the first
+    batch on."""
 
     index: list[Tensor] = field(default_factory=list)
+    per_leaf: list[int] = field(default_factory=list)
     # Found once: there are two passes over all chunks for every wave of experts.
     choices: list[Sorted] = field(default_factory=list)
     shape: tuple[int, int] = (0, 0)
 
     @contextmanager
     def recording(
-        self, module: nn.Module, file: RoutedFile, *, stop: bool = False
+        self, module: nn.Module, file: RoutedFile, leaves: Leaves, *, stop: bool = False
     ) -> Iterator[None]:
         """Keep what a module is called with. stop: end each call of the block there."""
         chosen: list[Tensor] = []
@@ -91,19 +97,25 @@ class RoutedStream:
 
             stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
             yield
-        self._gather(chosen)
+        self._gather(chosen, leaves, file.length)
 
-    def _gather(self, chosen: list[Tensor]) -> None:
+    def _gather(self, chosen: list[Tensor], leaves: Leaves, length: int) -> None:
         """Routing by batch to routing by chunk."""
-        n_bytes = 4 * len(chosen[0]) * self.shape[0] * self.shape[1]
+        n_bytes = 4 * leaves.batch_size * length * self.shape[0] * self.shape[1]
         step = max(1, CHUNK_BYTES // n_bytes)
-        chunks = [torch.cat(chosen[i : i + step]) for i in range(0, len(chosen), step)]
+        batches, chunks = iter(chosen), []
+        for leaf in leaves.batches:
+            own = list(itertools.islice(batches, len(leaf)))
+            parts = [torch.cat(own[i : i + step]) for i in range(0, len(own), step)]
+            self.per_leaf.append(len(parts))
+            chunks += parts
         self.choices = [Sorted.of(chunk) for chunk in chunks]
         self.index = [chunk.to("cpu", torch.int16) for chunk in chunks]
 
     def chunks(self, file: RoutedFile, streams: Streams) -> Iterator[Routed]:
         """What was recorded, chunk by chunk, in float32."""
-        rows = file.rows(self.shape).batches(len(self.index[0]) // file.length)
+        sizes = [len(index) // file.length for index in self.index]
+        rows = file.rows(self.shape).batches(sizes)
         for x, index, choices in zip(rows, self.index, self.choices, strict=True):
             inputs = x.to(streams.device, torch.float32).view(-1, *self.shape)
             yield Routed(inputs, index.to(streams.device, torch.int64), choices)
@@ -163,11 +175,11 @@ class ExpertsStage:
     def recording_exact(self, streams: Streams, block: nn.Module) -> AbstractContextManager[None]:
         """While the full-precision stream runs through the block: keep what enters."""
         module = block.get_submodule(self.name)
-        return self.exact.recording(module, self.file(streams, "exact"))
+        return self.exact.recording(module, self.file(streams, "exact"), streams.leaves)
 
     def measure(
         self, recording: Recording, streams: Streams, block: nn.Module, index: int
-    ) -> Iterator[Measured]:
+    ) -> Iterator[list[Measured]]:
         """One pass over the stream that ends where the experts begin; then, for some experts at a
         time, the statistics of the layers that read the inputs, and, once these are solved, of
         those behind them."""
@@ -221,16 +233,16 @@ class _Measuring:
         """Run the block up to the experts."""
         stream = self.recording.stream
         file = self.stage.file(self.streams, "own")
-        with self.quantized.recording(self.module, file, stop=True):
+        with self.quantized.recording(self.module, file, self.streams.leaves, stop=True):
             for call, hidden in self.streams.batches(index, stream):
                 with suppress(Stop):
                     call.run(self.block, hidden)
-        self.stage.coverage.n_tokens = self.streams.tokens.numel()
+        self.stage.coverage.n_tokens = self.streams.leaves.n_sequences * self.streams.length
 
-    def inputs(self, wave: list[int]) -> Measured:
+    def inputs(self, wave: list[int]) -> list[Measured]:
         """Statistics of the layers that read the module's inputs."""
         groups = {number: self.stage.group(number, (GATE, UP)) for number in wave}
-        stats = self._empty(groups)
+        stats, n_rows = self._empty(groups), dict.fromkeys(wave, 0)
         for x, y in self._pairs():
             for number, found in stats.items():
                 rows, exact = x.share(number), None
@@ -238,12 +250,11 @@ class _Measuring:
                     exact = _paired(rows.x, *_matches(rows.tokens, y, number))
                 _add(found, rows.x, exact)
             for number in wave:  # also of experts whose first layers are kept
-                n_rows = len(x.choices.expert(number)) if x.choices else 0
-                known = self.stage.coverage.n_rows
-                known[number] = known.get(number, 0) + n_rows
+                n_rows[number] += len(x.choices.expert(number)) if x.choices else 0
+        self.stage.coverage.n_rows |= self._of_all(n_rows)
         return self._finished(groups, stats, self._whole_inputs)
 
-    def inner(self, originals: dict[int, Expert]) -> Measured:
+    def inner(self, originals: dict[int, Expert]) -> list[Measured]:
         """Statistics of the layers behind them, which read what the solved ones give."""
         groups = {number: self.stage.group(number, (DOWN,)) for number in originals}
         stats = self._empty(groups)
@@ -257,8 +268,8 @@ class _Measuring:
                     exact = _paired(inner, places, values)
                 _add(found, inner, exact)
 
-        def whole(number: int, group: InputGroup) -> LayerStats:
-            return self._whole_inner(number, group, originals[number])
+        def whole(number: int, group: InputGroup, owner: int) -> LayerStats | None:
+            return self._whole_inner(number, group, originals[number], owner)
 
         return self._finished(groups, stats, whole)
 
@@ -268,38 +279,71 @@ class _Measuring:
         }
 
     def _of_group(self, group: InputGroup) -> LayerStats:
-        return self.recording.empty(self.streams, self.block, group, len(self.quantized.index))
+        return self.recording.empty(self.streams, self.block, group, self.quantized.per_leaf)
 
-    def _finished(self, groups: Groups, stats: dict[int, LayerStats], whole: Whole) -> Measured:
-        """The statistics of each expert, with those over all tokens where it has few rows."""
-        coverage, measured = self.stage.coverage, []
-        for number, own in stats.items():
-            found, group = own.finish(), groups[number]
-            assert group is not None
-            n_rows, enough = found.n_tokens, found.k / 2
-            if self.recording.all_experts:
-                found = whole(number, group)
-            elif n_rows < FEW_ROWS:
-                found = whole(number, group)
-                _note(coverage.borrowed, number)
-            elif n_rows < enough:
-                found = found.blend(whole(number, group), n_rows / (n_rows + enough))
-                _note(coverage.blended, number)
-            measured.append((group, found))
+    def _of_all(self, counts: dict[int, int]) -> dict[int, int]:
+        """Sums over all processes."""
+        everyones = self.recording.ranks.gathered(counts)
+        return {number: sum(own[number] for own in everyones) for number in counts}
+
+    def _finished(
+        self, groups: Groups, stats: dict[int, LayerStats], whole: Whole
+    ) -> list[Measured]:
+        """The statistics of each expert, with those over all tokens where it has few rows. Experts
+        of equal shapes cost the same, so the processes share them evenly."""
+        n_rows = self._of_all({number: own.n_tokens for number, own in stats.items()})
+        measured, numbers = [], list(stats)
+        for count, start in enumerate(range(0, len(numbers), SOLVED_TOGETHER)):
+            run = Measured(count % self.recording.ranks.size, [])
+            for number in numbers[start : start + SOLVED_TOGETHER]:
+                group = groups[number]
+                assert group is not None
+                own = stats.pop(number)
+                found = self._with_others(number, group, own, n_rows[number], whole, run.owner)
+                run.groups.append((group, found))
+            measured.append(run)
         return measured
 
-    def _whole_inputs(self, number: int, group: InputGroup) -> LayerStats:
-        empty = self._of_group(group)
-        if empty.projection is None and self.whole is not None:
-            return copy.copy(self.whole)
-        for x, y in self._pairs():
-            _add(empty, x.rows, None if y is None else _same_choices(x, y))
-        found = empty.finish()
-        if empty.projection is None:
-            self.whole = copy.copy(found)
-        return found
+    def _with_others(
+        self,
+        number: int,
+        group: InputGroup,
+        own: LayerStats,
+        n_rows: int,
+        whole: Whole,
+        owner: int,
+    ) -> LayerStats | None:
+        """An expert's statistics by how many rows it has."""
+        coverage, enough = self.stage.coverage, own.k / 2
+        if self.recording.all_experts:
+            return whole(number, group, owner)
+        if n_rows < FEW_ROWS:
+            _note(coverage.borrowed, number)
+            return whole(number, group, owner)
+        found = self.recording.finished(own, owner)
+        if n_rows >= enough:
+            return found
+        _note(coverage.blended, number)
+        others = whole(number, group, owner)
+        if found is None or others is None:
+            return None
+        return found.blend(others, n_rows / (n_rows + enough))
 
-    def _whole_inner(self, number: int, group: InputGroup, original: Expert) -> LayerStats:
+    def _whole_inputs(self, number: int, group: InputGroup, owner: int) -> LayerStats | None:
+        empty, ranks = self._of_group(group), self.recording.ranks
+        is_shared = empty.projection is None
+        if not is_shared or self.whole is None:
+            for x, y in self._pairs():
+                _add(empty, x.rows, None if y is None else _same_choices(x, y))
+            if not is_shared:
+                return self.recording.finished(empty, owner)
+            found = self.recording.finished(empty, 0)
+            self.whole = ranks.broadcast(found)
+        return copy.copy(self.whole) if ranks.rank == owner else None
+
+    def _whole_inner(
+        self, number: int, group: InputGroup, original: Expert, owner: int
+    ) -> LayerStats | None:
         found = self._of_group(group)
         for x, y in self._pairs():
             inner = self.module.inner(self.module.expert(number), x.rows)
@@ -307,7 +351,7 @@ class _Measuring:
             if y is not None:
                 exact = self.module.inner(original, _same_choices(x, y))
             _add(found, inner, exact)
-        return found.finish()
+        return self.recording.finished(found, owner)
 
     def _pairs(self) -> Iterator[tuple[Routed, Routed | None]]:
         """What enters in both streams, chunk by chunk."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from llmq.activations.ranges import RangeObserver
 from llmq.models.arch import linear_weight
+from llmq.ptq.ranks import ONE, Ranks
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Stream, Streams, narrows
 from llmq.ptq.token_weights import TokenWeights
@@ -30,13 +31,15 @@ class InputGroup:
 class Recording:
     """How a stage is measured. stream: on which hidden states. both: against the rows that the
     full-precision model has there. ranges: of activations, too. all_experts: experts on all tokens
-    of their layer. token_weights: what tokens count, None where all count alike."""
+    of their layer. token_weights: what tokens count, None where all count alike. ranks: who
+    measures."""
 
     stream: Stream
     both: bool
     ranges: bool
     all_experts: bool = False
     token_weights: TokenWeights | None = None
+    ranks: Ranks = ONE
 
     def weights_of(
         self, streams: Streams, index: int, group: InputGroup
@@ -45,14 +48,18 @@ class Recording:
         if self.token_weights is None:
             return itertools.repeat(None)
         weights = self.token_weights.of(index, group.layers)
-        return iter(weights.to(streams.device).split(streams.batch_size))
+        return iter(weights.to(streams.device).split(streams.leaves.sizes))
 
     def empty(
-        self, streams: Streams, block: nn.Module, group: InputGroup, n_chunks: int | None = None
+        self,
+        streams: Streams,
+        block: nn.Module,
+        group: InputGroup,
+        chunks: Sequence[int] | None = None,
     ) -> LayerStats:
         """Statistics without rows. What is to be added of the full-precision model are its inputs,
-        or the outputs of a single layer that narrows. n_chunks: that will be added, None for a
-        batch each."""
+        or the outputs of a single layer that narrows. chunks: that will be added of each leaf,
+        None for one of every batch."""
         weight = linear_weight(block.get_submodule(group.first))
         return LayerStats(
             weight.shape[1],
@@ -60,9 +67,19 @@ class Recording:
             cross=self.both,
             projection=weight if self.both and narrows(block, group.layers) else None,
             ranges=RangeObserver() if self.ranges else None,
-            n_chunks=n_chunks or streams.n_batches,
+            chunks=chunks or [len(leaf) for leaf in streams.leaves.batches],
         )
 
+    def finished(self, stats: LayerStats, owner: int) -> LayerStats | None:
+        """The statistics over the text of all processes, for the one that owns them."""
+        stats.gather(self.ranks, owner)
+        return stats.finish() if self.ranks.rank == owner else None
 
-Measured = list[tuple[InputGroup, LayerStats]]
-"""Groups that were measured and can be solved side by side."""
+
+@dataclass(frozen=True)
+class Measured:
+    """Groups that were measured and can be solved side by side, and the process that does it.
+    groups: with their statistics, which the others have none of."""
+
+    owner: int
+    groups: list[tuple[InputGroup, LayerStats | None]]

@@ -65,7 +65,8 @@ class Rebuild:
             before = _recorded(streams, index + 1)
             yield index
             is_redone = index < first_block
-            if is_redone and index + 1 < n_blocks and _recorded(streams, index + 1) != before:
+            is_other = _recorded(streams, index + 1) != before
+            if is_redone and index + 1 < n_blocks and self.setup.ranks.any(is_other):
                 _warn(
                     f"block {index}, done again, does not give the outputs that it gave: the "
                     "finished blocks behind it are done again, too"
@@ -81,7 +82,8 @@ class Rebuild:
         """The last block up to `index` whose inputs are there as they were sealed; `lowest` - 1 for
         none."""
         for candidate in range(index, lowest - 1, -1):
-            if all(streams.inputs_of(candidate, stream).is_sound for stream in streams.names):
+            sound = all(streams.inputs_of(candidate, stream).is_sound for stream in streams.names)
+            if self.setup.ranks.all(sound):
                 return candidate
         return lowest - 1
 

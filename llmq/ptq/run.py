@@ -29,11 +29,14 @@ from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.budget import disk_bytes
 from llmq.ptq.copied import places_of_others
 from llmq.ptq.engine import OnStep, Task, quantize_blocks
+from llmq.ptq.followers import Follower, SharedBlocks, check_shared, earlier_run, own_folder
 from llmq.ptq.held_out import measure
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.outside import OutsideReader, quantize_table, report_table
 from llmq.ptq.pair import Pair
+from llmq.ptq.ranks import Ranks
+from llmq.ptq.ranks import started as processes
 from llmq.ptq.report import build_report, outside_of_blocks
 from llmq.ptq.results import BlockReport, EarlierRun
 from llmq.ptq.scale_run import ScaleRun
@@ -43,7 +46,7 @@ from llmq.storage import files
 from llmq.storage.attempt import kept_for_later
 from llmq.storage.boundary import running
 from llmq.storage.partial_checkpoint import PartialCheckpoint
-from llmq.storage.workspace import check_output
+from llmq.storage.workspace import check_output, work_dir_of
 
 MAX_FALLBACK_SHARE = 0.05
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -111,6 +114,11 @@ def quantize_folder(
     on_start: told how many blocks are finished already, of how many. on_step: the same of what is
     done before and after all blocks, by its name. Raises `LlmqError` for bad input (nothing is left
     behind), `VerificationError` when the result fails its checks."""
+    ranks = processes()
+    check_shared(job, ranks)
+    if not ranks.is_first:
+        _follow(job, out_dir, device, ranks)
+        return {}
     check_output(out_dir, overwrite)
     started = time.monotonic() if attempt.started is None else attempt.started
     prefix, blocks = find_blocks(job.model)
@@ -124,16 +132,18 @@ def quantize_folder(
         first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
             files.check_space(partial.work_dir, disk_bytes(job) + attempt.later_bytes)
+        ranks.check_same(identity(job, device))
         on_start(first_block - len(damaged), len(blocks))
         outside = None
         if job.outside:  # first, for the blocks are measured behind the embeddings that are stored
             _write_outside(job, partial, reader, prefix)
-            outside = OutsideReader(reader, lambda: sink.read_block(partial.outside).quantized)
+            shared = SharedBlocks(ranks, sink)
+            outside = OutsideReader(reader, lambda: shared.read_block(partial.outside).quantized)
         running(job.source.folder)(quantize_blocks)(
-            _task(job, reader, device, outside),
+            _task(job, reader, device, outside, ranks),
             sink,
-            partial.work_dir,
-            earlier=EarlierRun(sink, first_block, damaged),
+            own_folder(ranks, partial.work_dir) if ranks.are_many else partial.work_dir,
+            earlier=earlier_run(ranks, EarlierRun(sink, first_block, damaged)),
             on_block=on_block,
             on_step=on_step,
         )
@@ -144,6 +154,7 @@ def quantize_folder(
         if job.recipe.scale_steps:
             trained = scale_run.run(lambda done, total: on_step("scales", done, total))
         measured: dict[str, Any] = {
+            "processes": ranks.size,
             "scale_tuning": trained,
             "held_out": _held_out(job, sink, partial, device),
         }
@@ -162,6 +173,25 @@ def quantize_folder(
     return report
 
 
+def _follow(job: Job, out_dir: Path, device: str, ranks: Ranks) -> None:
+    """The part of a process behind the first one: all of the work, and nothing of the output."""
+    reader = CheckpointReader(job.model, job.source.tensors, job.source.files)
+    ranks.check_same(identity(job, device))
+    n_blocks = len(find_blocks(job.model)[1])
+    outside = None
+    if job.outside:
+        shared = SharedBlocks(ranks, None)
+        outside = OutsideReader(reader, lambda: shared.read_block(n_blocks).quantized)
+    work_dir = own_folder(ranks, work_dir_of(files.real_path(out_dir)))
+    running(job.source.folder)(quantize_blocks)(
+        _task(job, reader, device, outside, ranks),
+        Follower(),
+        work_dir,
+        earlier=earlier_run(ranks, None),
+    )
+    files.remove(work_dir)
+
+
 def _forget_other_weights(partial: PartialCheckpoint, reader: CheckpointReader) -> None:
     """Start over where the source holds other weights than those that blocks were made of."""
     if not all(map(reader.is_still, partial.sources())):
@@ -171,7 +201,13 @@ def _forget_other_weights(partial: PartialCheckpoint, reader: CheckpointReader) 
         )
 
 
-def _task(job: Job, reader: CheckpointReader, device: str, outside: OutsideReader | None) -> Task:
+def _task(
+    job: Job,
+    reader: CheckpointReader,
+    device: str,
+    outside: OutsideReader | None,
+    ranks: Ranks,
+) -> Task:
     """What the blocks of a job are quantized by. outside: what is stored in place of embeddings."""
     tokens = job.tokens
     return Task(
@@ -185,6 +221,7 @@ def _task(job: Job, reader: CheckpointReader, device: str, outside: OutsideReade
         _special_ids(job),
         outside,
         None if tokens is None else tokens.pictures,
+        ranks,
     )
 
 

@@ -34,6 +34,7 @@ from llmq.ptq.blocks import Blocks
 from llmq.ptq.costs import Cost
 from llmq.ptq.expert_costs import costs_of_others, layers_to_measure, pool_of
 from llmq.ptq.gradients import Backward, BlockGradients
+from llmq.ptq.leaves import leaves_of
 from llmq.ptq.methods import method_of
 from llmq.ptq.scales import fitting_spec
 from llmq.ptq.stats import LayerStats
@@ -192,7 +193,7 @@ def errors_of(weight: Tensor, stats: LayerStats, spec: QuantSpec, recipe: Recipe
 
 def _statistics(inputs: Sequence[ActivationFile], device: torch.device) -> LayerStats:
     n_chunks = sum(-(-file.n_sequences // _batch(file)) for file in inputs)
-    stats = LayerStats(inputs[0].width, device, n_chunks=n_chunks)
+    stats = LayerStats(inputs[0].width, device, chunks=leaves_of(n_chunks))
     for file in inputs:
         for x in file.batches(_batch(file)):
             stats.add(x.to(device))

@@ -41,12 +41,12 @@ class Stage:
 
     def measure(
         self, recording: Recording, streams: Streams, block: nn.Module, index: int
-    ) -> Iterator[Measured]:
+    ) -> Iterator[list[Measured]]:
         """One pass over the stream that ends at the stage's last layer, and the statistics of each
-        group."""
+        group. Processes take turns as owners."""
         stats = {group: recording.empty(streams, block, group) for group in self.groups}
         exact = {
-            group: streams.exact_rows(block, group.layers).batches(streams.batch_size)
+            group: streams.exact_rows(block, group.layers).batches(streams.leaves.sizes)
             if recording.both
             else itertools.repeat(None)
             for group in self.groups
@@ -62,7 +62,8 @@ class Stage:
                 stats[group].add(x, y, next(weights[group]))
         for group in self.groups:
             streams.exact_rows(block, group.layers).recycle()
-            yield [(group, stats[group].finish())]
+            owner = index % recording.ranks.size
+            yield [Measured(owner, [(group, recording.finished(stats[group], owner))])]
 
     def _as_moved(self, block: nn.Module, group: InputGroup, rows: Tensor) -> Tensor:
         """What the group's rows would be in the transformed full-precision model: its inputs, or

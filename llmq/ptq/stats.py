@@ -4,12 +4,15 @@ by all layers that read the same input."""
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmq.activations.ranges import RangeObserver
+from llmq.ptq.ranks import Ranks
 from llmq.ptq.threads import total
 
 
@@ -19,12 +22,9 @@ def block_columns(k: int) -> int:
     return min(256, max(128, k // 8))
 
 
-N_BRANCHES = 8  # of the tree of sums: what up to eight processes can each take whole parts of
-
-
 @dataclass
 class _Moments:
-    """Means over some rows: what is summed of one branch, or of several. hessian: float32 `[K, K]`,
+    """Means over some rows: what is summed of one leaf, or of several. hessian: float32 `[K, K]`,
     on and below the diagonal. cross: `[K or N, K]`. exact_energy: of the projected rows."""
 
     hessian: Tensor
@@ -48,7 +48,7 @@ class _Moments:
         self.n_tokens = n_total
 
     def merge(self, other: _Moments) -> None:
-        """Take the rows of another branch."""
+        """Take the rows of what comes next in the tree."""
         n_total = self.n_tokens + other.n_tokens
         if n_total == 0:
             return
@@ -77,9 +77,8 @@ class LayerStats:
     cases sum y x^T is accumulated and H subtracted once at the end. The difference is some percent
     of either, float32 holds each to 1e-6, and no batch of differences has to be computed.
 
-    The sum is a tree that the number of chunks alone decides: `n_chunks` of them are shared out
-    over eight branches, one after the other inside a branch, and branches are merged in pairs. At
-    most three finished ones wait beside the one that grows."""
+    The sum is the tree of `llmq.ptq.leaves`: so many `chunks` belong to each leaf, one after the
+    other, and leaves are merged in pairs. At most three parts wait beside the leaf that grows."""
 
     def __init__(
         self,
@@ -89,15 +88,15 @@ class LayerStats:
         cross: bool = False,
         projection: Tensor | None = None,
         ranges: RangeObserver | None = None,
-        n_chunks: int = 1,
+        chunks: Sequence[int] = (1,),
     ) -> None:
         self.k, self.device = k, device
-        self.has_cross, self.n_chunks = cross, n_chunks
+        self.has_cross = cross
+        self._stops = list(itertools.accumulate(chunks))[:-1]  # of the leaves but the last
         self.projection = None if projection is None else projection.float()
         self.ranges = ranges
         self.n_dropped = 0
         self._n_added = 0
-        self._branch = 0
         self._moments = self._empty()
         self._waiting: list[tuple[int, _Moments]] = []  # height in the tree, means
         self.hessian, self.cross = self._moments.hessian, self._moments.cross
@@ -117,11 +116,9 @@ class LayerStats:
         """Add a chunk of inputs `[..., K]`, and `[..., K or N]` of the full-precision model.
         weights: `[...]`, what the squared error of each row counts, 1 on average. Means, not sums:
         262,144 tokens of magnitude 100 would not fit the 24 bits of a float32 sum."""
-        n_branches = min(N_BRANCHES, self.n_chunks)
-        branch = min(self._n_added * n_branches // self.n_chunks, n_branches - 1)
-        if branch != self._branch:
-            self._close_branch()
-            self._branch = branch
+        while self._stops and self._n_added == self._stops[0]:
+            self._close_leaf()
+            del self._stops[0]
         self._n_added += 1
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
         exact = (
@@ -145,12 +142,46 @@ class LayerStats:
             rows, exact = rows * factors, exact * factors
         self._moments.add(rows, exact, self.projection is not None)
 
-    def finish(self) -> LayerStats:
-        """Complete H above its diagonal and C, once all inputs are added."""
+    def gather(self, ranks: Ranks, owner: int) -> None:
+        """Merge the parts of the tree that other processes have, once all inputs are added. What
+        comes of it is with the owner alone; what the others have left is of no use."""
+        self._close_tree()
+        self.n_dropped = sum(ranks.gathered(self.n_dropped))
+        width = 1
+        while width < ranks.size:
+            left = ranks.rank // (2 * width) * 2 * width
+            one, other = _place(owner, left, width), _place(owner, left + width, width)
+            if ranks.rank in (one, other):
+                self._meet(ranks, one, other, _place(owner, left, 2 * width))
+            width *= 2
+
+    def _meet(self, ranks: Ranks, left: int, right: int, target: int) -> None:
+        """Merge what two processes have, of which one is the target."""
+        source = right if target == left else left
+        own = self._moments
+        tensors = [own.hessian, *([] if own.cross is None else [own.cross])]
+        counts = torch.tensor([own.exact_energy, own.n_tokens], dtype=torch.float64)
+        if ranks.rank == source:
+            for tensor in (*tensors, counts):
+                ranks.send(tensor, target)
+            return
+        found = [ranks.receive(tensor, source) for tensor in tensors]
+        energy, n_tokens = ranks.receive(counts, source).tolist()
+        cross = found[1] if len(found) > 1 else None
+        other = _Moments(found[0], cross, energy, int(n_tokens))
+        first, second = (own, other) if target == left else (other, own)
+        first.merge(second)
+        self._moments = first
+
+    def _close_tree(self) -> None:
         while self._waiting:
             _, earlier = self._waiting.pop()
             earlier.merge(self._moments)
             self._moments = earlier
+
+    def finish(self) -> LayerStats:
+        """Complete H above its diagonal and C, once all inputs are added."""
+        self._close_tree()
         hessian = self.hessian = self._moments.hessian
         self.cross, self.exact_energy = self._moments.cross, self._moments.exact_energy
         step = block_columns(self.k)
@@ -181,8 +212,8 @@ class LayerStats:
             cross = torch.zeros(n, self.k, dtype=torch.float32, device=self.device)
         return _Moments(torch.zeros(self.k, self.k, dtype=torch.float32, device=self.device), cross)
 
-    def _close_branch(self) -> None:
-        """Put the grown branch into the tree, whose equal heights are merged at once."""
+    def _close_leaf(self) -> None:
+        """Put the grown leaf into the tree, whose equal heights are merged at once."""
         height, grown = 0, self._moments
         while self._waiting and self._waiting[-1][0] == height:
             _, earlier = self._waiting.pop()
@@ -209,6 +240,11 @@ class LayerStats:
         K]`: these rows of the layer's."""
         assert self.cross is not None
         return weight @ self.cross if self.projection is None else self.cross[rows]
+
+
+def _place(owner: int, first: int, width: int) -> int:
+    """Which of so many processes from the first on has what they have together."""
+    return owner if first <= owner < first + width else first
 
 
 def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from llmq.models.arch import linear_weight
 from llmq.ptq.batches import Batches
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.capture import BlockCall, run_and_record
+from llmq.ptq.leaves import Leaves
 from llmq.recipe import LayerPlan
 from llmq.storage.hidden_states import ActivationFile
 from llmq.text.picture_windows import PictureInputs
@@ -39,16 +40,17 @@ def batch_size(plans: list[LayerPlan], length: int) -> int:
 @dataclass
 class Streams:
     """names: the streams that are needed. dtypes: what each is kept in. last: the last block by
-    stream whose inputs are needed. tokens: int64 `[n_sequences, T]`. width: of hidden states.
-    batch_size: sequences that run through a block at a time. pictures: what the sequences hold
-    beside tokens. calls: the other arguments of every block, once they are recorded."""
+    stream whose inputs are needed. tokens: int64 `[n_sequences, T]`, those of this process. width:
+    of hidden states. leaves: which of them run through a block together. pictures: what the
+    sequences hold beside tokens. calls: the other arguments of every block, once they are
+    recorded."""
 
     names: list[Stream]
     dtypes: dict[Stream, torch.dtype]
     last: dict[Stream, int]
     tokens: Tensor
     width: int
-    batch_size: int
+    leaves: Leaves
     work_dir: Path
     device: str
     pictures: PictureInputs | None = None
@@ -61,11 +63,7 @@ class Streams:
     @property
     def model_inputs(self) -> Batches:
         """What the model takes for all sequences."""
-        return Batches(self.tokens, self.batch_size, self.device, self.pictures)
-
-    @property
-    def n_batches(self) -> int:
-        return -(-len(self.tokens) // self.batch_size)
+        return Batches(self.tokens, self.leaves.sizes, self.device, self.pictures)
 
     def inputs_of(self, index: int, stream: Stream = "quantized") -> ActivationFile:
         """The file of the inputs of block `index`."""
@@ -76,7 +74,7 @@ class Streams:
         """The calls of block `index` and their hidden states, in order."""
         assert self.calls is not None
         inputs = self.inputs_of(index, stream)
-        return self.calls.batches(index, inputs, self.batch_size, self.device)
+        return self.calls.batches(index, inputs, self.leaves.sizes, self.device)
 
     def exact_rows(self, block: nn.Module, group: Sequence[str]) -> ActivationFile:
         """The file of a group's inputs in the full-precision model, or of its only layer's outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, LostProcessError
 from llmq.storage import files
 from llmq.storage.stamps import SourceChangedError
 from llmq.storage.workspace import Workspace
@@ -17,7 +17,7 @@ def kept_for_later(work: Workspace, is_same: Callable[[], bool] = lambda: False)
     whether the source still holds what was read of it, though its files were touched."""
     try:
         yield
-    except files.DamagedError:
+    except (files.DamagedError, LostProcessError):
         work.close()
         raise
     except SourceChangedError as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -44,16 +44,13 @@ class ActivationFile:
     def n_sequences(self) -> int:
         return self.path.stat().st_size // self.sequence_bytes
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Tensors `[<= batch_size, length, width]`, in order."""
+    def batches(self, sizes: int | Iterable[int]) -> Iterator[Tensor]:
+        """Tensors `[n, length, width]`, in order: of so many sequences, the last of what is left,
+        or one for each of the sizes."""
         with self.path.open("rb", buffering=0) as file:
-            remaining = self.n_sequences
-            while remaining:
-                batch = torch.empty(
-                    min(batch_size, remaining), self.length, self.width, dtype=self.dtype
-                )
+            for size in parts_of(self.n_sequences, sizes):
+                batch = torch.empty(size, self.length, self.width, dtype=self.dtype)
                 self._fill(file, batch)
-                remaining -= len(batch)
                 yield batch
 
     def sequences(self, indices: Sequence[int]) -> Tensor:
@@ -115,6 +112,15 @@ class ActivationFile:
         written over them, which takes half the time of new ones."""
         if files.is_plain_file(self.path):
             self.path.replace((successor or self)._partial)
+
+
+def parts_of(n: int, sizes: int | Iterable[int]) -> Iterator[int]:
+    """How n things are taken, so many at a time or by these sizes."""
+    if not isinstance(sizes, int):
+        yield from sizes
+        return
+    for start in range(0, n, sizes):
+        yield min(sizes, n - start)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -6,8 +6,9 @@ import torch
 
 from llmq.activations.ranges import RangeObserver
 from llmq.grid.spec import QuantSpec
+from llmq.ptq.leaves import N_LEAVES, leaves_of
 from llmq.ptq.methods.gptq import gptq
-from llmq.ptq.stats import N_BRANCHES, LayerStats, _Moments, output_error
+from llmq.ptq.stats import LayerStats, _Moments, output_error
 
 
 def test_hessian_is_a_running_mean_and_drops_rows_that_are_not_finite():
@@ -73,11 +74,11 @@ def test_the_tree_is_that_of_the_number_of_chunks(n_chunks):
         (torch.randn(3 + i % 4, k, generator=generator), torch.randn(3 + i % 4, k))
         for i in range(n_chunks)
     ]
-    stats = LayerStats(k, cross=True, n_chunks=n_chunks)
+    stats = LayerStats(k, cross=True, chunks=leaves_of(n_chunks))
     for x, y in chunks:
         stats.add(x, y)
     assert stats.n_tokens == sum(len(x) for x, _ in chunks)
-    per_branch = max(1, n_chunks // N_BRANCHES)
+    per_branch = max(1, n_chunks // N_LEAVES)
     branches = [
         moments(k, chunks[start : start + per_branch]) for start in range(0, n_chunks, per_branch)
     ]
@@ -91,7 +92,7 @@ def test_the_tree_is_that_of_the_number_of_chunks(n_chunks):
 
 
 def test_few_branches_are_alive_at_a_time():
-    stats, most = LayerStats(8, n_chunks=64), 0
+    stats, most = LayerStats(8, chunks=leaves_of(64)), 0
     for _ in range(64):
         stats.add(torch.randn(4, 8))
         most = max(most, len(stats._waiting))
@@ -105,7 +106,7 @@ def test_any_number_of_threads_gives_the_same_bits():
     results, before = [], torch.get_num_threads()
     for n_threads in (1, 2, 3):
         torch.set_num_threads(n_threads)
-        stats = LayerStats(640, cross=True, n_chunks=16)
+        stats = LayerStats(640, cross=True, chunks=leaves_of(16))
         for chunk in x:
             stats.add(chunk, chunk.roll(1, 0))
         result = gptq(weight, stats.finish(), QuantSpec.parse("w3g64-asym"))
@@ -122,8 +123,8 @@ def test_a_weight_of_two_is_a_row_twice():
     x, y = torch.randn(2, 6, 4, 8, generator=generator)
     weights = torch.ones(6, 4)
     weights[1], weights[3] = 2, 0
-    weighted = LayerStats(8, cross=True, n_chunks=6)
-    repeated = LayerStats(8, cross=True, n_chunks=6)
+    weighted = LayerStats(8, cross=True, chunks=leaves_of(6))
+    repeated = LayerStats(8, cross=True, chunks=leaves_of(6))
     for index in range(6):
         weighted.add(x[index], y[index], weights[index])
         for _ in range(int(weights[index, 0])):

@@ -1,0 +1,128 @@
+"""Processes that quantize one model together, each with its share of the calibration text.
+
+torchrun (or `accelerate launch`) starts them and ends all when one dies; torch.distributed carries
+what they tell each other, over gloo: what travels is sums, packed weights and a few numbers. Every
+process takes the same way through the program, so that whoever sends meets whoever waits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmq.errors import LlmqError, LostProcessError
+from llmq.messages import brief
+from llmq.ptq.leaves import N_LEAVES
+
+T = TypeVar("T")
+# The launcher ends processes whose neighbour died; what waits longer waits for a slow one.
+PATIENCE = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes as one of them sees them: number `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and reports."""
+        return self.rank == 0
+
+    @property
+    def are_many(self) -> bool:
+        return self.size > 1
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """The value that process `source` has."""
+        if not self.are_many:
+            return value
+        box = [value if self.rank == source else None]
+        with self._meeting():
+            dist.broadcast_object_list(box, source)
+        found: T = box[0]  # type: ignore[assignment]
+        return found
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes, in their order."""
+        if not self.are_many:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._meeting():
+            dist.all_gather_object(found, value)
+        return found
+
+    def all(self, value: bool) -> bool:
+        return all(self.gathered(value))
+
+    def any(self, value: bool) -> bool:
+        return any(self.gathered(value))
+
+    def send(self, tensor: Tensor, target: int) -> None:
+        with self._meeting():
+            dist.send(tensor.cpu().contiguous(), target)
+
+    def receive(self, like: Tensor, source: int) -> Tensor:
+        """A tensor of the shape, dtype and device of another."""
+        found = torch.empty_like(like, device="cpu")
+        with self._meeting():
+            dist.recv(found, source)
+        return found.to(like.device)
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Raise `LostProcessError` where the others are not there any more."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostProcessError(
+                f"process {self.rank} of {self.size} cannot reach another one ({brief(error)}): "
+                "the launcher says which one ended first, and why; repeat the command to go on "
+                "from what is finished"
+            ) from error
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raise `LlmqError` that names the process and the value in which it differs from the
+        first one."""
+        everyones = self.gathered(values)
+        for rank, theirs in enumerate(everyones):
+            for name, value in everyones[0].items():
+                if theirs.get(name) != value:
+                    raise LlmqError(
+                        f"process {rank} of {self.size} has another {name} than process 0 "
+                        f"({theirs.get(name)} there, {value} here); give all of them the same "
+                        "command, software and files"
+                    )
+
+
+ONE = Ranks()
+
+
+def started() -> Ranks:
+    """The processes of this run, once they have found each other; one where no launcher started
+    it. Raises `LlmqError` for a number that the leaves cannot be shared among."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ONE
+    if N_LEAVES % size:
+        raise LlmqError(
+            f"{size} processes: expected 1, 2, 4 or 8, which take equal shares of the calibration "
+            "text"
+        )
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    return Ranks(dist.get_rank(), size)
+
+
+def together(ranks: Ranks, action: Callable[[], T], source: int = 0) -> T:
+    """What an action gives in process `source`, which alone runs it, for all."""
+    return ranks.broadcast(action() if ranks.rank == source else None, source)  # type: ignore[return-value]

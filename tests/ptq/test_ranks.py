@@ -1,0 +1,135 @@
+"""One model quantized by several processes: the bytes of one, and nothing lost when one dies."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import cache
+
+import pytest
+
+from llmq.commands.cli import main
+from llmq.ptq.ranks import Ranks
+from llmq.storage.files import digest
+
+_KILLER = """
+import os, signal, sys
+from llmq.ptq import engine
+original, (rank, block) = engine._run_block, map(int, sys.argv[1:3])
+def killing(setup, sink, index):
+    if (setup.ranks.rank, index) == (rank, block):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(setup, sink, index)
+engine._run_block = killing
+from llmq.commands.cli import main
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def launched(n, *command, program=("-m", "llmq"), timeout=240):
+    """What `torchrun` made of a command on n processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, f"--nproc-per-node={n}", *program, *command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture
+def command(model_folder, calibration_file):
+    """A function: the command line that quantizes a model of a kind into a folder."""
+    folder_of = cache(lambda kind: model_folder(kind, kind))
+
+    def make(kind, out):
+        text = ["--calibration", str(calibration_file), "--samples", "21"]
+        grid = ["--bits", "3", "--group-size", "32", "--asymmetric", "--sequence-length", "32"]
+        return ["quantize", str(folder_of(kind)), str(out), *text, *grid]
+
+    return make
+
+
+CASES = [("mixtral", 2)]  # its attention is that of dense models
+MANY = [(kind, n) for kind in ("llama", "mixtral", "qwen3_moe", "gpt_oss") for n in (2, 4, 8)]
+
+
+def checked(command, kind, n, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert main(command(kind, one)) == 0
+    done = launched(n, *command(kind, many), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["processes"] == n
+    assert digest(one / "model.safetensors") == digest(many / "model.safetensors")
+    alone = json.loads((one / "report.json").read_text())
+    assert alone["processes"] == 1
+    assert report["layers"] == alone["layers"]
+    assert report["experts"] == alone["experts"]
+    assert not list(tmp_path.glob(".many*"))
+
+
+@pytest.mark.parametrize(("kind", "n"), CASES)
+def test_many_processes_give_the_bytes_of_one(kind, n, command, tmp_path):
+    checked(command, kind, n, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "n"), [case for case in MANY if case not in CASES])
+def test_any_number_of_processes(kind, n, command, tmp_path):
+    checked(command, kind, n, tmp_path)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_one_dies_and_another_number_goes_on(rank, command, tmp_path):
+    one, many, program = tmp_path / "one", tmp_path / "many", tmp_path / "killer.py"
+    program.write_text(_KILLER)
+    assert main(command("llama", one)) == 0
+    started = time.monotonic()
+    done = launched(2, str(rank), "1", *command("llama", many), program=[str(program)])
+    assert time.monotonic() - started < 60
+    assert done.returncode != 0
+    assert f"rank      : {rank}" in done.stderr
+    assert "exitcode  : -9" in done.stderr
+    assert not many.exists()
+    assert main([*command("llama", many), "--json"]) == 0
+    report = json.loads((many / "report.json").read_text())
+    assert report["resumed_at_block"] == 1
+    assert digest(one / "model.safetensors") == digest(many / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "blockwise"], "method blockwise: not on 2 processes"),
+        (["--samples", "4"], "4 calibration sequences for 2 processes: expected at least 8"),
+        (["--bpw", "3.5"], "--bpw and --max-bytes: not on 2 processes"),
+    ],
+)
+def test_what_one_process_alone_can_do(options, message, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llmq.ptq.ranks.started", lambda: Ranks(0, 2))
+    monkeypatch.setattr("llmq.ptq.run.processes", lambda: Ranks(0, 2))
+    line = command("llama", tmp_path / "out")
+    if "--bpw" in options:
+        line = [each for each in line if each not in ("--bits", "3")]
+    assert main([*line, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.slow
+def test_other_files_are_found_at_the_start(command, model_folder, tmp_path):
+    """The second process sees another model under the name."""
+    line = command("llama", tmp_path / "out")
+    other = model_folder("llama", "other")
+    program = tmp_path / "other.py"
+    program.write_text(
+        "import os, sys\nif os.environ['RANK'] == '1':\n"
+        f"    sys.argv[2] = {str(other)!r}\n"
+        "from llmq.commands.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    done = launched(2, *line, program=[str(program)])
+    assert done.returncode != 0
+    assert "process 1 of 2 has another model than process 0" in done.stderr

@@ -108,8 +108,9 @@ ONE = Ranks()
 
 
 def started() -> Ranks:
-    """The processes of this run, once they have found each other; one where no launcher started
-    it. Raises `LlmqError` for a number that the leaves cannot be shared among."""
+    """The processes of this run, once they have found each other, each with a GPU of its own where
+    there are any; one where no launcher started it. Raises `LlmqError` for a number that the leaves
+    cannot be shared among."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ONE
@@ -120,6 +121,8 @@ def started() -> Ranks:
         )
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=PATIENCE)
+        if n_gpus := torch.cuda.device_count():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % n_gpus)
     return Ranks(dist.get_rank(), size)
 
 

@@ -18,6 +18,7 @@ from llmq.models.arch import linear_weight
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.experts import ExpertsStage
 from llmq.ptq.groups import InputGroup, Recording
+from llmq.ptq.kept_outputs import KeptOutputs
 from llmq.ptq.layers import LayerReport, better_of, by_spec, n_rows, report_layer, split
 from llmq.ptq.memory import LARGE_BLOCK, release_freed_memory
 from llmq.ptq.methods.base import BlockTuning, Method, Needs, SolvedBlock
@@ -240,6 +241,8 @@ class _Calibrated(_Rounded):
     ) -> None:
         super().__init__(setup, index, name, module, targets)
         self.streams, self.dtypes = streams, dtypes
+        is_final = setup.recording.stream == "quantized" and not setup.transforms
+        self.kept = KeptOutputs(streams, module, targets, is_final)
         self.tuning: BlockTuning | None = None
         self.exact_output: Tensor | None = None
         self.coverage: list[dict[str, Any]] = []
@@ -260,7 +263,9 @@ class _Calibrated(_Rounded):
             self._tune()
 
     def run_as_stored(self) -> tuple[BlockReport, Tensor | None]:
-        output = self.streams.advance(self.module, self.index, "quantized")
+        with self.kept.passing():
+            output = self.streams.advance(self.module, self.index, "quantized")
+        self.kept.forget()
         error = None
         if (exact := self.exact_output) is not None:
             error = total((output - exact).square()) / total(exact.square())
@@ -295,7 +300,8 @@ class _Calibrated(_Rounded):
         return stages
 
     def _solve_stage(self, stage: Stage | ExpertsStage) -> None:
-        recording, ranks = self.setup.recording, self.setup.ranks
+        recording = replace(self.setup.recording, passing=self.kept.passing)
+        ranks = self.setup.ranks
         for runs in stage.measure(recording, self.streams, self.module, self.index):
             self.setup.release_freed_memory()
             own = {}
@@ -310,6 +316,7 @@ class _Calibrated(_Rounded):
             }
             for number in range(len(runs)):
                 self._store(solved[number])
+                self.kept.solved.update(each.layer for each in solved[number])
 
     def _taken(self, layer: str, result: SolverResult, stats: LayerStats | None) -> _Solved:
         if self.setup.needs.tuning and stats is not None:
@@ -318,6 +325,8 @@ class _Calibrated(_Rounded):
 
     def _tune(self) -> None:
         """Results, weights and the reports of layers become those of the tuned ones."""
+        self.kept.forget()
+        self.kept.is_on = False
         setup, recipe = self.setup, self.setup.recipe
         assert self.streams.calls is not None
         start = {layer: result.tensor for layer, result in self.results.items()}

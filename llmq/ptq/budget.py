@@ -14,6 +14,7 @@ from llmq.ptq.batches import BATCH
 from llmq.ptq.experts import CHUNK_BYTES, GROWING, statistics_bytes, wave_size, widest_input
 from llmq.ptq.head import HEAD_VALUES
 from llmq.ptq.job import Job
+from llmq.ptq.kept_outputs import kept_bytes as solved_bytes
 from llmq.ptq.methods import method_of, split_name
 from llmq.ptq.methods.base import Windows
 from llmq.ptq.methods.blockwise import sequences_per_step
@@ -45,10 +46,10 @@ def disk_bytes(job: Job) -> int:
 
 def work_bytes(job: Job) -> int:
     """Bytes of the files beside the output while the job runs: both streams' inputs of two blocks,
-    what each layer reads (or, where that is less, gives) in the full-precision model, what enters
-    experts in both streams, the per-layer embeddings of models that have them, the masks of windows
-    with pictures, what enters and leaves both models where scales are trained, and what a part
-    of the text leaves before all blocks where tokens have weights."""
+    what each layer reads (or, where that is less, gives) in the full-precision model, what solved
+    parts give, what enters experts in both streams, the per-layer embeddings of models that have
+    them, the masks of windows with pictures, what enters and leaves both models where scales are
+    trained, and what a part of the text leaves before all blocks where tokens have weights."""
     if job.tokens is None:
         return 0
     hidden = job.model.config.get_text_config().hidden_size
@@ -58,13 +59,19 @@ def work_bytes(job: Job) -> int:
     dense = [layer for layer in _first_block(job) if _module_of(layer.name) not in experts]
     # what windows with pictures may attend to, for each of two kinds of layers
     masks = 2 * job.tokens.tokens.shape[1] if job.tokens.pictures else 0
-    return _token_weight_files(job) + job.tokens.n_tokens * (
-        masks
-        + 4 * per_layer * text_config.num_hidden_layers
-        + 2 * 2 * 4 * hidden
-        + sum(2 * min(layer.shape) for layer in dense)
-        + ((4 + 2) * hidden if experts else 0)
-        + (3 * 4 * hidden if job.recipe.scale_steps else 0)
+    solved = solved_bytes([layer.shape[0] for layer in dense], job.tokens.n_tokens)
+    return (
+        _token_weight_files(job)
+        + solved
+        + job.tokens.n_tokens
+        * (
+            masks
+            + 4 * per_layer * text_config.num_hidden_layers
+            + 2 * 2 * 4 * hidden
+            + sum(2 * min(layer.shape) for layer in dense)
+            + ((4 + 2) * hidden if experts else 0)
+            + (3 * 4 * hidden if job.recipe.scale_steps else 0)
+        )
     )
 
 

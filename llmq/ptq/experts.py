@@ -233,7 +233,8 @@ class _Measuring:
         """Run the block up to the experts."""
         stream = self.recording.stream
         file = self.stage.file(self.streams, "own")
-        with self.quantized.recording(self.module, file, self.streams.leaves, stop=True):
+        recorded = self.quantized.recording(self.module, file, self.streams.leaves, stop=True)
+        with self.recording.passing(), recorded:
             for call, hidden in self.streams.batches(index, stream):
                 with suppress(Stop):
                     call.run(self.block, hidden)

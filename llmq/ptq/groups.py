@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Recording:
     """How a stage is measured. stream: on which hidden states. both: against the rows that the
     full-precision model has there. ranges: of activations, too. all_experts: experts on all tokens
     of their layer. token_weights: what tokens count, None where all count alike. ranks: who
-    measures."""
+    measures. passing: what surrounds a pass over the text."""
 
     stream: Stream
     both: bool
@@ -40,6 +41,7 @@ class Recording:
     all_experts: bool = False
     token_weights: TokenWeights | None = None
     ranks: Ranks = ONE
+    passing: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def weights_of(
         self, streams: Streams, index: int, group: InputGroup

@@ -53,13 +53,14 @@ class Stage:
         }
         weights = {group: recording.weights_of(streams, index, group) for group in self.groups}
         firsts = {group.first: block.get_submodule(group.first) for group in self.groups}
-        for call, hidden in streams.batches(index, recording.stream):
-            rows = record_inputs(block, firsts, call, hidden)
-            for group in self.groups:
-                x, y = rows[group.first], next(exact[group])
-                if y is not None:
-                    y = self._as_moved(block, group, y.to(streams.device))
-                stats[group].add(x, y, next(weights[group]))
+        with recording.passing():
+            for call, hidden in streams.batches(index, recording.stream):
+                rows = record_inputs(block, firsts, call, hidden)
+                for group in self.groups:
+                    x, y = rows[group.first], next(exact[group])
+                    if y is not None:
+                        y = self._as_moved(block, group, y.to(streams.device))
+                    stats[group].add(x, y, next(weights[group]))
         for group in self.groups:
             streams.exact_rows(block, group.layers).recycle()
             owner = index % recording.ranks.size

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -44,7 +44,7 @@ class ActivationFile:
     def n_sequences(self) -> int:
         return self.path.stat().st_size // self.sequence_bytes
 
-    def batches(self, sizes: int | Iterable[int]) -> Iterator[Tensor]:
+    def batches(self, sizes: int | Iterable[int]) -> Generator[Tensor, None, None]:
         """Tensors `[n, length, width]`, in order: of so many sequences, the last of what is left,
         or one for each of the sizes."""
         with self.path.open("rb", buffering=0) as file:

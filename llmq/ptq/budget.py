@@ -25,7 +25,7 @@ from llmq.recipe import Layer, LayerPlan
 from llmq.storage.packing import MAX_SHARD_BYTES
 from llmq.text.documents import SELF, TokenSet
 
-PASSES = 4  # of every token through a block
+PASSES = 2.5  # of every token through a block, what solved parts give being kept
 # Against the rate that a run is planned with, half of that of one large product (llmq/ptq/README.md
 # has the figures): passes run faster, what goes column by column slower.
 SEARCH_FLOPS = 350  # for each weight of embeddings and head, whose scales are searched

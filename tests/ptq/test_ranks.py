@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 
 import pytest
@@ -26,16 +29,18 @@ from llmq.commands.cli import main
 sys.exit(main(sys.argv[3:]))
 """
 
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 
 def launched(n, *command, program=("-m", "llmq"), timeout=240):
     """What `torchrun` made of a command on n processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
-        [*launcher, f"--nproc-per-node={n}", *program, *command],
+        [*LAUNCHER, f"--nproc-per-node={n}", *program, *command],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
 
 
@@ -98,6 +103,34 @@ def test_one_dies_and_another_number_goes_on(rank, command, tmp_path):
     report = json.loads((many / "report.json").read_text())
     assert report["resumed_at_block"] == 1
     assert digest(one / "model.safetensors") == digest(many / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_time(seed, command, tmp_path):
+    """A process of four, somewhere between its first import and its last block."""
+    one, many, program = tmp_path / "one", tmp_path / "many", tmp_path / "told.py"
+    program.write_text(
+        "import os, sys\nfrom pathlib import Path\n"
+        f"(Path({str(tmp_path)!r}) / ('pid-' + os.environ['RANK'])).write_text(str(os.getpid()))\n"
+        "from llmq.commands.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    assert main(command("mixtral", one)) == 0
+    chance = random.Random(seed)
+    pid = tmp_path / f"pid-{chance.randrange(4)}"
+    line = [*LAUNCHER, "--nproc-per-node=4", str(program), *command("mixtral", many)]
+    running = subprocess.Popen(line, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.05)
+    time.sleep(chance.uniform(0, 15))
+    with suppress(ProcessLookupError):  # it may be done
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    running.communicate(timeout=60)
+    if not many.exists():
+        done = launched(2, *command("mixtral", many))
+        assert done.returncode == 0, done.stderr
+    assert digest(one / "model.safetensors") == digest(many / "model.safetensors")
+    assert not list(tmp_path.glob(".many*"))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def measured(monkeypatch, model, recipe, tokens):
         for group, stats in groups:
             for layer in group.layers:
                 found[f"{self.name}.{layer}"] = stats.n_tokens, stats.hessian.clone()
-        original(self, groups)
+        return original(self, groups)
 
     monkeypatch.setattr(_Calibrated, "_solve_groups", spy)
     llmq.quantize(model, recipe, tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llmq.commands import jobs, options, plan_mixed, plan_qat, rendering
+from llmq.commands import jobs, options, plan_mixed, plan_qat, plan_ranks, rendering
 from llmq.commands.machine import LIBRARY_BYTES, memory_bytes, timed_device
 from llmq.commands.pace import rough_duration
 from llmq.commands.parser import Parser
@@ -37,6 +37,7 @@ EXAMPLES = (
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)
     options.add_quantization_arguments(parser)
+    plan_ranks.add_arguments(parser)
     plan_qat.add_arguments(parser)
 
 
@@ -100,6 +101,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "quick": _quick(job, rate),
         "recipe": job.recipe.to_json(),
     }
+    if (shared := plan_ranks.planned(args, job, rate)) is not None:
+        result["processes"] = shared
     if planned.about is not None:
         result["mixed"] = planned.about | {"n_results": planned.n_results}
     return result, _text(result)
@@ -204,6 +207,7 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
         f"{estimate['flops']:.1e} operations at {estimate['flops_per_second'] / 1e9:.0f} GFLOP/s, "
         "half the rate of a product just now"
     )
+    pairs |= plan_ranks.pairs(result.get("processes"))
     if quick := result["quick"]:
         n, length = quick["windows"]
         pairs["with --quick"] = (

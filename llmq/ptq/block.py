@@ -311,9 +311,9 @@ class _Calibrated(_Rounded):
                     for _, stats in run.groups:  # several groups may share them
                         if stats is not None:
                             stats.forget_cross()
-            solved = {
-                number: part for parts in ranks.gathered(own) for number, part in parts.items()
-            }
+            solved: dict[int, list[_Solved]] = {}
+            for owner in dict.fromkeys(run.owner for run in runs):
+                solved |= ranks.broadcast(own, owner)
             for number in range(len(runs)):
                 self._store(solved[number])
                 self.kept.solved.update(each.layer for each in solved[number])

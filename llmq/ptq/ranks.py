@@ -6,10 +6,12 @@ process takes the same way through the program, so that whoever sends meets whoe
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,12 +28,20 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=24)
 
 
+@dataclass
+class Traffic:
+    """sent: bytes that a process has given to others, once for each that takes them."""
+
+    sent: int = 0
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes as one of them sees them: number `rank` of `size`."""
 
     rank: int = 0
     size: int = 1
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -46,20 +56,24 @@ class Ranks:
         """The value that process `source` has."""
         if not self.are_many:
             return value
-        box = [value if self.rank == source else None]
+        own = _packed(value) if self.rank == source else torch.empty(0, dtype=torch.uint8)
+        n_bytes = torch.tensor([len(own)])
         with self._meeting():
-            dist.broadcast_object_list(box, source)
-        found: T = box[0]  # type: ignore[assignment]
+            dist.broadcast(n_bytes, source)
+            if self.rank != source:
+                own = torch.empty(int(n_bytes), dtype=torch.uint8)
+            dist.broadcast(own, source)
+        if self.rank == source:
+            self.traffic.sent += len(own) * (self.size - 1)
+            return value
+        found: T = pickle.loads(own.numpy().tobytes())
         return found
 
     def gathered(self, value: T) -> list[T]:
         """The values of all processes, in their order."""
         if not self.are_many:
             return [value]
-        found: list[Any] = [None] * self.size
-        with self._meeting():
-            dist.all_gather_object(found, value)
-        return found
+        return [self.broadcast(value, source) for source in range(self.size)]
 
     def all(self, value: bool) -> bool:
         return all(self.gathered(value))
@@ -70,6 +84,7 @@ class Ranks:
     def send(self, tensor: Tensor, target: int) -> None:
         with self._meeting():
             dist.send(tensor.cpu().contiguous(), target)
+        self.traffic.sent += tensor.numel() * tensor.element_size()
 
     def receive(self, like: Tensor, source: int) -> Tensor:
         """A tensor of the shape, dtype and device of another."""
@@ -105,6 +120,28 @@ class Ranks:
 
 
 ONE = Ranks()
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as their own bytes: a part of another one would come with the whole of it."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return _tensor, (numbers.tobytes(), value.dtype, value.shape, value.device.type)
+
+
+def _tensor(numbers: bytes, dtype: torch.dtype, shape: torch.Size, device: str) -> Tensor:
+    flat = torch.frombuffer(bytearray(numbers), dtype=torch.uint8) if numbers else torch.empty(0)
+    return flat.view(dtype).reshape(shape).to(device) if numbers else flat.to(dtype).reshape(shape)
+
+
+def _packed(value: object) -> Tensor:
+    """Something as bytes, uint8."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
 def started() -> Ranks:

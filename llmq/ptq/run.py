@@ -147,6 +147,7 @@ def quantize_folder(
             on_block=on_block,
             on_step=on_step,
         )
+        sent = ranks.gathered(ranks.traffic.sent)
         resumed_at = min(first_block, *damaged) if damaged else first_block
         if job.outside:  # it may have been forgotten with a block that was done again
             _write_outside(job, partial, reader, prefix)
@@ -154,7 +155,7 @@ def quantize_folder(
         if job.recipe.scale_steps:
             trained = scale_run.run(lambda done, total: on_step("scales", done, total))
         measured: dict[str, Any] = {
-            "processes": ranks.size,
+            "processes": {"n": ranks.size, "sent_bytes": sum(sent)},
             "scale_tuning": trained,
             "held_out": _held_out(job, sink, partial, device),
         }
@@ -189,6 +190,7 @@ def _follow(job: Job, out_dir: Path, device: str, ranks: Ranks) -> None:
         work_dir,
         earlier=earlier_run(ranks, None),
     )
+    ranks.gathered(ranks.traffic.sent)
     files.remove(work_dir)
 
 

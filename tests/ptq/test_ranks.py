@@ -61,30 +61,35 @@ CASES = [("mixtral", 2)]  # its attention is that of dense models
 MANY = [(kind, n) for kind in ("llama", "mixtral", "qwen3_moe", "gpt_oss") for n in (2, 4, 8)]
 
 
-def checked(command, kind, n, tmp_path):
+def checked(command, kind, n, tmp_path, capsys):
     one, many = tmp_path / "one", tmp_path / "many"
     assert main(command(kind, one)) == 0
+    _, model, _, *options = command(kind, one)
+    capsys.readouterr()
+    assert main(["plan", model, *options, "--processes", str(n), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["processes"]
     done = launched(n, *command(kind, many), "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["processes"] == n
+    assert report["processes"]["n"] == n
+    assert report["processes"]["sent_bytes"] == pytest.approx(planned["sent_bytes"], rel=0.05)
     assert digest(one / "model.safetensors") == digest(many / "model.safetensors")
     alone = json.loads((one / "report.json").read_text())
-    assert alone["processes"] == 1
+    assert alone["processes"] == {"n": 1, "sent_bytes": 0}
     assert report["layers"] == alone["layers"]
     assert report["experts"] == alone["experts"]
     assert not list(tmp_path.glob(".many*"))
 
 
 @pytest.mark.parametrize(("kind", "n"), CASES)
-def test_many_processes_give_the_bytes_of_one(kind, n, command, tmp_path):
-    checked(command, kind, n, tmp_path)
+def test_many_processes_give_the_bytes_of_one(kind, n, command, tmp_path, capsys):
+    checked(command, kind, n, tmp_path, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "n"), [case for case in MANY if case not in CASES])
-def test_any_number_of_processes(kind, n, command, tmp_path):
-    checked(command, kind, n, tmp_path)
+def test_any_number_of_processes(kind, n, command, tmp_path, capsys):
+    checked(command, kind, n, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])

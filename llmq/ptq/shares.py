@@ -1,0 +1,98 @@
+"""What each of several processes takes that quantize one model together, from shapes alone: what
+it sends, what it keeps on disk, and its time. Estimates."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from llmq.errors import LlmqError
+from llmq.models.experts import DOWN, unfused_in
+from llmq.models.site import fused_names
+from llmq.ptq.budget import SOLVE_FACTOR, disk_bytes, flops, work_bytes
+from llmq.ptq.expert_costs import expert_of
+from llmq.ptq.job import Job
+from llmq.ptq.leaves import N_LEAVES
+from llmq.ptq.methods import method_of
+
+# Of a layer's report and results beside their tensors, and of what is told of a group's sums.
+RESULT_BYTES, COUNT_BYTES = 1300, 16
+
+
+@dataclass(frozen=True)
+class Share:
+    """n_processes: that share the work. sent_bytes: of all of them together. work_bytes: of the
+    hidden states of one. first_disk_bytes: of the first one, which writes. flops: of the one that
+    has most to do, weighed as in `budget.flops`."""
+
+    n_processes: int
+    sent_bytes: int
+    work_bytes: int
+    first_disk_bytes: int
+    flops: float
+
+    @classmethod
+    def of(cls, job: Job, n: int) -> Share:
+        """Raises `LlmqError` for a number that cannot share."""
+        if n not in (1, 2, 4, 8):
+            raise LlmqError(
+                f"{n} processes: expected 1, 2, 4 or {N_LEAVES}, which take equal shares of the "
+                "calibration text"
+            )
+        work = work_bytes(job) // n
+        others = disk_bytes(job) - work_bytes(job)
+        return cls(n, _sent_bytes(job, n), work, others + work, _flops(job, n))
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def _groups(job: Job) -> dict[tuple[str, ...], list[tuple[int, int]]]:
+    """Shapes of the layers that are measured together, by their names."""
+    experts = unfused_in(job.model)
+    found: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for plan in job.plans:
+        if plan.spec is None:
+            continue
+        name = plan.layer.name
+        key = fused_names(name)
+        if (expert := expert_of(name, experts)) is not None:
+            is_inner = name.endswith(f".{DOWN}")
+            key = (expert[0], str(expert[1]), "inner" if is_inner else "inputs")
+        found.setdefault(key, []).append(plan.layer.shape)
+    return found
+
+
+def _sent_bytes(job: Job, n: int) -> int:
+    """Sums go up the tree once, results to everybody."""
+    if n == 1:
+        return 0
+    has_cross = method_of(job.recipe).needs(job.recipe).both_streams
+    sums = 0
+    for shapes in _groups(job).values():
+        k = shapes[0][1]
+        cross = min(shapes[0]) if len(shapes) == 1 else k  # see `streams.narrows`
+        sums += 4 * k * k + (4 * cross * k if has_cross else 0) + COUNT_BYTES
+    results = 0
+    for plan in job.plans:
+        if plan.spec is not None:
+            rows, k = plan.layer.shape
+            # the errors of each row, of the result and of rounding
+            results += int(rows * k * plan.spec.bits_per_weight(rows, k) / 8) + 16 * rows
+            results += RESULT_BYTES
+    return (n - 1) * (sums + results)
+
+
+def _flops(job: Job, n: int) -> float:
+    """Passes are shared. Solves of dense layers wait for each other, those of experts do not."""
+    experts, method = unfused_in(job.model), method_of(job.recipe)
+    alone = together = 0.0
+    for plan in job.plans:
+        if plan.spec is None:
+            continue
+        taken = SOLVE_FACTOR * method.solve_flops(plan.layer.shape)
+        if expert_of(plan.layer.name, experts) is None:
+            alone += taken
+        else:
+            together += taken
+    passes = flops(job) - alone - together
+    return alone + (passes + together) / n

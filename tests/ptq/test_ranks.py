@@ -138,6 +138,29 @@ def test_killed_at_any_time(seed, command, tmp_path):
     assert not list(tmp_path.glob(".many*"))
 
 
+@pytest.mark.slow
+def test_no_space_for_one_of_them(command, tmp_path):
+    """What was finished is kept, and one process goes on from there."""
+    one, many, program = tmp_path / "one", tmp_path / "many", tmp_path / "full.py"
+    program.write_text(
+        "import errno, os, sys\nfrom llmq.ptq import engine\noriginal = engine._run_block\n"
+        "def full(setup, sink, index):\n"
+        "    if setup.ranks.rank == 1 and index == 1:\n"
+        "        raise OSError(errno.ENOSPC, 'No space left on device', 'inputs.bin')\n"
+        "    return original(setup, sink, index)\n"
+        "engine._run_block = full\n"
+        "from llmq.commands.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    assert main(command("llama", one)) == 0
+    done = launched(2, *command("llama", many), program=[str(program)])
+    assert done.returncode != 0
+    assert "inputs.bin" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert main(command("llama", many)) == 0
+    assert json.loads((many / "report.json").read_text())["resumed_at_block"] == 1
+    assert digest(one / "model.safetensors") == digest(many / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

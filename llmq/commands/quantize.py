@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
         )
     job = jobs.prepare_job(args, for_budget=budget is not None)
     if not ranks.is_first:
-        quantize_folder(job, Path(args.out), device=args.device)
+        quantize_folder(job, Path(args.out), device=args.device, ranks=ranks)
         return None
     mixed = None if budget is None else _mixed(args, job, budget)
     rendering.print_notes((job if mixed is None else mixed.chosen).notes)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
             "on_step": on_step,
         }
         if mixed is None:
-            report = quantize_folder(job, Path(args.out), **how)
+            report = quantize_folder(job, Path(args.out), ranks=ranks, **how)
         else:
             report = quantize_mixed(mixed, Path(args.out), **how)
     if args.strict and report["fallbacks"]:

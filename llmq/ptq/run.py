@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,7 @@ from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
 from llmq.ptq.outside import OutsideReader, quantize_table, report_table
 from llmq.ptq.pair import Pair
-from llmq.ptq.ranks import Ranks
-from llmq.ptq.ranks import started as processes
+from llmq.ptq.ranks import ONE, Ranks
 from llmq.ptq.report import build_report, outside_of_blocks
 from llmq.ptq.results import BlockReport, EarlierRun
 from llmq.ptq.scale_run import ScaleRun
@@ -103,6 +103,7 @@ def quantize_folder(
     device: str = "cpu",
     overwrite: bool = False,
     attempt: Attempt = Attempt(),
+    ranks: Ranks = ONE,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
     on_step: OnStep = lambda what, done, total: None,
@@ -111,10 +112,10 @@ def quantize_folder(
     Peak memory is one block. Of a trial, the report has what was lost ("held_out") and where it
     began ("resumed_at_block").
 
-    on_start: told how many blocks are finished already, of how many. on_step: the same of what is
-    done before and after all blocks, by its name. Raises `LlmqError` for bad input (nothing is left
-    behind), `VerificationError` when the result fails its checks."""
-    ranks = processes()
+    ranks: the processes that share the work, all of which call this; the report is the first one's,
+    empty in others. on_start: told how many blocks are finished already, of how many. on_step: the
+    same of what is done before and after all blocks, by its name. Raises `LlmqError` for bad input
+    (nothing is left behind), `VerificationError` when the result fails its checks."""
     check_shared(job, ranks)
     if not ranks.is_first:
         _follow(job, out_dir, device, ranks)
@@ -190,8 +191,10 @@ def _follow(job: Job, out_dir: Path, device: str, ranks: Ranks) -> None:
         work_dir,
         earlier=earlier_run(ranks, None),
     )
+    files.remove(work_dir)  # before the first process goes on, which cleans up around it
+    with suppress(OSError):  # the first process's, where it sees the same disk
+        work_dir.parent.rmdir()
     ranks.gathered(ranks.traffic.sent)
-    files.remove(work_dir)
 
 
 def _forget_other_weights(partial: PartialCheckpoint, reader: CheckpointReader) -> None:

@@ -171,7 +171,6 @@ def test_no_space_for_one_of_them(command, tmp_path):
 )
 def test_what_one_process_alone_can_do(options, message, command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("llmq.ptq.ranks.started", lambda: Ranks(0, 2))
-    monkeypatch.setattr("llmq.ptq.run.processes", lambda: Ranks(0, 2))
     line = command("llama", tmp_path / "out")
     if "--bpw" in options:
         line = [each for each in line if each not in ("--bits", "3")]

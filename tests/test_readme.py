@@ -136,6 +136,7 @@ def test_commands_of_the_quickstart(tmp_path):
         "--scheme w4a8kv8 w8a8 --ptq rtn --init rtn --text code=bundled:4",
         "benchmark_qat.py tiny --batch-size 1 --sequence-length 16 --repeats 1 --turns 1",
         "benchmark_writing.py tiny --batch-size 2 --length 8 --turns 1",
+        "check_gpu.py tiny --device cpu --samples 8 --sequence-length 32 --steps 2 --processes",
         "measure_ranks.py tiny results --ranks 1 2 -- --samples 8 --sequence-length 32",
         "measure_memory.py --depths 1 --width 128 --intermediate 256 --vocabulary 2048 --samples "
         "2 --sequence-length 32",

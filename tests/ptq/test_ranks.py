@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -11,9 +12,10 @@ from contextlib import suppress
 from functools import cache
 
 import pytest
+import torch
 
 from llmq.commands.cli import main
-from llmq.ptq.ranks import Ranks
+from llmq.ptq.ranks import Ranks, _packed
 from llmq.storage.files import digest
 
 _KILLER = """
@@ -42,6 +44,19 @@ def launched(n, *command, program=("-m", "llmq"), timeout=240):
         timeout=timeout,
         env=ENVIRONMENT,
     )
+
+
+def test_tensors_travel_as_their_own_bytes():
+    whole = torch.arange(10_000, dtype=torch.bfloat16)
+    sent = {"part": whole[5:10], "none": whole[:0], "number": torch.tensor(3.5), "name": "x"}
+    packed = _packed(sent)
+    assert len(packed) < 1000
+    found = pickle.loads(packed.numpy().tobytes())
+    assert found["name"] == "x"
+    for name in ("part", "none", "number"):
+        assert torch.equal(found[name], sent[name])
+        assert found[name].dtype == sent[name].dtype
+        assert found[name].shape == sent[name].shape
 
 
 @pytest.fixture

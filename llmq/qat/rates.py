@@ -49,6 +49,14 @@ def depth_factor(layers: Iterable[str]) -> float:
     return min(1.0, DEPTH / max(1, len(blocks)))
 
 
+def margin(rate: float, n_steps: int) -> float:
+    """How many steps of their grid masters start from the edge of their cells, for a peak rate in
+    steps: a share of the way that a weight can go, so that only a direction that lasts flips a
+    code (README)."""
+    way = rate * n_steps / 2  # under half a cosine
+    return min(0.3, max(0.01, 0.3 * way))
+
+
 @torch.no_grad()
 def grid_step(module: FakeQuantLinear) -> float:
     """The mean distance between two levels of a layer's weight."""

@@ -17,8 +17,10 @@ Four quantizers share the one rounding of `llmq.grid.rounding`:
 
 The masters start as the original weights moved into the cells of their codes: quantized again they
 give the very codes of the start (GPTQ's, or any other method's), and where a code agrees with the
-original weight nothing moves. Starting from dequantized values would put every weight in the middle
-of its cell, half a step from any flip, where LSQ has no gradient."""
+original weight, and is not at the edge of the cell, nothing moves. Starting from dequantized values
+would put every weight in the middle of its cell, half a step from any flip; starting at the very
+edge, where GPTQ's choices lie that are not the nearest code, would have the first noise undo them
+all at once (the README has what that costs)."""
 
 from __future__ import annotations
 
@@ -45,9 +47,9 @@ from llmq.qat.lora import LoRA, check_rank
 from llmq_kernels.core.reference import expand_groups
 
 QuantizerName = Literal["lsq", "seq", "ste", "absmean"]
-# masters keep this many steps of distance from their code's level at most: a little inside the
-# cell, so that float32 rounding cannot change the code
-CELL = 0.49
+# Masters keep this many steps of distance from the edge of their code's cell, where nobody says
+# how far training will move them (`llmq.qat.rates.margin`).
+MARGIN = 0.05
 
 
 def check_quantizer(name: QuantizerName, spec: QuantSpec, where: str = "") -> None:
@@ -189,11 +191,12 @@ class FakeQuantLinear(nn.Module):
         )
 
 
-def masters(original: Tensor, start: QuantizedTensor) -> Tensor:
+def masters(original: Tensor, start: QuantizedTensor, margin: float = MARGIN) -> Tensor:
     """Float32 master weights `[N, K]`: the original ones, moved into the cells of the codes of
-    `start`. Outside the grid's range they are clipped to its end cells."""
+    `start`, so many steps from the edge. Outside the grid's range they are clipped to its end
+    cells."""
     value = start.dequantize()
-    reach = CELL * expand_groups(
+    reach = (0.5 - margin) * expand_groups(
         start.scale.float(), start.shape[1], start.spec.columns_per_group(start.shape[1])
     )
     return torch.minimum(torch.maximum(original.float(), value - reach), value + reach)
@@ -222,11 +225,12 @@ def prepare(
     activations: str = "none",
     lora_rank: int | None = None,
     seed: int = 0,
+    margin: float = MARGIN,
 ) -> None:
     """Replace linear layers by `FakeQuantLinear` in place, from the quantized weights `start` by
     layer name. lora_rank: train a change of this rank of each, scales and zero points, and nothing
-    else; None: everything. seed: of its first values. Raises `LlmqError` for act-order weights,
-    whose groups are not consecutive."""
+    else; None: everything. seed: of its first values. margin: see `masters`. Raises `LlmqError` for
+    act-order weights, whose groups are not consecutive."""
     generator = torch.Generator().manual_seed(seed)
     if lora_rank is not None:
         check_rank(lora_rank)
@@ -241,7 +245,7 @@ def prepare(
         if site is None:
             raise LlmqError(f"{layer}: {type(model).__name__} has no linear layer of this name")
         original, bias = site.weight, site.bias
-        weight = masters(original, qtensor) if name == "lsq" else original
+        weight = masters(original, qtensor, margin) if name == "lsq" else original
         scale = stretched_scale(original.float(), qtensor.spec) if name == "seq" else qtensor.scale
         weight_quantizer = WeightQuantizer(qtensor.spec, name, scale, qtensor.zero)
         module = FakeQuantLinear(

@@ -8,7 +8,7 @@ from conftest import make_model
 from llmq.errors import LlmqError
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
-from llmq.qat.rates import SCALES, depth_factor, grid_rate, grid_step, parameter_groups
+from llmq.qat.rates import SCALES, depth_factor, grid_rate, grid_step, margin, parameter_groups
 from llmq.qat.weights import fake_quant_modules, prepare
 
 SPEC = QuantSpec("int2", 32, symmetric=False)
@@ -58,6 +58,12 @@ def test_rates_are_in_steps_of_each_layers_grid():
             rate_of(groups[0], module.weight)
         )
         assert rate_of(groups[0], module.quantizer.zero) == grid_rate(SPEC)
+
+
+def test_masters_start_as_far_from_the_edge_as_the_way_is_long():
+    assert margin(0.004, 80) == pytest.approx(0.048)
+    assert margin(0.004, 2) == 0.01
+    assert margin(0.004, 10_000) == 0.3
 
 
 def test_every_trained_parameter_is_in_one_group():

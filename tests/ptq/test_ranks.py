@@ -59,6 +59,12 @@ def test_tensors_travel_as_their_own_bytes():
         assert found[name].shape == sent[name].shape
 
 
+def alone(*command):
+    """The same of one process, with as many threads: here another test may have left others."""
+    line = [sys.executable, "-m", "llmq", *command]
+    subprocess.run(line, check=True, capture_output=True, env=ENVIRONMENT, timeout=240)
+
+
 @pytest.fixture
 def command(model_folder, calibration_file):
     """A function: the command line that quantizes a model of a kind into a folder."""
@@ -78,7 +84,7 @@ MANY = [(kind, n) for kind in ("llama", "mixtral", "qwen3_moe", "gpt_oss") for n
 
 def checked(command, kind, n, tmp_path, capsys):
     one, many = tmp_path / "one", tmp_path / "many"
-    assert main(command(kind, one)) == 0
+    alone(*command(kind, one))
     _, model, _, *options = command(kind, one)
     capsys.readouterr()
     assert main(["plan", model, *options, "--processes", str(n), "--json"]) == 0
@@ -89,10 +95,10 @@ def checked(command, kind, n, tmp_path, capsys):
     assert report["processes"]["n"] == n
     assert report["processes"]["sent_bytes"] == pytest.approx(planned["sent_bytes"], rel=0.05)
     assert digest(one / "model.safetensors") == digest(many / "model.safetensors")
-    alone = json.loads((one / "report.json").read_text())
-    assert alone["processes"] == {"n": 1, "sent_bytes": 0}
-    assert report["layers"] == alone["layers"]
-    assert report["experts"] == alone["experts"]
+    of_one = json.loads((one / "report.json").read_text())
+    assert of_one["processes"] == {"n": 1, "sent_bytes": 0}
+    assert report["layers"] == of_one["layers"]
+    assert report["experts"] == of_one["experts"]
     assert not list(tmp_path.glob(".many*"))
 
 
@@ -111,7 +117,7 @@ def test_any_number_of_processes(kind, n, command, tmp_path, capsys):
 def test_one_dies_and_another_number_goes_on(rank, command, tmp_path):
     one, many, program = tmp_path / "one", tmp_path / "many", tmp_path / "killer.py"
     program.write_text(_KILLER)
-    assert main(command("llama", one)) == 0
+    alone(*command("llama", one))
     started = time.monotonic()
     done = launched(2, str(rank), "1", *command("llama", many), program=[str(program)])
     assert time.monotonic() - started < 60
@@ -135,7 +141,7 @@ def test_killed_at_any_time(seed, command, tmp_path):
         f"(Path({str(tmp_path)!r}) / ('pid-' + os.environ['RANK'])).write_text(str(os.getpid()))\n"
         "from llmq.commands.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     )
-    assert main(command("mixtral", one)) == 0
+    alone(*command("mixtral", one))
     chance = random.Random(seed)
     pid = tmp_path / f"pid-{chance.randrange(4)}"
     line = [*LAUNCHER, "--nproc-per-node=4", str(program), *command("mixtral", many)]
@@ -166,7 +172,7 @@ def test_no_space_for_one_of_them(command, tmp_path):
         "engine._run_block = full\n"
         "from llmq.commands.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     )
-    assert main(command("llama", one)) == 0
+    alone(*command("llama", one))
     done = launched(2, *command("llama", many), program=[str(program)])
     assert done.returncode != 0
     assert "inputs.bin" in done.stderr

@@ -40,7 +40,9 @@ def trainer(model, folder, n_steps=5, callback=None, optimizers=None, **options)
         **{"save_strategy": "no", **options},
     )
     if optimizers is None:
-        optimizers = (torch.optim.AdamW(llmq.qat_parameter_groups(model)), None)
+        # fast enough for weights to reach another code
+        groups = llmq.qat_parameter_groups(model, lr_weights=1e-2)
+        optimizers = (torch.optim.AdamW(groups), None)
     return Trainer(
         model=model,
         args=arguments,

@@ -84,6 +84,9 @@ def arguments(model_folder, calibration_file):
     ]
 
 
+FAST = ("--lr-weights", "1e-2")  # enough for weights to reach another code of a wide grid
+
+
 def at(arguments, out, *more):
     return [*(str(out) if argument == "OUT" else argument for argument in arguments), *more]
 
@@ -109,7 +112,7 @@ def losses(out):
         ("w4", [], "compressed-tensors"),
         (
             "w2",
-            ["--precision", "bf16", "--gradient-checkpointing", "--init", "hqq"],
+            ["--precision", "bf16", "--gradient-checkpointing", "--init", "hqq", *FAST],
             "compressed-tensors",
         ),
         (

@@ -263,7 +263,7 @@ class _Calibrated(_Rounded):
             self._tune()
 
     def run_as_stored(self) -> tuple[BlockReport, Tensor | None]:
-        with self.kept.passing():
+        with self.kept.passing(is_last=True):
             output = self.streams.advance(self.module, self.index, "quantized")
         self.kept.forget()
         error = None
@@ -326,7 +326,6 @@ class _Calibrated(_Rounded):
     def _tune(self) -> None:
         """Results, weights and the reports of layers become those of the tuned ones."""
         self.kept.forget()
-        self.kept.is_on = False
         setup, recipe = self.setup, self.setup.recipe
         assert self.streams.calls is not None
         start = {layer: result.tensor for layer, result in self.results.items()}

@@ -295,14 +295,14 @@ class _Measuring:
         n_rows = self._of_all({number: own.n_tokens for number, own in stats.items()})
         measured, numbers = [], list(stats)
         for count, start in enumerate(range(0, len(numbers), SOLVED_TOGETHER)):
-            run = Measured(count % self.recording.ranks.size, [])
+            owner, found = count % self.recording.ranks.size, []
             for number in numbers[start : start + SOLVED_TOGETHER]:
                 group = groups[number]
                 assert group is not None
                 own = stats.pop(number)
-                found = self._with_others(number, group, own, n_rows[number], whole, run.owner)
-                run.groups.append((group, found))
-            measured.append(run)
+                stat = self._with_others(number, group, own, n_rows[number], whole, owner)
+                found.append((group, stat))
+            measured.append(Measured(owner, found))
         return measured
 
     def _with_others(

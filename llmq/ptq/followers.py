@@ -8,7 +8,7 @@ from pathlib import Path
 from llmq.errors import LlmqError
 from llmq.ptq.job import Job
 from llmq.ptq.leaves import N_LEAVES
-from llmq.ptq.ranks import Ranks, together
+from llmq.ptq.ranks import Ranks
 from llmq.ptq.results import BlockReport, BlockResult, EarlierRun, FinishedBlocks, StoredBlock
 from llmq.storage import files
 
@@ -30,7 +30,10 @@ class SharedBlocks:
         self.ranks, self.finished = ranks, finished
 
     def read_block(self, index: int) -> StoredBlock:
-        return together(self.ranks, lambda: self._own().read_block(index))
+        own = self._own().read_block(index) if self.ranks.is_first else None
+        found = self.ranks.broadcast(own)
+        assert found is not None
+        return found
 
     def forget_after(self, index: int) -> None:
         if self.ranks.is_first:
@@ -77,7 +80,10 @@ def check_shared(job: Job, ranks: Ranks) -> None:
 
 def own_folder(ranks: Ranks, work_dir: Path) -> Path:
     """Where a process keeps the hidden states of its share, beside those of the others; those of
-    another number of processes are removed, which nobody could go on from."""
+    another number of processes are removed, which nobody could go on from. One alone keeps them in
+    the work folder itself."""
+    if not ranks.are_many:
+        return work_dir
     own = work_dir / f"rank-{ranks.rank}-of-{ranks.size}"
     own.mkdir(parents=True, exist_ok=True)
     for other in work_dir.glob(f"rank-{ranks.rank}-of-*"):

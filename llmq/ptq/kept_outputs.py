@@ -76,13 +76,15 @@ class KeptOutputs:
     solved: set[str] = field(default_factory=set)
     _kept: dict[str, _Output] = field(default_factory=dict)
     _unfit: set[str] = field(default_factory=set)
+    _writers: list[_Writer] = field(default_factory=list)  # of the pass that runs
 
     def __post_init__(self) -> None:
         self.is_on = self.is_on and self.streams.device == "cpu"
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
-        """While the text runs through the block once, from the first batch on."""
+    def passing(self, *, is_last: bool = False) -> Iterator[None]:
+        """While the text runs through the block once, from the first batch on. is_last: nothing
+        is kept for a later pass."""
         if not self.is_on:
             yield
             return
@@ -93,7 +95,8 @@ class KeptOutputs:
                 stack.enter_context(
                     _replaced(self.block.get_submodule(name), self._read(kept, batches))
                 )
-            writers = [_Writer(self, name) for name in self._final() if name not in self._kept]
+            names = [] if is_last else [name for name in self._final() if name not in self._kept]
+            writers = self._writers = [_Writer(self, name) for name in names]
             for writer in writers:
                 stack.enter_context(writer.writing())
             yield
@@ -101,17 +104,19 @@ class KeptOutputs:
             self._take(writer)
 
     def forget(self) -> None:
-        """Give up what was kept: weights changed after all, or the block is done."""
+        """Give up what was kept: weights change after all, or the block is done."""
         for kept in self._kept.values():
             kept.file.recycle()
         self._kept.clear()
+        self.solved.clear()
 
     def path(self, name: str) -> Path:
         return self.streams.work_dir / f"kept-{name}.bin"
 
     def has_room(self, width: int) -> bool:
         """Whether a file of so many numbers for every sequence fits beside the others."""
-        every = width + sum(kept.file.width for kept in self._kept.values())
+        written = [writer.output for writer in self._writers if writer.output is not None]
+        every = width + sum(each.file.width for each in (*self._kept.values(), *written))
         return 4 * every * len(self.streams.tokens) <= MOST_BYTES
 
     def _final(self) -> list[str]:
@@ -163,15 +168,22 @@ class _Writer:
                     self.output = self._fitting(found, sizes[0])
                     if self.output is not None:
                         append = stack.enter_context(self.output.file.appender(durable=False))
-                if self.output is not None and append is not None:
+                if self.output is None or append is None:
+                    return found
+                if number < len(sizes) and self._of(found, sizes[number]) == self.output:
                     append(self.output.rows(found))
+                else:
+                    self.output = None
                 return found
 
             with _replaced(module, forward):
                 yield
 
+    def _of(self, found: Any, n_sequences: int) -> _Output | None:
+        return _Output.of(found, n_sequences, self.kept.path(self.name))
+
     def _fitting(self, found: Any, n_sequences: int) -> _Output | None:
-        output = _Output.of(found, n_sequences, self.kept.path(self.name))
+        output = self._of(found, n_sequences)
         return output if output is not None and self.kept.has_room(output.file.width) else None
 
 

@@ -45,7 +45,7 @@ class Leaves:
         sizes = [self._start(leaf + 1) - self._start(leaf) for leaf in self.own]
         return [list(self._cut(size)) for size in sizes]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """The same one after the other."""
         return [size for leaf in self.batches for size in leaf]

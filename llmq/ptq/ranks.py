@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,6 +22,7 @@ from torch import Tensor
 from llmq.errors import LlmqError, LostProcessError
 from llmq.messages import brief
 from llmq.ptq.leaves import N_LEAVES
+from llmq.storage.workspace import differences
 
 T = TypeVar("T")
 # The launcher ends processes whose neighbour died; what waits longer waits for a slow one.
@@ -66,7 +67,7 @@ class Ranks:
         if self.rank == source:
             self.traffic.sent += len(own) * (self.size - 1)
             return value
-        found: T = pickle.loads(own.numpy().tobytes())
+        found: T = pickle.loads(own.numpy().data)
         return found
 
     def gathered(self, value: T) -> list[T]:
@@ -112,14 +113,24 @@ class Ranks:
         for rank, theirs in enumerate(everyones):
             for name, value in everyones[0].items():
                 if theirs.get(name) != value:
+                    parts = ", ".join(differences(theirs.get(name), value))
                     raise LlmqError(
                         f"process {rank} of {self.size} has another {name} than process 0 "
-                        f"({theirs.get(name)} there, {value} here); give all of them the same "
-                        "command, software and files"
+                        f"({parts}, which is process 0); give all of them the same command, "
+                        "software and files"
                     )
 
 
 ONE = Ranks()
+
+
+def check_size(n: int) -> None:
+    """Raise `LlmqError` for a number of processes that the leaves cannot be shared among."""
+    if N_LEAVES % n:
+        raise LlmqError(
+            f"{n} processes: expected 1, 2, 4 or {N_LEAVES}, which take equal shares of the "
+            "calibration text"
+        )
 
 
 class _Pickler(pickle.Pickler):
@@ -133,36 +144,28 @@ class _Pickler(pickle.Pickler):
 
 
 def _tensor(numbers: bytes, dtype: torch.dtype, shape: torch.Size, device: str) -> Tensor:
-    flat = torch.frombuffer(bytearray(numbers), dtype=torch.uint8) if numbers else torch.empty(0)
-    return flat.view(dtype).reshape(shape).to(device) if numbers else flat.to(dtype).reshape(shape)
+    if not numbers:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(bytearray(numbers), dtype=dtype).reshape(shape).to(device)
 
 
 def _packed(value: object) -> Tensor:
     """Something as bytes, uint8."""
     buffer = io.BytesIO()
     _Pickler(buffer).dump(value)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
 def started() -> Ranks:
     """The processes of this run, once they have found each other, each with a GPU of its own where
-    there are any; one where no launcher started it. Raises `LlmqError` for a number that the leaves
-    cannot be shared among."""
+    there are any; one where no launcher started it. Raises `LlmqError` for a number that cannot
+    share the work."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ONE
-    if N_LEAVES % size:
-        raise LlmqError(
-            f"{size} processes: expected 1, 2, 4 or 8, which take equal shares of the calibration "
-            "text"
-        )
+    check_size(size)
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=PATIENCE)
         if n_gpus := torch.cuda.device_count():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % n_gpus)
     return Ranks(dist.get_rank(), size)
-
-
-def together(ranks: Ranks, action: Callable[[], T], source: int = 0) -> T:
-    """What an action gives in process `source`, which alone runs it, for all."""
-    return ranks.broadcast(action() if ranks.rank == source else None, source)  # type: ignore[return-value]

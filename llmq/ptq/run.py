@@ -143,7 +143,7 @@ def quantize_folder(
         running(job.source.folder)(quantize_blocks)(
             _task(job, reader, device, outside, ranks),
             sink,
-            own_folder(ranks, partial.work_dir) if ranks.are_many else partial.work_dir,
+            own_folder(ranks, partial.work_dir),
             earlier=earlier_run(ranks, EarlierRun(sink, first_block, damaged)),
             on_block=on_block,
             on_step=on_step,

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from llmq.errors import LlmqError
 from llmq.models.experts import DOWN, unfused_in
 from llmq.models.site import fused_names
 from llmq.ptq.budget import SOLVE_FACTOR, disk_bytes, flops, work_bytes
 from llmq.ptq.expert_costs import expert_of
 from llmq.ptq.job import Job
-from llmq.ptq.leaves import N_LEAVES
 from llmq.ptq.methods import method_of
+from llmq.ptq.ranks import check_size
 
 # Of a layer's report and results beside their tensors, and of what is told of a group's sums.
-RESULT_BYTES, COUNT_BYTES = 1300, 16
+RESULT_BYTES, COUNT_BYTES = 1300, 24
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,7 @@ class Share:
     @classmethod
     def of(cls, job: Job, n: int) -> Share:
         """Raises `LlmqError` for a number that cannot share."""
-        if n not in (1, 2, 4, 8):
-            raise LlmqError(
-                f"{n} processes: expected 1, 2, 4 or {N_LEAVES}, which take equal shares of the "
-                "calibration text"
-            )
+        check_size(n)
         work = work_bytes(job) // n
         others = disk_bytes(job) - work_bytes(job)
         return cls(n, _sent_bytes(job, n), work, others + work, _flops(job, n))

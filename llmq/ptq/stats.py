@@ -146,7 +146,6 @@ class LayerStats:
         """Merge the parts of the tree that other processes have, once all inputs are added. What
         comes of it is with the owner alone; what the others have left is of no use."""
         self._close_tree()
-        self.n_dropped = sum(ranks.gathered(self.n_dropped))
         width = 1
         while width < ranks.size:
             left = ranks.rank // (2 * width) * 2 * width
@@ -160,13 +159,15 @@ class LayerStats:
         source = right if target == left else left
         own = self._moments
         tensors = [own.hessian, *([] if own.cross is None else [own.cross])]
-        counts = torch.tensor([own.exact_energy, own.n_tokens], dtype=torch.float64)
+        values = [own.exact_energy, own.n_tokens, self.n_dropped]
+        counts = torch.tensor(values, dtype=torch.float64)
         if ranks.rank == source:
             for tensor in (*tensors, counts):
                 ranks.send(tensor, target)
             return
         found = [ranks.receive(tensor, source) for tensor in tensors]
-        energy, n_tokens = ranks.receive(counts, source).tolist()
+        energy, n_tokens, n_dropped = ranks.receive(counts, source).tolist()
+        self.n_dropped += int(n_dropped)
         cross = found[1] if len(found) > 1 else None
         other = _Moments(found[0], cross, energy, int(n_tokens))
         first, second = (own, other) if target == left else (other, own)

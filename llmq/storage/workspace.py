@@ -98,7 +98,7 @@ class Workspace:
         names = sorted(identity.keys() | stored.keys())
         differing = [name for name in names if identity.get(name) != stored.get(name)]
         if differing:
-            parts = ", ".join(_differences(stored, identity))
+            parts = ", ".join(differences(stored, identity))
             raise LlmqError(
                 f"{self.work_dir}: holds an interrupted run with another {' and '.join(differing)} "
                 f"({parts}); repeat its command as it was to finish it, or remove that folder to "
@@ -215,12 +215,12 @@ def _is_same_file(file: FileIO, path: Path) -> bool:
         return False
 
 
-def _differences(there: Any, now: Any, name: str = "") -> list[str]:
+def differences(there: Any, now: Any, name: str = "") -> list[str]:
     """The parts of two identities that differ, with both values."""
     if isinstance(there, dict) and isinstance(now, dict):
         return [
             line
             for key in sorted(there.keys() | now.keys())
-            for line in _differences(there.get(key), now.get(key), key)
+            for line in differences(there.get(key), now.get(key), key)
         ]
     return [] if there == now else [f"{name}: {there} there, {now} now"]

@@ -1,5 +1,7 @@
 """What solved modules give is read instead of computed again: the same bytes for fewer products."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import make_model
@@ -78,6 +80,9 @@ class Inner(nn.Module):
         return self.gives(self.layer(x))
 
 
+LENGTHS = itertools.cycle((3, 2))
+
+
 def streams_of(work_dir, n=4):
     tokens = torch.zeros(n, 3, dtype=torch.int64)
     return Streams(["quantized"], {}, {}, tokens, 8, Leaves(n, 1), work_dir, "cpu")
@@ -91,6 +96,7 @@ def streams_of(work_dir, n=4):
         (lambda y: (y, y), 1, False),
         (lambda y: y.bfloat16(), 1, False),
         (lambda y: y, 2, False),
+        (lambda y: y[:, : next(LENGTHS)], 1, False),  # as many rows as chose an expert
     ],
 )
 @torch.no_grad()

@@ -30,7 +30,7 @@ from llmq.models.tokens import FINGERPRINT, fingerprint
 from llmq.ptq.budget import disk_bytes
 from llmq.ptq.copied import places_of_others
 from llmq.ptq.engine import OnStep, Task, quantize_blocks
-from llmq.ptq.followers import Follower, SharedBlocks, check_shared, earlier_run, own_folder
+from llmq.ptq.followers import Follower, check_shared, earlier_run, own_folder
 from llmq.ptq.held_out import measure
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
@@ -135,18 +135,13 @@ def quantize_folder(
             files.check_space(partial.work_dir, disk_bytes(job) + attempt.later_bytes)
         ranks.check_same(identity(job, device))
         on_start(first_block - len(damaged), len(blocks))
-        outside = None
         if job.outside:  # first, for the blocks are measured behind the embeddings that are stored
             _write_outside(job, partial, reader, prefix)
-            shared = SharedBlocks(ranks, sink)
-            outside = OutsideReader(reader, lambda: shared.read_block(partial.outside).quantized)
+        earlier = earlier_run(ranks, EarlierRun(sink, first_block, damaged))
+        task = _task(job, reader, device, earlier, ranks)
+        folder = own_folder(ranks, partial.work_dir)
         running(job.source.folder)(quantize_blocks)(
-            _task(job, reader, device, outside, ranks),
-            sink,
-            own_folder(ranks, partial.work_dir),
-            earlier=earlier_run(ranks, EarlierRun(sink, first_block, damaged)),
-            on_block=on_block,
-            on_step=on_step,
+            task, sink, folder, earlier=earlier, on_block=on_block, on_step=on_step
         )
         sent = ranks.gathered(ranks.traffic.sent)
         resumed_at = min(first_block, *damaged) if damaged else first_block
@@ -179,18 +174,10 @@ def _follow(job: Job, out_dir: Path, device: str, ranks: Ranks) -> None:
     """The part of a process behind the first one: all of the work, and nothing of the output."""
     reader = CheckpointReader(job.model, job.source.tensors, job.source.files)
     ranks.check_same(identity(job, device))
-    n_blocks = len(find_blocks(job.model)[1])
-    outside = None
-    if job.outside:
-        shared = SharedBlocks(ranks, None)
-        outside = OutsideReader(reader, lambda: shared.read_block(n_blocks).quantized)
+    earlier = earlier_run(ranks, None)
+    task = _task(job, reader, device, earlier, ranks)
     work_dir = own_folder(ranks, work_dir_of(files.real_path(out_dir)))
-    running(job.source.folder)(quantize_blocks)(
-        _task(job, reader, device, outside, ranks),
-        Follower(),
-        work_dir,
-        earlier=earlier_run(ranks, None),
-    )
+    running(job.source.folder)(quantize_blocks)(task, Follower(), work_dir, earlier=earlier)
     files.remove(work_dir)  # before the first process goes on, which cleans up around it
     with suppress(OSError):  # the first process's, where it sees the same disk
         work_dir.parent.rmdir()
@@ -210,11 +197,15 @@ def _task(
     job: Job,
     reader: CheckpointReader,
     device: str,
-    outside: OutsideReader | None,
+    earlier: EarlierRun,
     ranks: Ranks,
 ) -> Task:
-    """What the blocks of a job are quantized by. outside: what is stored in place of embeddings."""
-    tokens = job.tokens
+    """What the blocks of a job are quantized by; embeddings and head as they are stored behind
+    them."""
+    tokens, outside = job.tokens, None
+    if job.outside:
+        number = len(find_blocks(job.model)[1])  # that they have behind the blocks
+        outside = OutsideReader(reader, lambda: earlier.finished.read_block(number).quantized)
     return Task(
         job.model,
         reader,

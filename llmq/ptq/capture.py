@@ -8,7 +8,7 @@ own arguments are kept, and no block's weights are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -153,14 +153,23 @@ def passing_on(modules: nn.ModuleList, hidden: Tensor, n_returned: int) -> Itera
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (hidden, *[None] * (n_returned - 1)) if n_returned else hidden
 
-    patched = list(modules)
-    for block in patched:
-        block.forward = forward  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        for block in modules:
+            stack.enter_context(with_forward(block, forward))
+        yield
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module with another forward pass for a while."""
+    before = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block in patched:
-            del block.forward
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 @contextmanager

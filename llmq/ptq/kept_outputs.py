@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.ptq.capture import with_forward
 from llmq.ptq.streams import Streams
 from llmq.storage.hidden_states import ActivationFile
 
@@ -93,7 +94,7 @@ class KeptOutputs:
                 batches = kept.file.batches(self.streams.leaves.sizes)
                 stack.callback(batches.close)
                 stack.enter_context(
-                    _replaced(self.block.get_submodule(name), self._read(kept, batches))
+                    with_forward(self.block.get_submodule(name), self._read(kept, batches))
                 )
             names = [] if is_last else [name for name in self._final() if name not in self._kept]
             writers = self._writers = [_Writer(self, name) for name in names]
@@ -176,7 +177,7 @@ class _Writer:
                     self.output = None
                 return found
 
-            with _replaced(module, forward):
+            with with_forward(module, forward):
                 yield
 
     def _of(self, found: Any, n_sequences: int) -> _Output | None:
@@ -189,17 +190,3 @@ class _Writer:
 
 def _lies_in(name: str, module: str) -> bool:
     return name.startswith(f"{module}.")
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module with another forward pass for a while."""
-    before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ from quality_table import machine
 
 import llmq
 from llmq.cards.versions import versions
-from llmq.grid.spec import ActSpec
+from llmq.grid.spec import PER_TENSOR, ActSpec, QuantSpec
 from llmq.models.identity import model_name, source_name
 from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.ptq.job import prepare
@@ -43,10 +43,12 @@ from llmq.ptq.run import quantize_folder
 from llmq.qat.job import QATJob, prepare_job
 from llmq.qat.losses import LossWeights
 from llmq.qat.run import fine_tune, train
+from llmq.qat.schedule import Phases
 from llmq.qat.settings import QATSettings, Scheme
 from llmq.recipe import Recipe
 
 SCHEMES = ("w8a8", "w4", "w3", "w2", "ternary", "w4a8kv8")
+BITNET = "bitnet"  # ternary, one scale a matrix, the mean magnitude; INT8 activations
 PTQ_METHODS = ("rtn", "gptq", "blockwise")
 CONTROL, GENERATED = "control", "generated"
 SAMPLE_TOKENS, TEMPERATURE = 48, 0.7
@@ -69,6 +71,8 @@ class Run:
 def scheme_of(name: str) -> Scheme:
     """The schemes of the table have groups of 64 at 4 bits and fewer, with zero points at 3 and
     2."""
+    if name == BITNET:
+        return Scheme(QuantSpec("ternary", PER_TENSOR), "int8-token")
     scheme = Scheme.parse(name)
     if scheme.weights.bits > 4:
         return scheme
@@ -94,9 +98,9 @@ class Ladder:
         if self.args.train != GENERATED:
             yield Run(CONTROL)
         for scheme in self.args.schemes:
-            for method in self.args.ptq:
+            for method in ("rtn",) if scheme == BITNET else self.args.ptq:
                 yield Run("ptq", scheme, method)
-            yield Run("qat", scheme, self.args.init)
+            yield Run("qat", scheme, "rtn" if scheme == BITNET else self.args.init)
 
     def result(self, run: Run) -> dict[str, Any]:
         """One result, from the file or new."""
@@ -173,8 +177,11 @@ class Ladder:
 
     def _settings(self, scheme: Scheme, init: str) -> QATSettings:
         args = self.args
+        is_bitnet = scheme == scheme_of(BITNET)
         return QATSettings(
             scheme,
+            quantizer="absmean" if is_bitnet else "lsq",
+            phases=Phases(gradual=0.1 if is_bitnet else 0.0),
             init=init,
             max_steps=args.steps,
             sequence_length=args.sequence_length,
@@ -379,10 +386,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--control-rate", type=float, default=5e-5, help="peak learning rate of the control"
     )
-    parser.add_argument("--scheme", nargs="+", default=SCHEMES, dest="schemes")
+    parser.add_argument(
+        "--scheme",
+        nargs="+",
+        default=SCHEMES,
+        dest="schemes",
+        help="as llmq qat takes them, or bitnet",
+    )
     parser.add_argument("--ptq", nargs="*", choices=PTQ_METHODS, default=PTQ_METHODS)
     parser.add_argument("--trained-tokens", type=float, help="of the model's own training")
     parser.add_argument("--prompt", help="for samples of what the models write")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="make these rows, such as control")
     parser.add_argument("--keep", action="store_true", help="the folders that were written")
     args = parser.parse_args()
     if args.page is None and args.work_dir is None:
@@ -404,6 +418,8 @@ def main() -> None:
     ladder = Ladder(args)
     results = {}
     for run in ladder.runs():
+        if args.only and str(run) not in args.only:
+            continue
         result = results[str(run)] = ladder.result(run)
         print(f"{run}: {percent(against(result, None))}", file=sys.stderr, flush=True)
     print(table(results, list(ladder.texts)))

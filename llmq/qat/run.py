@@ -44,7 +44,6 @@ from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.job import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
 from llmq.qat.job import QATJob
-from llmq.qat.rates import depth_factor, grid_rate, margin
 from llmq.qat.ship import is_published, ship
 from llmq.qat.student import Student
 from llmq.qat.trainer import (
@@ -58,7 +57,7 @@ from llmq.qat.trainer import (
     step_of,
     training_arguments,
 )
-from llmq.qat.weights import MARGIN, merge_lora, prepare
+from llmq.qat.weights import merge_lora, prepare
 from llmq.storage import files
 from llmq.storage.manifest import check_hashes
 from llmq.storage.workspace import Workspace, remove_leftover, tell
@@ -252,11 +251,7 @@ def student_model(job: QATJob, start_from: Source) -> PreTrainedModel:
     }
     model = load(job.source, dtype="float32")
     unfuse(model)
-    kept_off = MARGIN
-    if settings.lr_weights is None:
-        assert job.windows is not None
-        n_steps = settings.n_steps(len(job.windows), job.processes.num_processes)
-        kept_off = margin(depth_factor(start) * grid_rate(settings.scheme.weights), n_steps)
+    assert job.windows is not None
     prepare(
         model,
         start,
@@ -264,7 +259,7 @@ def student_model(job: QATJob, start_from: Source) -> PreTrainedModel:
         settings.scheme.activations,
         lora_rank=settings.lora_rank,
         seed=settings.seed,
-        margin=kept_off,
+        n_steps=settings.n_steps(len(job.windows), job.processes.num_processes),
     )
     quantize_kv(model, settings.scheme.kv_bits, before_rope=settings.kv_before_rope)
     if settings.gradient_checkpointing:

@@ -228,6 +228,7 @@ class QATTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = parameter_groups(
                 self.model,
+                self.args.max_steps,
                 lr_weights=self.settings.lr_weights,
                 lr_scales=self.settings.lr_scales,
             )

@@ -44,12 +44,10 @@ from llmq.inference.module import QuantLinear
 from llmq.models.site import site_of
 from llmq.models.stored import state_ties
 from llmq.qat.lora import LoRA, check_rank
+from llmq.qat.pace import grid_rate, margin
 from llmq_kernels.core.reference import expand_groups
 
 QuantizerName = Literal["lsq", "seq", "ste", "absmean"]
-# Masters keep this many steps of distance from the edge of their code's cell, where nobody says
-# how far training will move them (`llmq.qat.rates.margin`).
-MARGIN = 0.05
 
 
 def check_quantizer(name: QuantizerName, spec: QuantSpec, where: str = "") -> None:
@@ -191,7 +189,7 @@ class FakeQuantLinear(nn.Module):
         )
 
 
-def masters(original: Tensor, start: QuantizedTensor, margin: float = MARGIN) -> Tensor:
+def masters(original: Tensor, start: QuantizedTensor, margin: float) -> Tensor:
     """Float32 master weights `[N, K]`: the original ones, moved into the cells of the codes of
     `start`, so many steps from the edge. Outside the grid's range they are clipped to its end
     cells."""
@@ -225,12 +223,13 @@ def prepare(
     activations: str = "none",
     lora_rank: int | None = None,
     seed: int = 0,
-    margin: float = MARGIN,
+    n_steps: int | None = None,
 ) -> None:
     """Replace linear layers by `FakeQuantLinear` in place, from the quantized weights `start` by
     layer name. lora_rank: train a change of this rank of each, scales and zero points, and nothing
-    else; None: everything. seed: of its first values. margin: see `masters`. Raises `LlmqError` for
-    act-order weights, whose groups are not consecutive."""
+    else; None: everything. seed: of its first values. n_steps: updates of the run that
+    follows, None where unknown. Raises `LlmqError` for act-order weights, whose groups are not
+    consecutive."""
     generator = torch.Generator().manual_seed(seed)
     if lora_rank is not None:
         check_rank(lora_rank)
@@ -245,7 +244,8 @@ def prepare(
         if site is None:
             raise LlmqError(f"{layer}: {type(model).__name__} has no linear layer of this name")
         original, bias = site.weight, site.bias
-        weight = masters(original, qtensor, margin) if name == "lsq" else original
+        kept_off = margin(grid_rate(qtensor.spec, n_steps))
+        weight = masters(original, qtensor, kept_off) if name == "lsq" else original
         scale = stretched_scale(original.float(), qtensor.spec) if name == "seq" else qtensor.scale
         weight_quantizer = WeightQuantizer(qtensor.spec, name, scale, qtensor.zero)
         module = FakeQuantLinear(

@@ -45,7 +45,7 @@ def layer(
 ) -> tuple[torch.Tensor, QuantizedTensor, FakeQuantLinear]:
     weight = torch.randn(n, k) * torch.rand(n, 1)
     start = QuantizedTensor.quantize(weight, QuantSpec.parse(spec), torch.rand(k) + 0.1)
-    master = masters(weight, start) if name == "lsq" else weight
+    master = masters(weight, start, 0.05) if name == "lsq" else weight
     return (
         weight,
         start,

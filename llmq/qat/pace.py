@@ -1,0 +1,39 @@
+"""How fast masters go, in steps of their grid, and how far from the edge of their cells they start.
+
+An optimizer like Adam moves every weight by about its learning rate, whatever the gradient's size,
+and the first updates of all are mostly noise. A master that starts nearer to the edge of its cell
+than these take it changes its code for no reason, and a start whose codes balance each other, as
+GPTQ's do, is lost at once. The README of this folder has what was measured."""
+
+from __future__ import annotations
+
+from llmq.grid.spec import QuantSpec
+
+LONG_RUN = 300  # updates, from which on masters go at the rate of their grid
+HASTE = 4.0  # what the shortest runs take of it
+NOISE = 25.0  # updates that go nowhere, at most
+WIDEST = 0.3  # of half a step, the distance from the middle of a cell to its edge
+
+
+def grid_rate(spec: QuantSpec, n_steps: int | None = None) -> float:
+    """Peak learning rate of masters in steps of their grid. n_steps: updates of the run, of which a
+    short one goes faster; None: unknown, and many.
+
+    Those of 4 and 2 bits and ternary are measured; the others, half-integer levels among them,
+    stand beside them, and codes between 4 and 8 bits take that of 8."""
+    rates = {
+        "int8": 1e-3,
+        "int4": 2e-3,
+        "int3": 1.5e-3,
+        "int2": 4e-3,
+        "int2h": 4e-3,
+        "ternary": 2e-3,
+    }
+    haste = 1.0 if n_steps is None else min(HASTE, max(1.0, LONG_RUN / n_steps))
+    return haste * rates.get(spec.code, rates["int8"])
+
+
+def margin(rate: float) -> float:
+    """How many steps of their grid masters start from the edge of their cells, for a peak rate in
+    steps."""
+    return min(WIDEST, NOISE * rate)

@@ -11,6 +11,7 @@ from llmq.commands.machine import LIBRARY_BYTES, memory_bytes, timed_device
 from llmq.commands.options import real, whole
 from llmq.commands.pace import rough_duration
 from llmq.commands.parser import Parser
+from llmq.commands.plan_ranks import n_processes
 
 if TYPE_CHECKING:
     from llmq.models.source import Source
@@ -30,7 +31,12 @@ OWN = frozenset(
         "gradient_checkpointing",
     }
 )
-SHARED = frozenset({"model", "qat", "sequence_length", "device", "revision", "max_ram", "json"})
+SHARED = frozenset(
+    {
+        *("model", "qat", "sequence_length", "device", "revision", "max_ram", "json"),
+        *("processes", "gpus", "nodes", "gpu_memory"),
+    }
+)
 # What is tried, in this order, where a run does not fit.
 SMALLER: dict[str, dict[str, Any]] = {
     "--gradient-checkpointing": {"gradient_checkpointing": True},
@@ -91,26 +97,28 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from llmq.qat.budget import training_flops
 
     source = open_to_plan(args.model, args.revision)
-    settings = _settings(args, source)
+    settings, n = _settings(args, source), n_processes(args)
     plans, n_parameters = _layers(source, settings)
-    memory = _memory(source, settings, plans, n_parameters)
+    memory = _memory(source, settings, plans, n_parameters, n)
     limit, where = _limit(args)
     device = timed_device(args.device)
     rate = jobs.measured_rate(device, settings.precision)
-    per_million = training_flops(n_parameters, 1e6) / rate
+    per_million = training_flops(n_parameters, 1e6) / rate / n
     result = {
         "model": str(source.folder),
         "has_weights": not isinstance(source, ConfigOnly),
         "scheme": args.scheme,
         "parameters": n_parameters,
         "quantized_layers": sum(plan.spec is not None for plan in plans),
-        "windows_per_step": [settings.batch_size, settings.sequence_length],
+        "processes": n,
+        "shard": settings.shard,
+        "windows_per_step": [n * settings.batch_size, settings.sequence_length],
         "memory": memory.to_json(),
         "planned_peak_bytes": memory.n_bytes,
         "limit_bytes": limit,
         "limit_of": where,
         "fits": None if limit is None else memory.n_bytes <= limit,
-        "fitting_options": _fitting(source, settings, plans, n_parameters, limit),
+        "fitting_options": _fitting(source, settings, plans, n_parameters, n, limit),
         "planned_seconds_per_million_tokens": round(per_million, 1),
         "max_tokens": args.max_tokens,
         "planned_seconds": args.max_tokens and round(per_million * args.max_tokens / 1e6, 1),
@@ -132,6 +140,7 @@ def _settings(args: argparse.Namespace, source: Source) -> QATSettings:
         optimizer=args.optimizer,
         precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing,
+        shard=n_processes(args) > 1 and args.lora_rank is None,
     )
 
 
@@ -148,7 +157,7 @@ def _layers(source: Source, settings: QATSettings) -> tuple[list[LayerPlan], int
 
 
 def _memory(
-    source: Source, settings: QATSettings, plans: list[LayerPlan], n_parameters: int
+    source: Source, settings: QATSettings, plans: list[LayerPlan], n_parameters: int, n: int
 ) -> Memory:
     import torch
 
@@ -156,11 +165,13 @@ def _memory(
 
     is_half = settings.precision == "bf16" and source.config.dtype == torch.bfloat16
     config = source.config.get_text_config()
-    return Memory.of(config, plans, settings, n_parameters, 2 if is_half else 4)
+    return Memory.of(config, plans, settings, n_parameters, 2 if is_half else 4, n)
 
 
 def _limit(args: argparse.Namespace) -> tuple[int | None, str | None]:
     """Bytes that training may take beside the libraries, and who says so."""
+    if args.gpu_memory is not None:
+        return int(args.gpu_memory), "--gpu-memory"
     if args.max_ram is not None:
         return int(args.max_ram * 1e9), "--max-ram"
     there = memory_bytes() if args.device == "cpu" else None
@@ -172,14 +183,16 @@ def _fitting(
     settings: QATSettings,
     plans: list[LayerPlan],
     n_parameters: int,
+    n: int,
     limit: int | None,
 ) -> dict[str, int]:
     """Options with which it fits, with their peak memory in bytes, where it does not."""
-    if limit is None or _memory(source, settings, plans, n_parameters).n_bytes <= limit:
+    if limit is None or _memory(source, settings, plans, n_parameters, n).n_bytes <= limit:
         return {}
     found = {}
     for option, values in SMALLER.items():
-        other = _memory(source, replace(settings, **values), plans, n_parameters)
+        shard = settings.shard and "lora_rank" not in values
+        other = _memory(source, replace(settings, **values, shard=shard), plans, n_parameters, n)
         if other.n_bytes <= limit:
             found[option] = other.n_bytes
     return found
@@ -194,6 +207,7 @@ def _text(result: dict[str, Any]) -> str:
         "model": f"{result['parameters'] / 1e6:.1f}M parameters, {result['quantized_layers']} "
         f"layers at {result['scheme']}",
         "batch": f"{batch} windows of {length} tokens",
+        **_process_pairs(result),
         **_memory_pairs(result),
         "time": f"about {rough_duration(result['planned_seconds_per_million_tokens'])} per million "
         "tokens",
@@ -208,6 +222,13 @@ def _text(result: dict[str, Any]) -> str:
             f"{result['max_tokens']:.0f} tokens"
         )
     return f"{table}\n\n{rendering.render_pairs(pairs)}"
+
+
+def _process_pairs(result: dict[str, Any]) -> dict[str, object]:
+    if (n := result["processes"]) == 1:
+        return {}
+    what = "--shard: a share of masters, gradients and moments" if result["shard"] else "all of it"
+    return {f"each of {n} processes": what}
 
 
 def _memory_pairs(result: dict[str, Any]) -> dict[str, object]:

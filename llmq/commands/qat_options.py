@@ -117,6 +117,12 @@ def _add_device_arguments(parser: Parser) -> None:
         default=None,
         help="compute activations twice instead of keeping them",
     )
+    parser.more.add_argument(
+        "--shard",
+        action="store_true",
+        default=None,
+        help="split masters, gradients and moments over the processes of torchrun (FSDP2)",
+    )
 
 
 def _add_scheme_arguments(parser: Parser) -> None:

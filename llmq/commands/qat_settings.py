@@ -36,6 +36,7 @@ _FIELDS = (
     "optimizer",
     "precision",
     "gradient_checkpointing",
+    "shard",
     "max_grad_norm",
     "seed",
     "log_every",

@@ -80,8 +80,9 @@ def _ungrouped(grouped: Tensor, shape: torch.Size, spec: QuantSpec) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Nothing is kept for the backward pass but the weight, its value and the scales, which are
-    alive anyway."""
+    """Nothing is kept for the backward pass but the weight, which is alive anyway, and the scales:
+    codes are computed again, since under autocast the product keeps a copy of the value in its own
+    dtype, and the float32 one would be in memory beside it."""
 
     @staticmethod
     def forward(
@@ -99,17 +100,19 @@ class _FakeQuantize(torch.autograd.Function):
             rounding.grouped(weight, spec), stored_scale[..., None], offset, spec.levels.max
         )  # [N or 1, G, columns per group]
         value = _ungrouped(codes.sub_(offset).mul_(stored_scale[..., None]), weight.shape, spec)
-        ctx.save_for_backward(weight, value, stored_scale)
+        ctx.save_for_backward(weight, stored_scale, stored_zero)
         ctx.spec, ctx.scale_gradient = spec, scale_gradient
         return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, value, stored_scale = ctx.saved_tensors
+        weight, stored_scale, stored_zero = ctx.saved_tensors
         spec: QuantSpec = ctx.spec
         gradient, step = rounding.grouped(gradients[0], spec), stored_scale[..., None]
-        integers = rounding.grouped(value, spec) / step  # c
-        overshoot = (rounding.grouped(weight, spec) / step).sub_(integers)  # v - c
+        offset = spec.levels.offset if stored_zero is None else stored_zero[..., None]
+        grouped = rounding.grouped(weight, spec)
+        integers = rounding.round_codes(grouped, step, offset, spec.levels.max).sub_(offset)  # c
+        overshoot = (grouped / step).sub_(integers)  # v - c
         inside = overshoot.abs() <= 0.5
         passed = gradient * inside
         to_scale = to_zero = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -15,13 +16,16 @@ from llmq.recipe import LayerPlan
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one process. masters: float32. gradients, optimizer: of what is trained. teacher:
-    its weights. activations: what a batch keeps for the backward pass. logits: copies of
-    those of a chunk, float32."""
+    its weights. quantized: what the forward pass keeps of the weights that it multiplied with.
+    gathered: what a split model has whole for a time. activations: what a batch keeps for the
+    backward pass. logits: copies of those of a chunk, float32."""
 
     masters: int
     gradients: int
     optimizer: int
     teacher: int
+    quantized: int
+    gathered: int
     activations: int
     logits: int
 
@@ -33,31 +37,41 @@ class Memory:
         settings: QATSettings,
         n_parameters: int,
         teacher_bytes: int,
+        n_processes: int = 1,
     ) -> Memory:
-        """config: of the text model. teacher_bytes: of one of its weights."""
+        """config: of the text model. teacher_bytes: of one of its weights. n_processes: that a
+        split model lies in; embeddings and head of its teacher are in each."""
+        size = 4 if settings.precision == "fp32" else 2
+        n_blocks = config.num_hidden_layers
         # Each layer's input and output, and as much again around attention and norms; with
-        # checkpointing, of one block.
-        per_token = (
-            2
-            * sum(sum(plan.layer.shape) for plan in plans)
-            * (4 if settings.precision == "fp32" else 2)
-        )
+        # checkpointing, of one block, and what enters each.
+        per_token = 2 * sum(sum(plan.layer.shape) for plan in plans) * size
+        if settings.gradient_checkpointing:
+            per_token = per_token // n_blocks + n_blocks * config.hidden_size * size
         n_lora = 0 if settings.lora_rank is None else _lora_parameters(plans, settings.lora_rank)
         n_trained = n_lora or n_parameters
-        n_kept = config.num_hidden_layers if settings.gradient_checkpointing else 1
+        n_parts = n_processes if settings.shard else 1
+        n_of_layers = sum(prod(plan.layer.shape) for plan in plans)
+        n_quantized = sum(prod(plan.layer.shape) for plan in plans if plan.spec is not None)
+        n_outside = n_parameters - n_of_layers
+        # Masters and gradients outside of blocks, those of a block, and the next one's masters.
+        n_gathered = 2 * n_outside + 3 * n_of_layers // n_blocks if settings.shard else 0
         return cls(
-            masters=4 * (n_parameters + n_lora),
-            gradients=4 * n_trained,
-            optimizer=OPTIMIZERS[settings.optimizer] * n_trained,
-            teacher=teacher_bytes * n_parameters,
-            activations=settings.tokens_per_batch * per_token // n_kept,
+            masters=4 * (n_parameters + n_lora) // n_parts,
+            gradients=4 * n_trained // n_parts,
+            optimizer=OPTIMIZERS[settings.optimizer] * n_trained // n_parts,
+            teacher=teacher_bytes * (n_outside + n_of_layers // n_parts),
+            quantized=size * n_quantized // (n_blocks if settings.gradient_checkpointing else 1),
+            gathered=4 * n_gathered,
+            activations=settings.tokens_per_batch * per_token,
             logits=COPIES * 4 * CHUNK_TOKENS * config.vocab_size,
         )
 
     @property
     def weight_bytes(self) -> int:
         """Of weights and optimizer, whatever the batch."""
-        return self.masters + self.gradients + self.optimizer + self.teacher
+        of_run = self.masters + self.gradients + self.optimizer + self.teacher
+        return of_run + self.quantized + self.gathered
 
     @property
     def activation_bytes(self) -> int:

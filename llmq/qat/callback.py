@@ -23,7 +23,7 @@ from llmq.errors import LlmqError, VerificationError
 from llmq.models.compat import get_last_checkpoint
 from llmq.qat.schedule import Phases
 from llmq.qat.telemetry import Telemetry
-from llmq.qat.weights import fake_quant_modules
+from llmq.qat.weights import fake_quant_modules, whole
 
 SKIPPED_STEPS = 40  # in a row under fp16: its scaler starts at 2^16 and is below 2^-24 by then
 
@@ -76,7 +76,7 @@ class QATCallback(TrainerCallback):
         scaler of fp16 skips these steps and halves its factor, which must help at some time."""
         parameters = kwargs["model"].parameters()
         gradients = [each.grad for each in parameters if each.grad is not None]
-        is_finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+        is_finite = bool(torch.isfinite(whole(nn.utils.get_total_norm(gradients))))
         self.n_skipped = 0 if is_finite else self.n_skipped + 1
         if self.n_skipped >= (min(SKIPPED_STEPS, state.max_steps) if args.fp16 else 1):
             raise VerificationError(

@@ -121,8 +121,7 @@ class QATJob:
             "train": self.train,
             "windows": None if self.windows is None else data.token_hash(self.windows),
             "recipe": self.recipe.to_json(),
-            "processes": self.processes.num_processes,
-            **self.settings.to_json(),
+            **self._settings_of_result(),
             "device": self.device,
             "weights of the model": files.stamps(self.model_dir.glob("*.safetensors")),
             "weights of the teacher": files.stamps(self.teacher_dir.glob("*.safetensors")),
@@ -136,6 +135,16 @@ class QATJob:
             },
         }
 
+    def _settings_of_result(self) -> dict[str, Any]:
+        """The settings, but for how the windows of a step are spread over processes and batches:
+        ranges of activations alone follow the batches one by one."""
+        settings = self.settings.to_json()
+        del settings["batch_size"]
+        if self.settings.scheme.activations != "int8-static":
+            del settings["accumulation"]
+        per_step = self.settings.windows_per_step(self.processes.num_processes)
+        return {**settings, "windows per step": per_step}
+
     def budget(self) -> dict[str, Any]:
         """tokens, steps, peak memory in bytes of weights and optimizer and of activations, and
         floating-point operations of the training. Estimates."""
@@ -144,7 +153,9 @@ class QATJob:
         tokens = steps * self.settings.windows_per_step(n_processes) * self.settings.sequence_length
         config = self.source.config.get_text_config()
         teacher = 2 if self.teacher_dtype == "bfloat16" else 4
-        memory = Memory.of(config, self.plans, self.settings, self.n_parameters, teacher)
+        memory = Memory.of(
+            config, self.plans, self.settings, self.n_parameters, teacher, n_processes
+        )
         return {
             "tokens": tokens,
             "steps": steps,
@@ -184,6 +195,7 @@ def prepare_job(
     plans = recipe.plan(quantizable_layers(stored.skeleton))
     _check_plans(plans, settings, strict)
     _check_settings(settings, train, device)
+    _check_processes(settings, processes(device).num_processes)
     taught_by = _teacher(source, teacher)
     check_same_vocabulary(stored.config, taught_by.config)
     if teacher:
@@ -270,6 +282,14 @@ def _check_settings(settings: QATSettings, train: str, device: str) -> None:
         )
 
 
+def _check_processes(settings: QATSettings, n: int) -> None:
+    if settings.shard and n == 1:
+        raise LlmqError(
+            "--shard: there is one process, and nothing to split over; start several, with "
+            "torchrun --nproc-per-node N -m llmq qat ... --shard"
+        )
+
+
 def _check_same_tokens(teacher: Source, student: Source) -> None:
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise LlmqError(
@@ -300,13 +320,13 @@ def processes(device: str) -> PartialState:
 
 
 def check_engine() -> None:
-    """Raise `LlmqError` where accelerate was configured to split weights: scales and telemetry
-    belong to whole rows, which processes of FSDP and DeepSpeed do not have."""
+    """Raise `LlmqError` where accelerate was configured to split weights in its own way, which on
+    CPUs would not be in effect without a word."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise LlmqError(
-                f"llmq qat trains with whole weights in every process, not with {name}; use data "
-                "parallelism: accelerate launch --multi_gpu -m llmq qat ..."
+                f"llmq qat splits weights itself, not with accelerate's {name}; launch it without, "
+                "and give --shard: accelerate launch --multi_gpu -m llmq qat ... --shard"
             )
 
 

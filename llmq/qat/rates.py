@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.qat.pace import grid_rate
-from llmq.qat.weights import FakeQuantLinear, fake_quant_modules
+from llmq.qat.weights import FakeQuantLinear, fake_quant_modules, whole
 
 SCALES = "scales"  # marks groups of scales and zero points, which stop moving before the weights do
 
@@ -25,7 +25,7 @@ SCALES = "scales"  # marks groups of scales and zero points, which stop moving b
 @torch.no_grad()
 def grid_step(module: FakeQuantLinear) -> float:
     """The mean distance between two levels of a layer's weight."""
-    return float(module.quantizer.stored(module.master())[0].abs().mean())
+    return float(module.quantizer.stored(whole(module.master()))[0].abs().mean())
 
 
 def parameter_groups(

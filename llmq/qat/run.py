@@ -39,10 +39,11 @@ from llmq.formats.load import load
 from llmq.inference.module import quantized_modules
 from llmq.models.arch import find_blocks
 from llmq.models.experts import unfuse
-from llmq.models.source import Source
+from llmq.models.source import Source, meta_model
 from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.job import prepare as prepare_ptq
 from llmq.ptq.run import quantize_folder
+from llmq.qat import shards
 from llmq.qat.job import QATJob
 from llmq.qat.ship import is_published, ship
 from llmq.qat.student import Student
@@ -150,9 +151,12 @@ def _fine_tune(
     model = student_model(job, start)
     assert job.windows is not None
     job.check_sources()
-    train(model, job, job.windows, work_dir, report_to=report_to, show=show)
+    trained = train(model, job, job.windows, work_dir, report_to=report_to, show=show)
     if not state.is_main_process:
         return {}
+    if job.settings.shard:
+        model = student_model(job, start)
+        model.load_state_dict(trained)
     seconds = time.monotonic() - started
     return ship(model.to("cpu"), job, start, work_dir, out_dir, overwrite, seconds)
 
@@ -293,8 +297,9 @@ def train(
     *,
     report_to: str = "none",
     show: Show = lambda title, done, total, remark: None,
-) -> None:
-    """Train in place, from the last checkpoint in `work_dir` where there is one."""
+) -> dict[str, Tensor]:
+    """Train in place, from the last checkpoint in `work_dir` where there is one. Of a model that
+    was split, returns what became of it, whole, in the first process."""
     settings = job.settings
     n_steps = settings.n_steps(len(windows), job.processes.num_processes)
     trainer_dir = work_dir / "trainer"
@@ -306,6 +311,9 @@ def train(
     job.check_sources()
     log_path = work_dir / LOG
     student = Student(model, teacher, settings.loss)
+    if settings.shard:
+        name, _ = find_blocks(meta_model(job.source.config))
+        shards.shard(student, model.get_submodule(name), job.device)
     callbacks = [
         ScheduleCallback(student, settings, job.held_out, log_path),
         _Progress(show),
@@ -335,5 +343,8 @@ def train(
     else:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     settings.phases.apply(student, 1.0)
+    if settings.shard:
+        return shards.gathered(model)
     merge_lora(model)
     model.eval()
+    return {}

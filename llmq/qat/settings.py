@@ -65,7 +65,8 @@ class QATSettings:
     lr_scales: absolute peaks; None: by the grid of each layer (`llmq.qat.rates`). optimizer: by
     transformers' name, `OptimizerNames`. lora_rank: train a change of this rank of every weight and
     the scales, see `llmq.qat.lora`; None: all of the model. precision: of the
-    arithmetic; masters are float32 always. loss, phases: see there. log_every, save_every,
+    arithmetic; masters are float32 always. shard: split masters, gradients and moments over the
+    processes, see `llmq.qat.shards`. loss, phases: see there. log_every, save_every,
     eval_every: steps; 0: about 100, 5 and 5 times in a run, checkpoints always where there is a row
     of the log too, so that a resumed run's rows are means of the same steps. n_held_out: windows
     spread over the text that are not trained on, for deciding whether training helped."""
@@ -85,6 +86,7 @@ class QATSettings:
     lora_rank: int | None = None
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
+    shard: bool = False
     loss: LossWeights = field(default_factory=LossWeights)
     phases: Phases = field(default_factory=Phases)
     max_grad_norm: float = 1.0
@@ -115,6 +117,9 @@ class QATSettings:
             raise LlmqError(f"--optimizer {self.optimizer}: expected {' or '.join(OPTIMIZERS)}")
         if self.lora_rank is not None:
             check_rank(self.lora_rank)
+        if self.shard and (self.lora_rank is not None or self.precision == "fp16"):
+            other = "--precision fp16" if self.lora_rank is None else "--lora-rank"
+            raise LlmqError(f"--shard and {other}: are not made for each other; give one of them")
         if self.log_every and self.save_every % self.log_every:
             raise LlmqError(
                 f"--save-every {self.save_every} is no multiple of --log-every {self.log_every}: "

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.errors import LlmqError
+from llmq.evaluation.perplexity import evaluate
 from llmq.models.compat import BaseModelOutputWithPast
 from llmq.qat.losses import Head, LossWeights, distillation_loss
+from llmq.text.windows import Windows
 
 
 def base_of(model: PreTrainedModel) -> nn.Module:
@@ -142,7 +144,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.weights = weights
-        self._beside: list[PreTrainedModel] = (
+        self.teachers: list[PreTrainedModel] = (  # in a list, or it would be a part of this module
             [] if teacher is None else [teacher.eval().requires_grad_(False)]
         )
         check_head(model)
@@ -153,7 +155,7 @@ class Student(nn.Module):
     def forward(self, input_ids: Tensor) -> dict[str, Any]:
         """loss and its parts for tokens int64 `[B, T]`."""
         teacher_hidden = teacher_head = None
-        for teacher in self._beside:
+        for teacher in self.teachers:
             with torch.no_grad():
                 teacher_hidden, teacher_head = last_hidden(teacher, input_ids), head_of(teacher)
         return distillation_loss(
@@ -164,3 +166,7 @@ class Student(nn.Module):
             teacher_hidden,
             teacher_head,
         )
+
+    def perplexity(self, windows: Windows) -> float:
+        """Of the model in training, with what its quantizers are switched to."""
+        return evaluate(self.model, windows).value

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from llmq.errors import LlmqError, VerificationError
-from llmq.evaluation.perplexity import evaluate
 from llmq.models.compat import get_available_reporting_integrations
+from llmq.qat import shards
 from llmq.qat.callback import QATCallback
 from llmq.qat.rates import SCALES, parameter_groups
 from llmq.qat.settings import QATSettings
@@ -157,17 +157,13 @@ class ScheduleCallback(QATCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         every = self.settings.eval_every or max(1, state.max_steps // 5)
-        if (
-            self.held_out is not None
-            and state.is_world_process_zero
-            and (state.global_step % every == 0 or state.global_step == state.max_steps)
-        ):
-            self._write(
-                {
-                    "step": state.global_step,
-                    "held_out_perplexity": held_out_perplexity(self.student, self.held_out),
-                }
-            )
+        is_due = state.global_step % every == 0 or state.global_step == state.max_steps
+        takes_part = state.is_world_process_zero or shards.is_sharded(self.student)
+        if self.held_out is None or not (is_due and takes_part):
+            return
+        found = held_out_perplexity(self.student, self.held_out)
+        if state.is_world_process_zero:
+            self._write({"step": state.global_step, "held_out_perplexity": found})
 
     def on_log(
         self,
@@ -199,7 +195,7 @@ def held_out_perplexity(student: Student, windows: Windows) -> float:
             module.activations.enabled = True
     student.eval()
     try:
-        return evaluate(student.model, windows).value
+        return student.perplexity(windows)
     finally:
         student.train(training)
 
@@ -249,6 +245,13 @@ class QATTrainer(Trainer):
             )
         return self.lr_scheduler
 
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """A split model brings its gradients together itself."""
+        if shards.is_sharded(model):
+            return _AsItIs(model, self.accelerator)
+        wrapped: nn.Module = super()._wrap_model(model, *args, **kwargs)
+        return wrapped
+
     def _factor(self, n_steps: int, kind: str) -> Callable[[int], float]:
         return lambda step: self.settings.phases.learning_rate(
             step / n_steps, scales=kind == SCALES
@@ -285,6 +288,8 @@ class QATTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if shards.is_sharded(self.model):
+            return  # all processes write what they have, when the others' parts are there
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / WEIGHTS))
@@ -293,10 +298,13 @@ class QATTrainer(Trainer):
         """Save, make durable, seal: a checkpoint counts from its seal on. The one before is there
         until then, since two are kept."""
         super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if shards.is_sharded(self.model):
+            self.accelerator.wait_for_everyone()  # the folder is the first process's
+            shards.save_all(self.model, self._bare_optimizer(), folder)
         self.accelerator.wait_for_everyone()  # each process writes the state of its generators
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.log_path is not None and self.log_path.is_file():
             files.write_bytes(folder / LOG, self.log_path.read_bytes())
         files.sync_folder(folder.parent.parent)
@@ -309,11 +317,45 @@ class QATTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load_model(
-            self.model if model is None else model, str(Path(resume_from_checkpoint) / WEIGHTS)
-        )
+        folder = Path(resume_from_checkpoint)
+        if shards.is_sharded(self.model):
+            shards.load_model(self.model, folder)
+        else:
+            load_model(self.model if model is None else model, str(folder / WEIGHTS))
         self.telemetry(
             self.model
             # checkpoints are where the log has rows, so these are the codes that the next row
             # counts flips from
         )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not shards.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The schedule of a split run follows from its step."""
+        if checkpoint is None or not shards.is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        shards.load_optimizer(self.model, self._bare_optimizer(), Path(checkpoint))
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.step(self.state.global_step)
+
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without what accelerate puts around it."""
+        assert self.optimizer is not None
+        bare: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return bare
+
+
+class _AsItIs(nn.Module):
+    """A split student in the place of what the Trainer would put around a model: nothing but the
+    arithmetic of the run."""
+
+    def __init__(self, student: nn.Module, accelerator: Any) -> None:
+        super().__init__()
+        self.student, self.accelerator = student, accelerator
+
+    def forward(self, **inputs: Tensor) -> Any:
+        with self.accelerator.autocast():
+            return self.student(**inputs)

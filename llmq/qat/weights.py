@@ -89,12 +89,12 @@ class WeightQuantizer(nn.Module):
         )
 
     def stored(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point as they will be stored, float32, for a master weight `[N, K]`."""
+        """Scale and zero point as they will be stored, float32, for a whole master weight
+        `[N, K]`."""
         if self.scale is not None:
             self.keep_positive()
-            return rounding.round_scale(
-                self.scale, self.spec
-            ), None if self.zero is None else rounding.round_zero(self.zero, self.spec)
+            zero = None if self.zero is None else rounding.round_zero(whole(self.zero), self.spec)
+            return rounding.round_scale(whole(self.scale), self.spec), zero
         scale, zero = rounding.range_scale(
             weight, self.spec
         )  # the mean magnitude for ternary codes
@@ -187,6 +187,13 @@ class FakeQuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"spec={self.quantizer.spec}, quantizer={self.quantizer.name}"
         )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered from all processes where it lies in parts (`llmq.qat.shards`). All of them
+    have to call this together."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
 
 
 def masters(original: Tensor, start: QuantizedTensor, margin: float) -> Tensor:

@@ -95,7 +95,7 @@ def test_fine_tuning_is_planned_too(planned, config_of_8b, capsys):
     assert plan["fits"] is False
     assert plan["fitting_options"] == {}
     assert plan["memory"]["optimizer"] == 2 * plan["memory"]["masters"] == 8 * plan["parameters"]
-    plan = planned(config_of_8b, "--qat", "--max-ram", "170")
+    plan = planned(config_of_8b, "--qat", "--max-ram", "190")
     assert "--batch-size 1" in plan["fitting_options"]
     plan = planned(config_of_8b, "--qat", "--max-ram", "80")  # one large GPU
     assert next(iter(plan["fitting_options"])) == "--lora-rank 16 --gradient-checkpointing"
@@ -106,6 +106,22 @@ def test_fine_tuning_is_planned_too(planned, config_of_8b, capsys):
     for wrong in (["--qat", "--bits", "2"], ["--batch-size", "1"]):  # or it would be ignored
         assert main(["plan", "tiny", *wrong]) == 2
         assert f"{wrong[-2]}: " in capsys.readouterr().err
+
+
+def test_fine_tuning_on_many_gpus_is_planned_with_a_part_on_each(planned, config_of_8b):
+    one = planned(config_of_8b, "--qat", "--gpu-memory", "80GB")
+    many = planned(config_of_8b, "--qat", "--gpus", "8", "--gpu-memory", "80GB")
+    assert (one["shard"], many["shard"]) == (False, True)
+    assert one["processes"] * 8 == many["processes"]
+    for name in ("masters", "gradients", "optimizer"):
+        assert one["memory"][name] == pytest.approx(8 * many["memory"][name], abs=8)
+    # Embeddings and head of the teacher are on every GPU.
+    assert one["memory"]["teacher"] / 8 < many["memory"]["teacher"] < one["memory"]["teacher"] / 3
+    assert one["planned_seconds_per_million_tokens"] == pytest.approx(
+        8 * many["planned_seconds_per_million_tokens"], rel=0.5
+    )  # the speed of this machine is measured each time
+    lora = planned(config_of_8b, "--qat", "--gpus", "8", "--lora-rank", "16")
+    assert lora["shard"] is False  # all of the model on each
 
 
 def test_a_run_that_does_not_fit_names_a_method_that_does(config_of_8b, model_folder, capsys):

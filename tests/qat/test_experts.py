@@ -29,7 +29,7 @@ def test_a_mixture_is_trained_and_stored_as_rounding_stores_it(
     folder, out = model_folder(kind), tmp_path / "out"
     shape = ["--sequence-length", "32", "--batch-size", "4", "--max-steps", "4", "--log-every", "1"]
     options = ["--init", "rtn", "--group-size", "32", "--precision", "fp32", "--device", "cpu"]
-    rate = ["--lr-weights", "1e-3"]
+    rate = ["--lr-weights", "3e-3"]
     text = ["--train", str(calibration_file)]
     assert main(["qat", str(folder), str(out), *text, *shape, *options, *rate]) == 0
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -109,7 +109,7 @@ def losses(out):
 @pytest.mark.parametrize(
     ("scheme", "options", "fmt"),
     [
-        ("w4", [], "compressed-tensors"),
+        ("w4", [*FAST], "compressed-tensors"),
         (
             "w2",
             ["--precision", "bf16", "--gradient-checkpointing", "--init", "hqq", *FAST],

@@ -56,6 +56,11 @@ def running(where: object) -> Iterator[None]:
     except BaseException as error:
         if out_of_memory(error) or is_defect_of_settings(error):
             raise
+        if is_lost_process(error):
+            raise LlmqError(
+                f"another process of this run is gone ({brief(error)}); what it said itself tells "
+                "why; then give the same command again"
+            ) from error
         raise LlmqError(
             f"{where}: the model cannot be run ({brief(error)}); compare config.json and "
             "generation_config.json with those of the original model"
@@ -65,6 +70,13 @@ def running(where: object) -> Iterator[None]:
 def is_defect_of_settings(error: BaseException) -> bool:
     """Whether the kernels refuse an environment variable, which has a message of its own."""
     return type(error).__name__ == "SettingError"
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether torch.distributed tells that one of the others no longer answers."""
+    return type(error).__name__.startswith("Dist") or any(
+        part in str(error).lower() for part in ("gloo", "nccl", "connection closed by peer")
+    )
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -48,6 +48,18 @@ def test_whatever_is_raised_becomes_one_line(fault):
         fault()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9"),
+        torch.distributed.DistBackendError("the watchdog found a timeout"),
+    ],
+)
+def test_a_process_that_is_gone_is_no_fault_of_the_model(error):
+    with pytest.raises(LlmqError, match="^another process of this run is gone"), running("model"):
+        raise error
+
+
 @pytest.mark.parametrize("passed", [KeyboardInterrupt, SystemExit, LlmqError])
 def test_requests_to_stop_and_own_errors_pass(passed):
     for boundary in (reading("a", "b", "c"), running("a")):

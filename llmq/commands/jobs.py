@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import rendering
+from llmq.commands.machine import timed_device
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -226,6 +227,15 @@ def _check_memory(job: Job, option: str, limit: float | None) -> None:
         f"{option} {limit}: the run is planned to need {peak / 1e9:.2f} GB above the libraries; "
         f"{remedy}"
     )
+
+
+def planned_rate(args: argparse.Namespace, precision: str = "fp32") -> dict[str, Any]:
+    """What a plan's time goes by. device: where a product was timed, or "--tflops".
+    flops_per_second: half of its rate."""
+    if args.tflops is not None:
+        return {"flops_per_second": args.tflops * 1e12 / 2, "device": "--tflops"}
+    device = timed_device(args.device)
+    return {"flops_per_second": measured_rate(device, precision), "device": device}
 
 
 def measured_rate(device: str = "cpu", precision: str = "fp32") -> float:

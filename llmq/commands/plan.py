@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import jobs, options, plan_mixed, plan_qat, plan_ranks, rendering
-from llmq.commands.machine import LIBRARY_BYTES, memory_bytes, timed_device
+from llmq.commands.machine import LIBRARY_BYTES, memory_bytes
+from llmq.commands.options import real
 from llmq.commands.pace import rough_duration
 from llmq.commands.parser import Parser
 
@@ -37,6 +38,12 @@ EXAMPLES = (
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", help=options.MODEL_HELP)
     options.add_quantization_arguments(parser)
+    parser.more.add_argument(
+        "--tflops",
+        type=real(0.001),
+        metavar="N",
+        help="of a large product on the machine meant, instead of timing one on this",
+    )
     plan_ranks.add_arguments(parser)
     plan_qat.add_arguments(parser)
 
@@ -57,8 +64,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         return plan_qat.run(args)
     budget = jobs.budget_of(args)
     job = jobs.prepare_job(args, is_plan=True, for_budget=budget is not None)
-    device = timed_device(args.device)
-    rate = jobs.measured_rate(device)
+    estimate = jobs.planned_rate(args)
+    rate = estimate["flops_per_second"]
     planned = plan_mixed.planned(args, job, budget, rate)
     job = planned.job
     found = parts(job)
@@ -97,7 +104,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "planned_peak_bytes": peak_bytes(job),
         "memory": _memory(args, job),
         "planned_seconds": round(planned.flops / rate, 1),
-        "estimate": {"flops": planned.flops, "flops_per_second": rate, "device": device},
+        "estimate": {"flops": planned.flops, **estimate},
         "quick": _quick(job, rate),
         "recipe": job.recipe.to_json(),
     }
@@ -201,11 +208,13 @@ def _pairs(result: dict[str, Any]) -> dict[str, object]:
         f"about {disk / 1e9:.2f} GB while it runs, {work / 1e9:.2f} GB of it to resume from{remark}"
     )
     estimate = result["estimate"]
-    where = "this machine's CPU" if estimate["device"] == "cpu" else estimate["device"]
+    places = {"cpu": "this machine's CPU", "--tflops": "such a machine"}
+    where = places.get(estimate["device"], estimate["device"])
     pairs["time"] = f"about {rough_duration(result['planned_seconds'])} on {where}{remark}"
+    product = "of --tflops" if estimate["device"] == "--tflops" else "of a product just now"
     pairs["estimated from"] = (
         f"{estimate['flops']:.1e} operations at {estimate['flops_per_second'] / 1e9:.0f} GFLOP/s, "
-        "half the rate of a product just now"
+        f"half the rate {product}"
     )
     pairs |= plan_ranks.pairs(result.get("processes"))
     if quick := result["quick"]:

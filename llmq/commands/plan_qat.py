@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import jobs, rendering
-from llmq.commands.machine import LIBRARY_BYTES, memory_bytes, timed_device
+from llmq.commands.machine import LIBRARY_BYTES, memory_bytes
 from llmq.commands.options import real, whole
 from llmq.commands.pace import rough_duration
 from llmq.commands.parser import Parser
@@ -15,7 +15,7 @@ from llmq.commands.plan_ranks import n_processes
 
 if TYPE_CHECKING:
     from llmq.models.source import Source
-    from llmq.qat.budget import Memory
+    from llmq.qat.budget import Memory, Size
     from llmq.qat.settings import QATSettings
     from llmq.recipe import LayerPlan
 
@@ -34,7 +34,7 @@ OWN = frozenset(
 SHARED = frozenset(
     {
         *("model", "qat", "sequence_length", "device", "revision", "max_ram", "json"),
-        *("processes", "gpus", "nodes", "gpu_memory"),
+        *("processes", "gpus", "nodes", "gpu_memory", "tflops"),
     }
 )
 # What is tried, in this order, where a run does not fit.
@@ -98,17 +98,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     source = open_to_plan(args.model, args.revision)
     settings, n = _settings(args, source), n_processes(args)
-    plans, n_parameters = _layers(source, settings)
-    memory = _memory(source, settings, plans, n_parameters, n)
+    plans, size = _layers(source, settings)
+    memory = _memory(source, settings, plans, size, n)
     limit, where = _limit(args)
-    device = timed_device(args.device)
-    rate = jobs.measured_rate(device, settings.precision)
-    per_million = training_flops(n_parameters, 1e6) / rate / n
+    estimate = jobs.planned_rate(args, settings.precision)
+    per_million = training_flops(size.n_multiplied, 1e6) / estimate["flops_per_second"] / n
     result = {
         "model": str(source.folder),
         "has_weights": not isinstance(source, ConfigOnly),
         "scheme": args.scheme,
-        "parameters": n_parameters,
+        "parameters": size.n_parameters,
         "quantized_layers": sum(plan.spec is not None for plan in plans),
         "processes": n,
         "shard": settings.shard,
@@ -118,11 +117,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "limit_bytes": limit,
         "limit_of": where,
         "fits": None if limit is None else memory.n_bytes <= limit,
-        "fitting_options": _fitting(source, settings, plans, n_parameters, n, limit),
+        "fitting_options": _fitting(source, settings, plans, size, n, limit),
         "planned_seconds_per_million_tokens": round(per_million, 1),
         "max_tokens": args.max_tokens,
         "planned_seconds": args.max_tokens and round(per_million * args.max_tokens / 1e6, 1),
-        "estimate": {"flops_per_second": rate, "device": device},
+        "estimate": estimate,
     }
     return result, _text(result)
 
@@ -144,20 +143,20 @@ def _settings(args: argparse.Namespace, source: Source) -> QATSettings:
     )
 
 
-def _layers(source: Source, settings: QATSettings) -> tuple[list[LayerPlan], int]:
-    """What becomes of each layer, and the parameters of the model."""
+def _layers(source: Source, settings: QATSettings) -> tuple[list[LayerPlan], Size]:
+    """What becomes of each layer, and how large the model is."""
     from llmq.models.arch import quantizable_layers
     from llmq.models.source import meta_model
-    from llmq.qat.budget import n_parameters
+    from llmq.qat.budget import Size
     from llmq.recipe import Recipe
 
     model = meta_model(source.config)
     plans = Recipe.uniform(settings.scheme.weights).plan(quantizable_layers(model))
-    return plans, n_parameters(model)
+    return plans, Size.of(model, plans)
 
 
 def _memory(
-    source: Source, settings: QATSettings, plans: list[LayerPlan], n_parameters: int, n: int
+    source: Source, settings: QATSettings, plans: list[LayerPlan], size: Size, n: int
 ) -> Memory:
     import torch
 
@@ -165,7 +164,7 @@ def _memory(
 
     is_half = settings.precision == "bf16" and source.config.dtype == torch.bfloat16
     config = source.config.get_text_config()
-    return Memory.of(config, plans, settings, n_parameters, 2 if is_half else 4, n)
+    return Memory.of(config, plans, settings, size, 2 if is_half else 4, n)
 
 
 def _limit(args: argparse.Namespace) -> tuple[int | None, str | None]:
@@ -182,17 +181,17 @@ def _fitting(
     source: Source,
     settings: QATSettings,
     plans: list[LayerPlan],
-    n_parameters: int,
+    size: Size,
     n: int,
     limit: int | None,
 ) -> dict[str, int]:
     """Options with which it fits, with their peak memory in bytes, where it does not."""
-    if limit is None or _memory(source, settings, plans, n_parameters, n).n_bytes <= limit:
+    if limit is None or _memory(source, settings, plans, size, n).n_bytes <= limit:
         return {}
     found = {}
     for option, values in SMALLER.items():
         shard = settings.shard and "lora_rank" not in values
-        other = _memory(source, replace(settings, **values, shard=shard), plans, n_parameters, n)
+        other = _memory(source, replace(settings, **values, shard=shard), plans, size, n)
         if other.n_bytes <= limit:
             found[option] = other.n_bytes
     return found

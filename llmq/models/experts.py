@@ -371,3 +371,8 @@ def unfused_in(model: nn.Module) -> dict[str, UnfusedExperts]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, UnfusedExperts)
     }
+
+
+def module_of(layer: str) -> str:
+    """The module of experts that a layer lies in, if it is one of an expert's."""
+    return layer.rpartition(".")[0].rpartition(".")[0]

@@ -7,11 +7,13 @@ import copy
 import logging
 import os
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -50,6 +52,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
 )
+LARGE = 1 << 24  # numbers, above which only weights lie
 _CONFIG_REMEDY = "compare it with that of the original model, or download it again"
 _TOKENIZER_REMEDY = "copy tokenizer.json and tokenizer_config.json into it"
 _PROBE = "A test: 12 b\u00e9\u4e2d\U0001f600\n\tx"
@@ -280,6 +283,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             raise ValueError(f"{name} {value!r}: expected a whole number")
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Weights lie on the meta device from the first. accelerate moves them there when they are in
+    their module, and until then the experts of a block of 671B parameters would want 30 GB."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if function is torch.empty and options.get("device") is None:
+            sizes = options.get("size", args)
+            sizes = sizes[0] if sizes and not isinstance(sizes[0], int) else sizes
+            if prod(sizes) >= LARGE:
+                options["device"] = "meta"
+        return function(*args, **options)
+
+
 @one_at_a_time
 def meta_model(
     config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None
@@ -290,6 +309,7 @@ def meta_model(
     with (
         reading(_origin(config), "no model that transformers can build", _CONFIG_REMEDY),
         init_empty_weights(include_buffers=False),
+        _LargeOnMeta(),
     ):
         # from_config writes its dtype into the config it is given.
         own = copy.deepcopy(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmq.models import compat
 from llmq.models.arch import find_blocks, tower_parameters
-from llmq.models.experts import DOWN, UP, choices_of, token_shares, unfused_in
+from llmq.models.experts import DOWN, UP, choices_of, module_of, token_shares, unfused_in
 from llmq.models.site import sites_in
 from llmq.ptq.batches import BATCH
 from llmq.ptq.experts import CHUNK_BYTES, GROWING, statistics_bytes, wave_size, widest_input
@@ -56,7 +56,7 @@ def work_bytes(job: Job) -> int:
     text_config = job.model.config.get_text_config()
     per_layer = getattr(text_config, "hidden_size_per_layer_input", None) or 0
     experts = unfused_in(job.model)
-    dense = [layer for layer in _first_block(job) if _module_of(layer.name) not in experts]
+    dense = [layer for layer in _first_block(job) if module_of(layer.name) not in experts]
     # what windows with pictures may attend to, for each of two kinds of layers
     masks = 2 * job.tokens.tokens.shape[1] if job.tokens.pictures else 0
     solved = solved_bytes([layer.shape[0] for layer in dense], job.tokens.n_tokens)
@@ -162,7 +162,7 @@ def _experts_bytes(job: Job) -> int:
     """Of the experts that are measured and solved at a time: copies of them as they were, and
     statistics, while these grow or beside the layers that are solved side by side."""
     modules = unfused_in(job.model)
-    quantized = {_module_of(plan.layer.name) for plan in job.plans if plan.spec}
+    quantized = {module_of(plan.layer.name) for plan in job.plans if plan.spec}
     found = [module for name, module in modules.items() if name in quantized]
     if not found:
         return 0
@@ -297,12 +297,7 @@ def expected_coverage(job: Job) -> dict[str, Any] | None:
 
 def _share(plan: LayerPlan, shares: dict[str, float]) -> float:
     """The share of all tokens that a layer multiplies."""
-    return shares.get(_module_of(plan.layer.name), 1.0)
-
-
-def _module_of(layer: str) -> str:
-    """The module of experts that a layer lies in, if it is one of an expert's."""
-    return layer.rpartition(".")[0].rpartition(".")[0]
+    return shares.get(module_of(plan.layer.name), 1.0)
 
 
 def _writing(job: Job) -> float:

@@ -8,9 +8,33 @@ from math import prod
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmq.models import compat
+from llmq.models.experts import module_of, token_shares
 from llmq.qat.losses import CHUNK_TOKENS, COPIES
 from llmq.qat.settings import OPTIMIZERS, QATSettings
 from llmq.recipe import LayerPlan
+
+
+@dataclass(frozen=True)
+class Size:
+    """n_parameters: that are trained; tied ones, which are apart on the meta device, count once.
+    n_multiplied: that a token is multiplied with, which are fewer where it chooses its experts.
+    n_values: that enter and leave the layers for a token."""
+
+    n_parameters: int
+    n_multiplied: int
+    n_values: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, plans: list[LayerPlan]) -> Size:
+        """model: on the meta device will do. plans: of all its linear layers."""
+        ties, shares = compat.ties(model), token_shares(model)
+        n = sum(each.numel() for name, each in model.named_parameters() if name not in ties)
+        idle = values = 0.0
+        for plan in plans:
+            share = shares.get(module_of(plan.layer.name), 1.0)
+            idle += (1 - share) * prod(plan.layer.shape)
+            values += share * sum(plan.layer.shape)
+        return cls(n, round(n - idle), round(values))
 
 
 @dataclass(frozen=True)
@@ -35,19 +59,19 @@ class Memory:
         config: PretrainedConfig,
         plans: list[LayerPlan],
         settings: QATSettings,
-        n_parameters: int,
+        size: Size,
         teacher_bytes: int,
         n_processes: int = 1,
     ) -> Memory:
         """config: of the text model. teacher_bytes: of one of its weights. n_processes: that a
         split model lies in; embeddings and head of its teacher are in each."""
-        size = 4 if settings.precision == "fp32" else 2
-        n_blocks = config.num_hidden_layers
+        n_bytes = 4 if settings.precision == "fp32" else 2
+        n_blocks, n_parameters = config.num_hidden_layers, size.n_parameters
         # Each layer's input and output, and as much again around attention and norms; with
         # checkpointing, of one block, and what enters each.
-        per_token = 2 * sum(sum(plan.layer.shape) for plan in plans) * size
+        per_token = 2 * size.n_values * n_bytes
         if settings.gradient_checkpointing:
-            per_token = per_token // n_blocks + n_blocks * config.hidden_size * size
+            per_token = per_token // n_blocks + n_blocks * config.hidden_size * n_bytes
         n_lora = 0 if settings.lora_rank is None else _lora_parameters(plans, settings.lora_rank)
         n_trained = n_lora or n_parameters
         n_parts = n_processes if settings.shard else 1
@@ -61,7 +85,7 @@ class Memory:
             gradients=4 * n_trained // n_parts,
             optimizer=OPTIMIZERS[settings.optimizer] * n_trained // n_parts,
             teacher=teacher_bytes * (n_outside + n_of_layers // n_parts),
-            quantized=size * n_quantized // (n_blocks if settings.gradient_checkpointing else 1),
+            quantized=n_bytes * n_quantized // (n_blocks if settings.gradient_checkpointing else 1),
             gathered=4 * n_gathered,
             activations=settings.tokens_per_batch * per_token,
             logits=COPIES * 4 * CHUNK_TOKENS * config.vocab_size,
@@ -96,12 +120,6 @@ def _lora_parameters(plans: list[LayerPlan], rank: int) -> int:
     return found
 
 
-def training_flops(n_parameters: int, n_tokens: float) -> float:
+def training_flops(n_multiplied: int, n_tokens: float) -> float:
     """Student forward and backward, teacher forward, and half an operation for the rest."""
-    return 8.5 * n_parameters * n_tokens
-
-
-def n_parameters(model: PreTrainedModel) -> int:
-    """Weights that are trained: tied ones, which are apart on the meta device, count once."""
-    ties = compat.ties(model)
-    return sum(each.numel() for name, each in model.named_parameters() if name not in ties)
+    return 8.5 * n_multiplied * n_tokens

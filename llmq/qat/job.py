@@ -27,7 +27,7 @@ from llmq.models.tokens import first_token, own_tokenizer
 from llmq.ptq.methods import method_of
 from llmq.ptq.precision import multiplies_bfloat16
 from llmq.ptq.sizing import MOST_WINDOWS, windows_for
-from llmq.qat.budget import Memory, n_parameters, training_flops
+from llmq.qat.budget import Memory, Size, training_flops
 from llmq.qat.settings import PACKAGES, QATSettings
 from llmq.qat.student import check_same_vocabulary, check_student
 from llmq.qat.weights import check_quantizer
@@ -55,11 +55,16 @@ class QATJob:
     train: str
     windows: Tensor | None
     held_out: Windows | None
-    n_parameters: int
+    size: Size
     plans: list[LayerPlan]
     device: str
     remarks: dict[str, str] = field(default_factory=dict)
     read: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_parameters(self) -> int:
+        """Of the model, which are trained."""
+        return self.size.n_parameters
 
     @property
     def sources(self) -> list[Source]:
@@ -153,15 +158,13 @@ class QATJob:
         tokens = steps * self.settings.windows_per_step(n_processes) * self.settings.sequence_length
         config = self.source.config.get_text_config()
         teacher = 2 if self.teacher_dtype == "bfloat16" else 4
-        memory = Memory.of(
-            config, self.plans, self.settings, self.n_parameters, teacher, n_processes
-        )
+        memory = Memory.of(config, self.plans, self.settings, self.size, teacher, n_processes)
         return {
             "tokens": tokens,
             "steps": steps,
             "bytes": memory.weight_bytes,
             "activation_bytes": memory.activation_bytes,
-            "flops": training_flops(self.n_parameters, tokens),
+            "flops": training_flops(self.size.n_multiplied, tokens),
         }
 
 
@@ -215,7 +218,7 @@ def prepare_job(
         train=train,
         windows=windows,
         held_out=held_out,
-        n_parameters=n_parameters(stored.skeleton),
+        size=Size.of(stored.skeleton, plans),
         plans=plans,
         device=device,
         remarks=remarks,

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, DeepseekV3Config
 
 import llmq
 from llmq.commands.cli import main
 from llmq.errors import LlmqError
 from llmq.models import shards
-from llmq.models.source import Source
+from llmq.models.source import Source, meta_model
 from llmq.recipe import Recipe
 
 
@@ -113,3 +113,14 @@ def test_loading_leaves_an_open_source_as_it_was(tmp_path):
 def test_a_folder_without_a_config_is_none(tmp_path):
     with pytest.raises(LlmqError, match=r"no config\.json"):
         Source.open(tmp_path)
+
+
+def test_a_model_of_terabytes_is_built_without_weights():
+    """Experts lie on the meta device from the first, tables of positions do not."""
+    config = DeepseekV3Config(
+        num_hidden_layers=1, first_k_dense_replace=0, moe_intermediate_size=1 << 18
+    )
+    model = meta_model(config)
+    assert sum(4 * each.numel() for each in model.parameters()) > 5e12
+    assert all(each.is_meta for each in model.parameters())
+    assert not any(each.is_meta for name, each in model.named_buffers() if "inv_freq" in name)

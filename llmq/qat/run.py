@@ -303,11 +303,9 @@ def train(
     settings = job.settings
     n_steps = settings.n_steps(len(windows), job.processes.num_processes)
     trainer_dir = work_dir / "trainer"
-    teacher = (
-        load(job.teacher, dtype=job.teacher_dtype).to(job.processes.device)
-        if settings.loss.kl
-        else None
-    )
+    teacher = load(job.teacher, dtype=job.teacher_dtype) if settings.loss.kl else None
+    if teacher is not None and not settings.shard:  # which may be larger than a device
+        teacher.to(job.processes.device)
     job.check_sources()
     log_path = work_dir / LOG
     student = Student(model, teacher, settings.loss)

@@ -46,6 +46,7 @@ def shard(student: Student, blocks: Iterable[nn.Module], device: str) -> None:
         for block in find_blocks(teacher)[1]:
             # Nothing is above it that would gather it, so it has to be told to let go of its rows.
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        teacher.to(torch.device(device).type)  # what is around them
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, LostProcessError
 from llmq.messages import brief
 
 _PASSED_ON = (KeyboardInterrupt, SystemExit, GeneratorExit, LlmqError)
@@ -57,7 +57,7 @@ def running(where: object) -> Iterator[None]:
         if out_of_memory(error) or is_defect_of_settings(error):
             raise
         if is_lost_process(error):
-            raise LlmqError(
+            raise LostProcessError(
                 f"another process of this run is gone ({brief(error)}); what it said itself tells "
                 "why; then give the same command again"
             ) from error

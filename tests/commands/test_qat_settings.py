@@ -97,4 +97,6 @@ BAD = [
 def test_errors_name_the_file_and_the_key(section, message, settings, tmp_path):
     with pytest.raises(LlmqError, match=message) as caught:
         settings(section)
-    assert str(caught.value).startswith(f"--recipe {tmp_path / 'recipe.json'}")
+    # A long message loses the middle of a long path.
+    assert str(caught.value).startswith(f"--recipe {tmp_path}"[:24])
+    assert "/recipe.json" in str(caught.value)

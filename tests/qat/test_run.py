@@ -601,7 +601,10 @@ def test_an_optimizer_that_is_not_installed_is_named_at_the_start(
 def test_engines_that_split_weights(engine, arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     assert main(at(arguments, tmp_path / "out")) == 2
-    assert f"not with {engine}; use data parallelism" in capsys.readouterr().err
+    assert (
+        f"not with accelerate's {engine}; launch it without, and give --shard"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.glob("*out*")), "nothing is left behind"
 
 

@@ -11,8 +11,8 @@ from llmq.grid.spec import QuantSpec
 
 LONG_RUN = 300  # updates, from which on masters go at the rate of their grid
 HASTE = 4.0  # what the shortest runs take of it
-NOISE = 25.0  # updates that go nowhere, at most
-WIDEST = 0.3  # of half a step, the distance from the middle of a cell to its edge
+NOISE = 25.0  # updates that may all go one way before a direction is known
+WIDEST = 0.3  # steps; at half a step all masters would start in the middle of their cells
 
 
 def grid_rate(spec: QuantSpec, n_steps: int | None = None) -> float:

@@ -1,6 +1,7 @@
 """What `llmq qat` goes by: the file, the options that override it, and the defaults."""
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
@@ -16,15 +17,16 @@ from llmq.recipe import Rule
 
 
 @pytest.fixture
-def settings(tmp_path):
-    """A function of a section `qat` and options that returns settings and rules."""
+def settings(tmp_path, monkeypatch):
+    """A function of a section `qat` and options that returns settings and rules. The file is named
+    by a short path, of which a long message loses nothing."""
+    monkeypatch.chdir(tmp_path)
 
     def read(section, *options, max_length=128):
         arguments = ["qat", "model", "out", *options]
         if section is not None:
-            path = tmp_path / "recipe.json"
-            path.write_text(json.dumps({"qat": section}))
-            arguments += ["--recipe", str(path)]
+            Path("recipe.json").write_text(json.dumps({"qat": section}))
+            arguments += ["--recipe", "recipe.json"]
         return read_settings(
             build_parser().parse_args(arguments), LlamaConfig(max_position_embeddings=max_length)
         )
@@ -94,9 +96,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("section", "message"), BAD, ids=[message for _, message in BAD])
-def test_errors_name_the_file_and_the_key(section, message, settings, tmp_path):
+def test_errors_name_the_file_and_the_key(section, message, settings):
     with pytest.raises(LlmqError, match=message) as caught:
         settings(section)
-    # A long message loses the middle of a long path.
-    assert str(caught.value).startswith(f"--recipe {tmp_path}"[:24])
-    assert "/recipe.json" in str(caught.value)
+    assert str(caught.value).startswith("--recipe recipe.json")

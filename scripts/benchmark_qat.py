@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import llmq
 from llmq.grid.spec import ActSpec
+from llmq.ptq.precision import multiplies_bfloat16
 from llmq.qat.losses import LossWeights
 from llmq.qat.student import Student
 from llmq.recipe import Recipe
@@ -153,7 +154,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=10, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--precision", choices=PRECISIONS, help="as llmq qat has it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--all",
@@ -161,7 +162,10 @@ def parse_arguments() -> argparse.Namespace:
         help="with a teacher, too, and with what saves memory (8-bit moments are torchao's)",
     )
     parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    is_half = multiplies_bfloat16(args.device)
+    args.precision = args.precision or ("bf16" if is_half else "fp32")
+    return args
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ from llmq.grid.spec import PER_TENSOR, ActSpec, QuantSpec
 from llmq.models.identity import model_name, source_name
 from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.ptq.job import prepare
+from llmq.ptq.precision import multiplies_bfloat16
 from llmq.ptq.run import quantize_folder
 from llmq.qat.job import QATJob, prepare_job
 from llmq.qat.losses import LossWeights
@@ -147,6 +148,7 @@ class Ladder:
             "precision": args.precision,
             "teacher": args.teacher,
             "control_rate": args.control_rate,
+            **({} if args.device == "cpu" else {"device": args.device}),
         }
         return {
             "model_sha256": self.model_hash,
@@ -192,7 +194,13 @@ class Ladder:
 
     def _job(self, settings: QATSettings) -> QATJob:
         teacher = str(self._folder(Run(CONTROL))) if self.args.teacher == CONTROL else None
-        return prepare_job(self.args.model, settings, train=self.args.train, teacher=teacher)
+        return self._prepared(settings, teacher)
+
+    def _prepared(self, settings: QATSettings, teacher: str | None = None) -> QATJob:
+        args = self.args
+        return prepare_job(
+            args.model, settings, train=args.train, teacher=teacher, device=args.device
+        )
 
     def _tune(self, folder: Path) -> None:
         """The full-precision model, fine-tuned on the same tokens with cross entropy."""
@@ -201,14 +209,14 @@ class Ladder:
             loss=LossWeights(kl=0, ce=1),
             lr_weights=self.args.control_rate,
         )
-        job = prepare_job(self.args.model, plain, train=self.args.train)
+        job = self._prepared(plain)
         model = llmq.load(self.args.model, dtype="float32")
         assert job.windows is not None
         work = folder.with_name(f"{folder.name}-work")
         work.mkdir(exist_ok=True)
         train(model, job, job.windows, work)
         shutil.rmtree(work)
-        model.to(load_config(job.model_dir).dtype).save_pretrained(folder)
+        model.to("cpu", load_config(job.model_dir).dtype).save_pretrained(folder)
         load_tokenizer(job.model_dir).save_pretrained(folder)
 
     def _quantize(self, scheme: Scheme, method: str, folder: Path) -> None:
@@ -221,13 +229,14 @@ class Ladder:
             activations=ActSpec(scheme.activations, scheme.kv_bits),
         )
         calibration = self.args.calibration or self.args.train
-        quantize_folder(
-            prepare(self.args.model, recipe, calibration=calibration), folder, overwrite=True
-        )
+        job = prepare(self.args.model, recipe, calibration=calibration)
+        quantize_folder(job, folder, overwrite=True, device=self.args.device)
 
     def _measured(self, folder: Path) -> dict[str, Any]:
-        base = llmq.load(self.args.model, dtype="float32")
-        quant = llmq.load(folder, dtype="float32")
+        base, quant = (
+            llmq.load(each, dtype="float32").to(self.args.device)
+            for each in (self.args.model, folder)
+        )
         return {name: figures_of(base, quant, text) for name, text in self.texts.items()}
 
     def _about(self) -> dict[str, Any]:
@@ -382,7 +391,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", choices=PTQ_METHODS, default="gptq")
     parser.add_argument("--teacher", choices=("source", CONTROL), default="source")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="as llmq qat has it")
     parser.add_argument(
         "--control-rate", type=float, default=5e-5, help="peak learning rate of the control"
     )
@@ -396,6 +405,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ptq", nargs="*", choices=PTQ_METHODS, default=PTQ_METHODS)
     parser.add_argument("--trained-tokens", type=float, help="of the model's own training")
     parser.add_argument("--prompt", help="for samples of what the models write")
+    parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="make these rows, such as control")
     parser.add_argument("--keep", action="store_true", help="the folders that were written")
     args = parser.parse_args()
@@ -406,6 +416,9 @@ def parse_arguments() -> argparse.Namespace:
             "--train generated has no control to be the teacher and no text for PTQ: give "
             "--teacher source, and --calibration FILE or --ptq without methods"
         )
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    is_half = multiplies_bfloat16(args.device)
+    args.precision = args.precision or ("bf16" if is_half else "fp32")
     args.texts = args.texts or [Text("bundled", "bundled", 200)]
     return args
 

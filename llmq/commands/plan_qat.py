@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmq.commands import jobs, rendering
-from llmq.commands.machine import LIBRARY_BYTES, memory_bytes
+from llmq.commands.machine import LIBRARY_BYTES, memory_bytes, timed_device
 from llmq.commands.options import real, whole
 from llmq.commands.pace import rough_duration
 from llmq.commands.parser import Parser
@@ -70,7 +70,7 @@ def add_arguments(parser: Parser) -> None:
         "--optimizer", default="adamw_torch", metavar="NAME", help="with --qat"
     )
     parser.more.add_argument(
-        "--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="with --qat"
+        "--precision", choices=("bf16", "fp16", "fp32"), help="with --qat, as llmq qat has it"
     )
     parser.more.add_argument("--gradient-checkpointing", action="store_true", help="with --qat")
 
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     plans, size = _layers(source, settings)
     memory = _memory(source, settings, plans, size, n)
     limit, where = _limit(args)
-    estimate = jobs.planned_rate(args, settings.precision)
+    estimate = jobs.planned_rate(args, str(settings.precision))
     per_million = training_flops(size.n_multiplied, 1e6) / estimate["flops_per_second"] / n
     result = {
         "model": str(source.folder),
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "quantized_layers": sum(plan.spec is not None for plan in plans),
         "processes": n,
         "shard": settings.shard,
+        "precision": settings.precision,
         "windows_per_step": [n * settings.batch_size, settings.sequence_length],
         "memory": memory.to_json(),
         "planned_peak_bytes": memory.n_bytes,
@@ -131,16 +132,18 @@ def _settings(args: argparse.Namespace, source: Source) -> QATSettings:
     from llmq.qat.settings import QATSettings, Scheme
 
     length = args.sequence_length or usual_length(source.config)
-    return QATSettings(
+    is_for_gpus = not (args.gpus is None and args.gpu_memory is None and args.tflops is None)
+    settings = QATSettings(
         Scheme.parse(args.scheme),
         sequence_length=length,
         batch_size=args.batch_size,
         lora_rank=args.lora_rank,
         optimizer=args.optimizer,
-        precision=args.precision,
+        precision=args.precision or ("bf16" if is_for_gpus else None),
         gradient_checkpointing=args.gradient_checkpointing,
         shard=n_processes(args) > 1 and args.lora_rank is None,
     )
+    return settings.on(timed_device(args.device))
 
 
 def _layers(source: Source, settings: QATSettings) -> tuple[list[LayerPlan], Size]:

@@ -102,12 +102,14 @@ def budget_line(job: QATJob) -> str:
     """What the training will take, before it starts."""
     budget = job.budget()
     device = job.processes.device.type
-    rate = jobs.measured_rate(device, job.settings.precision) * job.processes.num_processes
+    precision = str(job.settings.precision)
+    rate = jobs.measured_rate(device, precision) * job.processes.num_processes
     return (
         f"budget: {budget['tokens']:,} tokens in {budget['steps']:,} steps, about "
         f"{budget['bytes'] / 1e9:.2f} GB per process for weights and optimizer and "
         f"{budget['activation_bytes'] / 1e9:.2f} GB for the activations of a batch, about "
-        f"{budget['flops'] / rate / 3600:.2f} h on {'this CPU' if device == 'cpu' else device}"
+        f"{budget['flops'] / rate / 3600:.2f} h in {precision} on "
+        f"{'this CPU' if device == 'cpu' else device}"
     )
 
 

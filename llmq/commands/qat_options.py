@@ -109,7 +109,8 @@ def _add_device_arguments(parser: Parser) -> None:
     parser.more.add_argument(
         "--precision",
         choices=("bf16", "fp16", "fp32"),
-        help="arithmetic; master weights are float32 always (default: bf16)",
+        help="arithmetic; master weights are float32 always (default: bf16 where the device "
+        "multiplies it, else fp32)",
     )
     parser.more.add_argument(
         "--gradient-checkpointing",

@@ -183,6 +183,7 @@ def prepare_job(
     differ from what was asked and stored tensors that are left out. Raises `LlmqError`."""
     restricted.adapt()
     check_engine()
+    settings = settings.on(device)
     source = Source.open(model, revision)
     read_settings(source.folder)  # it comes along, and the result has to load
     if getattr(source.config, "quantization_config", None) is not None:

@@ -7,9 +7,11 @@ GPTQ's do, is lost at once. The README of this folder has what was measured."""
 
 from __future__ import annotations
 
+from math import sqrt
+
 from llmq.grid.spec import QuantSpec
 
-LONG_RUN = 300  # updates, from which on masters go at the rate of their grid
+LONG_RUN = 1200  # updates, from which on masters go at the rate of their grid
 HASTE = 4.0  # what the shortest runs take of it
 NOISE = 25.0  # updates that may all go one way before a direction is known
 WIDEST = 0.3  # steps; at half a step all masters would start in the middle of their cells
@@ -19,18 +21,15 @@ def grid_rate(spec: QuantSpec, n_steps: int | None = None) -> float:
     """Peak learning rate of masters in steps of their grid. n_steps: updates of the run, of which a
     short one goes faster; None: unknown, and many.
 
-    Those of 4 and 2 bits and ternary are measured; the others, half-integer levels among them,
-    stand beside them, and codes between 4 and 8 bits take that of 8."""
-    rates = {
-        "int8": 1e-3,
-        "int4": 2e-3,
-        "int3": 1.5e-3,
-        "int2": 4e-3,
-        "int2h": 4e-3,
-        "ternary": 2e-3,
-    }
-    haste = 1.0 if n_steps is None else min(HASTE, max(1.0, LONG_RUN / n_steps))
-    return haste * rates.get(spec.code, rates["int8"])
+    Those of 4 and 2 bits and ternary are measured, and half-integer levels stand beside them. From
+    4 bits on a step is so small that it is the weight itself that may not move too far: masters
+    move by the same share of it whatever the number of levels."""
+    rates = {"int3": 1.5e-3, "int2": 4e-3, "int2h": 4e-3, "ternary": 2e-3}
+    of_4_bits, n_levels = 2e-3, 2**spec.bits - 1
+    rate = rates.get(spec.code, of_4_bits * n_levels / 15)
+    # Noise takes a master as far as the root of the number of updates.
+    haste = 1.0 if n_steps is None else min(HASTE, max(1.0, sqrt(LONG_RUN / n_steps)))
+    return haste * rate
 
 
 def margin(rate: float) -> float:

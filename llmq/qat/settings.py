@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from llmq.errors import LlmqError
@@ -10,6 +10,7 @@ from llmq.fields import check_fields
 from llmq.grid.scheme import read_scheme
 from llmq.grid.spec import QuantSpec
 from llmq.ptq.methods import METHODS
+from llmq.ptq.precision import multiplies_bfloat16
 from llmq.qat.lora import check_rank
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
@@ -64,8 +65,8 @@ class QATSettings:
     sequence_length, batch_size: of a process; accumulation: batches per step. lr_weights,
     lr_scales: absolute peaks; None: by the grid of each layer (`llmq.qat.rates`). optimizer: by
     transformers' name, `OptimizerNames`. lora_rank: train a change of this rank of every weight and
-    the scales, see `llmq.qat.lora`; None: all of the model. precision: of the
-    arithmetic; masters are float32 always. shard: split masters, gradients and moments over the
+    the scales, see `llmq.qat.lora`; None: all of the model. precision: of the arithmetic; masters
+    are float32 always; None: see `on`. shard: split masters, gradients and moments over the
     processes, see `llmq.qat.shards`. loss, phases: see there. log_every, save_every,
     eval_every: steps; 0: about 100, 5 and 5 times in a run, checkpoints always where there is a row
     of the log too, so that a resumed run's rows are means of the same steps. n_held_out: windows
@@ -84,7 +85,7 @@ class QATSettings:
     lr_scales: float | None = None
     optimizer: str = "adamw_torch"
     lora_rank: int | None = None
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
     gradient_checkpointing: bool = False
     shard: bool = False
     loss: LossWeights = field(default_factory=LossWeights)
@@ -163,6 +164,13 @@ class QATSettings:
         while save % log:  # --save-every alone was given
             log -= 1
         return log, save
+
+    def on(self, device: str) -> QATSettings:
+        """These settings with the arithmetic of a device where none is named: bfloat16 if it has
+        instructions for it, else float32, which is many times faster there."""
+        if self.precision is not None:
+            return self
+        return replace(self, precision="bf16" if multiplies_bfloat16(device) else "fp32")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

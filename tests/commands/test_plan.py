@@ -95,9 +95,11 @@ def test_fine_tuning_is_planned_too(planned, config_of_8b, capsys):
     assert plan["fits"] is False
     assert plan["fitting_options"] == {}
     assert plan["memory"]["optimizer"] == 2 * plan["memory"]["masters"] == 8 * plan["parameters"]
-    plan = planned(config_of_8b, "--qat", "--max-ram", "190")
+    half = ("--qat", "--precision", "bf16")  # whatever this processor multiplies
+    plan = planned(config_of_8b, *half, "--max-ram", "190")
+    assert plan["precision"] == "bf16"
     assert "--batch-size 1" in plan["fitting_options"]
-    plan = planned(config_of_8b, "--qat", "--max-ram", "80")  # one large GPU
+    plan = planned(config_of_8b, *half, "--max-ram", "80")
     assert next(iter(plan["fitting_options"])) == "--lora-rank 16 --gradient-checkpointing"
     plan = planned(config_of_8b, "--qat", "--optimizer", "adamw_torch_8bit")
     assert plan["memory"]["optimizer"] == 2 * plan["parameters"]

@@ -10,14 +10,17 @@ SPEC = QuantSpec("int2", 32, symmetric=False)
 
 
 @pytest.mark.parametrize(
-    ("n_steps", "haste"), [(None, 1), (10_000, 1), (LONG_RUN, 1), (150, 2), (75, HASTE), (1, HASTE)]
+    ("n_steps", "haste"),
+    [(None, 1), (10_000, 1), (LONG_RUN, 1), (LONG_RUN // 4, 2), (LONG_RUN // 16, HASTE), (1, HASTE)],
 )
 def test_short_runs_go_faster(n_steps, haste):
     assert grid_rate(SPEC, n_steps) == pytest.approx(haste * grid_rate(SPEC))
 
 
-def test_codes_between_4_and_8_bits_take_the_rate_of_8():
-    assert grid_rate(QuantSpec.parse("w5g32")) == grid_rate(QuantSpec.parse("w8"))
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_from_4_bits_on_masters_move_by_the_same_share_of_the_range(bits):
+    rates = {n: grid_rate(QuantSpec.parse(f"w{n}g32")) for n in (4, bits)}
+    assert rates[bits] / (2**bits - 1) == pytest.approx(rates[4] / (2**4 - 1))
 
 
 def test_the_distance_from_the_edge_is_a_number_of_updates():

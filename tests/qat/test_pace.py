@@ -11,7 +11,14 @@ SPEC = QuantSpec("int2", 32, symmetric=False)
 
 @pytest.mark.parametrize(
     ("n_steps", "haste"),
-    [(None, 1), (10_000, 1), (LONG_RUN, 1), (LONG_RUN // 4, 2), (LONG_RUN // 16, HASTE), (1, HASTE)],
+    [
+        (None, 1),
+        (10_000, 1),
+        (LONG_RUN, 1),
+        (LONG_RUN // 4, 2),
+        (LONG_RUN // 16, HASTE),
+        (1, HASTE),
+    ],
 )
 def test_short_runs_go_faster(n_steps, haste):
     assert grid_rate(SPEC, n_steps) == pytest.approx(haste * grid_rate(SPEC))

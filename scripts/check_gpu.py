@@ -3,8 +3,9 @@
     python scripts/check_gpu.py tiny
     python scripts/check_gpu.py MODEL --calibration FILE --processes 2
 
-Products differ in the last bit between devices, so codes do where a weight lies between two of
-them. What must be: few codes differ, held-out divergence and the losses of training are the same
+Products differ in the last bit between devices, and GPTQ hands every other code on to the rest of
+its row and to all layers behind it (llmq/ptq/README.md). What must be: most codes are the same,
+held-out divergence and the losses of training are the same
 within tolerances, and several processes on the device give the bytes of one there. Prints what was
 found as JSON; exit code 1 where something is beyond its tolerance."""
 
@@ -24,8 +25,7 @@ import torch
 import llmq
 from llmq.inference.module import quantized_modules
 
-# Measured are none yet on a GPU; on a CPU with another number of threads all are equal.
-LEAST_EQUAL_CODES = 0.95
+LEAST_EQUAL_CODES = 0.7  # of 3 bits; by chance one in eight
 MOST_DIFFERENCE = 0.05  # of divergences and losses
 
 

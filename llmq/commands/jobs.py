@@ -210,6 +210,11 @@ def _tokens_to_plan(source: Source, recipe: Recipe) -> TokenSet | None:
     return TokenSet.unread(recipe.calibration or default_text(source), recipe.samples, length)
 
 
+def max_ram(args: argparse.Namespace) -> int | None:
+    """Bytes of `--max-ram`."""
+    return None if args.max_ram is None else int(args.max_ram * 1e9)
+
+
 def _check_memory(job: Job, option: str, limit: float | None) -> None:
     """Raise `LlmqError` for a job that needs more than an option allows, in GB, and name a method
     that does not."""

@@ -423,7 +423,8 @@ def _add_limits(parser: Parser) -> None:
         "--max-ram",
         type=real(),
         metavar="GB",
-        help="refuse a run whose planned peak memory is above this",
+        help="refuse a run whose planned peak memory is above this; what is left of it holds "
+        "hidden states in the place of files",
     )
     parser.more.add_argument(
         "--max-gpu-memory",

@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
         )
     job = jobs.prepare_job(args, for_budget=budget is not None)
     if not ranks.is_first:
-        quantize_folder(job, Path(args.out), device=args.device, ranks=ranks)
+        quantize_folder(
+            job, Path(args.out), device=args.device, max_ram=jobs.max_ram(args), ranks=ranks
+        )
         return None
     mixed = None if budget is None else _mixed(args, job, budget)
     rendering.print_notes((job if mixed is None else mixed.chosen).notes)
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
         how: dict[str, Any] = {
             "device": args.device,
             "overwrite": args.overwrite,
+            "max_ram": jobs.max_ram(args),
             "on_start": on_start,
             "on_block": on_block,
             "on_step": on_step,

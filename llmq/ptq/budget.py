@@ -37,11 +37,17 @@ def stored_bytes(job: Job) -> int:
     return int(sum(part.planned_bytes for part in parts(job)))
 
 
-def disk_bytes(job: Job) -> int:
+def disk_bytes(job: Job, room: int = 0) -> int:
     """Bytes that the output and the folder beside it take at their largest: while blocks are
-    solved, or while they are put together, when one shard more is there."""
+    solved, or while they are put together, when one shard more is there. room: bytes of hidden
+    states that lie in memory."""
     stored = stored_bytes(job)
-    return stored + max(work_bytes(job), min(stored, MAX_SHARD_BYTES))
+    return stored + max(work_bytes(job) - room, min(stored, MAX_SHARD_BYTES))
+
+
+def room_bytes(job: Job, max_ram: int | None) -> int:
+    """What is left of the memory that a run may take, beside what it needs."""
+    return 0 if max_ram is None else max(0, max_ram - peak_bytes(job))
 
 
 def work_bytes(job: Job) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ from llmq.ptq.token_weights import TokenWeights
 from llmq.ptq.transforms import transform_named
 from llmq.ptq.verify import verify_block
 from llmq.recipe import LayerPlan, Recipe
+from llmq.storage.room import Room
 from llmq.text.picture_windows import PictureInputs
 
 OnStep = Callable[[str, int, int], None]
@@ -59,7 +60,8 @@ class Task:
     full-precision stream and block-wise tuning are computed in. special_ids: tokens whose positions
     tuning must not make worse, whatever it gains elsewhere. outside: embeddings and head as they
     will be stored, where these are quantized. pictures: what the sequences hold beside tokens.
-    ranks: the processes that share the work, each with all of this."""
+    ranks: the processes that share the work, each with all of this. room: memory that hidden states
+    may lie in."""
 
     model: PreTrainedModel
     reader: WeightReader
@@ -72,6 +74,7 @@ class Task:
     outside: WeightReader | None = None
     pictures: PictureInputs | None = None
     ranks: Ranks = ONE
+    room: Room = field(default_factory=Room)
 
 
 @torch.no_grad()
@@ -175,6 +178,7 @@ def _streams(task: Task, needs: Needs, n_blocks: int, work_dir: Path) -> Streams
         work_dir,
         task.device,
         task.pictures,
+        room=task.room,
     )
 
 

@@ -33,6 +33,7 @@ from llmq.ptq.leaves import Leaves
 from llmq.ptq.stats import LayerStats
 from llmq.ptq.streams import Streams
 from llmq.storage.hidden_states import ActivationFile
+from llmq.storage.room import Room
 
 WAVE_BYTES = 512_000_000  # of statistics that grow side by side
 CHUNK_BYTES = 64_000_000  # of inputs, in float32
@@ -128,9 +129,14 @@ class RoutedFile:
     path: Path
     length: int
     dtype: torch.dtype
+    room: Room
 
     def rows(self, shape: tuple[int, int]) -> ActivationFile:
-        return ActivationFile(self.path, self.length, shape[0] * shape[1], self.dtype)
+        return ActivationFile(self.path, self.length, shape[0] * shape[1], self.dtype, self.room)
+
+    def remove(self) -> None:
+        """Give it up, where it is there."""
+        self.rows((1, 1)).remove()
 
 
 @dataclass
@@ -192,7 +198,7 @@ class ExpertsStage:
             yield measuring.inputs(wave)
             yield measuring.inner(originals)
         for what in ("own", "exact"):
-            self.file(streams, what).path.unlink(missing_ok=True)
+            self.file(streams, what).remove()
 
     def group(self, number: int, parts: Sequence[str]) -> InputGroup | None:
         """Those of an expert's layers that are quantized."""
@@ -205,7 +211,7 @@ class ExpertsStage:
         "exact", for which bfloat16 is enough, as for other layers."""
         dtype = torch.float32 if what == "own" else torch.bfloat16
         path = streams.work_dir / f"routed-{what}-{self.name}.bin"
-        return RoutedFile(path, streams.length, dtype)
+        return RoutedFile(path, streams.length, dtype, streams.room)
 
     def _waves(self, module: UnfusedExperts, recording: Recording) -> Iterator[list[int]]:
         """Experts with layers to solve, so many at a time as memory is meant for."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmq.ptq.capture import with_forward
 from llmq.ptq.streams import Streams
 from llmq.storage.hidden_states import ActivationFile
+from llmq.storage.room import Room
 
 MOST_BYTES = 4_000_000_000  # of the files that are read at a time
 
@@ -41,7 +42,7 @@ class _Output:
     n_others: int | None
 
     @classmethod
-    def of(cls, output: Any, n_sequences: int, path: Path) -> _Output | None:
+    def of(cls, output: Any, n_sequences: int, path: Path, room: Room) -> _Output | None:
         """None for an output of another kind."""
         n_others, tensor = None, output
         if isinstance(output, tuple) and output:
@@ -51,7 +52,7 @@ class _Output:
         is_plain = isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and tensor.dim() > 1
         if not is_plain or len(tensor) % n_sequences:
             return None
-        file = ActivationFile(path, 1, tensor.numel() // n_sequences)
+        file = ActivationFile(path, 1, tensor.numel() // n_sequences, room=room)
         return cls(file, len(tensor) // n_sequences, tuple(tensor.shape[1:]), n_others)
 
     def rows(self, output: Any) -> Tensor:
@@ -137,7 +138,8 @@ class KeptOutputs:
     def _take(self, writer: _Writer) -> None:
         """Keep what a whole pass gave, in the place of what lies inside of the module."""
         if writer.output is None or writer.n_calls != len(self.streams.leaves.sizes):
-            self.path(writer.name).unlink(missing_ok=True)
+            if writer.begun is not None:
+                writer.begun.remove()
             if writer.n_calls:  # it runs, and not once for each batch, or it gives something else
                 self._unfit.add(writer.name)
             return
@@ -152,6 +154,7 @@ class _Writer:
     def __init__(self, kept: KeptOutputs, name: str) -> None:
         self.kept, self.name = kept, name
         self.output: _Output | None = None
+        self.begun: ActivationFile | None = None
         self.n_calls = 0
 
     @contextmanager
@@ -168,6 +171,7 @@ class _Writer:
                 if number == 0:
                     self.output = self._fitting(found, sizes[0])
                     if self.output is not None:
+                        self.begun = self.output.file
                         append = stack.enter_context(self.output.file.appender(durable=False))
                 if self.output is None or append is None:
                     return found
@@ -181,7 +185,8 @@ class _Writer:
                 yield
 
     def _of(self, found: Any, n_sequences: int) -> _Output | None:
-        return _Output.of(found, n_sequences, self.kept.path(self.name))
+        streams = self.kept.streams
+        return _Output.of(found, n_sequences, self.kept.path(self.name), streams.room)
 
     def _fitting(self, found: Any, n_sequences: int) -> _Output | None:
         output = self._of(found, n_sequences)

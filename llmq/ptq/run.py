@@ -27,7 +27,7 @@ from llmq.models.companions import copy_companions
 from llmq.models.identity import hub_id
 from llmq.models.readers import CheckpointReader, weight_reader
 from llmq.models.tokens import FINGERPRINT, fingerprint
-from llmq.ptq.budget import disk_bytes
+from llmq.ptq.budget import disk_bytes, room_bytes
 from llmq.ptq.copied import places_of_others
 from llmq.ptq.engine import OnStep, Task, quantize_blocks
 from llmq.ptq.followers import Follower, check_shared, earlier_run, own_folder
@@ -46,6 +46,7 @@ from llmq.storage import files
 from llmq.storage.attempt import kept_for_later
 from llmq.storage.boundary import running
 from llmq.storage.partial_checkpoint import PartialCheckpoint
+from llmq.storage.room import Room
 from llmq.storage.workspace import check_output, work_dir_of
 
 MAX_FALLBACK_SHARE = 0.05
@@ -102,6 +103,7 @@ def quantize_folder(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    max_ram: int | None = None,
     attempt: Attempt = Attempt(),
     ranks: Ranks = ONE,
     on_start: Callable[[int, int], None] = lambda done, total: None,
@@ -112,13 +114,16 @@ def quantize_folder(
     Peak memory is one block. Of a trial, the report has what was lost ("held_out") and where it
     began ("resumed_at_block").
 
-    ranks: the processes that share the work, all of which call this; the report is the first one's,
-    empty in others. on_start: told how many blocks are finished already, of how many. on_step: the
-    same of what is done before and after all blocks, by its name. Raises `LlmqError` for bad input
-    (nothing is left behind), `VerificationError` when the result fails its checks."""
+    max_ram: bytes that a process may take beside the libraries; what is left of them holds hidden
+    states, and None leaves these to files. ranks: the processes that share the work, all of which
+    call this; the report is the first one's, empty in others. on_start: told how many blocks are
+    finished already, of how many. on_step: the same of what is done before and after all blocks, by
+    its name. Raises `LlmqError` for bad input (nothing is left behind), `VerificationError` when
+    the result fails its checks."""
     check_shared(job, ranks)
+    room = Room(room_bytes(job, max_ram))
     if not ranks.is_first:
-        _follow(job, out_dir, device, ranks)
+        _follow(job, out_dir, device, ranks, room)
         return {}
     check_output(out_dir, overwrite)
     started = time.monotonic() if attempt.started is None else attempt.started
@@ -132,17 +137,19 @@ def quantize_folder(
         scale_run.forget_mixture()
         first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
-            files.check_space(partial.work_dir, disk_bytes(job) + attempt.later_bytes)
+            n_bytes = disk_bytes(job, room.limit) + attempt.later_bytes
+            files.check_space(partial.work_dir, n_bytes)
         ranks.check_same(identity(job, device))
         on_start(first_block - len(damaged), len(blocks))
         if job.outside:  # first, for the blocks are measured behind the embeddings that are stored
             _write_outside(job, partial, reader, prefix)
         earlier = earlier_run(ranks, EarlierRun(sink, first_block, damaged))
-        task = _task(job, reader, device, earlier, ranks)
+        task = _task(job, reader, device, earlier, ranks, room)
         folder = own_folder(ranks, partial.work_dir)
         running(job.source.folder)(quantize_blocks)(
             task, sink, folder, earlier=earlier, on_block=on_block, on_step=on_step
         )
+        room.clear()
         sent = ranks.gathered(ranks.traffic.sent)
         resumed_at = min(first_block, *damaged) if damaged else first_block
         if job.outside:  # it may have been forgotten with a block that was done again
@@ -152,6 +159,7 @@ def quantize_folder(
             trained = scale_run.run(lambda done, total: on_step("scales", done, total))
         measured: dict[str, Any] = {
             "processes": {"n": ranks.size, "sent_bytes": sum(sent)},
+            "hidden_states": {"memory_bytes": room.peak, "written_bytes": room.on_disk},
             "scale_tuning": trained,
             "held_out": _held_out(job, sink, partial, device),
         }
@@ -170,12 +178,12 @@ def quantize_folder(
     return report
 
 
-def _follow(job: Job, out_dir: Path, device: str, ranks: Ranks) -> None:
+def _follow(job: Job, out_dir: Path, device: str, ranks: Ranks, room: Room) -> None:
     """The part of a process behind the first one: all of the work, and nothing of the output."""
     reader = CheckpointReader(job.model, job.source.tensors, job.source.files)
     ranks.check_same(identity(job, device))
     earlier = earlier_run(ranks, None)
-    task = _task(job, reader, device, earlier, ranks)
+    task = _task(job, reader, device, earlier, ranks, room)
     work_dir = own_folder(ranks, work_dir_of(files.real_path(out_dir)))
     running(job.source.folder)(quantize_blocks)(task, Follower(), work_dir, earlier=earlier)
     files.remove(work_dir)  # before the first process goes on, which cleans up around it
@@ -199,6 +207,7 @@ def _task(
     device: str,
     earlier: EarlierRun,
     ranks: Ranks,
+    room: Room,
 ) -> Task:
     """What the blocks of a job are quantized by; embeddings and head as they are stored behind
     them."""
@@ -218,6 +227,7 @@ def _task(
         outside,
         None if tokens is None else tokens.pictures,
         ranks,
+        room,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from llmq.ptq.capture import BlockCall, run_and_record
 from llmq.ptq.leaves import Leaves
 from llmq.recipe import LayerPlan
 from llmq.storage.hidden_states import ActivationFile
+from llmq.storage.room import Room
 from llmq.text.picture_windows import PictureInputs
 
 Stream = Literal["quantized", "full-precision"]
@@ -43,7 +44,7 @@ class Streams:
     stream whose inputs are needed. tokens: int64 `[n_sequences, T]`, those of this process. width:
     of hidden states. leaves: which of them run through a block together. pictures: what the
     sequences hold beside tokens. calls: the other arguments of every block, once they are
-    recorded."""
+    recorded. room: memory that files may lie in."""
 
     names: list[Stream]
     dtypes: dict[Stream, torch.dtype]
@@ -55,6 +56,7 @@ class Streams:
     device: str
     pictures: PictureInputs | None = None
     calls: BlockCalls | None = None
+    room: Room = field(default_factory=Room)
 
     @property
     def length(self) -> int:
@@ -68,7 +70,7 @@ class Streams:
     def inputs_of(self, index: int, stream: Stream = "quantized") -> ActivationFile:
         """The file of the inputs of block `index`."""
         path = self.work_dir / f"inputs-{stream}-{index:05d}.bin"
-        return ActivationFile(path, self.length, self.width, self.dtypes[stream])
+        return ActivationFile(path, self.length, self.width, self.dtypes[stream], self.room)
 
     def batches(self, index: int, stream: Stream) -> Iterator[tuple[BlockCall, Tensor]]:
         """The calls of block `index` and their hidden states, in order."""
@@ -82,7 +84,7 @@ class Streams:
         n, k = linear_weight(block.get_submodule(group[0])).shape
         path = self.work_dir / f"exact-{group[0]}.bf16"
         width = n if narrows(block, group) else k
-        return ActivationFile(path, self.length, width, torch.bfloat16)
+        return ActivationFile(path, self.length, width, torch.bfloat16, self.room)
 
     def advance(
         self, block: nn.Module, index: int, stream: Stream, record: Sequence[Sequence[str]] = ()

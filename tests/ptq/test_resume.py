@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, LlmqWarning
 from llmq.ptq.job import prepare
 from llmq.ptq.run import quantize_folder
 from llmq.ptq.stage import Stage
@@ -108,17 +108,21 @@ def run(arguments, out, kill=NEVER, by="SIGKILL"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("inputs", "method", "kills"),
+    ("inputs", "method", "kills", "options"),
     [
-        ("full-precision", "gptq", KILLS),
-        ("both", "gptq", KILLS[1:3]),
-        ("both", "smoothquant+gptq", KILLS[1:2]),
+        ("full-precision", "gptq", KILLS, []),
+        ("both", "gptq", KILLS[1:3], []),
+        ("both", "gptq", KILLS[1:4], ["--max-ram", "2"]),  # hidden states are gone with a process
+        ("both", "smoothquant+gptq", KILLS[1:2], []),
     ],
 )
-def test_killed_anywhere_resumes_to_the_same_bytes(arguments, tmp_path, inputs, method, kills):
+def test_killed_anywhere_resumes_to_the_same_bytes(
+    arguments, tmp_path, inputs, method, kills, options
+):
     arguments = [*arguments[:-1], inputs, "--method", method]
     reference = tmp_path / "reference"
     assert run(arguments, reference).returncode == 0
+    arguments += options
     expected = digests(reference)
     assert len(expected) == 3
     for i, kill in enumerate(kills):
@@ -181,16 +185,34 @@ def test_sigterm_says_how_to_go_on(arguments, tmp_path):
     assert (tmp_path / ".out.llmq-partial").is_dir()
 
 
-def interrupted(model_folder, calibration_file, out, recipe):
+def interrupted(model_folder, calibration_file, out, recipe, **options):
     def stop(report):
         raise KeyboardInterrupt
 
     folder = model_folder()
+    job = prepare(str(folder), recipe, calibration=str(calibration_file))
     with pytest.raises(KeyboardInterrupt):
-        quantize_folder(
-            prepare(str(folder), recipe, calibration=str(calibration_file)), out, on_block=stop
-        )
+        quantize_folder(job, out, on_block=stop, **options)
     return folder
+
+
+def test_hidden_states_in_memory_are_computed_again_and_change_nothing(
+    model_folder, calibration_file, tmp_path
+):
+    recipe = Recipe.uniform("w4g32", samples=16, sequence_length=32)
+    out, memory = tmp_path / "out", {"max_ram": 10**9}
+    folder = interrupted(model_folder, calibration_file, out, recipe, **memory)
+    job = prepare(str(folder), recipe, calibration=str(calibration_file))
+    assert not list((tmp_path / ".out.llmq-partial").glob("inputs-*.bin"))
+    with pytest.warns(LlmqWarning, match="computed again from the finished blocks"):
+        report = quantize_folder(job, out, **memory)
+    assert report["resumed_at_block"] == 1
+    assert report["hidden_states"]["memory_bytes"] > 0
+    assert report["hidden_states"]["written_bytes"] == 0
+    in_files = quantize_folder(job, tmp_path / "in-files")["hidden_states"]
+    assert in_files["memory_bytes"] == 0
+    assert in_files["written_bytes"] > report["hidden_states"]["memory_bytes"]
+    assert digests(out) == digests(tmp_path / "in-files")
 
 
 def test_what_an_interrupted_block_recorded_is_recorded_again(

@@ -84,6 +84,17 @@ class QATCallback(TrainerCallback):
                 f"{self.remedy(args)}"
             )
 
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Scales stop where they are kept, which of a split model a forward pass does not reach."""
+        for module in fake_quant_modules(kwargs["model"]).values():
+            module.quantizer.keep_positive()
+
     def on_log(
         self,
         args: TrainingArguments,

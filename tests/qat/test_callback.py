@@ -77,6 +77,23 @@ def test_five_steps_and_a_folder_with_the_very_values_that_were_trained(
         assert torch.equal(loaded.get_submodule(name).qtensor().dequantize(), value)
 
 
+def test_a_step_leaves_positive_scales_where_they_are_kept(tmp_path):
+    model, seen = prepared(), []
+    scales = [each.quantizer.scale for each in fake_quant_modules(model).values()]
+
+    class Seeing(llmq.QATCallback):
+        def on_optimizer_step(self, *args, **kwargs):
+            before = min(float(scale.min()) for scale in scales)
+            super().on_optimizer_step(*args, **kwargs)
+            seen.append((before, min(float(scale.min()) for scale in scales)))
+
+    groups = llmq.qat_parameter_groups(model, lr_scales=1.0)  # far below zero with one step
+    optimizers = (torch.optim.AdamW(groups), None)
+    trainer(model, tmp_path, 1, callback=Seeing(), optimizers=optimizers).train()
+    [(before, after)] = seen
+    assert before < 0 < after
+
+
 def test_the_phases_of_a_run(tmp_path):
     """Activations are quantized from the second half on, weights gradually, and all at the end."""
     seen = []

@@ -20,7 +20,7 @@ METHODS = {
     "rtn": "plain rounding, without text",
     "hqq": "scales fitted to the weights alone, without text",
     "gptq": "solved layer by layer on calibration text",
-    "blockwise": "GPTQ, then blocks and all scales are trained; best, in 4 to 5 times the time",
+    "blockwise": "GPTQ, then blocks and all scales are trained; best, in 5 to 6 times the time",
 }
 
 

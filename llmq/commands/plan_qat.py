@@ -89,6 +89,11 @@ def check(args: argparse.Namespace) -> None:
             if args.qat
             else f"{option}: is an option of fine-tuning; give --qat, or leave it out"
         )
+    if args.qat and args.gpu_memory is not None and args.max_ram is not None:
+        raise LlmqError(
+            "--gpu-memory and --max-ram: training lies on one device, and both say how much memory "
+            "that has; give one"
+        )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

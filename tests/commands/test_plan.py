@@ -108,6 +108,8 @@ def test_fine_tuning_is_planned_too(planned, config_of_8b, capsys):
     for wrong in (["--qat", "--bits", "2"], ["--batch-size", "1"]):  # or it would be ignored
         assert main(["plan", "tiny", *wrong]) == 2
         assert f"{wrong[-2]}: " in capsys.readouterr().err
+    assert main(["plan", "tiny", "--qat", "--max-ram", "8", "--gpu-memory", "80GB"]) == 2
+    assert "both say how much memory" in capsys.readouterr().err
 
 
 def test_fine_tuning_on_many_gpus_is_planned_with_a_part_on_each(planned, config_of_8b):

@@ -14,6 +14,8 @@ from llmq.commands.parser import Parser
 if TYPE_CHECKING:
     from llmq.qat.job import QATJob
 
+A_TRIAL, ENOUGH_STEPS, FEW_TOKENS = 20, 300, 1024
+
 HELP = (
     "Fine-tune a model through its quantizer, from a PTQ start to a packed checkpoint. "
     "For many GPUs: accelerate launch -m llmq qat ..."
@@ -96,6 +98,24 @@ def _tell(job: QATJob) -> None:
     """Notes and budget, before anything is computed."""
     rendering.print_notes(job.notes)
     print(budget_line(job), file=sys.stderr, flush=True)
+    if (told := advice(job)) is not None:
+        print(told, file=sys.stderr, flush=True)
+
+
+def advice(job: QATJob) -> str | None:
+    """What to do about few large steps: 320 of 1024 tokens won back a tenth more than 160 of 2048
+    (llmq/qat/README.md). Nothing where the batch is spread over processes or accumulated."""
+    settings, n_steps = job.settings, int(job.budget()["steps"])
+    batch = max(1, FEW_TOKENS // settings.sequence_length)
+    is_one = job.processes.num_processes == settings.accumulation == 1
+    is_run = A_TRIAL <= n_steps < ENOUGH_STEPS
+    if not (is_run and is_one) or settings.batch_size <= batch:
+        return None
+    more = n_steps * settings.batch_size // batch
+    return (
+        f"{n_steps:,} steps of {settings.tokens_per_batch:,} tokens: smaller ones learn more from "
+        f"as much text, such as --batch-size {batch} --max-steps {more}"
+    )
 
 
 def budget_line(job: QATJob) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import llmq
 from llmq.commands.cli import main
 from llmq.commands.engine_lines import engine_lines
-from llmq.commands.qat import budget_line
+from llmq.commands.qat import advice, budget_line
 from llmq.errors import LlmqWarning, VerificationError
 from llmq.evaluation.perplexity import evaluate
 from llmq.inference.module import quantized_modules
@@ -513,7 +513,7 @@ def test_budget(arguments, calibration_file):
     assert wider["flops"] == 2 * budget["flops"]
     assert wider["activation_bytes"] > budget["activation_bytes"]
     job = prepare_job(arguments[1], settings, train=str(calibration_file))
-    half = replace(job, settings=replace(settings, optimizer="adamw_torch_8bit")).budget()
+    half = replace(job, settings=replace(job.settings, optimizer="adamw_torch_8bit")).budget()
     assert budget["bytes"] - half["bytes"] == 6 * n_parameters
     low = prepare_job(arguments[1], replace(settings, lora_rank=4), train=str(calibration_file))
     sides = sum(sum(plan.layer.shape) for plan in low.plans if plan.spec is not None)
@@ -523,6 +523,30 @@ def test_budget(arguments, calibration_file):
     line = budget_line(prepare_job(arguments[1], settings, train=str(calibration_file)))
     assert "2,560 tokens in 10 steps" in line
     assert " h on this CPU" in line
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "n_steps", "told"),
+    [
+        (64, 1, 150, "150 steps of 2,048 tokens: smaller ones learn more from as much text, such "
+         "as --batch-size 32 --max-steps 300"),
+        (32, 1, 150, None),  # small already
+        (64, 1, 300, None),  # enough of them
+        (64, 2, 150, None),
+        (64, 1, 19, None),  # a trial
+    ],
+)  # fmt: skip
+def test_few_large_steps_are_advised_against(
+    arguments, calibration_file, batch_size, accumulation, n_steps, told
+):
+    settings = QATSettings(
+        Scheme.parse("w4"),
+        sequence_length=32,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        max_steps=n_steps,
+    )
+    assert advice(prepare_job(arguments[1], settings, train=str(calibration_file))) == told
 
 
 def test_text_without_held_out_windows_says_that_nothing_was_compared(arguments, tmp_path, capsys):

@@ -522,7 +522,7 @@ def test_budget(arguments, calibration_file):
     assert budget["bytes"] - low.budget()["bytes"] == 12 * n_parameters - (4 + 12) * n_added
     line = budget_line(prepare_job(arguments[1], settings, train=str(calibration_file)))
     assert "2,560 tokens in 10 steps" in line
-    assert " h on this CPU" in line
+    assert f" h in {job.settings.precision} on this CPU" in line
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("qat_table")
+    return importlib.import_module("qat_rows")
 
 
 def result(gap, kind="ptq", scheme="w4", method="gptq", n_bytes=100, seconds=10.0):
@@ -59,8 +59,10 @@ def test_claims_are_of_the_runs_that_there_are(script):
     assert not any("W4A8KV8" in claim for claim in found)
     control = RESULTS["control"]
     went_on = {**control, "took": {**control["took"], "from_start": False}}
-    found = script.claims({**RESULTS, "control": went_on}, about)
-    assert not any("time of" in claim for claim in found)
+    on_gpu = {**control, "key": {"device": "cuda"}}
+    for other in (went_on, on_gpu):
+        found = script.claims({**RESULTS, "control": other}, about)
+        assert not any("time of" in claim for claim in found)
 
 
 def test_a_column_for_every_folder(script, tmp_path):

@@ -237,6 +237,7 @@ def quantize_mixed(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    max_ram: int | None = None,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
     on_step: OnStep = lambda what, done, total: None,
@@ -247,7 +248,8 @@ def quantize_mixed(
     check_output(out_dir, overwrite)
     started = time.monotonic()
     about, kept = {**mixed.about, "kept": MIXED}, MIXED
-    how = {"device": device, "overwrite": overwrite, "on_block": on_block, "on_step": on_step}
+    how = {"device": device, "overwrite": overwrite, "max_ram": max_ram}
+    how |= {"on_block": on_block, "on_step": on_step}
     run = _Run(out_dir, how, on_start)
     if trials := mixed.trials:
         run.measure(trials)

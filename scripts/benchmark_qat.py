@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import llmq
 from llmq.grid.spec import ActSpec
-from llmq.ptq.precision import multiplies_bfloat16
+from llmq.ptq.precision import usual_precision
 from llmq.qat.losses import LossWeights
 from llmq.qat.student import Student
 from llmq.recipe import Recipe
@@ -163,8 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    is_half = multiplies_bfloat16(args.device)
-    args.precision = args.precision or ("bf16" if is_half else "fp32")
+    args.precision = args.precision or usual_precision(args.device)
     return args
 
 

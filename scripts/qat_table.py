@@ -49,7 +49,7 @@ from llmq.grid.spec import PER_TENSOR, ActSpec, QuantSpec
 from llmq.models.identity import model_name, source_name
 from llmq.models.source import load_config, load_tokenizer, resolve
 from llmq.ptq.job import prepare
-from llmq.ptq.precision import multiplies_bfloat16
+from llmq.ptq.precision import usual_precision
 from llmq.ptq.run import quantize_folder
 from llmq.qat.job import QATJob, prepare_job
 from llmq.qat.losses import LossWeights
@@ -293,8 +293,7 @@ def parse_arguments() -> argparse.Namespace:
             "--teacher source, and --calibration FILE or --ptq without methods"
         )
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_half = multiplies_bfloat16(args.device)
-    args.precision = args.precision or ("bf16" if is_half else "fp32")
+    args.precision = args.precision or usual_precision(args.device)
     args.texts = args.texts or [Text("bundled", "bundled", 200)]
     return args
 

@@ -103,7 +103,7 @@ def _tell(job: QATJob) -> None:
 
 
 def advice(job: QATJob) -> str | None:
-    """What to do about few large steps: 320 of 1024 tokens won back a tenth more than 160 of 2048
+    """What to do about few large steps: 320 of 1024 tokens won 65% back, 160 of 2048 won 61%
     (llmq/qat/README.md). Nothing where the batch is spread over processes or accumulated."""
     settings, n_steps = job.settings, int(job.budget()["steps"])
     batch = max(1, FEW_TOKENS // settings.sequence_length)

@@ -37,12 +37,11 @@ def stored_bytes(job: Job) -> int:
     return int(sum(part.planned_bytes for part in parts(job)))
 
 
-def disk_bytes(job: Job, room: int = 0) -> int:
+def disk_bytes(job: Job) -> int:
     """Bytes that the output and the folder beside it take at their largest: while blocks are
-    solved, or while they are put together, when one shard more is there. room: bytes of hidden
-    states that lie in memory."""
+    solved, or while they are put together, when one shard more is there."""
     stored = stored_bytes(job)
-    return stored + max(work_bytes(job) - room, min(stored, MAX_SHARD_BYTES))
+    return stored + max(work_bytes(job), min(stored, MAX_SHARD_BYTES))
 
 
 def room_bytes(job: Job, max_ram: int | None) -> int:

@@ -13,6 +13,7 @@ The report names them."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -53,6 +54,12 @@ def computing_in(dtype: torch.dtype, device: torch.device | str) -> torch.autoca
     """Products in bfloat16 where that is the dtype, on float32 masters."""
     is_half = dtype == torch.bfloat16
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=is_half)
+
+
+def usual_precision(device: str) -> Literal["bf16", "fp32"]:
+    """What to train in where nobody says it: bfloat16 if a device has instructions for it, else
+    float32, which is many times faster there."""
+    return "bf16" if multiplies_bfloat16(device) else "fp32"
 
 
 def multiplies_bfloat16(device: str) -> bool:

@@ -137,8 +137,7 @@ def quantize_folder(
         scale_run.forget_mixture()
         first_block, damaged = partial.n_finished, partial.damaged
         if first_block == 0:
-            n_bytes = disk_bytes(job, room.limit) + attempt.later_bytes
-            files.check_space(partial.work_dir, n_bytes)
+            files.check_space(partial.work_dir, disk_bytes(job) + attempt.later_bytes)
         ranks.check_same(identity(job, device))
         on_start(first_block - len(damaged), len(blocks))
         if job.outside:  # first, for the blocks are measured behind the embeddings that are stored

@@ -10,7 +10,7 @@ from llmq.fields import check_fields
 from llmq.grid.scheme import read_scheme
 from llmq.grid.spec import QuantSpec
 from llmq.ptq.methods import METHODS
-from llmq.ptq.precision import multiplies_bfloat16
+from llmq.ptq.precision import usual_precision
 from llmq.qat.lora import check_rank
 from llmq.qat.losses import LossWeights
 from llmq.qat.schedule import Phases
@@ -166,11 +166,8 @@ class QATSettings:
         return log, save
 
     def on(self, device: str) -> QATSettings:
-        """These settings with the arithmetic of a device where none is named: bfloat16 if it has
-        instructions for it, else float32, which is many times faster there."""
-        if self.precision is not None:
-            return self
-        return replace(self, precision="bf16" if multiplies_bfloat16(device) else "fp32")
+        """These settings with the arithmetic of a device where none is named."""
+        return replace(self, precision=self.precision or usual_precision(device))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

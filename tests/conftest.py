@@ -119,7 +119,7 @@ def make_model(
         "bos_token_id": 0,
         "eos_token_id": 0,
         **_SMALL,
-        **(FAMILY_CONFIGS | EXPERT_CONFIGS)[model_type],
+        **(FAMILY_CONFIGS | EXPERT_CONFIGS).get(model_type, {}),
         **overrides,
     }
     settings = {key: value for key, value in settings.items() if value is not None}

@@ -74,19 +74,27 @@ def quantize_kv(model: PreTrainedModel, bits: int | None, *, before_rope: bool =
 
 
 def _quantize_projections(model: PreTrainedModel, bits: int) -> None:
-    config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = [
-        module for name, module in model.named_modules() if name.endswith((".k_proj", ".v_proj"))
+        (module, getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", None))
+        for name, module in model.named_modules()
+        if name.endswith((".k_proj", ".v_proj"))
     ]
     if not found:
         raise LlmqError(
             f"{type(model).__name__} has no k_proj and v_proj; quantize keys and values after RoPE "
             "instead"
         )
-    for module in found:
-        module.register_forward_hook(
-            lambda _module, _args, output: fake_quantize_heads(
-                output.unflatten(-1, (-1, width)), bits
-            ).flatten(-2)
-        )
+    for module, width in found:  # by layer, since these may differ
+        if width is None:
+            raise LlmqError(
+                f"{type(model).__name__}: its attention does not say how wide a head is; quantize "
+                "keys and values after RoPE instead"
+            )
+        module.register_forward_hook(_rounding_heads(width, bits))
+
+
+def _rounding_heads(width: int, bits: int) -> Callable[[nn.Module, object, Tensor], Tensor]:
+    def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return fake_quantize_heads(output.unflatten(-1, (-1, width)), bits).flatten(-2)
+
+    return hook

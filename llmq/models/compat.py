@@ -299,6 +299,14 @@ def set_attention_name(config: Any, name: str) -> None:
     config._attn_implementation = name
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The config of each layer: sizes may differ between them (Gemma 4), and the config of all
+    then raises where it is asked for such a one."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
+
+
 def has_rotary_positions(config: Any) -> bool:
     """Whether positions are rotations, so that a text may go on after the last."""
     return hasattr(type(config), "rope_parameters")

@@ -17,6 +17,7 @@ from llmq.grid.tensor import QuantizedTensor
 from llmq.models.arch import linear_weight
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.experts import ExpertsStage
+from llmq.ptq.gathering import Gathering
 from llmq.ptq.groups import InputGroup, Recording
 from llmq.ptq.kept_outputs import KeptOutputs
 from llmq.ptq.layers import LayerReport, better_of, by_spec, n_rows, report_layer, split
@@ -247,8 +248,9 @@ class _Calibrated(_Rounded):
         self.exact_output: Tensor | None = None
         self.coverage: list[dict[str, Any]] = []
         self.transforms: list[dict[str, Any]] = []
-        # What tuning starts from: full-precision weights, and what they were solved with.
-        self.untuned: dict[str, tuple[Tensor, LayerStats]] = {}
+        # What tuning starts from, and what the layers were solved with that this process solved.
+        self.untuned: dict[str, Tensor] = {}
+        self.stats: dict[str, LayerStats] = {}
 
     def solve(self) -> None:
         """Measure and solve stage by stage, then tune the whole, if the method does that."""
@@ -320,40 +322,65 @@ class _Calibrated(_Rounded):
 
     def _taken(self, layer: str, result: SolverResult, stats: LayerStats | None) -> _Solved:
         if self.setup.needs.tuning and stats is not None:
-            self.untuned[layer] = self._weight(layer).clone(), stats
+            self.stats[layer] = stats
         return super()._taken(layer, result, stats)
+
+    def _store(self, solved: Sequence[_Solved]) -> None:
+        if self.setup.needs.tuning:
+            self.untuned |= {each.layer: self._weight(each.layer).clone() for each in solved}
+        super()._store(solved)
 
     def _tune(self) -> None:
         """Results, weights and the reports of layers become those of the tuned ones."""
         self.kept.forget()
-        setup, recipe = self.setup, self.setup.recipe
-        assert self.streams.calls is not None
-        start = {layer: result.tensor for layer, result in self.results.items()}
-        block = SolvedBlock(
-            self.module,
-            {layer: weight for layer, (weight, _) in self.untuned.items()},
-            start,
-            self.streams.inputs_of(self.index),
-            self.streams.inputs_of(self.index + 1, "full-precision"),
-            self.streams.calls.of(self.index),
-            setup.special,
-            setup.precision.training,
-            (recipe.seed * len(setup.blocks) + self.index) % (1 << 63),
-        )
-        self.tuning = setup.method.tune(block, recipe)
-        self.reports = []
-        for layer, tensor in self.tuning.tensors.items():
+        ranks = self.setup.ranks
+        tuning = self._tuned(Gathering(ranks, self.streams.leaves))
+        self.tuning = tuning = ranks.broadcast(tuning)
+        assert tuning is not None
+        own = {}
+        for layer, tensor in tuning.tensors.items():
             before = self.results[layer]
             self.results[layer] = result = replace(
                 before,
                 tensor=replace(tensor, input_range=before.tensor.input_range),
                 errors=None,  # of the weights that tuning started from
-                is_rounding=before.is_rounding and tensor is start[layer],
+                is_rounding=before.is_rounding and tuning.kept_start,
             )
             self._weight(layer).copy_(tensor.dequantize())
-            original, stats = self.untuned[layer]
-            self.reports.append(report_layer(f"{self.name}.{layer}", original, result, stats))
+            if layer in self.stats:  # of the layers that this process has solved
+                name, original = f"{self.name}.{layer}", self.untuned[layer]
+                own[layer] = report_layer(name, original, result, self.stats[layer])
+        reports: dict[str, LayerReport] = {}
+        for found in ranks.gathered(own):
+            reports |= found
+        self.reports = [reports[layer] for layer in tuning.tensors]
         self.untuned.clear()
+        self.stats.clear()
+
+    def _tuned(self, gathering: Gathering) -> BlockTuning | None:
+        """What the method makes of the block, in the first process."""
+        setup, index = self.setup, self.index
+        assert self.streams.calls is not None
+        inputs = gathering.states(self.streams.inputs_of(index))
+        targets = gathering.states(self.streams.inputs_of(index + 1, "full-precision"))
+        call_of = self.streams.calls.gathered(index, gathering)
+        if not gathering.ranks.is_first:
+            return None
+        block = SolvedBlock(
+            self.module,
+            self.untuned,
+            {layer: result.tensor for layer, result in self.results.items()},
+            inputs,
+            targets,
+            call_of,
+            setup.special,
+            setup.precision.training,
+            (setup.recipe.seed * len(setup.blocks) + index) % (1 << 63),
+        )
+        tuning = setup.method.tune(block, setup.recipe)
+        for whole in (inputs, targets):
+            gathering.forget(whole)
+        return tuning
 
 
 def as_stored(module: nn.Module, kept: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel
 from llmq.errors import LlmqError
 from llmq.ptq.batches import Batches
 from llmq.ptq.capture import BlockCall, BlockRecorder, cannot_run_alone
+from llmq.ptq.gathering import Gathering
 from llmq.storage.hidden_states import ActivationFile
 
 CallOf = Callable[[Sequence[int]], BlockCall]
@@ -99,6 +101,27 @@ class _Slot:
             parts = self.file.sequences(sequences).to(self.first.device)
         return parts.reshape(n * self.n_rows, *shape[1:])
 
+    def gathered(self, gathering: Gathering) -> _Slot:
+        """The slot with the parts of all processes, where they differ."""
+        if self.n_rows is None:
+            return self
+        content = self.first.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        own = (self.file is not None, sha256(content.data).hexdigest())
+        if len(set(gathering.ranks.gathered(own))) == 1 and self.file is None:
+            return self
+        path = self.path.with_name(f"all-{self.path.name}")
+        whole = ActivationFile(path, 1, self.first.numel(), self.first.dtype)
+        gathering.write(self._own_parts(gathering.leaves.sizes), whole)
+        return replace(self, path=path, file=whole)
+
+    def _own_parts(self, sizes: Sequence[int]) -> Iterator[Tensor]:
+        """`[n, 1, numbers of a part]`, batch by batch."""
+        start = 0
+        for size in sizes:
+            parts = self.of(range(start, start + size))
+            yield parts.cpu().reshape(size, 1, -1).contiguous()
+            start += size
+
 
 @dataclass
 class BlockCalls:
@@ -155,6 +178,16 @@ class BlockCalls:
             return BlockCall(args, kwargs)
 
         return call
+
+    def gathered(self, index: int, gathering: Gathering) -> CallOf:
+        """The calls of block `index` for all sequences of all processes, each of which calls this;
+        the first one alone gets what the others have."""
+        if not gathering.ranks.are_many:
+            return self.of(index)
+        slots = list(self._slots)
+        for number in sorted({leaf for leaf in self._leaves[index] if isinstance(leaf, int)}):
+            slots[number] = slots[number].gathered(gathering)
+        return replace(self, _slots=slots).of(index)
 
     def batches(
         self, index: int, inputs: ActivationFile, sizes: int | Sequence[int], device: str

@@ -6,6 +6,8 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from llmq.models import compat
 from llmq.models.arch import find_blocks, tower_parameters
 from llmq.models.experts import DOWN, UP, choices_of, module_of, token_shares, unfused_in
@@ -217,9 +219,12 @@ def _first_block(job: Job) -> list[Layer]:
     return [layer for layer in planned if layer.name.startswith(f"{prefix}.{index}.")]
 
 
-def _attention_width(job: Job) -> int:
-    """Channels of all query heads together."""
-    config = job.model.config.get_text_config()
+def _attention_widths(job: Job) -> int:
+    """Channels of all query heads together, of all blocks."""
+    return sum(map(_attention_width, compat.layer_configs(job.model.config.get_text_config())))
+
+
+def _attention_width(config: PretrainedConfig) -> int:
     head = getattr(config, "head_dim", None)
     heads = getattr(config, "num_attention_heads", None)
     return int(heads * head) if head and heads else int(config.hidden_size)
@@ -232,25 +237,32 @@ def flops(job: Job) -> float:
     if job.tokens is None:
         return tables + 50 * sum(prod(plan.layer.shape) for plan in job.plans)
     n_tokens = job.tokens.n_tokens
-    text_config = job.model.config.get_text_config()
-    attention = 2 * job.tokens.tokens.shape[1] * _attention_width(job)
+    attention = 2 * job.tokens.tokens.shape[1] * _attention_widths(job)
     shares = token_shares(job.model)
     weights = sum(prod(plan.layer.shape) * _share(plan, shares) for plan in job.plans)
     n_passes = PASSES + len(split_name(job.recipe.method)[0])  # each transform measures, too
-    forward = n_passes * 2 * n_tokens * (weights + text_config.num_hidden_layers * attention)
+    forward = n_passes * 2 * n_tokens * (weights + attention)
     # about half of the layers share an input
     squares = (plan.layer.shape[1] ** 2 * _share(plan, shares) for plan in job.plans if plan.spec)
     hessians = 2 * n_tokens * sum(squares) / 2
     method = method_of(job.recipe)
-    layers = [plan.layer.shape for plan in job.plans]
     solves = sum(method.solve_flops(plan.layer.shape) for plan in job.plans if plan.spec)
-    tuning = method.tuning_flops(layers, _windows(job.tokens), job.recipe)
-    tuning += _scale_tuning_flops(job, weights) + _token_weight_flops(job, weights)
+    trained = _scale_tuning_flops(job, weights) + _token_weight_flops(job, weights)
     # windows that are held out run through the source and through the result
     n_held_out = sum(text.tokens.numel() for text in job.tokens.held_out)
     measured = 2 * 2 * n_held_out * weights
-    passes = TEXT_FACTOR * (forward + hessians + measured + tuning)
+    passes = TEXT_FACTOR * (forward + hessians + measured + trained)
+    passes += tuning_flops(job)
     return float(passes + SOLVE_FACTOR * solves + WRITE_FACTOR * _writing(job)) + tables
+
+
+def tuning_flops(job: Job) -> float:
+    """The part of it that is block-wise tuning."""
+    assert job.tokens is not None
+    layers = [plan.layer.shape for plan in job.plans]
+    return TEXT_FACTOR * method_of(job.recipe).tuning_flops(
+        layers, _windows(job.tokens), job.recipe
+    )
 
 
 def _scale_tuning_flops(job: Job, weights: float) -> float:

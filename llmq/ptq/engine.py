@@ -126,7 +126,7 @@ def prepare_setup(task: Task, work_dir: Path) -> Setup:
     transforms = [transform_named(name) for name in names]
     weights = None
     if task.recipe.token_weights == "fisher":
-        weights = TokenWeights(work_dir / "token-weights")
+        weights = TokenWeights(work_dir / "token-weights", task.ranks)
     return Setup(
         *(blocks, task.recipe, method, transforms, task.plans, streams, task.precision),
         *(special, weights, task.ranks),
@@ -135,7 +135,7 @@ def prepare_setup(task: Task, work_dir: Path) -> Setup:
 
 def _measure_tokens(setup: Setup, weights: TokenWeights, task: Task, on_step: OnStep) -> None:
     """What tokens count, for all layers but those of experts."""
-    assert task.tokens is not None
+    assert setup.streams is not None
     layers = {}
     for index in range(len(setup.blocks)):
         experts = tuple(f"{name}." for name in unfused_in(setup.blocks.modules[index]))
@@ -144,7 +144,8 @@ def _measure_tokens(setup: Setup, weights: TokenWeights, task: Task, on_step: On
     layers = {index: names for index, names in layers.items() if names}
     weights.measure(
         setup.blocks,
-        task.tokens,
+        setup.streams.tokens,
+        setup.streams.leaves,
         layers,
         task.recipe.seed,
         lambda done, total: on_step("token weights", done, total),

@@ -12,6 +12,8 @@ from llmq.ptq.ranks import Ranks
 from llmq.ptq.results import BlockReport, BlockResult, EarlierRun, FinishedBlocks, StoredBlock
 from llmq.storage import files
 
+SHARED_METHODS = ("gptq", "blockwise")
+
 
 class Follower:
     """Takes blocks as what was solved; the first process has them read back and verified."""
@@ -59,16 +61,15 @@ def check_shared(job: Job, ranks: Ranks) -> None:
         return
     recipe = job.recipe
     reasons = {
-        f"method {recipe.method}": recipe.method != "gptq",
+        f"method {recipe.method}": recipe.method not in SHARED_METHODS,
         "activations int8-static": recipe.activations.kind == "int8-static",
-        "token weights": recipe.token_weights != "equal",
         "calibration with pictures": job.tokens is not None and job.tokens.pictures is not None,
     }
     for what, is_asked in reasons.items():
         if is_asked:
             raise LlmqError(
-                f"{what}: not on {ranks.size} processes, which share the work of --method gptq on "
-                "text; start one process, without torchrun"
+                f"{what}: not on {ranks.size} processes, which share the work of methods "
+                f"{' and '.join(SHARED_METHODS)} on text; start one process, without torchrun"
             )
     n_sequences = 0 if job.tokens is None else len(job.tokens.tokens)
     if n_sequences < N_LEAVES:

@@ -57,8 +57,10 @@ class BlockGradients:
 
 class Backward:
     """tokens: int64 `[n, T]`. folder: for the files of the pass, which its owner removes. seed: of
-    the tokens that are drawn. dtype: that products are computed in. n_others: the last sequences go
-    forward only; what comes before them makes whole batches."""
+    the tokens that are drawn; each sequence has numbers of its own. dtype: that products are
+    computed in. n_others: the last sequences go forward only; what comes before them makes whole
+    batches. sizes: sequences in a batch, or in each. first: number of the first sequence, where
+    there are others before."""
 
     def __init__(
         self,
@@ -68,9 +70,12 @@ class Backward:
         seed: int,
         dtype: torch.dtype = torch.float32,
         n_others: int = 0,
+        sizes: int | Sequence[int] = BATCH,
+        first: int = 0,
     ) -> None:
         assert not n_others or (len(tokens) - n_others) % BATCH == 0, "whole batches"
         self.blocks, self.folder, self.seed, self.dtype = blocks, folder, seed, dtype
+        self.sizes, self.first = sizes, first
         self.tokens = tokens.to(blocks.device)
         self.measured = self.tokens[: len(tokens) - n_others]  # those with gradients
         self.width: int = blocks.model.config.get_text_config().hidden_size
@@ -85,7 +90,7 @@ class Backward:
         with ExitStack() as stack:
             keep = stack.enter_context(self.inputs_of(0).appender(durable=False))
             stack.enter_context(self.blocks.with_weights_outside())
-            batches = Batches(self.tokens, BATCH, self.blocks.device)
+            batches = Batches(self.tokens, self.sizes, self.blocks.device)
             self.calls = BlockCalls.record(self.recorder, batches, self.folder, keep)
         for index in range(len(self.blocks)):
             module = self.blocks.load(index)
@@ -149,19 +154,19 @@ class Backward:
 
     def _batches(self, index: int) -> Iterator[tuple[BlockCall, Tensor]]:
         assert self.calls is not None
-        return self.calls.batches(index, self.inputs_of(index), BATCH, self.blocks.device)
+        return self.calls.batches(index, self.inputs_of(index), self.sizes, self.blocks.device)
 
     def _write_top(self) -> None:
         """The gradients by what leaves the last block, by the model's own norm and head."""
         last = len(self.blocks)
-        generator = torch.Generator().manual_seed(self.seed)
         with (
             self.gradients_of(last).appender(durable=False) as append,
             self.blocks.with_weights_outside(with_head=True),
             self._computing(),  # in which the head is made a bfloat16 one once
         ):
             hidden = self.inputs_of(last).batches(1)
-            for tokens, states in zip(self.measured, hidden, strict=False):
+            for number, (tokens, states) in enumerate(zip(self.measured, hidden, strict=False)):
+                generator = torch.Generator().manual_seed(self.seed + self.first + number)
                 append(self._top(tokens, states[0].to(self.blocks.device), generator)[None])
 
     def _top(self, tokens: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -235,7 +240,7 @@ class Backward:
     ) -> None:
         """Run a block forward and back. keep: handed what layers met in each batch, and how many
         sequences and tokens that has."""
-        after = self.gradients_of(index + 1).batches(BATCH)
+        after = self.gradients_of(index + 1).batches(self.sizes)
         with self.gradients_of(index).appender(durable=False) as append:
             for (call, hidden), gradient in zip_longest(self._batches(index), after):
                 met = _Met({name: module.get_submodule(name) for name in names})

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from llmq.models.arch import find_blocks
 from llmq.models.experts import DOWN, unfused_in
 from llmq.models.site import fused_names
-from llmq.ptq.budget import SOLVE_FACTOR, disk_bytes, flops, work_bytes
+from llmq.ptq.budget import SOLVE_FACTOR, disk_bytes, flops, tuning_flops, work_bytes
 from llmq.ptq.expert_costs import expert_of
 from llmq.ptq.job import Job
 from llmq.ptq.methods import method_of
@@ -15,6 +16,7 @@ from llmq.ptq.ranks import check_size
 
 # Of a layer's report and results beside their tensors, and of what is told of a group's sums.
 RESULT_BYTES, COUNT_BYTES = 1300, 24
+TUNED_BYTES = 1300  # of a tuned layer's report beside its tensors
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Share:
         check_size(n)
         work = work_bytes(job) // n
         others = disk_bytes(job) - work_bytes(job)
+        if n > 1 and method_of(job.recipe).needs(job.recipe).tuning:
+            others += _whole_bytes(job)
         return cls(n, _sent_bytes(job, n), work, others + work, _flops(job, n))
 
     def to_json(self) -> dict[str, float]:
@@ -61,26 +65,44 @@ def _sent_bytes(job: Job, n: int) -> int:
     """Sums go up the tree once, results to everybody."""
     if n == 1:
         return 0
-    has_cross = method_of(job.recipe).needs(job.recipe).both_streams
+    needs = method_of(job.recipe).needs(job.recipe)
     sums = 0
     for shapes in _groups(job).values():
         k = shapes[0][1]
         cross = min(shapes[0]) if len(shapes) == 1 else k  # see `streams.narrows`
-        sums += 4 * k * k + (4 * cross * k if has_cross else 0) + COUNT_BYTES
+        sums += 4 * k * k + (4 * cross * k if needs.both_streams else 0) + COUNT_BYTES
     results = 0
     for plan in job.plans:
         if plan.spec is not None:
             rows, k = plan.layer.shape
+            packed = int(rows * k * plan.spec.bits_per_weight(rows, k) / 8)
             # the errors of each row, of the result and of rounding
-            results += int(rows * k * plan.spec.bits_per_weight(rows, k) / 8) + 16 * rows
-            results += RESULT_BYTES
-    return (n - 1) * (sums + results)
+            results += packed + 16 * rows + RESULT_BYTES
+            results += packed + TUNED_BYTES if needs.tuning else 0
+    if job.recipe.token_weights != "equal":
+        assert job.tokens is not None
+        experts = unfused_in(job.model)
+        dense = [key for key in _groups(job) if key[0] not in experts]
+        sums += 4 * job.tokens.n_tokens * len(dense)
+    tuned = _whole_bytes(job) * len(find_blocks(job.model)[1]) // n if needs.tuning else 0
+    return (n - 1) * (sums + results + tuned)
+
+
+def _whole_bytes(job: Job) -> int:
+    """What the first process has of all for a block that it tunes: inputs, targets, and the
+    per-layer embeddings of models that have them."""
+    assert job.tokens is not None
+    config = job.model.config.get_text_config()
+    per_layer = getattr(config, "hidden_size_per_layer_input", None) or 0
+    states = (4 + job.precision("cpu").stream.itemsize) * config.hidden_size
+    return int(job.tokens.n_tokens * (states + 4 * per_layer))
 
 
 def _flops(job: Job, n: int) -> float:
-    """Passes are shared. Solves of dense layers wait for each other, those of experts do not."""
+    """Passes are shared. Solves of dense layers wait for each other, those of experts do not, and
+    the first process tunes blocks alone."""
     experts, method = unfused_in(job.model), method_of(job.recipe)
-    alone = together = 0.0
+    alone, together = tuning_flops(job), 0.0
     for plan in job.plans:
         if plan.spec is None:
             continue

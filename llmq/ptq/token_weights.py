@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from llmq.errors import LlmqError
 from llmq.ptq.batches import BATCH
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.gradients import Backward
+from llmq.ptq.leaves import Leaves
+from llmq.ptq.ranks import ONE, Ranks
 from llmq.storage import files, seals
 
 POWER, FLOOR = 0.5, 0.1
@@ -34,35 +36,41 @@ KEPT_BYTES = 8 << 30
 @dataclass(frozen=True)
 class TokenWeights:
     """folder: where the squared lengths of gradients lie, a file for each block and part of the
-    sequences."""
+    sequences of this process. ranks: the processes that share them."""
 
     folder: Path
+    ranks: Ranks = ONE
 
     def of(self, index: int, layers: Sequence[str]) -> Tensor:
-        """For layers of a block, named as in it, which read the same: float32 `[n, T]`, 1 on
-        average."""
+        """For layers of a block, named as in it, which read the same: float32 `[n, T]` of this
+        process, 1 on average over those of all."""
         parts = []
         for path in sorted(self.folder.glob(f"block-{index:05d}-*.safetensors")):
             with safe_open(path, "pt") as file:
                 parts.append(sum(file.get_tensor(layer) for layer in layers))
-        return weights_of(torch.cat(parts))
+        everyones = self.ranks.gathered(torch.cat(parts))
+        found = weights_of(torch.cat(everyones)).split([len(own) for own in everyones])
+        return found[self.ranks.rank]
 
     def measure(
         self,
         blocks: Blocks,
         tokens: Tensor,
+        leaves: Leaves,
         layers: Mapping[int, list[str]],
         seed: int,
         on_pass: Callable[[int, int], None] = lambda done, total: None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Write the files that are not there as they were sealed. tokens: int64 `[n, T]`. layers:
-        that will be asked for, by block. seed: of the tokens that are drawn. on_pass: told how
-        many passes through a block are done, of how many. dtype: that they are computed in. Raises
-        `LlmqError` for NaN or infinity."""
+        """Write the files that are not there as they were sealed. tokens: int64 `[n, T]`, those of
+        this process, and how they are cut in leaves. layers: that will be asked for, by block.
+        seed: of the tokens that are drawn. on_pass: told how many passes through a block are done,
+        of how many. dtype: that they are computed in. Raises `LlmqError` for NaN or infinity."""
         self.folder.mkdir(exist_ok=True)
         width = blocks.model.config.get_text_config().hidden_size
-        parts = tokens.split(sequences_at_once(tokens.shape[1], width, len(blocks)))
+        at_once = sequences_at_once(tokens.shape[1], width, len(blocks))
+        parts = parts_of(replace(leaves, batch_size=BATCH).sizes, at_once)
+        first = leaves.sequences.start
         done, total = 0, 2 * len(blocks) * len(parts)
 
         def step() -> None:
@@ -70,12 +78,15 @@ class TokenWeights:
             done += 1
             on_pass(done, total)
 
-        for number, part in enumerate(parts):
+        for number, sizes in enumerate(parts):
+            own, tokens = tokens.split([sum(sizes), len(tokens) - sum(sizes)])
+            start, first = first, first + len(own)
             paths = {index: self._path(index, number) for index in layers}
             if all(map(seals.is_sound, paths.values())):
                 done += 2 * len(blocks)
                 continue
-            for index, squares in self._pass(blocks, part, layers, seed + number, dtype, step):
+            found = self._pass(blocks, own, _Draws(seed, start, sizes), layers, dtype, step)
+            for index, squares in found:
                 if squares:
                     files.write_tensors(paths[index], squares)
                     seals.seal(paths[index])
@@ -84,15 +95,19 @@ class TokenWeights:
         self,
         blocks: Blocks,
         tokens: Tensor,
+        draws: _Draws,
         layers: Mapping[int, list[str]],
-        seed: int,
         dtype: torch.dtype,
         on_block: Callable[[], None],
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Of some sequences: the blocks from the last to the first, with the squared lengths of the
         gradients of their layers."""
         with tempfile.TemporaryDirectory(prefix="gradients-", dir=self.folder) as folder:
-            backward = Backward(blocks, tokens, Path(folder), seed, dtype)
+            backward = Backward(
+                *(blocks, tokens, Path(folder), draws.seed, dtype),
+                sizes=draws.sizes,
+                first=draws.first,
+            )
             for _ in backward.forward():
                 on_block()
             names = {blocks.name(index): own for index, own in layers.items()}
@@ -105,6 +120,25 @@ class TokenWeights:
 
     def _path(self, index: int, part: int) -> Path:
         return self.folder / f"block-{index:05d}-{part:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Of a part: the seed, the number of its first sequence, and its batches."""
+
+    seed: int
+    first: int
+    sizes: list[int]
+
+
+def parts_of(sizes: Sequence[int], at_once: int) -> list[list[int]]:
+    """Batches of these sizes in parts of at most so many sequences, or one batch."""
+    parts: list[list[int]] = []
+    for size in sizes:
+        if not parts or sum(parts[-1]) + size > at_once:
+            parts.append([])
+        parts[-1].append(size)
+    return parts
 
 
 def sequences_at_once(length: int, width: int, n_blocks: int) -> int:

@@ -115,6 +115,14 @@ def test_buffers_that_models_compute_are_redundant():
     assert not redundant.search("model.layers.0.self_attn.q_proj.weight")
 
 
+@pytest.mark.parametrize(("family", "widths"), [("llama", [16, 16]), ("gemma4_text", [16, 32])])
+def test_sizes_of_each_layer(family, widths):
+    config = AutoConfig.for_model(
+        *(family,), num_hidden_layers=2, head_dim=16, global_head_dim=32, hidden_size=64
+    )
+    assert [layer.head_dim for layer in compat.layer_configs(config)] == widths
+
+
 def test_layers_use_the_attention_function_that_their_config_names():
     model, calls = make_model(), []
 

@@ -75,7 +75,7 @@ def alone(*command):
 @pytest.fixture
 def command(model_folder, calibration_file):
     """A function: the command line that quantizes a model of a kind into a folder."""
-    folder_of = cache(lambda kind: model_folder(kind, kind))
+    folder_of = cache(lambda kind: model_folder(kind, kind, **MODELS.get(kind, {})))
 
     def make(kind, out):
         text = ["--calibration", str(calibration_file), "--samples", "21"]
@@ -85,18 +85,37 @@ def command(model_folder, calibration_file):
     return make
 
 
-CASES = [("mixtral", 2)]  # its attention is that of dense models
-MANY = [(kind, n) for kind in ("llama", "mixtral", "qwen3_moe", "gpt_oss") for n in (2, 4, 8)]
+PER_LAYER_INPUTS = {
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "vocab_size_per_layer_input": 2048,
+    "hidden_size_per_layer_input": 32,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 0,
+}
+MODELS = {"gemma4_text": PER_LAYER_INPUTS}
+METHODS = {"gptq": [], "blockwise": ["--method", "blockwise", "--iterations", "3"]}
+CASES = [("mixtral", "blockwise", 2)]  # its attention is that of dense models
+# every sequence of gemma4_text has arguments of its own
+MANY = [
+    *(
+        (kind, "gptq", n)
+        for kind in ("llama", "mixtral", "qwen3_moe", "gpt_oss")
+        for n in (2, 4, 8)
+    ),
+    *((kind, "blockwise", n) for kind in ("llama", "mixtral", "gemma4_text") for n in (2, 4)),
+]
 
 
-def checked(command, kind, n, tmp_path, capsys):
+def checked(command, kind, method, n, tmp_path, capsys):
     one, many = tmp_path / "one", tmp_path / "many"
-    alone(*command(kind, one))
-    _, model, _, *options = command(kind, one)
+    _, model, _, *options = [*command(kind, one), *METHODS[method]]
+    alone("quantize", model, str(one), *options)
     capsys.readouterr()
     assert main(["plan", model, *options, "--processes", str(n), "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["processes"]
-    done = launched(n, *command(kind, many), "--json")
+    done = launched(n, "quantize", model, str(many), *options, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["processes"]["n"] == n
@@ -109,15 +128,15 @@ def checked(command, kind, n, tmp_path, capsys):
     assert not list(tmp_path.glob(".many*"))
 
 
-@pytest.mark.parametrize(("kind", "n"), CASES)
-def test_many_processes_give_the_bytes_of_one(kind, n, command, tmp_path, capsys):
-    checked(command, kind, n, tmp_path, capsys)
+@pytest.mark.parametrize(("kind", "method", "n"), CASES)
+def test_many_processes_give_the_bytes_of_one(kind, method, n, command, tmp_path, capsys):
+    checked(command, kind, method, n, tmp_path, capsys)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "n"), [case for case in MANY if case not in CASES])
-def test_any_number_of_processes(kind, n, command, tmp_path, capsys):
-    checked(command, kind, n, tmp_path, capsys)
+@pytest.mark.parametrize(("kind", "method", "n"), [case for case in MANY if case not in CASES])
+def test_any_number_of_processes(kind, method, n, command, tmp_path, capsys):
+    checked(command, kind, method, n, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -192,7 +211,7 @@ def test_no_space_for_one_of_them(command, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "blockwise"], "method blockwise: not on 2 processes"),
+        (["--method", "rtn", "--activations", "int8-static"], "method rtn: not on 2 processes"),
         (["--samples", "4"], "4 calibration sequences for 2 processes: expected at least 8"),
         (["--bpw", "3.5"], "--bpw and --max-bytes: not on 2 processes"),
     ],

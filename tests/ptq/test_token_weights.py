@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_model
+from safetensors.torch import load_file
 
 from llmq.commands.cli import main
 from llmq.errors import LlmqError
@@ -18,6 +19,7 @@ from llmq.ptq import gradients, token_weights
 from llmq.ptq.blocks import Blocks
 from llmq.ptq.in_memory import quantize
 from llmq.ptq.job import prepare
+from llmq.ptq.leaves import Leaves
 from llmq.ptq.run import quantize_folder
 from llmq.ptq.token_weights import TokenWeights, weights_of
 from llmq.recipe import Recipe
@@ -56,9 +58,11 @@ def test_of_a_layer_that_nothing_depends_on_all_tokens_count_alike():
 def test_layers_that_read_the_same_share_the_sum(model, tmp_path):
     told = []
     weights = TokenWeights(tmp_path / "weights")
-    weights.measure(blocks_of(model), TOKENS, NAMES, 7, lambda *done: told.append(done))
+    weights.measure(
+        blocks_of(model), TOKENS, Leaves(5, 4), NAMES, 7, lambda *done: told.append(done)
+    )
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    backward = gradients.Backward(blocks_of(model), TOKENS, tmp_path, 7)
+    backward = gradients.Backward(blocks_of(model), TOKENS, tmp_path, 7, sizes=[1] * 5)
     assert list(backward.forward()) == [0, 1]
     blocks = {blocks_of(model).name(index): own for index, own in NAMES.items()}
     for index, squares in zip((1, 0), backward.squared_lengths(blocks), strict=True):
@@ -66,21 +70,24 @@ def test_layers_that_read_the_same_share_the_sum(model, tmp_path):
     assert [path.name for path in weights.folder.glob("gradients-*")] == []
 
 
-def test_some_sequences_at_a_time_are_on_disk(model, tmp_path, monkeypatch):
-    """Each part is a pass of its own, with other drawn tokens."""
-    monkeypatch.setattr(token_weights, "KEPT_BYTES", 1)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_parts_and_shares_change_nothing(rank, model, tmp_path, monkeypatch):
+    """Each sequence has its own draws and its own batch, whatever others there are."""
+    tokens = torch.cat([TOKENS, TOKENS.flip(1), TOKENS[:2]])
+    whole, own = TokenWeights(tmp_path / "whole"), TokenWeights(tmp_path / "own")
+    whole.measure(blocks_of(model), tokens, Leaves(12, 4), NAMES, 7)
+    monkeypatch.setattr(token_weights, "KEPT_BYTES", 1)  # a part for every 4 sequences
     told: list[tuple[int, int]] = []
-    parts = TokenWeights(tmp_path / "parts")
-    parts.measure(blocks_of(model), TOKENS, NAMES, 7, lambda *done: told.append(done))
-    assert told == [(done, 8) for done in range(1, 9)]
-    squares = []
-    for number, tokens in enumerate(TOKENS.split(4)):
-        backward = gradients.Backward(blocks_of(model), tokens, tmp_path, 7 + number)
-        assert list(backward.forward()) == [0, 1]
-        found = backward.squared_lengths({blocks_of(model).name(1): NAMES[1]})
-        squares.append(next(found)["mlp.down_proj"])
-        list(found)
-    assert torch.equal(parts.of(1, NAMES[1]), weights_of(torch.cat(squares)))
+    leaves = Leaves(12, 4, rank, 2)
+    share = tokens[leaves.sequences.start : leaves.sequences.stop]
+    own.measure(blocks_of(model), share, leaves, NAMES, 7, lambda *done: told.append(done))
+    assert told[-1] == (8, 8)
+    parts = sorted(own.folder.glob("block-00001-*.safetensors"))
+    assert len(parts) == 2
+    found = torch.cat([load_file(path)["mlp.down_proj"] for path in parts])
+    (expected,) = whole.folder.glob("block-00001-*.safetensors")
+    expected = load_file(expected)["mlp.down_proj"]
+    assert torch.equal(found, expected[leaves.sequences.start : leaves.sequences.stop])
 
 
 def test_as_many_at_once_as_the_disk_is_given():
@@ -89,12 +96,14 @@ def test_as_many_at_once_as_the_disk_is_given():
     at_once = token_weights.sequences_at_once(2048, 4096, 32)
     assert at_once * kept <= token_weights.KEPT_BYTES < (at_once + 4) * kept
     assert token_weights.sequences_at_once(1 << 20, 8192, 80) == 4
+    assert token_weights.parts_of([4, 1, 4, 4, 2, 4], 8) == [[4, 1], [4, 4], [2, 4]]
+    assert token_weights.parts_of([4, 4], 1) == [[4], [4]]
 
 
 def test_in_bfloat16_they_are_near(model, tmp_path):
     full, half = TokenWeights(tmp_path / "full"), TokenWeights(tmp_path / "half")
-    full.measure(blocks_of(model), TOKENS, NAMES, 7)
-    half.measure(blocks_of(model), TOKENS, NAMES, 7, dtype=torch.bfloat16)
+    full.measure(blocks_of(model), TOKENS, Leaves(5, 4), NAMES, 7)
+    half.measure(blocks_of(model), TOKENS, Leaves(5, 4), NAMES, 7, dtype=torch.bfloat16)
     for index, layers in NAMES.items():
         expected, found = full.of(index, layers), half.of(index, layers)
         assert not torch.equal(found, expected)
@@ -104,13 +113,13 @@ def test_in_bfloat16_they_are_near(model, tmp_path):
 
 def test_what_lies_there_is_not_measured_again(model, tmp_path, monkeypatch):
     weights = TokenWeights(tmp_path)
-    weights.measure(blocks_of(model), TOKENS, NAMES, 7)
+    weights.measure(blocks_of(model), TOKENS, Leaves(5, 4), NAMES, 7)
     before = weights.of(0, NAMES[0])
     (tmp_path / "block-00001-00000.safetensors").write_bytes(b"damaged")
-    weights.measure(blocks_of(model), TOKENS, NAMES, 7)
+    weights.measure(blocks_of(model), TOKENS, Leaves(5, 4), NAMES, 7)
     assert torch.equal(weights.of(0, NAMES[0]), before)
     monkeypatch.setattr(token_weights, "Backward", None)
-    weights.measure(blocks_of(model), TOKENS, NAMES, 7)
+    weights.measure(blocks_of(model), TOKENS, Leaves(5, 4), NAMES, 7)
 
 
 def test_a_model_without_finite_likelihoods_is_refused(model, tmp_path):
@@ -124,7 +133,7 @@ def test_a_model_without_finite_likelihoods_is_refused(model, tmp_path):
 
     blocks.load = broken
     with pytest.raises(LlmqError, match=r"likelihoods hold NaN or infinity .* --token-weights"):
-        TokenWeights(tmp_path).measure(blocks, TOKENS, NAMES, 7)
+        TokenWeights(tmp_path).measure(blocks, TOKENS, Leaves(5, 4), NAMES, 7)
 
 
 def test_gradients_that_are_not_finite_are_refused(model, tmp_path, monkeypatch):
@@ -137,7 +146,7 @@ def test_gradients_that_are_not_finite_are_refused(model, tmp_path, monkeypatch)
 
     monkeypatch.setattr(gradients._Met, "run", exploding)
     with pytest.raises(LlmqError, match=r"layers.1.mlp.down_proj: NaN .* --token-weights equal"):
-        TokenWeights(tmp_path).measure(blocks_of(model), TOKENS, NAMES, 7)
+        TokenWeights(tmp_path).measure(blocks_of(model), TOKENS, Leaves(5, 4), NAMES, 7)
 
 
 def quantized(model, calibration_file, out, **options):

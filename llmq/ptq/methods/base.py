@@ -91,6 +91,10 @@ class BlockTuning:
     by_class: dict[str, ClassErrors] = field(default_factory=dict)
     worse: list[str] = field(default_factory=list)
 
+    @property
+    def kept_start(self) -> bool:
+        return self.error == self.start_error
+
 
 class Method(Protocol):
     """`Rounding` has the answers of a method that does nothing but round."""

@@ -32,13 +32,31 @@ def static_range(low: Tensor, high: Tensor) -> Tensor:
 
 
 class RangeObserver:
-    """Extremes and a seeded sample of all values added."""
+    """Extremes and a seeded sample of all values added. leaf: of the calibration text whose values
+    come first (`llmq.ptq.leaves`); each has draws of its own, whoever has those before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, leaf: int = 0) -> None:
+        self._leaf = leaf
         self.low = torch.tensor(torch.inf)
         self.high = torch.tensor(-torch.inf)
         self._samples: list[Tensor] = []
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(leaf)
+
+    def next_leaf(self) -> None:
+        """What is added from now on belongs to the next leaf."""
+        self._leaf += 1
+        self._generator.manual_seed(self._leaf)
+
+    def state(self) -> Tensor:
+        """Everything that it has seen, float32 `[2 + n]`, for another one to `merge`."""
+        return torch.cat([torch.stack([self.low, self.high]), *self._samples])
+
+    def merge(self, state: Tensor) -> None:
+        """Take in what another one has seen."""
+        low, high = state[:2].unbind()
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        if len(state) > 2:
+            self._samples.append(state[2:])
 
     def add(self, x: Tensor) -> None:
         """Add values of any shape; NaN and infinite ones are left out, as the Hessian leaves them

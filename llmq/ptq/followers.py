@@ -62,7 +62,6 @@ def check_shared(job: Job, ranks: Ranks) -> None:
     recipe = job.recipe
     reasons = {
         f"method {recipe.method}": recipe.method not in SHARED_METHODS,
-        "activations int8-static": recipe.activations.kind == "int8-static",
         "calibration with pictures": job.tokens is not None and job.tokens.pictures is not None,
     }
     for what, is_asked in reasons.items():

@@ -68,7 +68,7 @@ class Recording:
             streams.device,
             cross=self.both,
             projection=weight if self.both and narrows(block, group.layers) else None,
-            ranges=RangeObserver() if self.ranges else None,
+            ranges=RangeObserver(streams.leaves.own.start) if self.ranges else None,
             chunks=chunks or [len(leaf) for leaf in streams.leaves.batches],
         )
 

@@ -4,18 +4,22 @@ it sends, what it keeps on disk, and its time. Estimates."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import log2
 
+from llmq.activations.ranges import SAMPLES_PER_BATCH
 from llmq.models.arch import find_blocks
-from llmq.models.experts import DOWN, unfused_in
+from llmq.models.experts import DOWN, token_shares, unfused_in
 from llmq.models.site import fused_names
 from llmq.ptq.budget import SOLVE_FACTOR, disk_bytes, flops, tuning_flops, work_bytes
 from llmq.ptq.expert_costs import expert_of
 from llmq.ptq.job import Job
+from llmq.ptq.leaves import Leaves
 from llmq.ptq.methods import method_of
 from llmq.ptq.ranks import check_size
+from llmq.ptq.streams import batch_size
 
 # Of a layer's report and results beside their tensors, and of what is told of a group's sums.
-RESULT_BYTES, COUNT_BYTES = 1300, 24
+RESULT_BYTES, COUNT_BYTES = 1300, 32
 TUNED_BYTES = 1300  # of a tuned layer's report beside its tensors
 
 
@@ -67,8 +71,9 @@ def _sent_bytes(job: Job, n: int) -> int:
         return 0
     needs = method_of(job.recipe).needs(job.recipe)
     sums = 0
-    for shapes in _groups(job).values():
+    for names, shapes in _groups(job).items():
         k = shapes[0][1]
+        sums += _range_bytes(job, names[0], k, n)
         cross = min(shapes[0]) if len(shapes) == 1 else k  # see `streams.narrows`
         sums += 4 * k * k + (4 * cross * k if needs.both_streams else 0) + COUNT_BYTES
     results = 0
@@ -86,6 +91,20 @@ def _sent_bytes(job: Job, n: int) -> int:
         sums += 4 * job.tokens.n_tokens * len(dense)
     tuned = _whole_bytes(job) * len(find_blocks(job.model)[1]) // n if needs.tuning else 0
     return (n - 1) * (sums + results + tuned)
+
+
+def _range_bytes(job: Job, name: str, k: int, n: int) -> int:
+    """Samples of a group's inputs, of which half go on with every step of the tree; over n - 1, as
+    sums are counted. name: of the first of its layers, or the module of an expert, which adds the
+    rows of a leaf at once."""
+    if job.recipe.activations.kind != "int8-static" or job.tokens is None:
+        return 0
+    n_sequences, length = job.tokens.tokens.shape
+    share = token_shares(job.model).get(name)
+    leaves = Leaves(n_sequences, batch_size(job.plans, length) if share is None else n_sequences)
+    rows = [size * length * (1.0 if share is None else share) for size in leaves.sizes]
+    n_samples = sum(min(SAMPLES_PER_BATCH, own * k) for own in rows)
+    return int(4 * n_samples * log2(n) / 2 / (n - 1))
 
 
 def _whole_bytes(job: Job) -> int:

@@ -159,14 +159,17 @@ class LayerStats:
         source = right if target == left else left
         own = self._moments
         tensors = [own.hessian, *([] if own.cross is None else [own.cross])]
+        state = torch.empty(0) if self.ranges is None else self.ranges.state()
         values = [own.exact_energy, own.n_tokens, self.n_dropped]
-        counts = torch.tensor(values, dtype=torch.float64)
+        counts = torch.tensor([*values, len(state)], dtype=torch.float64)
         if ranks.rank == source:
-            for tensor in (*tensors, counts):
+            for tensor in (*tensors, counts, *([state] if len(state) else [])):
                 ranks.send(tensor, target)
             return
         found = [ranks.receive(tensor, source) for tensor in tensors]
-        energy, n_tokens, n_dropped = ranks.receive(counts, source).tolist()
+        energy, n_tokens, n_dropped, n_state = ranks.receive(counts, source).tolist()
+        if self.ranges is not None:
+            self.ranges.merge(ranks.receive(torch.empty(int(n_state)), source))
         self.n_dropped += int(n_dropped)
         cross = found[1] if len(found) > 1 else None
         other = _Moments(found[0], cross, energy, int(n_tokens))
@@ -215,6 +218,8 @@ class LayerStats:
 
     def _close_leaf(self) -> None:
         """Put the grown leaf into the tree, whose equal heights are merged at once."""
+        if self.ranges is not None:
+            self.ranges.next_leaf()
         height, grown = 0, self._moments
         while self._waiting and self._waiting[-1][0] == height:
             _, earlier = self._waiting.pop()

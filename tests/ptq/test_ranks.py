@@ -95,7 +95,11 @@ PER_LAYER_INPUTS = {
     "num_kv_shared_layers": 0,
 }
 MODELS = {"gemma4_text": PER_LAYER_INPUTS}
-METHODS = {"gptq": [], "blockwise": ["--method", "blockwise", "--iterations", "3"]}
+METHODS = {
+    "gptq": [],
+    "blockwise": ["--method", "blockwise", "--iterations", "3"],
+    "static": ["--activations", "int8-static"],
+}
 CASES = [("mixtral", "blockwise", 2)]  # its attention is that of dense models
 # every sequence of gemma4_text has arguments of its own
 MANY = [
@@ -104,6 +108,7 @@ MANY = [
         for kind in ("llama", "mixtral", "qwen3_moe", "gpt_oss")
         for n in (2, 4, 8)
     ),
+    *((kind, "static", 4) for kind in ("llama", "mixtral")),
     *((kind, "blockwise", n) for kind in ("llama", "mixtral", "gemma4_text") for n in (2, 4)),
 ]
 

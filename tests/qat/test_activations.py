@@ -88,6 +88,25 @@ def test_range_methods():
         RangeObserver().range()
 
 
+def test_observers_of_parts_have_seen_what_one_of_all_has():
+    leaves = torch.randn(4, 3, 20_000, generator=torch.Generator().manual_seed(0))
+
+    def observed(first, stop):
+        observer = RangeObserver(first)
+        for leaf in range(first, stop):
+            for batch in leaves[leaf]:
+                observer.add(batch)
+            observer.next_leaf()
+        return observer
+
+    whole, merged = observed(0, 4), observed(0, 1)
+    for part in (observed(1, 2), observed(2, 4), RangeObserver()):  # the last has seen nothing
+        merged.merge(part.state())
+    for method in ("minmax", "percentile", "mse"):
+        assert torch.equal(merged.range(method), whole.range(method))
+    assert not torch.equal(observed(1, 2).state(), observed(0, 1).state())
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_heads_are_quantized_one_by_one_and_only_once(bits):
     x = (torch.randn(2, 3, 5, 16) * 3).requires_grad_()

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 
+import machine_code
 import pytest
 
 from llmq_kernels import CODES
@@ -13,7 +14,6 @@ from llmq_kernels.triton.layout import PLANES
 
 triton = pytest.importorskip("triton", reason="needs Triton (pip install '.[triton]')")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
     ),
@@ -73,7 +73,7 @@ def compiled(kernel, chip, constants, warps, stages, **pointers):
     )
 
 
-def machine_code(binary, chip, tmp_path):
+def disassembled(binary, chip, tmp_path):
     if chip.is_amd:
         return binary.asm["amdgcn"]
     path = tmp_path / "kernel.cubin"
@@ -85,13 +85,32 @@ def machine_code(binary, chip, tmp_path):
 
 def check_resources(binary, chip, tmp_path):
     """No spills to memory, shared memory within the chip's limit. Returns the machine code."""
-    code = machine_code(binary, chip, tmp_path)
+    code = disassembled(binary, chip, tmp_path)
     assert binary.metadata.shared <= chip.shared_bytes
     if chip.is_amd:
         assert set(re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", code)) == {"0"}
     else:
         assert not re.search(r"\b(LDL|STL)\b", code)
     return code
+
+
+def hold(name, text, bits, choice, chip, tmp_path):
+    """Instructions and registers against the table, and wide loads. name: of the kernel and its
+    case; text: its machine code."""
+    if chip.is_amd:
+        return
+    words = choice.block_n * choice.block_k * bits // 32 // (32 * choice.warps)
+    machine_code.hold(f"{name}, {chip.arch}", text, tmp_path / "kernel.cubin", words)
+    assert machine_code.loads_wide(text)
+
+
+def cases(*all_of_them, fast=()):
+    """Parameters with every chip, all but the fast ones in the slow run."""
+    return [
+        pytest.param(*case, arch, marks=() if (*case, arch) in fast else pytest.mark.slow)
+        for case in all_of_them
+        for arch in CHIPS
+    ]
 
 
 def early(chip):
@@ -137,8 +156,10 @@ INT8 = [
 ]
 
 
-@pytest.mark.parametrize("arch", CHIPS)
-@pytest.mark.parametrize(("code", "group", "zero", "m", "dtype"), FLOAT)
+@pytest.mark.parametrize(
+    ("code", "group", "zero", "m", "dtype", "arch"),
+    cases(*FLOAT, fast=[("int4", 128, False, 16, "bf16", "sm_90")]),
+)
 def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
     from llmq_kernels.triton import gemm, gemv
 
@@ -147,13 +168,15 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
     choice = default_choice(problem, chip)
     constants = float_constants(code, group, choice, chip, zero=zero)
     types = {"x": dtype, "out": dtype, "bias": dtype}
+    name = f"{choice.method} {code} g{group}{' with zero points' if zero else ''}, {m} x {dtype}"
     if choice.method == "gemv":
         constants["EVEN_K"] = True
-        check_resources(
+        text = check_resources(
             compiled(gemv.gemv_kernel, chip, constants, choice.warps, choice.stages, **types),
             chip,
             tmp_path,
         )
+        hold(name, text, CODES[code].bits, choice, chip, tmp_path)
         return
     constants |= {"IS_SPLIT": choice.split_k > 1, "FOLD": choice.fold}
     constants |= {"EVEN_K": True, "EARLY": early(chip), "UPCAST": False}
@@ -170,7 +193,8 @@ def test_float_kernels(code, group, zero, m, dtype, arch, tmp_path):
         choice.stages,
         **types,
     )
-    check_tensor_cores(binary, chip, tmp_path)
+    text = check_tensor_cores(binary, chip, tmp_path)
+    hold(name, text, CODES[code].bits, choice, chip, tmp_path)
     assert binary.metadata.shared <= shared_bytes(problem, choice)
 
 
@@ -178,7 +202,8 @@ def check_tensor_cores(binary, chip, tmp_path, *, in_registers=True, kind="float
     instruction = MATRIX_INSTRUCTION[chip.arch]
     if kind == "int8" and chip.arch == "sm_100":
         instruction += "|IMMA"  # Triton 3.6 has no fifth-generation products of integers
-    assert re.search(instruction, check_resources(binary, chip, tmp_path))
+    text = check_resources(binary, chip, tmp_path)
+    assert re.search(instruction, text)
     if chip.arch == "sm_90" and in_registers:
         # The weight is the left operand in registers: two lists in braces, the sums and the weight,
         # where a left operand from shared memory would be a descriptor.
@@ -187,10 +212,10 @@ def check_tensor_cores(binary, chip, tmp_path, *, in_registers=True, kind="float
         assert all(line.count("{") == 2 for line in products)
         # The registers of the weight are free again where the next tile is unpacked into them.
         assert set(re.findall(r"wgmma\.wait_group\S* (\d+)", binary.asm["ptx"])) == {"0"}
+    return text
 
 
-@pytest.mark.parametrize("arch", CHIPS)
-@pytest.mark.parametrize(("code", "group", "zero", "m"), INT8)
+@pytest.mark.parametrize(("code", "group", "zero", "m", "arch"), cases(*INT8))
 def test_int8_kernels(code, group, zero, m, arch, tmp_path):
     from llmq_kernels.triton import int8
 
@@ -218,12 +243,15 @@ def test_int8_kernels(code, group, zero, m, arch, tmp_path):
         x="i8",
         **({"out": "fp32"} if choice.split_k > 1 else {}),
     )
-    check_tensor_cores(
+    text = check_tensor_cores(
         binary, chip, tmp_path, in_registers=bits < 8, kind="int8"
     )  # INT8 codes need no unpacking and are multiplied where they arrive
+    name = f"int8 {code} g{group}{' with zero points' if zero else ''}, {m}"
+    hold(name, text, bits, choice, chip, tmp_path)
     assert binary.metadata.shared <= shared_bytes(problem, choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_small_kernels(arch, tmp_path):
     from llmq_kernels.triton import gemm, int8
@@ -277,15 +305,14 @@ def test_small_kernels(arch, tmp_path):
     check_resources(compiled(gemm.dequantize_kernel, chip, constants, 4, 3), chip, tmp_path)
 
 
-@pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize(
-    ("code", "group", "zero", "m", "dtype"),
-    [
+    ("code", "group", "zero", "m", "dtype", "arch"),
+    cases(
         ("int4", 128, False, 16, "bf16"),
         ("int4", 64, True, 64, "fp16"),
         ("int3", 128, True, 32, "bf16"),
         ("int8", 0, False, 16, "fp16"),
-    ],
+    ),
 )
 def test_experts_in_one_launch(code, group, zero, m, dtype, arch, tmp_path):
     from llmq_kernels.triton import experts
@@ -304,5 +331,7 @@ def test_experts_in_one_launch(code, group, zero, m, dtype, arch, tmp_path):
         out=dtype,
         bias=dtype,
     )
-    code_text = check_resources(binary, chip, tmp_path)
-    assert re.search(MATRIX_INSTRUCTION[arch], code_text)
+    text = check_resources(binary, chip, tmp_path)
+    assert re.search(MATRIX_INSTRUCTION[arch], text)
+    name = f"experts {code} g{group}{' with zero points' if zero else ''}, {m} x {dtype}"
+    hold(name, text, CODES[code].bits, choice, chip, tmp_path)

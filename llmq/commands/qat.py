@@ -104,12 +104,22 @@ def _tell(job: QATJob) -> None:
 
 def advice(job: QATJob) -> str | None:
     """What to do about few large steps: 320 of 1024 tokens won 65% back, 160 of 2048 won 61%
-    (llmq/qat/README.md). Nothing where the batch is spread over processes or accumulated."""
+    (llmq/qat/README.md), and in very few no code changes. Nothing where the batch is spread over
+    processes or accumulated."""
+    from llmq.qat.pace import reaches_edge
+
     settings, n_steps = job.settings, int(job.budget()["steps"])
     batch = max(1, FEW_TOKENS // settings.sequence_length)
     is_one = job.processes.num_processes == settings.accumulation == 1
-    is_run = A_TRIAL <= n_steps < ENOUGH_STEPS
-    if not (is_run and is_one) or settings.batch_size <= batch:
+    if not is_one or not A_TRIAL <= n_steps < ENOUGH_STEPS:
+        return None
+    if settings.quantizer == "lsq" and not reaches_edge(settings.scheme.weights, n_steps):
+        return (
+            f"{n_steps:,} steps are too few for weights to get from one code to another, so scales,"
+            " norms and embeddings learn alone: take more of them, with a smaller --batch-size or "
+            "more text"
+        )
+    if settings.batch_size <= batch:
         return None
     more = n_steps * settings.batch_size // batch
     return (

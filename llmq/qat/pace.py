@@ -36,3 +36,10 @@ def margin(rate: float) -> float:
     """How many steps of their grid masters start from the edge of their cells, for a peak rate in
     steps."""
     return min(WIDEST, NOISE * rate)
+
+
+def reaches_edge(spec: QuantSpec, n_steps: int) -> bool:
+    """Whether a run is long enough for masters to leave the cells that they start in, at a rate
+    that falls along half a cosine. In a shorter one scales, norms and embeddings learn alone."""
+    rate = grid_rate(spec, n_steps)
+    return 0.5 * n_steps * rate > margin(rate)

@@ -4,7 +4,7 @@ may move them."""
 import pytest
 
 from llmq.grid.spec import QuantSpec
-from llmq.qat.pace import HASTE, LONG_RUN, WIDEST, grid_rate, margin
+from llmq.qat.pace import HASTE, LONG_RUN, WIDEST, grid_rate, margin, reaches_edge
 
 SPEC = QuantSpec("int2", 32, symmetric=False)
 
@@ -35,3 +35,13 @@ def test_the_distance_from_the_edge_is_a_number_of_updates():
     assert margin(0.008) == pytest.approx(2 * margin(0.004))
     assert margin(1.0) == WIDEST
     assert WIDEST < 0.5  # where masters would start is the middle of the cell
+
+
+@pytest.mark.parametrize(
+    ("spec", "fewest"), [("w8g32", 5), ("w4g32", 51), ("w2g32-asym", 38), ("ternaryg32", 51)]
+)
+def test_shorter_runs_change_no_code(spec, fewest):
+    """Half as many updates as they start from the edge in, or those that the widest margin
+    takes."""
+    spec = QuantSpec.parse(spec)
+    assert [reaches_edge(spec, n) for n in (fewest - 1, fewest)] == [False, True]

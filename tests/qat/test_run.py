@@ -534,6 +534,10 @@ def test_budget(arguments, calibration_file):
         (64, 1, 300, None),  # enough of them
         (64, 2, 150, None),
         (64, 1, 19, None),  # a trial
+        (4, 1, 49, "49 steps are too few for weights to get from one code to another, so scales, "
+         "norms and embeddings learn alone: take more of them, with a smaller --batch-size or more "
+         "text"),
+        (4, 1, 52, None),
     ],
 )  # fmt: skip
 def test_few_large_steps_are_advised_against(

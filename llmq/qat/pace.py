@@ -21,15 +21,16 @@ def grid_rate(spec: QuantSpec, n_steps: int | None = None) -> float:
     """Peak learning rate of masters in steps of their grid. n_steps: updates of the run, of which a
     short one goes faster; None: unknown, and many.
 
-    Those of 4 and 2 bits and ternary are measured, and half-integer levels stand beside them. From
-    4 bits on a step is so small that it is the weight itself that may not move too far: masters
-    move by the same share of it whatever the number of levels."""
+    Those of 4 and 2 bits and ternary are measured, and half-integer levels stand beside them. Above
+    4 bits a step is so small that it is the weight itself that may not move too far, in a short run
+    neither: masters move by the same share of it whatever the number of levels."""
+    of_4_bits = 2e-3
+    if spec.bits > 4:
+        return of_4_bits * (2**spec.bits - 1) / 15
     rates = {"int3": 1.5e-3, "int2": 4e-3, "int2h": 4e-3, "ternary": 2e-3}
-    of_4_bits, n_levels = 2e-3, 2**spec.bits - 1
-    rate = rates.get(spec.code, of_4_bits * n_levels / 15)
     # Noise takes a master as far as the root of the number of updates.
     haste = 1.0 if n_steps is None else min(HASTE, max(1.0, sqrt(LONG_RUN / n_steps)))
-    return haste * rate
+    return haste * rates.get(spec.code, of_4_bits)
 
 
 def margin(rate: float) -> float:

@@ -26,8 +26,10 @@ def test_short_runs_go_faster(n_steps, haste):
 
 @pytest.mark.parametrize("bits", [5, 6, 8])
 def test_from_4_bits_on_masters_move_by_the_same_share_of_the_range(bits):
-    rates = {n: grid_rate(QuantSpec.parse(f"w{n}g32")) for n in (4, bits)}
-    assert rates[bits] / (2**bits - 1) == pytest.approx(rates[4] / (2**4 - 1))
+    """In short runs, too: at four times as much a real model loses what it knows."""
+    for n_steps in (None, 40):
+        rate = grid_rate(QuantSpec.parse(f"w{bits}g32"), n_steps)
+        assert rate / (2**bits - 1) == pytest.approx(grid_rate(QuantSpec.parse("w4g32")) / 15)
 
 
 def test_the_distance_from_the_edge_is_a_number_of_updates():
@@ -38,7 +40,7 @@ def test_the_distance_from_the_edge_is_a_number_of_updates():
 
 
 @pytest.mark.parametrize(
-    ("spec", "fewest"), [("w8g32", 5), ("w4g32", 51), ("w2g32-asym", 38), ("ternaryg32", 51)]
+    ("spec", "fewest"), [("w8g32", 18), ("w4g32", 51), ("w2g32-asym", 38), ("ternaryg32", 51)]
 )
 def test_shorter_runs_change_no_code(spec, fewest):
     """Half as many updates as they start from the edge in, or those that the widest margin

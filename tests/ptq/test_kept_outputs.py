@@ -41,10 +41,15 @@ def check_same(kind, recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "options", "most"),
     [
-        ("llama", {}, 0.9),
         ("mixtral", {}, 0.95),
-        ("llama", {"method": "blockwise", "iterations": 2}, 1.0),
-        ("llama", {"inputs": "full-precision"}, 1.0),
+        *(
+            pytest.param("llama", options, most, marks=pytest.mark.slow)
+            for options, most in [
+                ({}, 0.9),
+                ({"method": "blockwise", "iterations": 2}, 1.0),
+                ({"inputs": "full-precision"}, 1.0),
+            ]
+        ),
     ],
 )
 def test_the_same_bytes_for_less(kind, options, most, monkeypatch):

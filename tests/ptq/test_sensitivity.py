@@ -46,9 +46,9 @@ def gradients_of_the_whole(model, layers):
         )
         for name in layers
     ]
-    generator = torch.Generator().manual_seed(7)
     found = {name: [] for name in layers}
-    for row in TOKENS:
+    for number, row in enumerate(TOKENS):
+        generator = torch.Generator().manual_seed(7 + number)
         likely = torch.log_softmax(model(row[None]).logits[0], -1)
         drawn = draw(likely.detach().exp(), generator)
         total = likely.gather(1, drawn).sum()

@@ -120,7 +120,10 @@ def losses(out):
             ["--quantizer", "absmean", "--recipe", {"gradual": 0.5, "activations": 0.5}],
             "llmq",
         ),
-        ("w2a8", ["--activations", "int8-static", "--quantizer", "seq"], "llmq"),
+        pytest.param(
+            *("w2a8", ["--activations", "int8-static", "--quantizer", "seq"], "llmq"),
+            marks=pytest.mark.slow,
+        ),
         ("w8a8kv4", ["--activations", "int8-static", "--init", "gptq", "--kv-before-rope"], "llmq"),
     ],
 )

@@ -65,7 +65,7 @@ def test_static_ranges_lose_less(folder, tmp_path, calibration_file):
         assert givers["mlp.up_proj"]["largest"] > 4 * givers["mlp.up_proj"]["smallest"]
 
 
-@pytest.mark.parametrize("method", ["gptq", "blockwise"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("blockwise", marks=pytest.mark.slow)])
 def test_8_bits_stay_the_model(folder, tmp_path, calibration_file, method):
     own = recipe(f"smoothquant+{method}", iterations=2)
     model, report = quantized(folder, tmp_path / "out", calibration_file, own)

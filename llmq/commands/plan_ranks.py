@@ -45,14 +45,13 @@ def planned(args: argparse.Namespace, job: Job, rate: float) -> dict[str, Any] |
     """What each takes, None for one process."""
     from llmq.ptq.budget import peak_bytes
     from llmq.ptq.followers import check_shared
-    from llmq.ptq.ranks import Ranks, check_size
+    from llmq.ptq.ranks import Ranks
     from llmq.ptq.shares import Share
 
     if (n := n_processes(args)) == 1:
         return None
-    check_size(n)
-    check_shared(job, Ranks(0, n))
     share, peak = Share.of(job, n), peak_bytes(job)
+    check_shared(job, Ranks(0, n))
     limit = args.gpu_memory
     return {
         **share.to_json(),

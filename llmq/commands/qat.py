@@ -113,7 +113,8 @@ def advice(job: QATJob) -> str | None:
     is_one = job.processes.num_processes == settings.accumulation == 1
     if not is_one or not A_TRIAL <= n_steps < ENOUGH_STEPS:
         return None
-    if settings.quantizer == "lsq" and not reaches_edge(settings.scheme.weights, n_steps):
+    has_own_rate = settings.quantizer == "lsq" and settings.lr_weights is None
+    if has_own_rate and not reaches_edge(settings.scheme.weights, n_steps):
         return (
             f"{n_steps:,} steps are too few for weights to get from one code to another, so scales,"
             " norms and embeddings learn alone: take more of them, with a smaller --batch-size or "

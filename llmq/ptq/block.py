@@ -378,8 +378,7 @@ class _Calibrated(_Rounded):
             (setup.recipe.seed * len(setup.blocks) + index) % (1 << 63),
         )
         tuning = setup.method.tune(block, setup.recipe)
-        for whole in (inputs, targets):
-            gathering.forget(whole)
+        gathering.forget()
         return tuning
 
 

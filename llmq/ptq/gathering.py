@@ -5,7 +5,7 @@ wait. It then computes what one process alone would, bit for bit."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from llmq.storage.hidden_states import ActivationFile
 
 @dataclass(frozen=True)
 class Gathering:
-    """leaves: of the process that this is."""
+    """leaves: of the process that this is. written: what was gathered and not given up yet."""
 
     ranks: Ranks
     leaves: Leaves
+    written: list[ActivationFile] = field(default_factory=list)
 
     def states(self, own: ActivationFile) -> ActivationFile:
         """The hidden states of all sequences, in a file beside its own; the first process alone has
@@ -37,6 +38,7 @@ class Gathering:
             for batch in own:
                 self.ranks.send(batch.view(torch.uint8), 0)
             return
+        self.written.append(whole)
         with whole.appender(durable=False) as append:
             for batch in own:
                 append(batch)
@@ -45,7 +47,7 @@ class Gathering:
                     like = torch.empty(size, whole.length, whole.width, dtype=whole.dtype)
                     append(self.ranks.receive(like.view(torch.uint8), rank).view(whole.dtype))
 
-    def forget(self, whole: ActivationFile) -> None:
-        """Give up what `states` has returned."""
-        if self.ranks.are_many:
-            whole.remove()
+    def forget(self) -> None:
+        """Give up all that was gathered."""
+        while self.written:
+            self.written.pop().remove()

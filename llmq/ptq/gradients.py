@@ -57,10 +57,9 @@ class BlockGradients:
 
 class Backward:
     """tokens: int64 `[n, T]`. folder: for the files of the pass, which its owner removes. seed: of
-    the tokens that are drawn; each sequence has numbers of its own. dtype: that products are
-    computed in. n_others: the last sequences go forward only; what comes before them makes whole
-    batches. sizes: sequences in a batch, or in each. first: number of the first sequence, where
-    there are others before."""
+    the tokens that are drawn in the first sequence; the others have those that follow. dtype: that
+    products are computed in. n_others: the last sequences go forward only; what comes before them
+    makes whole batches. sizes: sequences in a batch, or in each."""
 
     def __init__(
         self,
@@ -71,11 +70,10 @@ class Backward:
         dtype: torch.dtype = torch.float32,
         n_others: int = 0,
         sizes: int | Sequence[int] = BATCH,
-        first: int = 0,
     ) -> None:
         assert not n_others or (len(tokens) - n_others) % BATCH == 0, "whole batches"
         self.blocks, self.folder, self.seed, self.dtype = blocks, folder, seed, dtype
-        self.sizes, self.first = sizes, first
+        self.sizes = sizes
         self.tokens = tokens.to(blocks.device)
         self.measured = self.tokens[: len(tokens) - n_others]  # those with gradients
         self.width: int = blocks.model.config.get_text_config().hidden_size
@@ -166,7 +164,7 @@ class Backward:
         ):
             hidden = self.inputs_of(last).batches(1)
             for number, (tokens, states) in enumerate(zip(self.measured, hidden, strict=False)):
-                generator = torch.Generator().manual_seed(self.seed + self.first + number)
+                generator = torch.Generator().manual_seed(self.seed + number)
                 append(self._top(tokens, states[0].to(self.blocks.device), generator)[None])
 
     def _top(self, tokens: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,8 @@ from llmq.ptq.streams import batch_size
 RESULT_BYTES, COUNT_BYTES = 1300, 32
 TUNED_BYTES = 1300  # of a tuned layer's report beside its tensors
 
+Groups = dict[tuple[str, ...], list[tuple[int, int]]]
+
 
 @dataclass(frozen=True)
 class Share:
@@ -49,10 +51,11 @@ class Share:
         return asdict(self)
 
 
-def _groups(job: Job) -> dict[tuple[str, ...], list[tuple[int, int]]]:
-    """Shapes of the layers that are measured together, by their names."""
+def _groups(job: Job) -> Groups:
+    """Shapes of the layers that are measured together, by their names, of experts by module, number
+    and which of its inputs."""
     experts = unfused_in(job.model)
-    found: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    found: Groups = {}
     for plan in job.plans:
         if plan.spec is None:
             continue
@@ -70,10 +73,10 @@ def _sent_bytes(job: Job, n: int) -> int:
     if n == 1:
         return 0
     needs = method_of(job.recipe).needs(job.recipe)
-    sums = 0
-    for names, shapes in _groups(job).items():
+    groups = _groups(job)
+    sums = _range_bytes(job, groups, n)
+    for shapes in groups.values():
         k = shapes[0][1]
-        sums += _range_bytes(job, names[0], k, n)
         cross = min(shapes[0]) if len(shapes) == 1 else k  # see `streams.narrows`
         sums += 4 * k * k + (4 * cross * k if needs.both_streams else 0) + COUNT_BYTES
     results = 0
@@ -87,23 +90,27 @@ def _sent_bytes(job: Job, n: int) -> int:
     if job.recipe.token_weights != "equal":
         assert job.tokens is not None
         experts = unfused_in(job.model)
-        dense = [key for key in _groups(job) if key[0] not in experts]
+        dense = [key for key in groups if key[0] not in experts]
         sums += 4 * job.tokens.n_tokens * len(dense)
     tuned = _whole_bytes(job) * len(find_blocks(job.model)[1]) // n if needs.tuning else 0
     return (n - 1) * (sums + results + tuned)
 
 
-def _range_bytes(job: Job, name: str, k: int, n: int) -> int:
-    """Samples of a group's inputs, of which half go on with every step of the tree; over n - 1, as
-    sums are counted. name: of the first of its layers, or the module of an expert, which adds the
-    rows of a leaf at once."""
+def _range_bytes(job: Job, groups: Groups, n: int) -> int:
+    """Samples of inputs, of which half go on with every step of the tree; over n - 1, as sums are
+    counted. Experts add the rows of a leaf at once."""
     if job.recipe.activations.kind != "int8-static" or job.tokens is None:
         return 0
     n_sequences, length = job.tokens.tokens.shape
-    share = token_shares(job.model).get(name)
-    leaves = Leaves(n_sequences, batch_size(job.plans, length) if share is None else n_sequences)
-    rows = [size * length * (1.0 if share is None else share) for size in leaves.sizes]
-    n_samples = sum(min(SAMPLES_PER_BATCH, own * k) for own in rows)
+    shares = token_shares(job.model)
+    batches = Leaves(n_sequences, batch_size(job.plans, length)).sizes
+    leaves = Leaves(n_sequences, n_sequences).sizes
+    n_samples = 0.0
+    for (name, *_), shapes in groups.items():
+        share = shares.get(name)
+        values = length * (1.0 if share is None else share) * shapes[0][1]
+        sizes = batches if share is None else leaves
+        n_samples += sum(min(SAMPLES_PER_BATCH, size * values) for size in sizes)
     return int(4 * n_samples * log2(n) / 2 / (n - 1))
 
 

@@ -70,7 +70,7 @@ class TokenWeights:
         width = blocks.model.config.get_text_config().hidden_size
         at_once = sequences_at_once(tokens.shape[1], width, len(blocks))
         parts = parts_of(replace(leaves, batch_size=BATCH).sizes, at_once)
-        first = leaves.sequences.start
+        seed += leaves.sequences.start
         done, total = 0, 2 * len(blocks) * len(parts)
 
         def step() -> None:
@@ -80,12 +80,12 @@ class TokenWeights:
 
         for number, sizes in enumerate(parts):
             own, tokens = tokens.split([sum(sizes), len(tokens) - sum(sizes)])
-            start, first = first, first + len(own)
+            own_seed, seed = seed, seed + len(own)  # each sequence has a seed of its own
             paths = {index: self._path(index, number) for index in layers}
             if all(map(seals.is_sound, paths.values())):
                 done += 2 * len(blocks)
                 continue
-            found = self._pass(blocks, own, _Draws(seed, start, sizes), layers, dtype, step)
+            found = self._pass(blocks, own, sizes, layers, own_seed, dtype, step)
             for index, squares in found:
                 if squares:
                     files.write_tensors(paths[index], squares)
@@ -95,19 +95,16 @@ class TokenWeights:
         self,
         blocks: Blocks,
         tokens: Tensor,
-        draws: _Draws,
+        sizes: list[int],
         layers: Mapping[int, list[str]],
+        seed: int,
         dtype: torch.dtype,
         on_block: Callable[[], None],
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Of some sequences: the blocks from the last to the first, with the squared lengths of the
         gradients of their layers."""
         with tempfile.TemporaryDirectory(prefix="gradients-", dir=self.folder) as folder:
-            backward = Backward(
-                *(blocks, tokens, Path(folder), draws.seed, dtype),
-                sizes=draws.sizes,
-                first=draws.first,
-            )
+            backward = Backward(blocks, tokens, Path(folder), seed, dtype, sizes=sizes)
             for _ in backward.forward():
                 on_block()
             names = {blocks.name(index): own for index, own in layers.items()}
@@ -120,15 +117,6 @@ class TokenWeights:
 
     def _path(self, index: int, part: int) -> Path:
         return self.folder / f"block-{index:05d}-{part:05d}.safetensors"
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """Of a part: the seed, the number of its first sequence, and its batches."""
-
-    seed: int
-    first: int
-    sizes: list[int]
 
 
 def parts_of(sizes: Sequence[int], at_once: int) -> list[list[int]]:

@@ -45,6 +45,7 @@ from quality_table import machine
 
 import llmq
 from llmq.cards.versions import versions
+from llmq.commands.options import method_name
 from llmq.grid.spec import PER_TENSOR, ActSpec, QuantSpec
 from llmq.models.identity import model_name, source_name
 from llmq.models.source import load_config, load_tokenizer, resolve
@@ -265,7 +266,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", choices=PTQ_METHODS, default="gptq")
+    parser.add_argument("--init", type=method_name, default="gptq")
     parser.add_argument("--teacher", choices=("source", CONTROL), default="source")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="as llmq qat has it")
     parser.add_argument(
@@ -278,7 +279,7 @@ def parse_arguments() -> argparse.Namespace:
         dest="schemes",
         help="as llmq qat takes them, or bitnet",
     )
-    parser.add_argument("--ptq", nargs="*", choices=PTQ_METHODS, default=PTQ_METHODS)
+    parser.add_argument("--ptq", nargs="*", type=method_name, default=PTQ_METHODS)
     parser.add_argument("--trained-tokens", type=float, help="of the model's own training")
     parser.add_argument("--prompt", help="for samples of what the models write")
     parser.add_argument("--device", help="default: cuda where there is one")

@@ -174,6 +174,7 @@ def _summary(out: str, report: dict[str, Any], lines: dict[str, object]) -> str:
         pairs["compared"] = report["verdict"]
     if report["last_loss"] is not None:
         pairs["loss"] = f"{report['first_loss']:.4f} -> {report['last_loss']:.4f}"
+    pairs |= rendering.transform_lines(report)
     pairs |= rendering.companion_lines(report)
     pairs["seconds"] = f"{report['seconds']:.0f}"
     pairs |= lines

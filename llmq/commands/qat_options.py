@@ -6,6 +6,7 @@ from llmq.commands import options, pushing
 from llmq.commands.options import real, source, whole
 from llmq.commands.parser import Parser, fold_into_recipes
 from llmq.ptq.methods import METHODS
+from llmq.ptq.transforms import TRANSFORMS
 
 # Options of earlier versions, and how recipe files say the same.
 RECIPE_KEYS = {
@@ -158,8 +159,10 @@ def _add_scheme_arguments(parser: Parser) -> None:
     )
     parser.more.add_argument(
         "--init",
-        choices=tuple(METHODS),
-        help="the PTQ method of the start (default: gptq)",
+        type=options.method_name,
+        metavar="[TRANSFORM+]METHOD",
+        help=f"the PTQ method of the start: {', '.join(METHODS)}; with {', '.join(TRANSFORMS)}+ "
+        "before it, scale moves first (default: gptq)",
     )
 
 

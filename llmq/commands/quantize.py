@@ -153,7 +153,7 @@ def _summary(out: str, report: dict[str, Any], lines: dict[str, object]) -> str:
         pairs["calibrated on"] = rendering.text_line(text)
         pairs |= rendering.picture_lines(text)
     pairs |= rendering.companion_lines(report)
-    pairs |= _transforms(report)
+    pairs |= rendering.transform_lines(report)
     pairs |= _errors(report)
     pairs |= rendering.expert_lines(report["experts"])
     pairs |= _held_out(report)
@@ -174,19 +174,6 @@ def _errors(report: dict[str, Any]) -> dict[str, object]:
     rounded = sum(layer["rtn_error"] for layer in measured) / len(measured)
     text = f"{ours:.2e} of the layers' output on average; plain rounding: {rounded:.2e}"
     return {"output error": text}
-
-
-def _transforms(report: dict[str, Any]) -> dict[str, object]:
-    """Where scale moved before layers were solved."""
-    lines = {}
-    for name in dict.fromkeys(moved["transform"] for moved in report["transforms"]):
-        own = [moved for moved in report["transforms"] if moved["transform"] == name]
-        n_reached = sum(len(pair["takers"]) for moved in own for pair in moved["pairs"])
-        left = [layer for moved in own for layer in moved["left"]]
-        lines[name] = f"scale moved into {n_reached} layers"
-        if left:
-            lines[name] += f"; into {len(left)} it could not, the first being {left[0]}"
-    return {**lines}
 
 
 def _held_out(report: dict[str, Any]) -> dict[str, object]:

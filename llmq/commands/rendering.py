@@ -208,6 +208,19 @@ def picture_lines(text: dict[str, Any]) -> dict[str, str]:
     return {"pictures": line}
 
 
+def transform_lines(report: dict[str, Any]) -> dict[str, object]:
+    """Where scale moved before layers were solved."""
+    lines = {}
+    for name in dict.fromkeys(moved["transform"] for moved in report["transforms"]):
+        own = [moved for moved in report["transforms"] if moved["transform"] == name]
+        n_reached = sum(len(pair["takers"]) for moved in own for pair in moved["pairs"])
+        left = [layer for moved in own for layer in moved["left"]]
+        lines[name] = f"scale moved into {n_reached} layers"
+        if left:
+            lines[name] += f"; into {len(left)} it could not, the first being {left[0]}"
+    return {**lines}
+
+
 def companion_lines(report: dict[str, Any]) -> dict[str, str]:
     """What of the source is not in the output, for the text of a report."""
     lines = {}

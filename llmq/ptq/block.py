@@ -104,6 +104,46 @@ class QuantizedBlock:
 
 def quantize_block(setup: Setup, index: int) -> QuantizedBlock:
     """Load a block, quantize its layers, and run it as it will be stored."""
+    work, kept = _opened(setup, index)
+    name = work.name
+    work.solve()
+    kept = as_stored(work.module, kept)
+    report, first_output = work.run_as_stored()
+    return QuantizedBlock(
+        report,
+        {f"{name}.{layer}": result.tensor for layer, result in work.results.items()},
+        {f"{name}.{key}": tensor for key, tensor in kept.items()},
+        first_output,
+    )
+
+
+@dataclass(frozen=True)
+class TransformedBlock:
+    """A block in which scale has moved and nothing is rounded. changed: by the names of parameters,
+    weights of layers that can be quantized in float32, everything else in the dtypes of the source.
+    moved: what moved, see `Moved.to_json`."""
+
+    changed: dict[str, Tensor]
+    moved: list[dict[str, Any]]
+
+
+def transform_alone(setup: Setup, index: int) -> TransformedBlock:
+    """Load a block, move scale in it, and run it on."""
+    work, kept = _opened(setup, index)
+    assert isinstance(work, _Calibrated)
+    work.find_stages()
+    state = {**work.module.state_dict(), **as_stored(work.module, kept)}
+    changed = {
+        key: tensor.cpu() for key, tensor in state.items() if key.rpartition(".")[0] in work.moved
+    }
+    work.streams.advance(work.module, index, "quantized")
+    return TransformedBlock(
+        {f"{work.name}.{key}": tensor for key, tensor in changed.items()}, work.transforms
+    )
+
+
+def _opened(setup: Setup, index: int) -> tuple[_Rounded, dict[str, Tensor]]:
+    """The block, with its weights, and those of its stored tensors that are not quantized."""
     stored = setup.blocks.read(index)
     module = setup.blocks.materialize(index, stored)
     name = setup.blocks.name(index)
@@ -113,21 +153,10 @@ def quantize_block(setup: Setup, index: int) -> QuantizedBlock:
     }
     del stored
     if setup.streams is None:
-        work: _Rounded = _Rounded(setup, index, name, module, targets)
-    else:
-        dtypes = {key: tensor.dtype for key, tensor in kept.items()}
-        work = _Calibrated(
-            setup, index, name, module, targets, streams=setup.streams, dtypes=dtypes
-        )
-    work.solve()
-    kept = as_stored(module, kept)
-    report, first_output = work.run_as_stored()
-    return QuantizedBlock(
-        report,
-        {f"{name}.{layer}": result.tensor for layer, result in work.results.items()},
-        {f"{name}.{key}": tensor for key, tensor in kept.items()},
-        first_output,
-    )
+        return _Rounded(setup, index, name, module, targets), kept
+    dtypes = {key: tensor.dtype for key, tensor in kept.items()}
+    work = _Calibrated(setup, index, name, module, targets, streams=setup.streams, dtypes=dtypes)
+    return work, kept
 
 
 @dataclass(frozen=True)
@@ -254,15 +283,25 @@ class _Calibrated(_Rounded):
 
     def solve(self) -> None:
         """Measure and solve stage by stage, then tune the whole, if the method does that."""
-        stages = find_stages(self.streams, self.module, self.index, self.name, list(self.targets))
-        if "full-precision" in self.streams.names:
-            self.exact_output = self._run_exact(stages).float()
-        for stage in self._transformed(stages):
+        for stage in self.find_stages():
             self._solve_stage(stage)
             if stage.coverage is not None:
                 self.coverage.append(stage.coverage.to_json(self.name))
         if self.setup.needs.tuning and self.results:
             self._tune()
+
+    def find_stages(self) -> list[Stage | ExpertsStage]:
+        """The stages of the block, after its transforms."""
+        stages = find_stages(self.streams, self.module, self.index, self.name, list(self.targets))
+        if "full-precision" in self.streams.names:
+            self.exact_output = self._run_exact(stages).float()
+        return self._transformed(stages)
+
+    @property
+    def moved(self) -> set[str]:
+        """Norms and layers whose weights transforms have changed."""
+        pairs = [pair for moved in self.transforms for pair in moved["pairs"]]
+        return {name for pair in pairs for name in (pair["giver"], *pair["takers"])}
 
     def run_as_stored(self) -> tuple[BlockReport, Tensor | None]:
         with self.kept.passing(is_last=True):

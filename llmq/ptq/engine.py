@@ -27,7 +27,7 @@ from llmq.evaluation.position_classes import is_special
 from llmq.models.experts import unfused_in
 from llmq.models.readers import WeightReader
 from llmq.ptq.batches import Batches
-from llmq.ptq.block import Setup, quantize_block
+from llmq.ptq.block import Setup, TransformedBlock, quantize_block, transform_alone
 from llmq.ptq.block_calls import BlockCalls
 from llmq.ptq.block_check import check_blocks
 from llmq.ptq.blocks import Blocks
@@ -101,6 +101,26 @@ def quantize_blocks(
             _record_calls(setup.blocks, setup.streams, rebuild.start, task.outside)
     for index in rebuild.blocks_to_run():
         on_block(_run_block(setup, sink, index))
+
+
+@torch.no_grad()
+def transform_blocks(task: Task, work_dir: Path) -> Iterator[TransformedBlock]:
+    """Move scale in all blocks, by the transforms of the recipe, and round nothing: for what is
+    trained afterwards. The recipe's method is not looked at."""
+    setup = prepare_setup(task, work_dir)
+    streams = setup.streams
+    assert streams is not None
+    _record_calls(setup.blocks, streams, 0, None)
+    for index in range(len(setup.blocks)):
+        yield transform_alone(setup, index)
+        _forget(streams, index)
+
+
+def _forget(streams: Streams, index: int) -> None:
+    """Give up what a finished block was run with."""
+    streams.recycle(index)
+    assert streams.calls is not None
+    streams.calls.forget(index)
 
 
 def prepare_setup(task: Task, work_dir: Path) -> Setup:
@@ -253,8 +273,6 @@ def _run_block(setup: Setup, sink: Sink, index: int) -> BlockReport:
     read_back = sink.store(BlockResult(report, solved.quantized, solved.kept))
     verify_block(setup.blocks, setup.streams, index, solved, read_back)
     sink.seal(report)
-    if (streams := setup.streams) is not None:
-        streams.recycle(index)
-        assert streams.calls is not None
-        streams.calls.forget(index)
+    if setup.streams is not None:
+        _forget(setup.streams, index)
     return report

@@ -46,7 +46,8 @@ class QATJob:
     """Everything known before anything is trained. windows: int64 `[n, T]`, or None while they are
     still to be generated. held_out: windows of the same text, or None where there are none. read:
     what was read of which rows of the text.
-    teacher: the source itself where the model teaches itself."""
+    teacher: the source itself where the model teaches itself. moved: scale that moved inside the
+    blocks before anything was quantized, block by block, once it has."""
 
     source: Source
     teacher: Source
@@ -60,6 +61,7 @@ class QATJob:
     device: str
     remarks: dict[str, str] = field(default_factory=dict)
     read: dict[str, Any] = field(default_factory=dict)
+    moved: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def n_parameters(self) -> int:

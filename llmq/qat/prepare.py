@@ -11,13 +11,16 @@ llmq.save(model, "out", tokenizer=tokenizer)
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmq.activations.keys_values import quantize_kv
 from llmq.inference.module import quantized_modules
-from llmq.ptq.in_memory import quantize
+from llmq.ptq.in_memory import device_of, quantize
+from llmq.ptq.methods import split_name
+from llmq.qat.smoothing import is_smoothed, smooth
 from llmq.qat.weights import QuantizerName, prepare
 from llmq.recipe import Recipe
 
@@ -39,8 +42,12 @@ def prepare_qat(
     see `llmq.qat.weights`. lora_rank: train a change of this rank of every weight, and the scales,
     instead of everything (see `llmq.qat.lora`). Raises `LlmqError` for recipes that cannot be
     trained (act-order)."""
+    start_recipe = recipe
+    if is_smoothed(recipe):
+        smooth(model, recipe, tokens, device_of(model))
+        start_recipe = replace(recipe, method=split_name(recipe.method)[1])
     start = copy.deepcopy(model)
-    quantize(start, recipe, tokens)
+    quantize(start, start_recipe, tokens)
     found = {name: module.qtensor() for name, module in quantized_modules(start).items()}
     del start
     prepare(model, found, quantizer, recipe.activations.kind, lora_rank=lora_rank, seed=recipe.seed)

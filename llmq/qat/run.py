@@ -3,6 +3,7 @@ one.
 
     .OUT.qat/           everything of an unfinished run, kept until OUT is there
       settings.json     what the run is; a second one with other settings is refused
+      smoothed/         the model with scale moved, where the start's method does that
       start/            the PTQ result that training starts from (and falls back to)
       generated-*       sealed batches of text from the teacher, where there is no other
       trainer/          the Trainer's checkpoints, each sealed when it is durable, with the log so
@@ -42,10 +43,12 @@ from llmq.models.experts import unfuse
 from llmq.models.source import Source, meta_model
 from llmq.models.tokens import fingerprint, first_token, own_tokenizer
 from llmq.ptq.job import prepare as prepare_ptq
+from llmq.ptq.methods import split_name
 from llmq.ptq.run import quantize_folder
 from llmq.qat import shards
 from llmq.qat.job import QATJob
 from llmq.qat.ship import is_published, ship
+from llmq.qat.smoothing import FOLDER, is_smoothed, moved_in, write_smoothed
 from llmq.qat.student import Student
 from llmq.qat.trainer import (
     LOG,
@@ -147,17 +150,19 @@ def _fine_tune(
     state.wait_for_everyone()
     with state.main_process_first(), _nothing_kept_of_bad_input(work_dir):
         job = _with_text(job, work_dir, device, show)
-        start = Source(_start(job, work_dir, device, show))
-    model = student_model(job, start)
+        origin = _origin(job, work_dir, device, show)
+        start = Source(_start(job, origin, work_dir, device, show))
+    model = student_model(job, origin, start)
     assert job.windows is not None
     job.check_sources()
     trained = train(model, job, job.windows, work_dir, report_to=report_to, show=show)
     if not state.is_main_process:
         return {}
     if job.settings.shard:
-        model = student_model(job, start)
+        model = student_model(job, origin, start)
         model.load_state_dict(trained)
     seconds = time.monotonic() - started
+    job = replace(job, moved=moved_in(origin.folder) if is_smoothed(job.recipe) else [])
     return ship(model.to("cpu"), job, start, work_dir, out_dir, overwrite, seconds)
 
 
@@ -173,15 +178,37 @@ def _nothing_kept_of_bad_input(work_dir: Path) -> Iterator[None]:
         raise
 
 
-def _start(job: QATJob, work_dir: Path, device: str, show: Show) -> Path:
+def _origin(job: QATJob, work_dir: Path, device: str, show: Show) -> Source:
+    """What start and student are made of: the model, or the same with scale moved inside its
+    blocks."""
+    if not is_smoothed(job.recipe):
+        return job.source
+    folder = work_dir / FOLDER
+    _drop_unsound(folder)
+    if not folder.exists():
+        total = len(find_blocks(meta_model(job.source.config))[1])
+        write_smoothed(
+            *(job.source, job.recipe, job.plans, _calibration(job).tokens, folder, device),
+            lambda done: show("scale moved", done, total, ""),
+        )
+    return Source(folder)
+
+
+def _drop_unsound(folder: Path) -> None:
+    """Remove a folder of this run that is not as it was, so that it is made again."""
+    if folder.exists() and not _is_sound(folder):
+        tell(f"{folder}: is not as it was when it was finished; it is made again")
+        files.remove(folder)
+
+
+def _start(job: QATJob, origin: Source, work_dir: Path, device: str, show: Show) -> Path:
     """The PTQ result, made once, and again where it is not as it was."""
     start_dir = work_dir / "start"
-    if start_dir.exists() and not _is_sound(start_dir):
-        tell(f"{start_dir}: is not as it was when it was finished; it is made again")
-        files.remove(start_dir)
+    _drop_unsound(start_dir)
     if not start_dir.exists():
         assert job.windows is not None
-        ptq = prepare_ptq(job.source, job.recipe, calibration=_calibration(job))
+        recipe = replace(job.recipe, method=split_name(job.recipe.method)[1])
+        ptq = prepare_ptq(origin, recipe, calibration=_calibration(job))
         total, done = len(find_blocks(ptq.model)[1]), 0
 
         def on_block(report: Any) -> None:
@@ -246,14 +273,15 @@ def _with_text(job: QATJob, work_dir: Path, device: str, show: Show) -> QATJob:
     )
 
 
-def student_model(job: QATJob, start_from: Source) -> PreTrainedModel:
-    """The model in float32 with its quantized layers in training, starting from the PTQ result."""
+def student_model(job: QATJob, origin: Source, start_from: Source) -> PreTrainedModel:
+    """The model in float32 with its quantized layers in training, starting from the PTQ result.
+    origin: what that was made of."""
     settings = job.settings
     start = {
         name: module.qtensor()
         for name, module in quantized_modules(load(start_from, dtype="float32")).items()
     }
-    model = load(job.source, dtype="float32")
+    model = load(origin, dtype="float32")
     unfuse(model)
     assert job.windows is not None
     prepare(

@@ -9,7 +9,7 @@ from llmq.errors import LlmqError
 from llmq.fields import check_fields
 from llmq.grid.scheme import read_scheme
 from llmq.grid.spec import QuantSpec
-from llmq.ptq.methods import METHODS
+from llmq.ptq.methods import split_name
 from llmq.ptq.precision import usual_precision
 from llmq.qat.lora import check_rank
 from llmq.qat.losses import LossWeights
@@ -58,8 +58,8 @@ class Scheme:
 @dataclass(frozen=True)
 class QATSettings:
     """scheme, quantizer: what is trained (see `llmq.qat.weights`). init: the method of the start
-    (see `llmq.ptq.methods`). kv_before_rope: quantize keys before the rotary embedding
-    (LLM-QAT).
+    (see `llmq.ptq.methods`), with transforms before it or without. kv_before_rope: quantize keys
+    before the rotary embedding (LLM-QAT).
 
     max_tokens, max_steps: length of the run, one of them; both None: one pass over the text.
     sequence_length, batch_size: of a process; accumulation: batches per step. lr_weights,
@@ -99,12 +99,8 @@ class QATSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.init not in METHODS:
-            raise LlmqError(
-                f"init {self.init!r}: expected {' or '.join(METHODS)}, which leave the rest of the "
-                "model as it is"
-            )
-        if self.quantizer != "lsq" and self.init != "rtn":
+        _, method = split_name(self.init)  # or it is refused here
+        if self.quantizer != "lsq" and method != "rtn":
             raise LlmqError(
                 f"quantizer {self.quantizer} chooses its scales itself, so another start than "
                 "plain rounding would be lost; give --init rtn"

@@ -189,6 +189,7 @@ def _report(
         "verdict": None if scores else _nothing_compared(job),
         "settings": job.settings.to_json(),
         "activations": asdict(job.recipe.activations),
+        "transforms": job.moved,
         "train": {
             "source": job.read.get("source") or source_name(job.train),
             "windows": list(job.windows.shape) if job.windows is not None else job.n_windows,

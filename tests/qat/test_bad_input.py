@@ -24,6 +24,6 @@ def test_weights_that_do_not_fit_leave_no_work_folder(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_start_that_moves_scale_between_layers_is_refused():
-    with pytest.raises(LlmqError, match=r"init 'smoothquant\+gptq': expected rtn or .* leave the"):
-        QATSettings(Scheme(QuantSpec()), init="smoothquant+gptq")
+def test_a_start_by_no_method_is_refused():
+    with pytest.raises(LlmqError, match=r"expected the method rtn, .* got 'smoothquant', which co"):
+        QATSettings(Scheme(QuantSpec()), init="smoothquant")

@@ -11,20 +11,28 @@ here. A module that has neither stays fused, which `arch.refuse_fused_experts` r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmq.models.grouped import Grouped, grouped_weights, may_group
-from llmq_kernels.triton.grouped import tiles_of
+from llmq_kernels.triton.grouped import Tiles, tiles_of
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 GATE_UP = "gate_up_proj"
 # The layers that one fused parameter holds, by its name.
 LAYERS_OF = {GATE_UP: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}
+# Gates that a kernel computes with the layers before it, by its names.
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": partial(functional.gelu, approximate="tanh"),
+}
 BIAS = "_bias"  # what ends the name of a parameter of biases
 
 
@@ -180,6 +188,7 @@ class UnfusedExperts(nn.Module):
         super().__init__()
         self.layout = layout
         self.n_experts = len(fused.get_parameter(DOWN))
+        self._activation: str | None = None  # "": none of `GATES`
         for index in range(self.n_experts):
             self.add_module(str(index), _expert(fused, layout, index))
         for name in layout.parameters:
@@ -284,8 +293,7 @@ class UnfusedExperts(nn.Module):
         experts, order = index.reshape(-1).sort(stable=True)
         tokens = order // n_slots
         tiles = tiles_of(experts, tokens, self.n_experts)
-        gate = grouped[GATE].linear(x, tiles) if self.layout.has_gate else None
-        inner = self._gated(gate, grouped[UP].linear(x, tiles))
+        inner = self._inner_of_sorted(x, tiles, grouped)
         made = self._normed(grouped[DOWN].linear(inner, tiles.of_sorted()))
         others = x[tokens] if self.layout.hands_on else made.new_zeros(())
         made = torch.where((experts < self.n_experts)[:, None], made, others)
@@ -293,6 +301,30 @@ class UnfusedExperts(nn.Module):
         found = torch.empty_like(weighted)
         found[order] = weighted
         return found.view(len(x), n_slots, -1).sum(dim=1).to(x.dtype)
+
+    def _inner_of_sorted(self, x: Tensor, tiles: Tiles, grouped: Grouped) -> Tensor:
+        """What the last layer of each sorted row's expert reads: in one launch where its kernel has
+        the gate."""
+        if not self.layout.has_gate:
+            return self._gated(None, grouped[UP].linear(x, tiles))
+        gate, up = grouped[GATE], grouped[UP]
+        if (activation := self._known_gate(x.device)) is not None and up.goes_with(gate):
+            return up.gated(gate, x, tiles, activation)
+        return self._gated(gate.linear(x, tiles), up.linear(x, tiles))
+
+    def _known_gate(self, device: torch.device) -> str | None:
+        """Which of `GATES` this module's is, found by trying, or None. Limits of the usual size
+        show, too."""
+        if self._activation is None:
+            gate = torch.linspace(-100, 100, 401, device=device)
+            up = gate.flip(0)
+            with torch.no_grad():
+                own = self._gated(gate, up)
+            known = (
+                name for name in GATES if torch.allclose(own, GATES[name](gate) * up, atol=1e-4)
+            )
+            self._activation = next(known, "")
+        return self._activation or None
 
     def _of_token(self, x: Tensor, chosen: list[int], weights: Tensor, found: Tensor) -> Tensor:
         """The same for one token, without sorting tokens: what decoding waits for. found: `[1, K]`

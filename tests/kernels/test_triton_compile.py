@@ -335,3 +335,24 @@ def test_experts_in_one_launch(code, group, zero, m, dtype, arch, tmp_path):
     assert re.search(MATRIX_INSTRUCTION[arch], text)
     name = f"experts {code} g{group}{' with zero points' if zero else ''}, {m} x {dtype}"
     hold(name, text, CODES[code].bits, choice, chip, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "group", "zero", "m", "dtype", "arch"),
+    cases(("int4", 128, False, 16, "bf16"), ("int4", 64, True, 64, "fp16")),
+)
+def test_gated_experts_in_one_launch(code, group, zero, m, dtype, arch, tmp_path):
+    from llmq_kernels.triton import experts
+    from llmq_kernels.triton.grouped import choice_of
+
+    chip, choice = CHIPS[arch], choice_of(group, m)
+    constants = float_constants(code, group, choice, chip, zero=zero)
+    constants |= {"EVEN_K": True, "SETTLE": chip.arch == "sm_90", "UPCAST": False, "IS_GELU": False}
+    own = POINTERS | {"bias": dtype}
+    dtypes = {f"gate_{name}": own[name] for name in ("packed", "scale", "zero", "bias")}
+    dtypes |= {"x": dtype, "out": dtype, "bias": dtype, "gate_distances": "i64"}
+    binary = compiled(
+        *(experts.gated_kernel, chip, constants, choice.warps, choice.stages), **dtypes
+    )
+    text = check_resources(binary, chip, tmp_path)
+    assert re.search(MATRIX_INSTRUCTION[arch], text)

@@ -15,7 +15,7 @@ from torch import nn
 from llmq.grid.spec import QuantSpec
 from llmq.grid.tensor import QuantizedTensor
 from llmq.inference.module import swap
-from llmq.models.experts import Layout, UnfusedExperts
+from llmq.models.experts import GATES, Layout, UnfusedExperts
 from llmq_kernels import PreparedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,6 +66,51 @@ def test_each_row_meets_its_expert(code, group, n, k, zero, has_bias):
 
 
 @here
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize(("code", "group", "n", "k", "zero", "has_bias"), CASES[1:4])
+def test_two_layers_and_the_gate(activation, code, group, n, k, zero, has_bias):
+    """Rounded once. A sum's error, and that of a gate's activation, goes into the product."""
+    from llmq_kernels.triton.grouped import GroupedWeight, tiles_of
+
+    pairs = [[prepared(code, group, n, k, zero) for _ in range(E)] for _ in range(2)]
+    biases = [[torch.randn(n, device=DEVICE).half() if has_bias else None] * E for _ in pairs]
+    gate, up = (
+        GroupedWeight([one for _, one in own], each)
+        for own, each in zip(pairs, biases, strict=True)
+    )
+    assert up.goes_with(gate)
+    experts = torch.tensor([0] * 3 + [1] * 36 + [3] + [4] * 2 + [E] * 3, device=DEVICE)
+    x, source = torch.randn(20, k, device=DEVICE).half(), torch.randint(0, 20, (M,), device=DEVICE)
+    out = up.gated(gate, x, tiles_of(experts, source, E), activation)
+    for number in range(E):
+        rows = (experts == number).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        sums = [
+            x[source[rows]].double() @ own[number][0].dequantize().double().T
+            + (0 if each[number] is None else each[number].double())
+            for own, each in zip(pairs, biases, strict=True)
+        ]
+        expected = GATES[activation](sums[0]) * sums[1]
+        assert relative_error(out[rows], expected) < 2.0**-11 + 3 * k * 2.0**-22
+
+
+@here
+def test_gates_of_another_kind_are_multiplied_apart():
+    from llmq_kernels.triton.grouped import GroupedWeight
+
+    kinds = [
+        ("int4", 64, 32, 128, False),
+        ("int4", 64, 32, 128, True),
+        ("int4", 64, 40, 128, False),
+    ]
+    a, b, c = (GroupedWeight([prepared(*kind)[1]], [None]) for kind in kinds)
+    assert not a.goes_with(b)
+    assert not a.goes_with(c)
+    assert a.goes_with(a)
+
+
+@here
 def test_what_is_refused():
     from llmq_kernels.triton.grouped import refusal
 
@@ -82,6 +127,29 @@ class Fused(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.randn(4, 64, 64) * 0.2)
         self.down_proj = nn.Parameter(torch.randn(4, 64, 32) * 0.2)
         self.act_fn = nn.SiLU()
+
+
+def of_clamped(joint):
+    gate, up = joint.chunk(2, dim=-1)
+    return nn.functional.silu(gate.clamp(max=7)) * up
+
+
+@pytest.mark.parametrize(
+    ("activation", "own", "found"),
+    [
+        (nn.SiLU(), None, "silu"),
+        (nn.GELU(approximate="tanh"), None, "gelu"),
+        (nn.GELU(), None, None),
+        (nn.ReLU(), None, None),
+        (nn.SiLU(), of_clamped, None),
+    ],
+)
+def test_the_gate_is_found_by_trying(activation, own, found):
+    fused = Fused()
+    fused.act_fn = activation
+    if own is not None:
+        fused._apply_gate = own
+    assert UnfusedExperts(fused, Layout())._known_gate(torch.device("cpu")) == found
 
 
 @here

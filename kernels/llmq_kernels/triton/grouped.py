@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmq_kernels.core.dispatch import PreparedWeight
 
 _OF_EACH = ("packed", "scale_t", "zero_t")
+ACTIVATIONS = ("silu", "gelu")  # the latter in its form with tanh
 
 
 @cache
@@ -90,40 +91,75 @@ class GroupedWeight:
     def linear(self, x: Tensor, tiles: Tiles) -> Tensor:
         """The product of each sorted row with its expert's weight, `[M, N]`; rows of no expert are
         not written. x: `[T, K]`, float16 or bfloat16."""
-        first, bias, x = self.weights[0], self.biases[0], x.contiguous()
-        weight, state = first.weight, first.state
-        n, k = weight.shape
-        out = x.new_empty(len(tiles.source), n)
-        choice = choice_of(backend._group(weight), tiles.block_m)
-        packed, padded = state["packed"], layout.padded_columns(k)
+        out, launch = self._launch(x, tiles)
         with backend._current(x.device):
-            _kernels().experts_kernel[(len(tiles.table), -(-n // choice.block_n))](
-                x,
-                packed,
-                state["scale_t"],
-                state.get("zero_t", packed),
-                out if bias is None else bias,
+            kernel = _kernels().experts_kernel[launch.grid]
+            kernel(x.contiguous(), *self._tensors(out), out, self.distances, **launch.arguments)
+        return out
+
+    def gated(self, gate: GroupedWeight, x: Tensor, tiles: Tiles, activation: str) -> Tensor:
+        """`activation(gate(x)) * self(x)` in one launch, `[M, N]`, rounded once. gate: packed as
+        this one is (`goes_with`). activation: one of `ACTIVATIONS`."""
+        out, launch = self._launch(x, tiles)
+        with backend._current(x.device):
+            _kernels().gated_kernel[launch.grid](
+                x.contiguous(),
+                *(*gate._tensors(out), gate.distances, *self._tensors(out), self.distances),
                 out,
-                self.distances,
-                tiles.source,
-                tiles.table,
-                len(self.weights),
-                n,
-                k,
-                padded,
-                packed.shape[1],
-                backend._high_words(weight),
-                HAS_BIAS=bias is not None,
-                BLOCK_M=choice.block_m,
-                BLOCK_N=choice.block_n,
-                BLOCK_K=choice.block_k,
-                EVEN_K=k == padded,
-                SETTLE=backend._capability(x.device) == 9,
-                UPCAST=backend.interpreting(),
-                **backend._meaning(weight, state),
-                **backend._launch_options(choice),
+                IS_GELU=activation == "gelu",
+                **launch.arguments,
             )
         return out
+
+    def goes_with(self, gate: GroupedWeight) -> bool:
+        """Whether both can be multiplied in one launch."""
+        weights, biases = (gate.weights[0], self.weights[0]), (gate.biases[0], self.biases[0])
+        is_alike = weights[0].weight.shape == weights[1].weight.shape
+        return is_alike and refusal(weights, biases) is None
+
+    def _tensors(self, unused: Tensor) -> tuple[Tensor, ...]:
+        """Words, scales, zero points and biases of the first expert. unused: stands for those that
+        there are not."""
+        state, bias = self.weights[0].state, self.biases[0]
+        zero = state.get("zero_t", state["packed"])
+        return state["packed"], state["scale_t"], zero, unused if bias is None else bias
+
+    def _launch(self, x: Tensor, tiles: Tiles) -> tuple[Tensor, _Launch]:
+        """An empty output, and what both kernels are started with."""
+        first = self.weights[0]
+        weight, state = first.weight, first.state
+        n, k = weight.shape
+        choice = choice_of(backend._group(weight), tiles.block_m)
+        padded = layout.padded_columns(k)
+        arguments = {
+            "source": tiles.source,
+            "tiles": tiles.table,
+            "n_experts": len(self.weights),
+            "N": n,
+            "K": k,
+            "K_padded": padded,
+            "row_words": state["packed"].shape[1],
+            "high_words": backend._high_words(weight),
+            "HAS_BIAS": self.biases[0] is not None,
+            "BLOCK_M": choice.block_m,
+            "BLOCK_N": choice.block_n,
+            "BLOCK_K": choice.block_k,
+            "EVEN_K": k == padded,
+            "SETTLE": backend._capability(x.device) == 9,
+            "UPCAST": backend.interpreting(),
+            **backend._meaning(weight, state),
+            **backend._launch_options(choice),
+        }
+        grid = (len(tiles.table), -(-n // choice.block_n))
+        return x.new_empty(len(tiles.source), n), _Launch(grid, arguments)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """grid: of programs. arguments: by name, compile-time ones, too."""
+
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
 
 
 def choice_of(group: int, block_m: int) -> Choice:

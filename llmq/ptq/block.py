@@ -73,6 +73,7 @@ class Setup:
             self.recipe.all_experts,
             self.token_weights,
             self.ranks,
+            is_needed=self.needs.text or is_static,
         )
 
     def targets(self, name: str) -> dict[str, QuantSpec]:

@@ -42,6 +42,7 @@ class Recording:
     token_weights: TokenWeights | None = None
     ranks: Ranks = ONE
     passing: Callable[[], AbstractContextManager[None]] = nullcontext
+    is_needed: bool = True
 
     def weights_of(
         self, streams: Streams, index: int, group: InputGroup

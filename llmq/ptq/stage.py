@@ -44,6 +44,11 @@ class Stage:
     ) -> Iterator[list[Measured]]:
         """One pass over the stream that ends at the stage's last layer, and the statistics of each
         group. Processes take turns as owners."""
+        owner = index % recording.ranks.size
+        if not recording.is_needed:
+            for group in self.groups:
+                yield [Measured(owner, [(group, None)])]
+            return
         stats = {group: recording.empty(streams, block, group) for group in self.groups}
         exact = {
             group: streams.exact_rows(block, group.layers).batches(streams.leaves.sizes)
@@ -63,7 +68,6 @@ class Stage:
                     stats[group].add(x, y, next(weights[group]))
         for group in self.groups:
             streams.exact_rows(block, group.layers).recycle()
-            owner = index % recording.ranks.size
             yield [Measured(owner, [(group, recording.finished(stats[group], owner))])]
 
     def _as_moved(self, block: nn.Module, group: InputGroup, rows: Tensor) -> Tensor:

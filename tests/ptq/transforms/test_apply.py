@@ -56,6 +56,7 @@ def test_static_ranges_lose_less(folder, tmp_path, calibration_file):
         model, report = quantized(folder, tmp_path / method, calibration_file, own)
         kl[method] = divergence(folder, model)
     assert kl["smoothquant+rtn"] < 0.5 * kl["rtn"]
+    assert all(layer["error"] is not None for layer in report["layers"])  # ranges were measured
     assert report["method"] == "smoothquant+rtn"
     assert [moved["block"] for moved in report["transforms"]] == [0, 1]
     for moved in report["transforms"]:
@@ -94,6 +95,7 @@ def test_rows_of_the_full_precision_model_move_too(folder, tmp_path, calibration
 def test_what_cannot_move_is_reported(model_folder, tmp_path, calibration_file):
     folder = model_folder("gpt2")
     _, report = quantized(folder, tmp_path / "out", calibration_file, recipe("smoothquant+rtn"))
+    assert all(layer["error"] is None for layer in report["layers"])  # nothing to measure
     (moved, _) = report["transforms"]
     assert moved["pairs"] == []
     assert set(moved["left"]) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from llmq.formats.load import load
 from llmq.models.arch import quantizable_layers
 from llmq.models.companions import copy_companions
+from llmq.models.compat import only_errors
 from llmq.models.readers import CheckpointReader, ModelReader, WeightReader
 from llmq.models.source import Source, meta_model
 from llmq.ptq.block import TransformedBlock
@@ -66,7 +67,8 @@ def write_smoothed(
         on_block(index + 1)
     staging = target.with_name(f"{target.name}.unfinished")
     files.remove(staging)
-    model.save_pretrained(staging)
+    with only_errors():
+        model.save_pretrained(staging)
     copy_companions(source.folder, staging, source.weight_names)
     files.write_json(staging / MOVED, moved)
     files.write_manifest(staging)

@@ -72,6 +72,23 @@ def test_scale_has_moved_and_nothing_else_has_changed(folder, tokens, tmp_path):
     assert [each["block"] for each in smoothing.moved_in(target)] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["mixtral", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma3_text", "gpt2"))],
+)
+def test_other_models_compute_what_they_did(kind, model_folder, calibration_file, tmp_path):
+    """With experts, of which nothing moves; with norms that add one; where nothing can move."""
+    path = model_folder(kind)
+    job = prepare(str(path), TRANSFORMED, calibration=str(calibration_file))
+    target = smoothed(path, job.tokens.tokens, tmp_path / "smoothed")
+    before, after = llmq.load(path, dtype="float32"), llmq.load(target, dtype="float32")
+    was, found = (logits(each, job.tokens.tokens) for each in (before, after))
+    torch.testing.assert_close(found, was, rtol=0, atol=2e-3 * float(was.abs().max()))
+    pairs = [pair for each in smoothing.moved_in(target) for pair in each["pairs"]]
+    assert bool(pairs) == (kind != "gpt2")
+    assert not any("experts" in name for pair in pairs for name in pair["takers"])
+
+
 def test_rounding_it_is_what_ptq_with_the_transform_gives(folder, tokens, tmp_path):
     """Of the first block, behind which PTQ measures what is quantized."""
     target = smoothed(folder, tokens, tmp_path / "smoothed")

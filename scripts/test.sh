@@ -22,6 +22,5 @@ ruff check .
 ruff format --check .
 mypy
 # Two processes of one thread each: most of the time is Python's, which one process has on one core.
-# The one that is done first takes tests from the other.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-python -m pytest --numprocesses 2 --dist worksteal -m "$MARKS" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+python -m pytest --numprocesses 2 --dist loadfile -m "$MARKS" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}

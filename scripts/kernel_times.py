@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from typing import Any
 from llmq.benchmark import expected
 from llmq.benchmark.expected import CARDS, Card
 from llmq.benchmark.kernels import Kind
-from llmq_kernels.triton.choices import CHIPS, Choice, Problem, bucket
+from llmq_kernels.triton.choices import Choice, Problem, bucket
 from llmq_kernels.triton.tuning import choose
 
 FITTED = (
@@ -106,16 +106,15 @@ def main() -> None:
     parser.add_argument("--card", choices=CARDS, help="default: the one of the results")
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
-    name = args.card or results.get("device") or results["versions"]["device"]
+    name = args.card or results["device"]
     if name not in CARDS:
         parser.error(f"no constants of {name}: name the nearest of {', '.join(CARDS)} with --card")
-    rows = results.get("rows") or results["kernels"]["rows"]
-    card = CARDS[name]
-    chip = replace(CHIPS["sm_90"], name=name, processors=card.processors)
+    rows, card = results["rows"], CARDS[name]
+    chip = replace(card.chip, name=results["device"])  # whose tuned choices were measured
     choices = [choose(problem_of(row), chip) for row in rows]
     if args.fit:
         card = fitted(rows, choices, card)
-        print("\n".join(f"{key}={value:.4g}," for key, value in asdict(card).items()), end="\n\n")
+        print("\n".join(f"{key}={getattr(card, key):.4g}," for key in FITTED), end="\n\n")
     print(table(rows, choices, card))
     found = sorted(abs(error) for error in errors(rows, choices, card))
     print(

@@ -159,6 +159,19 @@ def model_folder(tmp_path: Path, tokenizer) -> Callable[..., Path]:
     return save
 
 
+@pytest.fixture
+def outlier_folder(model_folder) -> Path:
+    """A model some of whose channels are far larger than others before down_proj, and smaller in
+    its weights."""
+    path = model_folder(name="outliers")
+    model = make_model()
+    for block in model.model.layers:
+        block.mlp.up_proj.weight.data[:4] *= 60
+        block.mlp.down_proj.weight.data[:, :4] /= 60
+    model.bfloat16().save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from llmq_kernels.triton.choices import Choice, Problem
+from llmq_kernels.triton.choices import CHIPS, Chip, Choice, Problem
 
 SCHEDULERS, LANES = 4, 32  # of a multiprocessor; of a warp
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor
@@ -20,8 +20,8 @@ SPLITS = (1, 2, 4, 8)
 CUBLAS_TILES = ((64, 128), (128, 128), (128, 256), (256, 128))
 Step = tuple[float, int]  # instructions per packed word, registers of a thread
 
-# By rows of a tile, of each kind; the folded weight of 128 rows and more is a step of its own.
 GEMV_INSTRUCTIONS = 48  # per packed word, for one row of x
+# By rows of a tile, of each kind; the folded weight of 128 rows and more is a step of its own.
 STEPS: dict[str, dict[int, Step]] = {
     "float": {16: (23.62, 79), 64: (37.25, 102), 128: (33.0, 156)},
     "int8": {16: (15.38, 50), 128: (23.5, 134)},
@@ -30,16 +30,15 @@ STEPS: dict[str, dict[int, Step]] = {
 
 @dataclass(frozen=True)
 class Card:
-    """Constants of a GPU. clock: Hz. shared_bytes: of a multiprocessor. products: bfloat16
+    """Constants of a GPU. clock: Hz. products: bfloat16
     operations per second of its tensor cores. overlap: the share of them that the unpacking does
     not hide. bandwidth: bytes per second that packed words arrive with at best, and dense ones, in
     a copy. latency: seconds from a tile's request to its arrival. launch, cublas_launch: seconds
     around one kernel. next_launch, quantizer: what a second kernel adds, and that of the
     activations before it."""
 
-    processors: int
+    chip: Chip
     clock: float
-    shared_bytes: int
     products: float
     overlap: float
     bandwidth: float
@@ -53,9 +52,8 @@ class Card:
 
 CARDS = {
     "NVIDIA H100 80GB HBM3": Card(
-        processors=132,
+        chip=CHIPS["sm_90"],
         clock=1.755e9,
-        shared_bytes=227 << 10,
         products=7.87e14,
         overlap=0.84,
         bandwidth=2.08e12,
@@ -80,10 +78,10 @@ def bfloat16_seconds(n: int, k: int, m: int, card: Card) -> float:
 
 def _dense_tiles(n: int, k: int, m: int, tile: tuple[int, int], split: int, card: Card) -> float:
     block_m, block_n = tile
-    rounds = ceil(ceil(m / block_m) * ceil(n / block_n) * split / card.processors)
+    rounds = ceil(ceil(m / block_m) * ceil(n / block_n) * split / card.chip.processors)
     operations = 2 * block_m * block_n * k / split
     added = card.next_launch if split > 1 else 0.0
-    return rounds * operations * card.processors / card.products + added
+    return rounds * operations * card.chip.processors / card.products + added
 
 
 def seconds(problem: Problem, choice: Choice, card: Card) -> float:
@@ -119,7 +117,7 @@ def step(problem: Problem, choice: Choice) -> Step:
 
 
 def _per_processor(problem: Problem, choice: Choice, card: Card) -> int:
-    return ceil(programs(problem, choice) / card.processors)
+    return ceil(programs(problem, choice) / card.chip.processors)
 
 
 def _work(problem: Problem, choice: Choice, card: Card) -> float:
@@ -131,7 +129,7 @@ def _work(problem: Problem, choice: Choice, card: Card) -> float:
     instructions = GEMV_INSTRUCTIONS * problem.m if is_gemv else step(problem, choice)[0]
     unpacking = words * instructions / LANES / (SCHEDULERS * card.clock)
     operations = 0.0 if is_gemv else 2 * max(choice.block_m, 16) * choice.block_n * columns
-    peak = card.products * (2 if problem.kind == "int8" else 1) / card.processors
+    peak = card.products * (2 if problem.kind == "int8" else 1) / card.chip.processors
     n_programs = _per_processor(problem, choice, card)
     return n_programs * (unpacking + card.overlap * operations / peak)
 
@@ -149,9 +147,9 @@ def _arrival(problem: Problem, choice: Choice, card: Card) -> float:
         min(
             REGISTERS // (n_registers * LANES * choice.warps),
             WARPS // choice.warps,
-            int(card.shared_bytes // (choice.stages * (tile + x_tile) + 1024)),
+            int(card.chip.shared_bytes // (choice.stages * (tile + x_tile) + 1024)),
         ),
     )
-    busy = min(card.processors, programs(problem, choice))
+    busy = min(card.chip.processors, programs(problem, choice))
     running = min(resident, _per_processor(problem, choice, card))
     return min(card.bandwidth, busy * running * choice.stages * tile / card.latency)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,7 +59,7 @@ def write_smoothed(
     skeleton = meta_model(source.config)
     reader = CheckpointReader(skeleton, source.tensors, source.files)
     moved: list[dict[str, Any]] = []
-    blocks = _transformed(skeleton, reader, recipe, plans, tokens, device)
+    blocks = _transformed(skeleton, reader, recipe, plans, tokens, device, target.parent)
     for index, block in enumerate(blocks):
         _take(model, block)
         moved += [{"block": index, **each} for each in block.moved]
@@ -88,17 +87,18 @@ def _transformed(
     plans: list[LayerPlan],
     tokens: Tensor | None,
     device: str,
+    parent: Path | None = None,
 ) -> Iterator[TransformedBlock]:
+    """Block by block. parent: where hidden states lie for that time."""
     names, _ = split_name(recipe.method)
     rounding = Recipe(recipe.rules, method="+".join((*names, "rtn")), seed=recipe.seed)
     precision = Precision.of(skeleton.config, rounding, device)
     task = Task(skeleton, reader, rounding, plans, tokens, device, precision)
-    with tempfile.TemporaryDirectory(prefix="llmq-") as work_dir:
+    with tempfile.TemporaryDirectory(prefix="llmq-", dir=parent) as work_dir:
         yield from transform_blocks(task, Path(work_dir))
 
 
 def _take(model: PreTrainedModel, block: TransformedBlock) -> None:
     """Have a model compute with what has changed, in its dtypes."""
-    with torch.no_grad():
-        for name, tensor in block.changed.items():
-            model.get_parameter(name).data = tensor.to(model.device)
+    for name, tensor in block.changed.items():
+        model.get_parameter(name).data = tensor.to(model.device)

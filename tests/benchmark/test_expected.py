@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmq.benchmark.expected import CARDS, STEPS, bfloat16_seconds, seconds
-from llmq_kernels.triton.choices import CHIPS, Choice, Problem
+from llmq_kernels.triton.choices import Choice, Problem
 from llmq_kernels.triton.tuning import choose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ def test_measured_times_are_as_expected():
     spec.loader.exec_module(script)
     path = ROOT / "scripts/results/kernels-nvidia_h100_80gb_hbm3.json"
     rows = json.loads(path.read_text())["rows"]
-    chip = replace(CHIPS["sm_90"], name="NVIDIA H100 80GB HBM3")
+    chip = replace(H100.chip, name="NVIDIA H100 80GB HBM3")
     choices = [choose(script.problem_of(row), chip) for row in rows]
     errors = sorted(map(abs, script.errors(rows, choices, H100)))
     assert len(errors) == 122

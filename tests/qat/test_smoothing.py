@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from conftest import make_model
 from safetensors.torch import load_file
 
 import llmq
@@ -24,21 +23,8 @@ TRANSFORMED = Recipe.uniform(
 
 
 @pytest.fixture
-def folder(model_folder):
-    """A model some of whose channels are far larger than others before down_proj, and smaller in
-    its weights."""
-    path = model_folder(name="outliers")
-    model = make_model()
-    for block in model.model.layers:
-        block.mlp.up_proj.weight.data[:4] *= 60
-        block.mlp.down_proj.weight.data[:, :4] /= 60
-    model.bfloat16().save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def tokens(folder, calibration_file):
-    job = prepare(str(folder), TRANSFORMED, calibration=str(calibration_file))
+def tokens(outlier_folder, calibration_file):
+    job = prepare(str(outlier_folder), TRANSFORMED, calibration=str(calibration_file))
     return job.tokens.tokens
 
 
@@ -53,12 +39,12 @@ def smoothed(folder, tokens, target):
     return target
 
 
-def test_scale_has_moved_and_nothing_else_has_changed(folder, tokens, tmp_path):
-    target = smoothed(folder, tokens, tmp_path / "smoothed")
-    before, after = llmq.load(folder, dtype="float32"), llmq.load(target, dtype="float32")
+def test_scale_has_moved_and_nothing_else_has_changed(outlier_folder, tokens, tmp_path):
+    target = smoothed(outlier_folder, tokens, tmp_path / "smoothed")
+    before, after = llmq.load(outlier_folder, dtype="float32"), llmq.load(target, dtype="float32")
     torch.testing.assert_close(logits(after, tokens), logits(before, tokens), rtol=0, atol=1e-3)
     stored = load_file(target / "model.safetensors")
-    was = load_file(folder / "model.safetensors")
+    was = load_file(outlier_folder / "model.safetensors")
     assert stored.keys() == was.keys()
     changed = {name for name in was if not torch.equal(stored[name].float(), was[name].float())}
     assert {name.rpartition("layers.")[2] for name in changed if "layers.0" in name} == {
@@ -89,12 +75,15 @@ def test_other_models_compute_what_they_did(kind, model_folder, calibration_file
     assert not any("experts" in name for pair in pairs for name in pair["takers"])
 
 
-def test_rounding_it_is_what_ptq_with_the_transform_gives(folder, tokens, tmp_path):
+def test_rounding_it_is_what_ptq_with_the_transform_gives(outlier_folder, tokens, tmp_path):
     """Of the first block, behind which PTQ measures what is quantized."""
-    target = smoothed(folder, tokens, tmp_path / "smoothed")
+    target = smoothed(outlier_folder, tokens, tmp_path / "smoothed")
     text = documents.TokenSet(tokens, "text", "")
     outs = {}
-    for name, path, method in (("apart", target, "rtn"), ("at once", folder, "smoothquant+rtn")):
+    for name, path, method in (
+        ("apart", target, "rtn"),
+        ("at once", outlier_folder, "smoothquant+rtn"),
+    ):
         own = Recipe.uniform("w8", method=method, samples=16, sequence_length=LENGTH)
         job = prepare(str(path), own, calibration=text, format="llmq")
         quantize_folder(job, tmp_path / name)
@@ -105,12 +94,15 @@ def test_rounding_it_is_what_ptq_with_the_transform_gives(folder, tokens, tmp_pa
         assert torch.equal(outs["apart"][name], outs["at once"][name]), name
 
 
-def test_training_starts_where_the_start_is(folder, tokens):
+def test_training_starts_where_the_start_is(outlier_folder, tokens):
     """Masters are those of the moved weights: the model in training computes with the very codes
     that rounding the moved model gives."""
-    model, exact = llmq.load(folder, dtype="float32"), llmq.load(folder, dtype="float32")
+    model, exact = (
+        llmq.load(outlier_folder, dtype="float32"),
+        llmq.load(outlier_folder, dtype="float32"),
+    )
     plain = Recipe.uniform("w8", method="rtn", activations=STATIC)
-    rounded = llmq.prepare_qat(llmq.load(folder, dtype="float32"), plain, tokens)
+    rounded = llmq.prepare_qat(llmq.load(outlier_folder, dtype="float32"), plain, tokens)
     llmq.prepare_qat(model, TRANSFORMED, tokens)
     source = logits(exact, tokens)
     lost = [float((logits(each, tokens) - source).square().mean()) for each in (model, rounded)]
@@ -121,9 +113,17 @@ def test_training_starts_where_the_start_is(folder, tokens):
 
 
 @pytest.mark.parametrize("method", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
-def test_from_a_folder_to_a_folder(method, folder, calibration_file, tmp_path, capsys):
+def test_from_a_folder_to_a_folder(method, outlier_folder, calibration_file, tmp_path, capsys):
     out = tmp_path / "out"
-    line = ["qat", str(folder), str(out), "--train", str(calibration_file), "--scheme", "w8a8"]
+    line = [
+        "qat",
+        str(outlier_folder),
+        str(out),
+        "--train",
+        str(calibration_file),
+        "--scheme",
+        "w8a8",
+    ]
     line += ["--activations", "int8-static", "--init", f"smoothquant+{method}"]
     line += ["--sequence-length", "32", "--batch-size", "4", "--max-steps", "2", "--device", "cpu"]
     assert main([*line, "--precision", "fp32"]) == 0

@@ -59,7 +59,7 @@ def expert_sums(
     UPCAST: tl.constexpr,
 ):
     """The product of an expert's weight with rows of x, float32 `[BN, BM]`. packed, scale, zero: of
-    the first expert."""
+    the first expert. Biases are left to the kernels: added here, registers spill on sm_89."""
     safe_rows = tl.where(rows < N, rows, 0)
     # Multiples of 16 bytes, as allocations are.
     packed += tl.multiple_of(tl.load(distances + expert), 4)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from llmq_kernels.core.dispatch import PreparedWeight
 
 _OF_EACH = ("packed", "scale_t", "zero_t")
-ACTIVATIONS = ("silu", "gelu")  # the latter in its form with tanh
 
 
 @cache
@@ -38,11 +37,15 @@ def refusal(weights: Sequence[PreparedWeight], biases: Sequence[Tensor | None]) 
         return f"experts in one launch are for the backend triton, not {first.backend.name}"
     if any("order" in one.state for one in weights):
         return "experts in one launch have no act-order groups"
-    kinds = {(one.dtype, one.device, one.layout) for one in weights}
-    if len(kinds) > 1 or len({one.weight.scale.dtype for one in weights}) > 1:
+    if len(set(map(_kind, weights))) > 1:
         return "experts in one launch are packed alike, and these are not"
     dtypes = {None if bias is None else bias.dtype for bias in biases}
     return "some experts have biases of other dtypes, or none" if len(dtypes) > 1 else None
+
+
+def _kind(weight: PreparedWeight) -> tuple[object, ...]:
+    """What is the same for all weights of a launch."""
+    return weight.dtype, weight.device, weight.layout, weight.weight.scale.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,8 @@ class GroupedWeight:
 
     def __init__(self, weights: Sequence[PreparedWeight], biases: Sequence[Tensor | None]) -> None:
         self.weights, self.biases = tuple(weights), tuple(biases)
-        first = weights[0]
+        first, bias = weights[0], biases[0]
+        self.kind = (*_kind(first), first.weight.shape, None if bias is None else bias.dtype)
         parts = [[one.state.get(name) for one in weights] for name in _OF_EACH]
         rows = [_distances(part) for part in [*parts, list(biases)]]
         self.distances = torch.tensor(rows, dtype=torch.int64, device=first.device)
@@ -99,7 +103,7 @@ class GroupedWeight:
 
     def gated(self, gate: GroupedWeight, x: Tensor, tiles: Tiles, activation: str) -> Tensor:
         """`activation(gate(x)) * self(x)` in one launch, `[M, N]`, rounded once. gate: packed as
-        this one is (`goes_with`). activation: one of `ACTIVATIONS`."""
+        this one is (`goes_with`). activation: "silu", or "gelu" in its form with tanh."""
         out, launch = self._launch(x, tiles)
         with backend._current(x.device):
             _kernels().gated_kernel[launch.grid](
@@ -113,9 +117,7 @@ class GroupedWeight:
 
     def goes_with(self, gate: GroupedWeight) -> bool:
         """Whether both can be multiplied in one launch."""
-        weights, biases = (gate.weights[0], self.weights[0]), (gate.biases[0], self.biases[0])
-        is_alike = weights[0].weight.shape == weights[1].weight.shape
-        return is_alike and refusal(weights, biases) is None
+        return self.kind == gate.kind
 
     def _tensors(self, unused: Tensor) -> tuple[Tensor, ...]:
         """Words, scales, zero points and biases of the first expert. unused: stands for those that

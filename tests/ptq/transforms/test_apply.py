@@ -20,19 +20,6 @@ def recipe(method, spec="w8", **options):
     return Recipe.uniform(spec, method=method, samples=64, sequence_length=LENGTH, **options)
 
 
-@pytest.fixture
-def folder(model_folder):
-    """A model some of whose channels are far larger than others before down_proj, and smaller in
-    its weights."""
-    path = model_folder(name="outliers")
-    model = make_model()
-    for block in model.model.layers:
-        block.mlp.up_proj.weight.data[:4] *= 60
-        block.mlp.down_proj.weight.data[:, :4] /= 60
-    model.bfloat16().save_pretrained(path)
-    return path
-
-
 def quantized(folder, out, calibration_file, recipe):
     quantize_folder(
         prepare(str(folder), recipe, calibration=str(calibration_file), format="llmq"), out
@@ -48,13 +35,13 @@ def divergence(folder, model):
     return float((exact.exp() * (exact - found)).sum(-1).mean())
 
 
-def test_static_ranges_lose_less(folder, tmp_path, calibration_file):
+def test_static_ranges_lose_less(outlier_folder, tmp_path, calibration_file):
     activations = llmq.ActSpec("int8-static")
     kl = {}
     for method in ("rtn", "smoothquant+rtn"):
         own = recipe(method, activations=activations)
-        model, report = quantized(folder, tmp_path / method, calibration_file, own)
-        kl[method] = divergence(folder, model)
+        model, report = quantized(outlier_folder, tmp_path / method, calibration_file, own)
+        kl[method] = divergence(outlier_folder, model)
     assert kl["smoothquant+rtn"] < 0.5 * kl["rtn"]
     assert all(layer["error"] is not None for layer in report["layers"])  # ranges were measured
     assert report["method"] == "smoothquant+rtn"
@@ -67,16 +54,18 @@ def test_static_ranges_lose_less(folder, tmp_path, calibration_file):
 
 
 @pytest.mark.parametrize("method", ["gptq", pytest.param("blockwise", marks=pytest.mark.slow)])
-def test_8_bits_stay_the_model(folder, tmp_path, calibration_file, method):
+def test_8_bits_stay_the_model(outlier_folder, tmp_path, calibration_file, method):
     own = recipe(f"smoothquant+{method}", iterations=2)
-    model, report = quantized(folder, tmp_path / "out", calibration_file, own)
-    assert divergence(folder, model) < 1e-4
-    stored = llmq.load(folder).model.layers[0].input_layernorm.weight
+    model, report = quantized(outlier_folder, tmp_path / "out", calibration_file, own)
+    assert divergence(outlier_folder, model) < 1e-4
+    stored = llmq.load(outlier_folder).model.layers[0].input_layernorm.weight
     assert not torch.equal(model.model.layers[0].input_layernorm.weight, stored.float())
     assert report["kept_layers"] == []
 
 
-def test_rows_of_the_full_precision_model_move_too(folder, tmp_path, calibration_file, monkeypatch):
+def test_rows_of_the_full_precision_model_move_too(
+    outlier_folder, tmp_path, calibration_file, monkeypatch
+):
     """Nothing is lost before block 0, so both streams enter its first layers alike: what each layer
     reads of the full-precision model stands in the units of the transformed one."""
     differences = []
@@ -88,7 +77,7 @@ def test_rows_of_the_full_precision_model_move_too(folder, tmp_path, calibration
         add(self, x, y, weights)
 
     monkeypatch.setattr(LayerStats, "add", compare)
-    quantized(folder, tmp_path / "out", calibration_file, recipe("smoothquant+gptq"))
+    quantized(outlier_folder, tmp_path / "out", calibration_file, recipe("smoothquant+gptq"))
     assert differences[0] < 4e-3  # they are kept in bfloat16
 
 
@@ -108,16 +97,20 @@ def test_text_is_needed():
         llmq.quantize(model, recipe=recipe("smoothquant+rtn"))
 
 
-def test_a_model_in_memory(tmp_path, folder):
-    model = llmq.load(folder, dtype="float32")
+def test_a_model_in_memory(tmp_path, outlier_folder):
+    model = llmq.load(outlier_folder, dtype="float32")
     tokens = torch.randint(2, 2000, (16, LENGTH), generator=torch.Generator().manual_seed(0))
     own = recipe("smoothquant+rtn", activations=llmq.ActSpec("int8-static"))
     llmq.ptq.in_memory.quantize(model, own, tokens)
-    assert divergence(folder, model) < 0.1
+    assert divergence(outlier_folder, model) < 0.1
 
 
-def test_budgets_of_bits_are_refused(folder, tmp_path, calibration_file):
+def test_budgets_of_bits_are_refused(outlier_folder, tmp_path, calibration_file):
     with pytest.raises(LlmqError, match="use --method gptq"):
         llmq.quantize(
-            str(folder), tmp_path / "out", recipe("smoothquant+gptq"), str(calibration_file), bpw=5
+            str(outlier_folder),
+            tmp_path / "out",
+            recipe("smoothquant+gptq"),
+            str(calibration_file),
+            bpw=5,
         )
